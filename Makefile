@@ -1,0 +1,41 @@
+# The two commands a newcomer needs are `make demo` and `make test`; each does its own set-up.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint docs bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   train a small GPT on this Python's standard library, then generate from it"
+	@echo "make test   all tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make docs   build the documentation (strict)"
+	@echo "make bench  attention benchmark against torch's own"
+
+# torch goes in first and pinned: an unpinned `torch` would pull gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/saccade demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(READY)
+	$(BIN)/saccade bench attention
+
+clean:
+	rm -rf .venv runs site build dist
