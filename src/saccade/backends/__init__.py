@@ -1,0 +1,89 @@
+"""How attention is computed: the backends and the choice among them. Knows nothing of layouts or masks.
+
+A backend is a module with three functions:
+
+    reason_against(problem) -> str | None       why it cannot compute this problem
+    forward(problem) -> (out, lse)              out [B, M, G, H, V] in output_dtype, lse [B, G, H, M] in compute_dtype
+    backward(problem, grad_out, grad_lse, out, lse, needs) -> gradients, one per entry of DIFFERENTIABLE
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from saccade.core.problem import Problem
+
+BACKENDS = ("chunked", "reference")
+"""All backends, by name."""
+
+AUTOMATIC = ("chunked",)
+"""Those that `backend=None` tries, in this order. The last accepts every problem."""
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; the answer has the same fields with tensors in them."""
+
+    query: bool
+    key: bool
+    value: bool
+    slopes: bool
+    table: bool
+    sinks: bool
+    biases: list[bool]
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shape and dtype of what they belong to; None where none was asked for."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    slopes: Tensor | None
+    table: Tensor | None
+    sinks: Tensor | None
+    biases: list[Tensor | None]
+
+
+class Backend(Protocol):
+    """The three functions of a backend module."""
+
+    def reason_against(self, problem: Problem) -> str | None: ...
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        problem: Problem,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs: Needs,
+    ) -> Gradients: ...
+
+
+def load(name: str) -> Backend:
+    """The backend module of this name."""
+    return cast(Backend, import_module(f"saccade.backends.{name}"))
+
+
+def choose(problem: Problem, backend: str | None) -> str:
+    """The name of the backend that computes this problem.
+
+    Raises:
+        ValueError: for an unknown name.
+        NotImplementedError: where the backend asked for by name cannot; it is never replaced by another.
+    """
+    if backend is None:
+        # The last one accepts everything, so there is always a first without a reason.
+        return next(name for name in AUTOMATIC if load(name).reason_against(problem) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, want one of {', '.join(BACKENDS)} or None")
+    reason = load(backend).reason_against(problem)
+    if reason is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot compute this: {reason}")
+    return backend

@@ -1,0 +1,129 @@
+"""`attention`: checks what it is given, casts under autocast, and calls the registered op. Knows no kernel."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from saccade.backends import choose
+from saccade.core.biases import Bias
+from saccade.core.library import attend
+from saccade.core.masks import Mask
+from saccade.core.problem import make_problem
+from saccade.core.ranges import KeyRanges
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | KeyRanges | Tensor | None = ...,
+    bias: Bias | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    output_dtype: torch.dtype | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | KeyRanges | Tensor | None = ...,
+    bias: Bias | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    output_dtype: torch.dtype | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | KeyRanges | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    output_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, `softmax(softcap(scale · Q Kᵀ) + bias, over the visible keys) V`, in memory linear in length.
+
+    The score matrix is never stored, forward or backward. Differentiable in query, key, value, every bias term and
+    `sinks`, through the output and through lse; deterministic. Letters: B batch, M queries, N keys, G key/value
+    heads, H query heads per group, K key dim, V value dim.
+
+    Args:
+        query: `[B, M, Hq, K]`, `[B, M, G, H, K]` or `[B, M, K]` (one head); fp32, fp64, bf16 or fp16; any strides.
+            Under autocast query, key and value are cast to the autocast dtype.
+        key: `[B, N, Hkv, K]` with `Hq % Hkv == 0` (query head h reads key head `h // (Hq // Hkv)`),
+            `[B, N, G, H or 1, K]` or `[B, N, K]`. For paged keys `[1, pages·page_size, …]`.
+        value: as key, with V in place of K.
+        mask: a layout & visibility, e.g. `Documents(lengths) & Causal()`; the same lowered once, `mask.lower(...)`;
+            or a bool tensor broadcastable to the scores, true = visible. `None`: every key is visible.
+            A row that sees nothing gets output 0, lse −inf and zero gradients.
+        bias: `Alibi`, `RelativeBias`, a floating tensor broadcastable to the scores (`[B, Hq, M, N]`,
+            `[B, G, H, M, N]` or `[B, M, N]` as the query's layout), or a sum of them. Added after the scale.
+        scale: factor on `Q Kᵀ`; `None` means `K ** -0.5`.
+        softcap: `c` replaces a scaled score s by `c · tanh(s / c)` (Gemma 2), before the bias; `None` for none.
+        sinks: learned logits `[Hq]` (`[G, H]` for 5-D) of one more key per head whose value is zero (GPT-OSS). lse
+            counts them, so a row that sees no key then has lse = sink.
+        dropout_p: probability in [0, 1) with which a weight is dropped; the others grow by 1/(1 − p). Applied
+            whenever it is not 0. Drawn from torch's generator of the query's device, one number a call.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        output_dtype: dtype of the output; `None` means the query's (after autocast).
+        backend: a name from `saccade.BACKENDS`, which is then used or refused, never replaced; `None` takes the
+            first that has no reason against the problem. `saccade.explain` tells which and why.
+
+    Returns:
+        `out` in the query's layout with V in place of K; with `return_lse` also lse, fp32 (fp64 for fp64 inputs), in
+        the query's layout without its last dimension and heads before M: `[B, Hq, M]`, `[B, G, H, M]` or `[B, M]`.
+
+    Raises:
+        ValueError: for a wrong argument; the message names it, what was got and what was wanted.
+        NotImplementedError: where the backend asked for by name cannot compute the problem.
+    """
+    query, key, value = _autocast(query, key, value)
+    problem, layout = make_problem(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        output_dtype=output_dtype,
+    )
+    out, lse = attend(problem, choose(problem, backend))
+    return (layout.output(out), layout.lse(lse)) if return_lse else layout.output(out)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Floating tensors in the autocast dtype where autocast is on; fp64 is left alone, as torch does."""
+    if not all(isinstance(x, Tensor) for x in tensors) or not torch.is_autocast_enabled(
+        tensors[0].device.type
+    ):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -1,0 +1,93 @@
+"""Bias terms: what is added to the scaled scores before the softmax. Knows nothing of masks, layouts or backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Bias:
+    """What all bias terms can do: be added to one another and to dense tensors."""
+
+    @property
+    def terms(self) -> tuple[Bias, ...]:
+        return (self,)
+
+    def __add__(self, other: Bias | Tensor) -> Bias:
+        if not isinstance(other, (Bias, Tensor)):
+            return NotImplemented
+        return BiasSum((*self.terms, *as_bias(other).terms))
+
+    def __radd__(self, other: Tensor) -> Bias:
+        return as_bias(other) + self
+
+
+@dataclass(frozen=True, eq=False)
+class Alibi(Bias):
+    """ALiBi (Press et al. 2021): adds `−slope · |diagonal(i) − j|`, never stored. Differentiable in the slopes.
+
+    Args:
+        slopes: floating `[H]`, one per query head (`[G, H]` for 5-D queries), or with a leading batch dimension.
+    """
+
+    slopes: Tensor
+
+    def __post_init__(self) -> None:
+        _check_floating("slopes", self.slopes)
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeBias(Bias):
+    """A learned bias by relative position: adds `table[h, clamp(j − diagonal(i), −R, R) + R]`. Differentiable.
+
+    The form behind T5's and Swin's relative biases (Shaw et al. 2018; Raffel et al. 2020); buckets are a matter
+    of how the table is filled, e.g. `table = weight[:, bucket_of(torch.arange(-R, R + 1))]`.
+
+    Args:
+        table: floating `[H, 2R + 1]`, one row per query head (`[G, H, 2R + 1]` for 5-D queries).
+    """
+
+    table: Tensor
+
+    def __post_init__(self) -> None:
+        _check_floating("table", self.table)
+        if self.table.dim() < 2 or self.table.shape[-1] % 2 == 0:
+            raise ValueError(f"table: got shape {list(self.table.shape)}, want [H, 2R + 1], an odd last size")
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBias(Bias):
+    """A tensor broadcastable to `[B, H, M, N]`, of any strides; its gradient is reduced to its own shape."""
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.dtype == torch.bool:
+            raise ValueError(
+                "bias: got a bool tensor, want floating values to add; a bool tensor goes to mask="
+            )
+        _check_floating("bias", self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class BiasSum(Bias):
+    """Several terms, all added."""
+
+    members: tuple[Bias, ...]
+
+    @property
+    def terms(self) -> tuple[Bias, ...]:
+        return self.members
+
+
+def as_bias(bias: Bias | Tensor) -> Bias:
+    """A bias as it is, a tensor as `DenseBias`."""
+    return DenseBias(bias) if isinstance(bias, Tensor) else bias
+
+
+def _check_floating(name: str, x: object) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: got {got}, want a floating tensor")

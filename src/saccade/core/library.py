@@ -1,0 +1,156 @@
+"""The registered operator: one forward, one backward, flat arguments. Knows backends by name only.
+
+Registered through torch.library so that torch.compile, autocast, checkpointing and the flop counter see one op.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from saccade.backends import Needs, load
+from saccade.core.problem import Problem
+
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? diagonal, Tensor? sequence, "
+    "Tensor? block_table, Tensor? dense, Tensor[] biases, Tensor? slopes, Tensor? table, Tensor? sinks, "
+    "Tensor? seed, int page_size, float scale, float softcap, float dropout_p, ScalarType output_dtype"
+)
+_DIFFERENTIABLE = ("query", "key", "value", "slopes", "table", "sinks")
+_SAVED = Problem._fields.index("page_size")
+"""The fields before this one are tensors (one a list of them); those from here on are numbers."""
+
+_library = torch.library.Library("saccade", "DEF")
+_library.define(f"attention_forward({_PROBLEM}, str backend) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_PROBLEM}, bool[] needs, "
+    "str backend) -> Tensor[]"
+)
+
+
+def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a problem through the registered op."""
+    return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
+
+
+def _without_autocast(device: torch.device) -> torch.autocast:
+    # A registered op's body runs with the caller's autocast still on; the casts were made before it.
+    return torch.autocast(device.type, enabled=False)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    problem, backend = Problem(*args[:-1]), args[-1]
+    with _without_autocast(problem.query.device):
+        return load(backend).forward(problem)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    problem = Problem(*args[:-1])
+    B, M, G, H, _ = problem.query.shape
+    out = problem.query.new_empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
+    return out, problem.query.new_empty((B, G, H, M), dtype=problem.compute_dtype)
+
+
+def _inputs(problem: Problem) -> list[Tensor | None]:
+    return [getattr(problem, name) for name in _DIFFERENTIABLE] + list(problem.biases)
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
+    *fields, needs, backend = args
+    problem = Problem(*fields)
+    first = len(_DIFFERENTIABLE)
+    with _without_autocast(problem.query.device):
+        grads = load(backend).backward(
+            problem, grad_out, grad_lse, out, lse, Needs(*needs[:first], biases=list(needs[first:]))
+        )
+    # The op returns tensors only: an empty one stands for a gradient nobody asked for.
+    return [lse.new_empty(0) if grad is None else grad for grad in (*grads[:first], *grads.biases)]
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
+    *fields, needs, _ = args
+    inputs = _inputs(Problem(*fields))
+    return [
+        lse.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
+        for x, needed in zip(inputs, needs, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    problem = Problem(*inputs[:-1])
+    ctx.save_for_backward(*output, *(x for x in problem[:_SAVED] if isinstance(x, Tensor)), *problem.biases)
+    # What was a tensor is put back from the saved ones; the rest is kept as it is.
+    ctx.present = [isinstance(x, Tensor) for x in problem[:_SAVED]]
+    ctx.numbers = (*problem[_SAVED:],)
+    ctx.biases = len(problem.biases)
+    ctx.backend = inputs[-1]
+
+
+def _restore(ctx: Any) -> tuple[Tensor, Tensor, Problem]:
+    out, lse, *saved = ctx.saved_tensors
+    count = len(saved) - ctx.biases
+    tensors, biases = iter(saved[:count]), saved[count:]
+    fields = [next(tensors) if present else None for present in ctx.present]
+    return out, lse, Problem(*fields, *ctx.numbers)._replace(biases=biases)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, problem = _restore(ctx)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    by_field = dict(zip(Problem._fields, ctx.needs_input_grad, strict=False))
+    # A list argument counts as one input; its entries tell for themselves.
+    needs = [bool(by_field[name]) for name in _DIFFERENTIABLE] + [x.requires_grad for x in problem.biases]
+    grads = torch.ops.saccade.attention_backward(grad_out, grad_lse, out, lse, *problem, needs, ctx.backend)
+    found = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    first = len(_DIFFERENTIABLE)
+    by_name = dict(zip(_DIFFERENTIABLE, found[:first], strict=True))
+    result: list[Any] = [found[first:] if name == "biases" else by_name.get(name) for name in Problem._fields]
+    return (*result, None)
+
+
+def _autograd_twice(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("saccade.attention is differentiable once: its backward has no backward")
+
+
+for _name, _body, _fake, _gradient, _context in (
+    ("attention_forward", _forward, _forward_fake, _autograd, _setup_context),
+    ("attention_backward", _backward, _backward_fake, _autograd_twice, None),
+):
+    _library.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"saccade::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"saccade::{_name}", _gradient, setup_context=_context, lib=_library)
+
+
+def forward_flops(problem: Problem) -> int:
+    """FLOPs of the forward pass over the visible area: two products."""
+    return 2 * visible_area(problem) * (problem.query.shape[-1] + problem.value.shape[-1])
+
+
+def backward_flops(problem: Problem) -> int:
+    """FLOPs of the backward pass over the visible area: five products, the recomputed scores among them."""
+    return 2 * visible_area(problem) * (3 * problem.query.shape[-1] + 2 * problem.value.shape[-1])
+
+
+def visible_area(problem: Problem) -> int:
+    """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing)."""
+    if problem.lo is not None and type(problem.lo) is not Tensor:
+        return problem._replace(lo=None, hi=None, diagonal=None).visible_pairs()
+    return problem.visible_pairs()
+
+
+@register_flop_formula(torch.ops.saccade.attention_forward, get_raw=True)  # type: ignore[untyped-decorator]
+def _count_forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return forward_flops(Problem(*args[: len(Problem._fields)]))
+
+
+@register_flop_formula(torch.ops.saccade.attention_backward, get_raw=True)  # type: ignore[untyped-decorator]
+def _count_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return backward_flops(Problem(*args[4 : 4 + len(Problem._fields)]))

@@ -1,0 +1,80 @@
+"""Key ranges: the lowered form of every mask. Knows neither how a mask was written nor how attention is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRanges:
+    """Which keys each query row may see: `S` disjoint ranges of keys per row.
+
+    Row `i` sees key `j` where `lo[s, b, i] <= j < hi[s, b, i]` for some `s` (and, where `dense` is given,
+    `dense[b, h, i, j]` is true as well). An empty range has `lo == hi`; a row with empty ranges only gives
+    output 0, lse −inf and zero gradients.
+
+    Attributes:
+        lo: int32 `[S, B or 1, M]`, first visible key.
+        hi: int32 `[S, B or 1, M]`, one past the last visible key.
+        diagonal: int32 `[S, B or 1, M]`, the key that stands at the same position as query `i`, in the
+            coordinates of range `s`. Distances in ALiBi and relative biases are `j − diagonal[s, b, i]`.
+        sequence: int32 `[M]`, the row of `block_table` that query `i` reads; only for paged keys.
+        block_table: int32 `[sequences, pages]`; only for paged keys. Then `j` is logical:
+            `physical = block_table[sequence[i], j // page_size] * page_size + j % page_size`.
+        page_size: keys per page; 0 where keys are not paged.
+        dense: bool, broadcastable to `[B, H, M, N]`, true where a key may be seen; for masks no range describes.
+
+    A mask is lowered by `mask.lower(batch, M, N, device)`. The lowered form may itself be passed as `mask=`:
+    lower once per step and hand the result to every layer.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    diagonal: Tensor
+    sequence: Tensor | None = None
+    block_table: Tensor | None = None
+    page_size: int = 0
+    dense: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> KeyRanges:
+        """The same ranges on another device."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        return replace(
+            self,
+            lo=self.lo.to(device),
+            hi=self.hi.to(device),
+            diagonal=self.diagonal.to(device),
+            sequence=moved(self.sequence),
+            block_table=moved(self.block_table),
+            dense=moved(self.dense),
+        )
+
+    def materialize(self, N: int) -> Tensor:
+        """The mask as a bool tensor `[B or 1, M, N]` (`[B or 1, H, M, N]` where `dense` has heads), true = visible.
+
+        Args:
+            N: number of keys in memory; for paged keys the number of physical slots.
+        """
+        logical = N if self.block_table is None else self.block_table.shape[1] * self.page_size
+        j = torch.arange(logical, device=self.lo.device)
+        visible = ((j >= self.lo[..., None]) & (j < self.hi[..., None])).any(0)
+        if self.dense is not None:
+            dense = self.dense.reshape((1,) * (4 - self.dense.dim()) + self.dense.shape)
+            visible = visible[:, None] & dense
+            visible = visible[:, 0] if visible.shape[1] == 1 else visible
+        if self.block_table is None or self.sequence is None:
+            return visible
+        # Two logical keys may share a physical slot: it is visible where either is.
+        slot = self.block_table.long()[:, j // self.page_size] * self.page_size + j % self.page_size
+        physical = slot.clamp(0, max(N - 1, 0))[self.sequence.long()].expand(visible.shape)
+        shape = (*visible.shape[:-1], N)
+        return (
+            torch.zeros(shape, dtype=torch.int32, device=j.device).scatter_add_(-1, physical, visible.int())
+            > 0
+        )
