@@ -186,7 +186,7 @@ def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
         problem = problem._replace(seed=ctx.rng_state)
     B, M, G, H, _ = problem.query.shape
     lse = unpadded(ctx.lse, inp.attn_bias, M).reshape(B, G, H, M).to(problem.compute_dtype)
-    out, grad = (x.reshape(B, M, G, H, -1) for x in (ctx.out, grad))
+    out, grad = (x.reshape(B, M, G, H, problem.value.shape[-1]) for x in (ctx.out, grad))
     needs = [True, True, True, False, False, False] + [False] * len(problem.biases)
     with torch.no_grad():
         grads = torch.ops.saccade.attention_backward(grad, None, out, lse, *problem, needs, choose(problem, None))
