@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_gpt import POSITIONS, draw, small
 from torch import Tensor
 
 from saccade.inference import KVCache, generate, probabilities, sample, stream
 from saccade.models import GPT
+from test_gpt import POSITIONS, draw, small
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2, 3]]
 
@@ -17,7 +17,7 @@ def lively(positions="rope", **changes) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:
-                p *= 6
+                p.mul_(6)
     return model
 
 
