@@ -45,7 +45,7 @@ def create_attn_bias(
         values.requires_grad_(requires_grad)
         return values if bias_type is Tensor else masks.LowerTriangularMaskWithTensorBias(values)
     r = random.Random(f"{bias_type.__name__} {batch_size} {q_len} {kv_len}")
-    window = r.randint(1, 5)
+    window = r.randint(2, 5)
     sides = {"window_left": r.randint(0, 5), "window_right": r.randint(0, 5)}
     if bias_type is masks.LocalAttentionFromBottomRightMask:
         return masks.LocalAttentionFromBottomRightMask(**sides)
@@ -61,7 +61,7 @@ def create_attn_bias(
         k = [n + extra for n, extra in zip(q, _parts(r, batch_size * (kv_len - q_len), batch_size), strict=True)]
         plain = masks.BlockDiagonalMask.from_seqlens(q, k, device=device)
         return _made(bias_type(plain.q_seqinfo, plain.k_seqinfo, **more))
-    k = [r.randint(0, kv_len) for _ in q]
+    k = [r.randint(min(n, kv_len), kv_len) for n in q]
     starts = [b * kv_len + r.randint(0, kv_len - n) for b, n in enumerate(k)]
     if issubclass(bias_type, masks.BlockDiagonalGappyKeysMask):
         starts.append(batch_size * kv_len)
@@ -114,7 +114,9 @@ def ref_attention(
         attn_bias = attn_bias.materialize(tuple(scores.shape), wide, q.device)
     if attn_bias is not None:
         scores = scores + attn_bias
-    weights = scores.softmax(-1).nan_to_num(0)
+    # A row without any finite score has no softmax: it is taken out before and set to zero after.
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
     if drop_mask is not None:
         weights = weights * (drop_mask / (1 - p))
     return (weights @ value).movedim(-2, 1)
