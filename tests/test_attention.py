@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saccade
 from saccade.core.problem import make_problem
-from saccade.testing import results, tolerances, worst
+from saccade.testing import differentiable, results, tolerances, with_inputs, worst
 
 
 def qkv(M=5, N=7, H=4, G=2, K=8, V=6, B=2, **kw):
@@ -79,7 +80,7 @@ def test_bias_in_five_dims():
 
 
 def test_sum_of_biases_is_the_sum():
-    q, k, v = qkv(M=7)
+    q, k, _ = qkv(M=7)
     a, b = (saccade.RelativeBias(torch.randn(4, 2 * r + 1)) for r in (2, 4))
     s, t = (saccade.Alibi(torch.rand(4)) for _ in range(2))
     dense = torch.randn(7, 7)
@@ -265,6 +266,9 @@ def test_opcheck(terms):
     else:
         kw = {}
     problem, _ = make_problem(q, k, v, **kw)
+    # Leaves: opcheck reads `.grad` of what it is given.
+    leaves = {name: x.detach().requires_grad_() for name, x in differentiable(problem).items()}
+    problem = with_inputs(problem, leaves)
     torch.library.opcheck(torch.ops.saccade.attention_forward.default, (*problem, "chunked"))
     out, lse = torch.ops.saccade.attention_forward(*problem, "chunked")
     needs = [

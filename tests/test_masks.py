@@ -2,7 +2,6 @@
 
 import doctest
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,7 +132,7 @@ def test_shared_prompt_equals_each_answer_alone(groups):
     q, k, v = (torch.randn(1, T, 2, 4, dtype=torch.float64) for _ in range(3))
     bias = saccade.Alibi(torch.tensor([0.5, 0.1], dtype=torch.float64))
     width = max((len(a) for a in answers), default=0)
-    padded = torch.tensor([a + [0] * (width - len(a)) for a in answers]).reshape(len(answers), width)
+    padded = torch.tensor([a + [0] * (width - len(a)) for a in answers], dtype=torch.int64).reshape(len(answers), width)
     for mask in (saccade.SharedPrompt(prompts, answers), saccade.SharedPrompt(torch.tensor(prompts), padded)):
         out = saccade.attention(q, k, v, mask=mask, bias=bias)
         at = 0

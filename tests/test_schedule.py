@@ -47,6 +47,6 @@ def test_documents_do_not_meet_and_decode_rows_stay_apart():
     assert area <= 16 * 64 * 64 * 2
     decode = spans(saccade.PaddedKeys([1] * 8, [5000] * 8, 5000) & saccade.Causal("bottom_right"), 8, 40000)
     assert len(decode) == 8
-    causal = spans(saccade.Causal(), 1024, 1024)
+    causal = spans(saccade.Causal(), 1024, 1024, overhead=1e6)
     assert [t.spans[0].last for t in causal] == [256, 512, 768, 1024]
     assert [t.spans[0].full_last for t in causal] == [1, 257, 513, 769]

@@ -1,6 +1,6 @@
 """What tests and benchmarks share: peak memory, a textbook attention in any dtype, and tolerances derived from it.
 
-Knows nothing of pytest. The textbook form is independent of the backends: dense, one line per term, autograd for gradients.
+Knows nothing of pytest. The textbook form is independent of the backends: dense, a line per term, under autograd.
 """
 
 from __future__ import annotations
@@ -70,12 +70,14 @@ def textbook(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if problem.sinks is not None:
         sink = problem.sinks.to(dtype)[..., None, None].expand(*score.shape[:-1], 1)
         score = torch.cat([score, sink], -1)
+    if score.shape[-1] == 0:
+        nothing = (query.sum() + value.sum()) * 0  # the result is constant, and still of a graph
+        out = query.new_zeros((*query.shape[:-1], value.shape[-1])) + nothing
+        return out, query.new_full(score.shape[:-1], -torch.inf) + nothing
     # A row without any finite score has no softmax: it is taken out before and set to zero after.
     empty = (score == -torch.inf).all(-1, keepdim=True)
     weight = score.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)[..., : len(j)].masked_fill(~visible, 0)
     lse = score.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
-    if score.shape[-1] == 0:
-        lse = torch.full_like(lse, -torch.inf)
     if problem.seed is not None:
         B, G, H, M = score.shape[:4]
         axes = [torch.arange(n) for n in (B, G * H, M)]
@@ -117,12 +119,12 @@ def results(
 
 
 def tolerances(problem: Problem, dtype: torch.dtype, exact: dict[str, Tensor]) -> dict[str, float]:
-    """How far from `exact` a result in `dtype` may be: twice the error of the textbook form in that dtype, plus a few
+    """How far from `exact` a result in `dtype` may be: three times the error of the textbook form in that dtype, plus a few
     roundings of the largest value for where the textbook happens to be lucky."""
     dense = results(lambda p: textbook(p, dtype), problem, dtype)
     eps = torch.finfo(dtype).eps
     return {
-        name: 2 * worst(dense[name], x) + 8 * eps * float(torch.nan_to_num(x, 0, 0, 0).abs().max() if x.numel() else 0)
+        name: 3 * worst(dense[name], x) + 3 * eps * float(torch.nan_to_num(x, 0, 0, 0).abs().max() if x.numel() else 0)
         for name, x in exact.items()
     }
 

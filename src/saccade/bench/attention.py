@@ -7,7 +7,6 @@ Knows the public API only; `saccade bench attention` runs it.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import time
@@ -119,10 +118,8 @@ def providers(work: Work, device: torch.device, flex: bool) -> dict[str, Provide
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plain = work.causal and dense is None
         added = dense.to(q.dtype) if dense is not None and dense.dtype != torch.bool else dense
-        out = F.scaled_dot_product_attention(
-            *map(heads_first, (q, k, v)), attn_mask=added, is_causal=plain, enable_gqa=gqa
-        )
-        return heads_first(out)
+        q, k, v = map(heads_first, (q, k, v))
+        return heads_first(F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=plain, enable_gqa=gqa))
 
     def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         H, G = work.shape.heads, work.shape.kv_heads
@@ -153,10 +150,8 @@ def _by_document(work: Work, gqa: bool) -> dict[str, Provider]:
 
     def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in qkv), is_causal=work.causal, enable_gqa=gqa
-            ).transpose(1, 2)
-            for qkv in zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
+            F.scaled_dot_product_attention(a, b, c, is_causal=work.causal, enable_gqa=gqa).transpose(1, 2)
+            for a, b, c in zip(*(x.transpose(1, 2).split(lengths, 2) for x in (q, k, v)), strict=True)
         ]
         return torch.cat(parts, 1)
 
@@ -164,8 +159,11 @@ def _by_document(work: Work, gqa: bool) -> dict[str, Provider]:
         q, k, v = (torch.nn.utils.rnn.pad_sequence(list(x[0].split(lengths)), batch_first=True) for x in (q, k, v))
         # Padding stands behind the keys, so causality hides it from every real query.
         keys = torch.arange(longest, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            q,
+            k,
+            v,
             attn_mask=None if work.causal else keys[:, None, None],
             is_causal=work.causal,
             enable_gqa=gqa,
@@ -255,16 +253,16 @@ def measure(work: Work, dtype: str, backward: bool, device: torch.device, rounds
         except Exception as error:
             row.note = f"cannot: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
             continue
-        error = _sampled_error(work, out, exact)
-        if not error < 0.02:
-            row.note = f"WRONG: differs from the reference by {error:.2g}"
+        difference = _sampled_error(out, exact)
+        if not difference < 0.02:
+            row.note = f"WRONG: differs from the reference by {difference:.2g}"
             continue
         row.peak_mib = peak_memory(run) / 2**20
         runs[name] = run
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(_timed(run, device))
+        for name, measured in runs.items():
+            times[name].append(_timed(measured, device))
     for name, seen in times.items():
         rows[name].milliseconds = statistics.median(seen) * 1e3
         rows[name].gflops = flops / statistics.median(seen) / 1e9
@@ -288,7 +286,7 @@ def _sampled_reference(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     return rows, saccade.attention(q, k, v, mask=chosen, bias=bias, backend="reference")
 
 
-def _sampled_error(work: Work, out: Tensor, exact: tuple[Tensor, Tensor]) -> float:
+def _sampled_error(out: Tensor, exact: tuple[Tensor, Tensor]) -> float:
     rows, want = exact
     return float((out.detach()[:, rows].double() - want).abs().max())
 
@@ -404,4 +402,4 @@ def plot(rows: list[Row], path: Path) -> None:
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
