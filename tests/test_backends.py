@@ -164,7 +164,7 @@ def test_memory_is_linear_in_length():
 
         def run():
             # A window keeps the time linear too; memory does not depend on what is visible.
-            out = saccade.attention(q, k, v, mask=saccade.Causal() & saccade.Window(512), backend="chunked")
+            out = saccade.attention(q, k, v, mask=saccade.Causal() & saccade.Window(64), backend="chunked")
             if backward:
                 out.sum().backward()
 
@@ -172,7 +172,7 @@ def test_memory_is_linear_in_length():
 
     torch.use_deterministic_algorithms(False)
     for backward in (False, True):
-        sizes = [1024, 4096, 32768]
+        sizes = [1024, 32768]
         peaks = [peak(n, backward) for n in sizes]
         exponent = math.log(peaks[-1] / peaks[0]) / math.log(sizes[-1] / sizes[0])
         assert exponent <= 1.05, peaks

@@ -59,7 +59,12 @@ def _parse(function: Callable[..., Any], words: list[str], command: str) -> Any:
     """Call the function with its parameters taken from the command line; required ones stand without a name."""
     import tyro
 
-    return tyro.cli(function, args=words, prog=f"saccade {command}", config=(tyro.conf.PositionalRequiredArgs,))
+    return tyro.cli(
+        function,
+        args=words,
+        prog=f"saccade {command}",
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes),
+    )
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def providers(work: Work, device: torch.device, flex: bool) -> dict[str, Provide
     slopes = work.slopes().to(device)
     bias = saccade.Alibi(slopes) if work.alibi else None
     found: dict[str, Provider] = {
-        f"saccade:{name}": lambda q, k, v, name=name: saccade.attention(q, k, v, mask=ranges, bias=bias, backend=name)  # type: ignore[misc]
+        f"saccade:{name}": lambda q, k, v, name=name: saccade.attention(q, k, v, mask=ranges, bias=bias, backend=name)
         for name in saccade.BACKENDS
         if name != "reference"
     }
