@@ -1,5 +1,6 @@
 """`saccade.attention` as users call it: layouts, errors, autocast, compile, checkpointing, FLOPs, merging, explain."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -331,7 +332,7 @@ def test_merge_of_parts_is_the_whole(cuts, seed):
 
     def parts():
         mask = saccade.Causal("bottom_right").materialize(5, 9)[0]
-        spans = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        spans = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         return [saccade.attention(q, k[:, s], v[:, s], mask=mask[:, s], return_lse=True) for s in spans]
 
     got = saccade.merge(parts())
@@ -373,13 +374,12 @@ def test_random_problems(data):
     q_lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
     k_lengths = draw(st.lists(st.integers(0, 12), min_size=len(q_lengths), max_size=len(q_lengths)))
     M = sum(q_lengths)
+    pages = torch.randint(0, 5, (len(q_lengths), 4), generator=torch.Generator().manual_seed(B))
     layout, N = {
         "batch": lambda: (None, draw(st.integers(0, 30))),
         "documents": lambda: (saccade.Documents(q_lengths, k_lengths), sum(k_lengths)),
         "padded": lambda: (saccade.PaddedKeys(q_lengths, k_lengths, 12), 12 * len(q_lengths)),
-        "paged": lambda: (
-            saccade.PagedKeys(q_lengths, k_lengths,
-                              torch.randint(0, 5, (len(q_lengths), 4), generator=torch.Generator().manual_seed(B)), 3), 15),
+        "paged": lambda: (saccade.PagedKeys(q_lengths, k_lengths, pages, 3), 15),
         "lengths": lambda: (saccade.KeyLengths([min(n, 20) for n in (*k_lengths, 3, 9)][:B]), 20),
     }[kind]()  # fmt: skip
     align = draw(st.sampled_from(["top_left", "bottom_right"]))

@@ -129,8 +129,8 @@ def test_gradcheck(backend):
 def test_each_gradient_alone(backend, name):
     """An input that alone needs a gradient gets it, the same as when all do."""
     torch.manual_seed(0)
-    inputs = dict(query=torch.randn(1, 5, 2, 4), key=torch.randn(1, 5, 2, 4), value=torch.randn(1, 5, 2, 4),
-                  slopes=torch.rand(2), table=torch.randn(2, 5), sinks=torch.randn(2), dense=torch.randn(5, 5))  # fmt: skip
+    inputs = {name: torch.randn(1, 5, 2, 4) for name in ("query", "key", "value")}
+    inputs |= {"slopes": torch.rand(2), "table": torch.randn(2, 5), "sinks": torch.randn(2), "dense": torch.randn(5, 5)}
 
     def grads(needed):
         x = {n: t.clone().requires_grad_(n in needed) for n, t in inputs.items()}

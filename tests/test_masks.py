@@ -181,8 +181,9 @@ def test_masks_move_to_a_device_and_lower_there_without_values():
     """On a device whose values cannot be read (meta), lowering with tensor lengths still works: it never reads them."""
     lengths = torch.tensor([4, 5], device="meta")
     table = torch.zeros(2, 3, dtype=torch.int32, device="meta")
-    for layout in (saccade.Documents(lengths), saccade.PaddedKeys(lengths, lengths, 6),
-                   saccade.GappyKeys(lengths, lengths, lengths), saccade.PagedKeys(lengths, lengths, table, 2)):  # fmt: skip
+    layouts = [saccade.Documents(lengths), saccade.PaddedKeys(lengths, lengths, 6)]
+    layouts += [saccade.GappyKeys(lengths, lengths, lengths), saccade.PagedKeys(lengths, lengths, table, 2)]
+    for layout in layouts:
         ranges = (layout & saccade.Causal() & saccade.Window(3) & saccade.Sinks(1)).lower(1, 9, 12, "meta")
         assert ranges.lo.shape == (2, 1, 9)
     assert (saccade.KeyLengths(lengths) & saccade.Causal()).lower(2, 3, 9, "meta").hi.shape == (1, 2, 3)

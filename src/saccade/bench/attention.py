@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,11 +98,10 @@ def providers(work: Work, device: torch.device, flex: bool) -> dict[str, Provide
     ranges = None if mask is None else mask.lower(1, work.tokens, work.tokens, device)
     slopes = work.slopes().to(device)
     bias = saccade.Alibi(slopes) if work.alibi else None
-    found: dict[str, Provider] = {
-        f"saccade:{name}": lambda q, k, v, name=name: saccade.attention(q, k, v, mask=ranges, bias=bias, backend=name)
-        for name in saccade.BACKENDS
-        if name != "reference"
-    }
+    found: dict[str, Provider] = {}
+    for name in saccade.BACKENDS:
+        if name != "reference":
+            found[f"saccade:{name}"] = partial(saccade.attention, mask=ranges, bias=bias, backend=name)
     gqa = work.shape.heads != work.shape.kv_heads
     dense: Tensor | None = None
     if len(work.lengths) > 1 or work.window is not None or work.alibi:
@@ -197,7 +197,7 @@ def _flex(work: Work, mask: Mask | None, device: torch.device, gqa: bool) -> dic
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         out = compiled(q, k, v, score_mod=alibi if work.alibi else None, block_mask=block, enable_gqa=gqa)
-        return out.transpose(1, 2)  # type: ignore[union-attr]
+        return out.transpose(1, 2)
 
     return {"flex compiled": run}
 
