@@ -127,9 +127,7 @@ def main() -> None:
     ids = tokenise(folder, english(options.sentences), options.longest)
     batches = [ids[i : i + options.batch] for i in range(0, len(ids), options.batch)]
     tokens, area = sum(map(len, ids)), sum(len(b) * max(map(len, b)) for b in batches)
-    print(
-        f"{len(ids)} sentences of {tokens / len(ids):.0f} tokens on average; padding makes it {area / tokens:.2f}x as many"
-    )
+    print(f"{len(ids)} sentences of {tokens / len(ids):.0f} tokens; padding makes them {area / tokens:.2f}x as many")
     seconds: dict[str, float] = {"unpadded": 0.0, "padded": 0.0}
     results: dict[str, list[Tensor]] = {name: [] for name in seconds}
     with torch.inference_mode():

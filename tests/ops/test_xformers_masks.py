@@ -143,6 +143,10 @@ def test_from_tensor_list_and_split():
     for part, x in zip(mask.split(packed), xs, strict=True):
         assert torch.equal(part, x)
     # `.to` keeps what `split` needs, and DINOv2 assigns the batch sizes itself.
+    elsewhere = mask.to("meta")
+    assert elsewhere.q_seqinfo is elsewhere.k_seqinfo
+    assert elsewhere.q_seqinfo.seqstart.device.type == "meta"
+    assert [part.shape[1] for part in elsewhere.split(packed)] == [3, 5]
     moved = mask.to("cpu")
     moved._batch_sizes = [1, 1, 1]
     assert [tuple(part.shape) for part in moved.split(packed)] == [(1, 3, 4), (1, 3, 4), (1, 5, 4)]
