@@ -21,10 +21,10 @@ from saccade.core.problem import Problem
 
 ROWS = 256
 """Most query rows in a tile; a power of two."""
-ELEMENTS = 2**18
-"""Scores held at a time, over all heads of a tile; 1 MiB in fp32, so that a tile stays in cache."""
-OVERHEAD = 20_000
-"""What a tile costs besides its elements, in elements: a dozen torch calls of a few µs, at some ns per element."""
+ELEMENTS = 2**19
+"""Scores held at a time, over all heads of a tile; 2 MiB in fp32, so that a tile stays in cache."""
+OVERHEAD = 80_000
+"""What a tile costs besides its elements, in elements: some dozen torch calls of a few µs, at under a ns per element."""
 
 
 def reason_against(problem: Problem) -> str | None:
