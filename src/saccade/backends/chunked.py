@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.backends import Gradients, Needs
 from saccade.backends.common import visible_matmul
-from saccade.backends.schedule import Tile, tiles
+from saccade.backends.schedule import Span, Tile, tiles, uniform_tiles
 from saccade.core.dropout import kept
 from saccade.core.problem import Problem
 
@@ -24,7 +24,7 @@ ROWS = 256
 ELEMENTS = 2**19
 """Scores held at a time, over all heads of a tile; 2 MiB in fp32, so that a tile stays in cache."""
 OVERHEAD = 80_000
-"""What a tile costs besides its elements, in elements: some dozen torch calls of a few µs, at under a ns per element."""
+"""What a tile costs besides its elements, in elements: dozens of torch calls of some µs, at about a ns an element."""
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -349,7 +349,16 @@ def _tiles(problem: Problem) -> Iterator[_Tile]:
     ranges = problem.ranges
     rows = min(ROWS, 1 << (M - 1).bit_length())
     entries = B if ranges[0].shape[1] == 1 else 1
-    for plan in tiles(ranges[0], ranges[1], rows, OVERHEAD / (entries * G * H)):
+    overhead = OVERHEAD / (entries * G * H)
+    if problem.lo is None:
+        plans = uniform_tiles(M, problem.row_length, rows)
+    elif rows >= M and M * problem.row_length <= 2 * overhead:
+        # Nothing a schedule could save is worth making one, nor waiting for the device to read the ranges.
+        everything = Span(0, 0, 0, 0, problem.row_length)
+        plans = [Tile(None, 0, M, [everything._replace(range=s) for s in range(ranges[0].shape[0])])]
+    else:
+        plans = tiles(ranges[0], ranges[1], rows, overhead)
+    for plan in plans:
         # As many groups, then batch entries, at a time as fill the tile's budget with 64 keys.
         at_once = max(1, ELEMENTS // ((plan.end - plan.begin) * H * 64))
         group_step, batch_step = min(G, at_once), max(1, at_once // G)

@@ -47,6 +47,11 @@ class Tile(NamedTuple):
     spans: list[Span]
 
 
+def uniform_tiles(M: int, N: int, rows: int) -> list[Tile]:
+    """Runs of `rows` rows that all see all N keys."""
+    return [Tile(None, begin, min(begin + rows, M), [Span(0, 0, 0, N, N)]) for begin in range(0, M, rows)]
+
+
 def tiles(lo: Tensor, hi: Tensor, rows: int, overhead: float) -> list[Tile]:
     """The cheapest tiling of the visible area by tiles of at most `rows` rows, a power of two.
 
