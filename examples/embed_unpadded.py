@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=64, help="sentences per batch, in the order they come")
     parser.add_argument("--longest", type=int, default=256, help="tokens after which a sentence is cut")
+    parser.add_argument("--sort", action="store_true", help="by length first, as whoever has all sentences at hand can")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -125,6 +126,8 @@ def main() -> None:
     folder = model_folder()
     encoder = Encoder(folder)
     ids = tokenise(folder, english(options.sentences), options.longest)
+    if options.sort:
+        ids.sort(key=len)
     batches = [ids[i : i + options.batch] for i in range(0, len(ids), options.batch)]
     tokens, area = sum(map(len, ids)), sum(len(b) * max(map(len, b)) for b in batches)
     print(f"{len(ids)} sentences of {tokens / len(ids):.0f} tokens; padding makes them {area / tokens:.2f}x as many")
