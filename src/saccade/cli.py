@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        return _fail(f"saccade {known[0]} needs {error.name}: pip install 'saccade[train]'")
+        return _fail(f"{known[0]} needs {error.name}: pip install 'saccade[train]'")
     except (ValueError, FloatingPointError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

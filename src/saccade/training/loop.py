@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -169,6 +170,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; a second one ends it at once. Bad
     options and checkpoints are ValueErrors; a loss or gradient that is not finite is a FloatingPointError.
     """
+    for extra in ("matplotlib", "rich", "safetensors"):  # better missed now than when the work is done
+        import_module(extra)
     device = find_device(config.device)
     torch.manual_seed(config.seed)
     task = make_task(config)

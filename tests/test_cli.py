@@ -1,0 +1,203 @@
+"""The command line: options become a configuration, mistakes become one line, and a run goes from end to end."""
+
+import json
+import re
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from saccade import cli
+from saccade.training.config import PRESETS, TrainConfig
+from saccade.training.loop import load_run, read_config
+
+TINY = "--task sort --max-length 4 --dim 16 --tokens 128 --steps 4 --warmup 1 --device cpu"
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_problems(monkeypatch):
+    """The last evaluation of 2000 problems would take longer than these runs."""
+    monkeypatch.setattr("saccade.training.tasks.HELD_OUT_PROBLEMS", 60)
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_a_task_chooses_its_preset(task):
+    assert cli.parse_train(["--task", task]) == PRESETS[task]
+    assert cli.parse_train([f"--task={task}"]) == PRESETS[task]
+
+
+def test_the_default_task_is_the_standard_library():
+    assert cli.parse_train([]) == PRESETS["stdlib"]
+
+
+def test_options_override_the_preset():
+    words = (
+        "--steps 7 --lr 0.5 --task sort --no-tie-embeddings --stop-at None --positions alibi --out runs/x --hidden 40"
+    )
+    assert cli.parse_train(words.split()) == replace(
+        PRESETS["sort"],
+        steps=7,
+        lr=0.5,
+        tie_embeddings=False,
+        stop_at=None,
+        positions="alibi",
+        out=Path("runs/x"),
+        hidden=40,
+    )
+
+
+def test_help_names_every_option_and_the_preset(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--task", "addition", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for field in fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    plain = re.sub(r"[\s│]+", " ", text)
+    assert "those of addition." in plain
+    assert f"the learning rate's schedule spans them. (default: {PRESETS['addition'].steps})" in plain
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "stream"),
+    [([], 2, "err"), (["-h"], 0, "out"), (["--help"], 0, "out"), (["fly"], 2, "err"), (["bench"], 2, "err")],
+)
+def test_usage(capsys, words, status, stream):
+    assert cli.main(words) == status
+    shown = getattr(capsys.readouterr(), stream)
+    assert shown.startswith("usage: saccade COMMAND")
+    for command in ("train", "generate", "demo", "info", "explain", "bench attention"):
+        assert f"\n  {command} " in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --task copy --heads 3", "dim: got"),
+        ("train --task copy --device toaster", "device: got 'toaster'"),
+        ("train --resume nowhere", "nowhere: holds no config.json"),
+        ("generate nowhere", "nowhere: holds no config.json"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"saccade: {message}")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", ["train --task divide", "train --steps many", "train --steps 0", "train --stepz 3", "generate"]
+)
+def test_words_that_mean_nothing(capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["tyro", "rich", "safetensors", "matplotlib"])
+def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path, missing):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Blocker(missing), *sys.meta_path])
+    assert cli.main(["train", *TINY.split()]) == 1
+    assert capsys.readouterr().err == f"saccade: train needs {missing}: pip install 'saccade[train]'\n"
+    assert list(tmp_path.iterdir()) == []  # said before the work, not after
+
+
+class Blocker:
+    """An import hook for which one package is not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_any_other_missing_module_is_our_own_fault(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [Blocker("saccade"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "saccade.training.loop")
+    with pytest.raises(ModuleNotFoundError, match=r"saccade\.training\.loop"):
+        cli.main(["train", *TINY.split()])
+
+
+def test_commands_of_others_are_found_when_asked_for(monkeypatch, capsys):
+    """info, explain and bench take their options from the functions they call."""
+    called = []
+    for name in ("saccade.info", "saccade.bench.attention"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+    def record(length: int = 3) -> None:
+        called.append(length)
+
+    sys.modules["saccade.info"].main = lambda json: called.append(json)
+    sys.modules["saccade.info"].explain_main = record
+    sys.modules["saccade.bench.attention"].main = record
+    for words in ("info", "info --json", "explain --length 7", "bench attention --length 8"):
+        assert cli.main(words.split()) == 0
+    assert called == [False, True, 7, 8]
+
+
+def test_train_resume_and_generate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *TINY.split()]) == 0
+    shown = capsys.readouterr().out
+    run = tmp_path / "runs" / "sort"
+    result = json.loads((run / "result.json").read_text())
+    assert "exact match on held-out data after 4 steps" in shown
+    assert f"this model  {result['held_out']:.4f}" in shown
+    config = read_config(run)
+    assert (config.task, config.steps, config.dim) == ("sort", 4, 16)
+
+    assert cli.main(["train", "--resume", str(run), "--steps", "6"]) == 0
+    assert "after 6 steps" in capsys.readouterr().out
+    assert read_config(run) == replace(config, steps=6)
+
+    assert cli.main(["generate", str(run), "--prompt", "hello=", "--max-tokens", "5"]) == 0
+    greedy = capsys.readouterr().out
+    assert greedy.startswith("hello=")
+    assert len(greedy) <= len("hello=") + 5 + 1
+    assert cli.main(["generate", str(run), "--prompt", "hello=", "--max-tokens", "5"]) == 0
+    assert capsys.readouterr().out == greedy
+
+    drawn = set()
+    for seed in range(3):
+        words = ["--prompt", "a=", "--max-tokens", "9", "--temperature", "2.0", "--top-p", "0.9", "--seed", str(seed)]
+        assert cli.main(["generate", str(run), *words]) == 0
+        drawn.add(capsys.readouterr().out)
+    assert len(drawn) == 3
+
+    assert cli.main(["generate", str(run), "--prompt", "Ä"]) == 1
+    assert capsys.readouterr().err.startswith("saccade: prompt: got 'Ä'")
+
+
+def test_demo_shows_the_baselines_and_writes_source_code(tmp_path, monkeypatch, capsys):
+    library = tmp_path / "library"
+    library.mkdir()
+    for i in range(40):
+        (library / f"m{i}.py").write_bytes(b"def f(x):\n    return x\n" * (1 + i % 5))
+    monkeypatch.setattr("saccade.training.data.sysconfig.get_path", lambda name: str(library))
+    from saccade.training.data import _documents, _split
+
+    _split.cache_clear()
+    _documents.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    options = "--max-length 64 --dim 16 --layers 1 --tokens 256 --steps 3 --device cpu"
+    assert cli.main(["demo", *options.split()]) == 0
+    _split.cache_clear()
+    _documents.cache_clear()
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "runs" / "stdlib" / "result.json").read_text())
+    for name, figure in {"this model": result["held_out"], **result["baselines"]}.items():
+        assert re.search(rf"^  {re.escape(name)} +{figure:.4f}$", shown, re.MULTILINE)
+    for prompt in ("import ", "class ", "def "):
+        assert f"--- generated from {prompt!r}\n{prompt}" in shown
+    assert load_run(tmp_path / "runs" / "stdlib", "cpu")[0].precision == "bf16"

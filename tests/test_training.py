@@ -1,0 +1,413 @@
+"""Training: the schedule, one step, whole runs: equal on two backends, equal after a resume, stopped by Ctrl-C."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saccade.training import checkpoint
+from saccade.training.config import PRESETS, TrainConfig
+from saccade.training.data import is_held_out
+from saccade.training.loop import (
+    find_device,
+    learning_rate,
+    load_run,
+    make_model,
+    make_optimizer,
+    make_scaler,
+    make_task,
+    read_config,
+    take_step,
+    train,
+)
+from saccade.training.packing import Batch
+from saccade.training.report import read_metrics
+
+CPU = torch.device("cpu")
+TINY = TrainConfig(
+    task="reverse",
+    max_length=6,
+    dim=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    tokens=96,
+    steps=12,
+    warmup=3,
+    lr=1e-2,
+    eval_every=5,
+    eval_tokens=96,
+    checkpoint_every=6,
+    device="cpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_problems(monkeypatch):
+    """The last evaluation of 2000 problems would take longer than these runs."""
+    monkeypatch.setattr("saccade.training.tasks.HELD_OUT_PROBLEMS", 60)
+
+
+def parts(config, dtype=torch.float32):
+    """The task, and a model with its optimizer and loss scale, as a run makes them."""
+    torch.manual_seed(config.seed)
+    task = make_task(config)
+    model = make_model(config, task.vocab_size).to(dtype)
+    return task, model, make_optimizer(model, config), make_scaler(config, CPU)
+
+
+def losses(run):
+    """[(step, loss)] of a run folder."""
+    return [(record["step"], record["loss"]) for record in read_metrics(run) if "loss" in record]
+
+
+def test_schedule_by_hand():
+    config = replace(TINY, lr=0.5, lr_end=0.1, warmup=4, steps=12)
+    rates = [learning_rate(config, step) for step in range(14)]
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rates[8] == pytest.approx((0.5 + 0.05) / 2)  # halfway down the cosine
+    assert rates[10] == pytest.approx(0.05 + 0.45 * (1 + math.cos(3 * math.pi / 4)) / 2)
+    assert rates[12:] == pytest.approx([0.05, 0.05])
+    assert learning_rate(replace(config, warmup=0), 0) == 0.5
+    assert learning_rate(replace(config, warmup=100), 11) == pytest.approx(0.5 * 12 / 100)
+
+
+def test_decay_reaches_matrices_only():
+    _, model, optimizer, _ = parts(TINY)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for name, p in model.named_parameters() if "norm" not in name}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_accumulation_is_one_big_batch():
+    config = replace(TINY, clip=math.inf)
+    task = make_task(config)
+    small = [task.train_batch(0, 0, 30), task.train_batch(0, 1, 120)]
+    assert small[0].scored() < small[1].scored() / 2  # so that a mean of means would be wrong
+    big = Batch(
+        torch.cat([batch.tokens for batch in small]),
+        torch.cat([batch.targets for batch in small]),
+        small[0].lengths + small[1].lengths,
+    )
+    results = []
+    for batches in (small, [big]):
+        _, model, _, scaler = parts(config, torch.float64)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        loss, norm = take_step(model, torch.optim.SGD(model.parameters(), lr=1.0), scaler, batches, config)
+        gradient = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+        results.append((loss, norm, gradient))
+    (loss, norm, gradient), (big_loss, big_norm, big_gradient) = results
+    # The loss is reported in fp32, so its share in each micro-batch's gradient is rounded to that.
+    eps = torch.finfo(torch.float32).eps
+    assert loss == pytest.approx(big_loss, rel=4 * eps)
+    assert norm == pytest.approx(big_norm, rel=4 * eps)
+    assert (gradient - big_gradient).norm() <= 4 * eps * big_gradient.norm()
+    assert norm == pytest.approx(float(gradient.norm()), rel=1e-6)
+
+
+def test_clipping_scales_the_step_to_the_norm():
+    task, model, _, scaler = parts(TINY, torch.float64)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    _, norm = take_step(model, sgd, scaler, [task.train_batch(0, 0, 96)], replace(TINY, clip=0.01))
+    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert norm > 0.1
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_chunked_and_reference_train_alike(tmp_path):
+    config = replace(TINY, task="sort", steps=50, max_length=16, tokens=256, lr=1e-2, eval_every=100, checkpoint_every=100)
+    curves = []
+    for backend in ("chunked", "reference"):
+        train(replace(config, backend=backend, out=tmp_path / backend), quiet=True)
+        curves.append(losses(tmp_path / backend))
+    assert len(curves[0]) == 50
+    assert max(abs(a - b) for (_, a), (_, b) in zip(*curves, strict=True)) <= 1e-5
+    assert curves[0][-1][1] < curves[0][0][1] - 0.5  # it did train
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resume_continues_bit_for_bit(tmp_path, precision):
+    config = replace(TINY, precision=precision, dropout=0.2, accumulation=2, out=tmp_path / "whole")
+    train(config, quiet=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000012")
+    torch.manual_seed(1234)
+    half = replace(read_config(tmp_path / "half"), resume=tmp_path / "half")
+    result = train(half, quiet=True)
+    assert (result.step, result.run) == (12, str(tmp_path / "half"))
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    assert [step for step, _ in losses(tmp_path / "half")] == list(range(1, 13))
+    states = []
+    for name in ("whole", "half"):
+        folder = checkpoint.latest(tmp_path / name)
+        states.append([(folder / file).read_bytes() for file in (checkpoint.MODEL, checkpoint.TRAINING)])
+    assert states[0] == states[1]
+
+
+def test_dropout_draws_matter(tmp_path):
+    """What the generator's state decides shows in the losses, so the test above does test that it is restored."""
+    config = replace(TINY, dropout=0.2, steps=3)
+    train(replace(config, out=tmp_path / "a"), quiet=True)
+    train(replace(config, dropout=0.0, out=tmp_path / "b"), quiet=True)
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_follows_fp32(tmp_path, precision):
+    config = replace(TINY, steps=40, lr=3e-3, checkpoint_every=100)
+    for name in ("fp32", precision):
+        train(replace(config, precision=name, out=tmp_path / name), quiet=True)
+    exact = [loss for _, loss in losses(tmp_path / "fp32")]
+    rounded = [loss for _, loss in losses(tmp_path / precision)]
+    assert exact != rounded
+    assert exact[-1] < exact[0] - 0.3
+    assert rounded == pytest.approx(exact, rel=0.05)
+    scale = json.loads((checkpoint.latest(tmp_path / precision) / checkpoint.STATE).read_text())["scaler"]
+    assert bool(scale) == (precision == "fp16")
+
+
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale():
+    config = replace(TINY, precision="fp16")
+    task, model, optimizer, _ = parts(config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss, norm = take_step(model, optimizer, scaler, [task.train_batch(0, 0, 96)], config)
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(precision):
+    config = replace(TINY, precision=precision)
+    task, model, optimizer, scaler = parts(config)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"the loss is nan.*lower lr"):
+        take_step(model, optimizer, scaler, [task.train_batch(0, 0, 96)], config)
+    assert all(torch.equal(p, q) or p.isnan().any() for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    task, model, optimizer, scaler = parts(TINY)
+    model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"gradient's norm is (inf|nan)"):
+        take_step(model, optimizer, scaler, [task.train_batch(0, 0, 96)], TINY)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):
+    config = replace(TINY, lr=1e30, warmup=0, weight_decay=0.0, checkpoint_every=1, out=tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"step \d+: the .* holds the run up to step \d+"):
+        train(config, quiet=True)
+    model = load_run(tmp_path / "run", "cpu")[2]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = replace(TINY, steps=10)
+    result = train(config)
+    assert result.run == os.path.join("runs", "reverse")  # noqa: PTH118 (as the platform writes it)
+    run = tmp_path / "runs" / "reverse"
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+        "result.json",
+    }
+    assert read_config(run) == config
+    assert json.loads((run / "result.json").read_text())["held_out"] == result.held_out
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    checks = [(record["step"], record["exact_match"]) for record in read_metrics(run) if "exact_match" in record]
+    assert [step for step, _ in checks] == [5, 10]
+    assert checks[-1][1] == result.held_out
+    records = [record for record in read_metrics(run) if "loss" in record]
+    assert [record["lr"] for record in records] == [learning_rate(config, step) for step in range(10)]
+    assert all(80 <= record["tokens"] <= 96 for record in records)
+    assert records[-1]["seconds"] == result.seconds
+    shown = capsys.readouterr().out
+    assert "parameters, fp32 on cpu" in shown
+    assert "exact match" in shown
+    assert train(config, quiet=True).run == os.path.join("runs", "reverse-2")  # noqa: PTH118
+
+
+def test_a_run_stops_at_its_aim(tmp_path):
+    config = replace(TINY, task="copy", max_length=2, steps=4000, lr=2e-2, tokens=256, stop_at=0.05, eval_every=20)
+    result = train(replace(config, out=tmp_path / "run"), quiet=True)
+    assert result.held_out >= 0.05
+    assert result.step < 4000
+    assert result.step % 20 == 0
+    assert checkpoint.latest(tmp_path / "run").name == f"step-{result.step:08d}"
+
+
+def test_text_is_trained_on_and_compared(tmp_path, monkeypatch):
+    source = tmp_path / "library"
+    source.mkdir()
+    for i in range(60):
+        (source / f"m{i}.py").write_bytes(b"def f(x):\n    return x\n" * (1 + i % 5))
+    assert 0 < sum(is_held_out(f"m{i}.py") for i in range(60)) < 60
+    monkeypatch.setattr("saccade.training.data.sysconfig.get_path", lambda name: str(source))
+    from saccade.training.data import _documents, _split
+
+    _split.cache_clear(), _documents.cache_clear()
+    config = replace(TINY, task="stdlib", max_length=64, tokens=512, steps=60, lr=2e-2, precision="bf16")
+    result = train(replace(config, out=tmp_path / "run"), quiet=True)
+    _split.cache_clear(), _documents.cache_clear()
+    assert result.metric == "bits_per_byte"
+    assert result.held_out < 3  # of 8 for a model that knows nothing
+    assert set(result.baselines) == {"bigram", "gzip -9, each file", "gzip -9, one stream"}
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+    run = tmp_path / "run"
+    options = "--task copy --max-length 4 --dim 16 --tokens 64 --steps 100000 --eval-every 100000 --device cpu"
+    command = [sys.executable, "-m", "saccade", "train", *options.split(), "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    step = losses(run)[-1][0]
+    assert f"interrupted after step {step}; go on with: saccade train --resume {run}" in out.replace("\n", " ")
+    assert checkpoint.latest(run).name == f"step-{step:08d}"
+    assert json.loads((run / "result.json").read_text())["interrupted"]
+    result = train(replace(read_config(run), resume=run, steps=step + 2), quiet=True)
+    assert result.step == step + 2
+    assert [number for number, _ in losses(run)] == list(range(1, step + 3))
+
+
+def test_ctrl_c_handlers_are_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_load_run(tmp_path):
+    train(replace(TINY, out=tmp_path / "run"), quiet=True)
+    config, task, model = load_run(tmp_path / "run", "cpu")
+    assert config == TINY
+    assert task == make_task(TINY)
+    assert not model.training
+    with pytest.raises(ValueError, match=r"holds no config.json"):
+        load_run(tmp_path)
+
+
+def test_a_run_of_another_model_is_refused(tmp_path):
+    train(replace(TINY, steps=2, out=tmp_path / "run"), quiet=True)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"model\.safetensors: lacks"):
+        train(replace(read_config(tmp_path / "run"), resume=tmp_path / "run", layers=3, steps=4), quiet=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    assert read_config(tmp_path / "run").layers == 2
+
+
+def test_folders_are_not_overwritten(tmp_path):
+    train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)
+    with pytest.raises(ValueError, match=r"out: .* holds a run already"):
+        train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)
+    with pytest.raises(ValueError, match=r"out: got .*elsewhere, wanted none"):
+        train(replace(TINY, resume=tmp_path / "run", out=tmp_path / "elsewhere"), quiet=True)
+
+
+def test_a_broken_line_of_metrics_is_left_behind(tmp_path):
+    run = tmp_path / "run"
+    train(replace(TINY, steps=6, out=run), quiet=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')  # steps after the checkpoint, then a crash
+    train(replace(read_config(run), resume=run, steps=8), quiet=True)
+    assert [step for step, _ in losses(run)] == list(range(1, 9))
+    assert (7, 1.0) not in losses(run)
+
+
+def test_find_device():
+    assert find_device("cpu") == CPU
+    assert find_device("auto") == (torch.accelerator.current_accelerator() or CPU)
+    with pytest.raises(ValueError, match="device: got 'toaster'"):
+        find_device("toaster")
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_config_round_trip(task):
+    assert PRESETS[task].task == task
+    assert TrainConfig.from_json(PRESETS[task].to_json()) == PRESETS[task]
+    make_task(PRESETS[task])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "divide"}, "task: got 'divide'"),
+        ({"precision": "fp8"}, "precision: got 'fp8'"),
+        ({"tokens": 0}, "tokens: got 0"),
+        ({"accumulation": 0}, "accumulation: got 0"),
+        ({"steps": -1}, "steps: got -1"),
+        ({"eval_every": 0}, "eval_every: got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every: got 0"),
+        ({"warmup": -1}, "warmup: got -1"),
+        ({"lr": 0.0}, "lr: got 0.0"),
+        ({"lr": math.nan}, "lr: got nan"),
+        ({"lr_end": 1.5}, "lr_end: got 1.5"),
+        ({"beta2": 1.0}, "beta2: got 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
+        ({"clip": 0.0}, "clip: got 0.0"),
+        ({"stop_at": 0.0}, "stop_at: got 0.0"),
+        ({"task": "stdlib", "stop_at": 0.5}, "stop_at: got 0.5 for stdlib"),
+    ],
+)
+def test_bad_options(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "dim"),
+        ({"kv_heads": 3}, "kv_heads"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"max_length": 1}, "max_length"),
+        ({"device": "toaster"}, "device"),
+        ({"backend": "abacus"}, "backend"),
+    ],
+)
+def test_bad_options_that_others_check(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(TINY, out=tmp_path / "run", **change), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "run/config.json: not a training configuration"),
+        ("3", "run/config.json: not a training configuration"),
+        ('{"stepz": 3}', "run/config.json: unknown option stepz"),
+        ('{"steps": "many"}', "run/config.json: "),
+        ('{"steps": 0}', "run/config.json: steps: got 0"),
+    ],
+)
+def test_bad_configuration_files(text, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_json(text, "run/config.json")
