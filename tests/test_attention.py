@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,13 @@ ERRORS = [
     (dict(mask=saccade.KeyLengths([8])), "lengths", "up to 8"),
     (dict(mask=saccade.SharedPrompt([3], [[2]])), "prompt_lengths", "M = 5, N = 7"),
     (dict(mask=saccade.Causal().lower(1, 6, 7)), "mask", r"\[1, 1, 6\]"),
+    (dict(mask=saccade.Causal().lower(1, 5, 9)), "mask", "N = 9"),
+    (dict(mask=replace(saccade.Causal().lower(1, 5, 7), hi=torch.zeros(2, 1, 5))), "mask", r"\[2, 1, 5\]"),
+    (dict(mask=replace(saccade.Causal().lower(1, 5, 7), lo=torch.zeros(1, 1, 5))), "mask", "float32"),
+    (dict(mask=replace(saccade.Causal().lower(1, 5, 7), page_size=4)), "mask", "some of"),
+    (dict(value=torch.zeros(1, 7, 2, 0)), "value", r"\[1, 7, 2, 0\]"),
+    (dict(query=torch.zeros(1, 5, 4, 8).to_sparse()), "query", "sparse"),
+    (dict(scale=10**400), "scale", "1000"),
     (dict(bias=torch.zeros(5, 8)), "bias", r"\[5, 8\]"),
     (dict(bias=torch.zeros(5, 7, dtype=torch.bool)), "bias", "bool"),
     (dict(bias="alibi"), "bias", "str"),
@@ -178,6 +186,11 @@ CONSTRUCTORS = [
         "bottom_right and top_left",
     ),
     (lambda: saccade.SharedPrompt([1], [[1]]) & saccade.Causal("bottom_right"), "align", "bottom_right"),
+    (lambda: saccade.Documents([math.inf]), "q_lengths", "inf"),
+    (lambda: saccade.SharedPrompt([2], 5), "answer_lengths", "5"),
+    (lambda: saccade.SharedPrompt([2], [[6]]) & saccade.Sinks(4), "count", "4"),
+    (lambda: saccade.PagedKeys([1], [1], None, 2), "block_table", "None"),
+    (lambda: saccade.PagedKeys([1], [1], torch.ones(1, 1, dtype=torch.bool), 2), "block_table", "bool"),
     (lambda: saccade.Prefix(-1), "length", "-1"),
     (lambda: saccade.Sinks(2.0), "count", "2.0"),
     (lambda: saccade.Documents([1]) & saccade.KeyLengths([1]), "mask", "Documents & KeyLengths"),
@@ -347,6 +360,9 @@ def test_merge_of_parts_is_the_whole(cuts, seed):
 def test_merge_edges():
     out, lse = torch.full((1, 2, 1, 3), torch.nan), torch.full((1, 1, 2), -torch.inf)
     other = torch.ones(1, 2, 1, 3), torch.tensor([[[0.5, -torch.inf]]])
+    live = [x.clone().requires_grad_() for x in other]
+    saccade.merge([(out, lse), tuple(live)])[0].sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in live)
     merged, total = saccade.merge([(out, lse), other])
     assert torch.equal(merged[0, 0, 0], torch.ones(3))
     assert torch.equal(merged[0, 1, 0], torch.zeros(3))
@@ -450,3 +466,46 @@ def test_info_runs_with_torch_alone():
     text = subprocess.run([sys.executable, "-m", "saccade.info"], check=True, capture_output=True, text=True).stdout
     assert "attention.chunked" in text
     assert "available" in text
+
+
+def test_ranges_made_by_hand_are_cut_off_at_the_keys():
+    q, k, v = qkv(M=5, N=7)
+    wide = torch.full((1, 1, 5), 10**6, dtype=torch.int32)
+    got = saccade.attention(q, k, v, mask=saccade.KeyRanges(-wide, wide, wide * 0))
+    torch.testing.assert_close(got, saccade.attention(q, k, v))
+
+
+def test_sums_begin_at_zero_and_foreign_operands_are_refused():
+    q, k, v = qkv(M=5, N=7)
+    terms = [saccade.Alibi(torch.rand(4)), saccade.RelativeBias(torch.randn(4, 5)), torch.randn(5, 7)]
+    torch.testing.assert_close(
+        saccade.attention(q, k, v, bias=sum(terms)),
+        saccade.attention(q, k, v, bias=terms[0] + terms[1] + terms[2]),
+    )
+    for wrong in (lambda: 1.0 + terms[0], lambda: None & saccade.Causal(), lambda: saccade.Causal() & 1):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_forward_mode_is_refused_not_zero():
+    q, k, v = qkv()
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"forward-mode|not implemented"):
+        torch.func.jvp(lambda x: saccade.attention(x, k, v), (q,), (torch.ones_like(q),))
+
+
+def test_wide_block_tables_do_not_overflow():
+    """Sequences × pages × page size past 2³¹, with a cache of three pages."""
+    table = torch.zeros(3, 2**20, dtype=torch.int32)
+    table[:, 0] = torch.arange(3)
+    q, k, v = torch.randn(1, 3, 1, 4), torch.randn(1, 3072, 1, 4), torch.randn(1, 3072, 1, 4)
+    out = saccade.attention(q, k, v, mask=saccade.PagedKeys([1, 1, 1], [5, 5, 5], table, 1024), backend="chunked")
+    for n in range(3):
+        keys = slice(n * 1024, n * 1024 + 5)
+        torch.testing.assert_close(out[:, n], saccade.attention(q[:, n : n + 1], k[:, keys], v[:, keys])[:, 0])
+
+
+def test_explain_draws_nothing():
+    tensors = qkv()
+    state = torch.get_rng_state()
+    saccade.explain(*tensors, dropout_p=0.5, return_lse=True)
+    assert torch.equal(state, torch.get_rng_state())

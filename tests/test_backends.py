@@ -69,9 +69,10 @@ def test_bitwise_equal_from_run_to_run(case, backend):
         assert torch.equal(x, second[name]), name
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("special", [torch.nan, torch.inf])
 @pytest.mark.parametrize("backend", saccade.BACKENDS)
-def test_what_nobody_may_see_does_not_leak(backend, special):
+def test_what_nobody_may_see_does_not_leak(backend, special, softcap):
     """Keys in padding, and whole documents, full of NaN or inf: nothing of it reaches another document."""
     torch.manual_seed(0)
     lengths = SHORT
@@ -81,7 +82,7 @@ def test_what_nobody_may_see_does_not_leak(backend, special):
 
     def run(q, k, v):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, lse = saccade.attention(*inputs, mask=mask, return_lse=True, backend=backend)
+        out, lse = saccade.attention(*inputs, mask=mask, softcap=softcap, return_lse=True, backend=backend)
         keep = torch.ones(63, dtype=torch.bool)
         keep[bad] = False
         grads = torch.autograd.grad((out.cos() * 2).sum() + lse.sum(), inputs)

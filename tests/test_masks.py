@@ -157,6 +157,24 @@ def test_dense_masks_combine_from_both_sides():
     assert torch.equal((saccade.Causal() & keys & rows).materialize(3, 3)[0], want & rows)
 
 
+def test_unbounded_windows_by_large_numbers():
+    for large in (2**31 - 1, 2**40):
+        assert torch.equal(saccade.Window(0, large).materialize(3, 3), saccade.Window(0, None).materialize(3, 3))
+        assert torch.equal(saccade.Window(large, 0).materialize(3, 3), saccade.Window(None, 0).materialize(3, 3))
+        documents = saccade.Documents([1, 2]) & saccade.Causal()
+        for widened in (saccade.Window(0) & saccade.Sinks(large), saccade.Prefix(large)):
+            assert (documents & widened).materialize()[0, 1:, 1].all()
+
+
+def test_dense_masks_of_five_dims_and_of_few():
+    five = torch.rand(2, 3, 2, 4, 4) < 0.5
+    got = (saccade.KeyLengths([2, 4]) & five).materialize(4, 4)
+    keys = torch.arange(4) < torch.tensor([2, 4])[:, None]
+    assert torch.equal(got, five & keys[:, None, None, None])
+    rows = torch.ones(4, 4, dtype=torch.bool)
+    assert (saccade.Causal() & rows & rows[0]).draw() == saccade.Causal().draw(4, 4)
+
+
 def test_equality_and_hash():
     assert saccade.Causal() == saccade.Causal()
     assert saccade.Causal() != saccade.Causal("bottom_right")

@@ -124,7 +124,9 @@ def test_clipping_scales_the_step_to_the_norm():
 
 
 def test_chunked_and_reference_train_alike(tmp_path):
-    config = replace(TINY, task="sort", steps=50, max_length=16, tokens=256, lr=1e-2, eval_every=100, checkpoint_every=100)
+    config = replace(
+        TINY, task="sort", steps=50, max_length=16, tokens=256, lr=1e-2, eval_every=100, checkpoint_every=100
+    )
     curves = []
     for backend in ("chunked", "reference"):
         train(replace(config, backend=backend, out=tmp_path / backend), quiet=True)

@@ -69,7 +69,7 @@ class Explanation:
     """By backend: why it cannot, or None."""
     shape: str
     visible: int
-    """Visible (query, key) pairs over batch and heads."""
+    """Visible (query, key) pairs over batch and heads; what a dense mask hides inside the ranges counts as visible."""
     pairs: int
     """All of them."""
     forward_flops: int
@@ -112,14 +112,16 @@ def explain(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    return_lse: bool = False,
     output_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Explanation:
-    """What `attention` would do with these arguments, which are the same as there; nothing is computed.
+    """What `attention` would do with these arguments, which are the same as there; nothing is computed or drawn.
 
     Returns:
         The backend chosen, each other one's reason, visible area, FLOPs, bytes and tiles. Printable.
     """
+    state = torch.random.get_rng_state()  # a problem with dropout draws its seed
     problem, _ = make_problem(
         *autocast_inputs(query, key, value),
         mask=mask,
@@ -130,20 +132,21 @@ def explain(
         dropout_p=dropout_p,
         output_dtype=output_dtype,
     )
+    torch.random.set_rng_state(state)
     B, M, G, H, K = problem.query.shape
     V, N = problem.value.shape[-1], problem.N
     lo, hi, _ = problem.ranges
     side = 256
     # With an infinite price per tile the scheduler merges all it can: plain runs of rows.
     visited = sum(
-        -(-span.last // side) - span.first // side
+        len({n for span in tile.spans for n in range(span.first // side, -(-span.last // side))})
         for tile in tiles(lo, hi, side, overhead=float("inf"))
-        for span in tile.spans
     )
     copies = lo.shape[1]
     total = copies * -(-M // side) * -(-problem.row_length // side)
     width = problem.query.element_size()
-    moved = (B * M * G * H * (K + V) + problem.key.shape[0] * problem.key.shape[1] * G * (K + V)) * width
+    moved = (B * M * G * H * K + problem.key.shape[0] * problem.key.shape[1] * G * (K + V)) * width
+    moved += B * M * G * H * (V * problem.output_dtype.itemsize + problem.compute_dtype.itemsize)
     return Explanation(
         backend=choose(problem, backend),
         reasons={name: load(name).reason_against(problem) for name in BACKENDS},
@@ -152,7 +155,7 @@ def explain(
         pairs=B * G * H * M * N,
         forward_flops=forward_flops(problem),
         backward_flops=backward_flops(problem),
-        bytes=moved + B * G * H * M * 4,
+        bytes=moved,
         tiles=visited,
         tiles_skipped=max(total - visited, 0),
     )

@@ -254,6 +254,7 @@ class _Tile(NamedTuple):
         visible = self.visible(chunk)
         if visible is not None:
             score.masked_fill_(~visible, -torch.inf)
+            slope = None if slope is None else slope.masked_fill(~visible, 0)  # that of a hidden score may be NaN
         return score, visible, slope
 
     def bounds(self, x: Tensor, chunk: _Chunk) -> Tensor:
@@ -263,13 +264,13 @@ class _Tile(NamedTuple):
 
     def distance(self, chunk: _Chunk) -> Tensor:
         """Key position minus query position, int `[b or 1, 1, 1, m, n]`."""
-        j = torch.arange(chunk.begin, chunk.end, device=self.ranges[2].device, dtype=torch.int32)
+        j = torch.arange(chunk.begin, chunk.end, device=self.ranges[2].device, dtype=self.ranges[2].dtype)
         return j - self.bounds(self.ranges[2], chunk)
 
     def visible(self, chunk: _Chunk) -> Tensor | None:
         visible = None
         if not chunk.full:
-            j = torch.arange(chunk.begin, chunk.end, device=self.ranges[0].device, dtype=torch.int32)
+            j = torch.arange(chunk.begin, chunk.end, device=self.ranges[0].device, dtype=self.ranges[0].dtype)
             lo, hi = (self.bounds(x, chunk) for x in self.ranges[:2])
             visible = (j >= lo) & (j < hi)
         if self.problem.dense is not None:

@@ -32,7 +32,8 @@ def backward(
     if grad_lse is not None:
         delta = delta - grad_lse[..., None]
     dscore = torch.where(a.visible, a.weight * (dweight - delta), 0)  # of the score with bias
-    draw = dscore * a.slope  # of the score before softcap
+    # A hidden score may be NaN, and so its slope.
+    draw = torch.where(a.visible, dscore * a.slope, 0)  # of the score before softcap
     hidden = a.visible.transpose(-1, -2)
 
     dquery = visible_matmul(draw, a.key, a.visible).movedim(3, 1) * problem.scale

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FAR = 2**31 - 1
+_FAR = 2**62
 
 
 class Span(NamedTuple):
@@ -69,8 +69,8 @@ def tiles(lo: Tensor, hi: Tensor, rows: int, overhead: float) -> list[Tile]:
     pad = -M % rows
     empty = lo >= hi
     # An empty row widens no span and leaves no part full.
-    low = torch.where(empty, _FAR, lo).long().cpu()
-    high = torch.where(empty, 0, hi).long().cpu()
+    low = torch.where(empty, _FAR, lo.long()).cpu()
+    high = torch.where(empty, 0, hi.long()).cpu()
     low = torch.nn.functional.pad(low, (0, pad), value=_FAR)
     high = torch.nn.functional.pad(high, (0, pad), value=0)
 

@@ -20,8 +20,10 @@ class Bias:
             return NotImplemented
         return BiasSum((*self.terms, *as_bias(other).terms))
 
-    def __radd__(self, other: Tensor) -> Bias:
-        return as_bias(other) + self
+    def __radd__(self, other: Tensor | int) -> Bias:
+        if isinstance(other, Tensor):
+            return as_bias(other) + self
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # 0: where sum() begins
 
 
 @dataclass(frozen=True, eq=False)

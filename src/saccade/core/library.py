@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from saccade.backends import Gradients, Needs, load
@@ -32,7 +33,15 @@ _library.define(
 
 
 def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a problem through the registered op."""
+    """(out, lse) of a problem through the registered op.
+
+    Raises:
+        RuntimeError: under forward-mode differentiation, whose tangents the op would drop.
+    """
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in _inputs(problem)
+    ):
+        raise RuntimeError("saccade.attention has no forward-mode derivative; use reverse mode")
     return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
 
 

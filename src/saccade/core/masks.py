@@ -22,6 +22,8 @@ from saccade.core.ranges import KeyRanges
 
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 Lengths: TypeAlias = Sequence[int] | Tensor
+_UNBOUNDED = 2**30
+"""Longer than any sequence; small enough that positions and it add up in int32."""
 
 
 class Frame(NamedTuple):
@@ -51,7 +53,7 @@ class Mask:
         return Combined((*self.parts, *as_mask(other).parts))
 
     def __rand__(self, other: Tensor) -> Mask:
-        return as_mask(other) & self
+        return as_mask(other) & self if isinstance(other, Tensor) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -241,7 +243,7 @@ class GappyKeys(Layout):
     def sizes(self) -> tuple[int | None, int | None, int | None]:
         starts, lengths = _host(self.k_starts), _host(self.k_lengths)
         known = starts is not None and lengths is not None
-        stop = max((s + n for s, n in zip(starts, lengths, strict=True)), default=0) if known else None  # type: ignore[arg-type]
+        stop = max([0, *map(sum, zip(starts, lengths, strict=True))]) if known else None  # type: ignore[arg-type]
         return 1, _total(self.q_lengths), stop
 
     def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
@@ -284,8 +286,16 @@ class PagedKeys(Layout):
         )
         _same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
         _positive("page_size", self.page_size)
-        table = torch.as_tensor(self.block_table)
-        if table.dim() != 2 or table.is_floating_point() or table.shape[0] != len(self.q_lengths):
+        try:
+            table = torch.as_tensor(self.block_table)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"block_table: got {self.block_table!r}, want an int tensor [documents, pages]") from None
+        if (
+            table.dim() != 2
+            or table.is_floating_point()
+            or table.dtype == torch.bool
+            or table.shape[0] != len(self.q_lengths)
+        ):
             raise ValueError(
                 f"block_table: got {table.dtype} of shape {list(table.shape)}, "
                 f"want an int tensor [{len(self.q_lengths)} documents, pages]"
@@ -378,7 +388,8 @@ class SharedPrompt(Layout):
     """Packed prompts, each followed by its answers; an answer sees its prompt and itself, causally, and no other.
 
     Each answer stands at the position right behind its prompt, so the result (biases included) equals that of
-    every answer computed alone behind a copy of the prompt. Two ranges per row.
+    every answer computed alone behind a copy of the prompt. Two ranges per row. `Sinks` and `Prefix` name keys of the
+    prompt, so they may not be longer than it.
 
     >>> print(SharedPrompt([2], [[2, 1]]).draw())
     ■ · · · ·
@@ -406,6 +417,8 @@ class SharedPrompt(Layout):
                 )
             if _readable(answers) and answers.numel() and int(answers.min()) < 0:
                 raise ValueError(f"answer_lengths: got {int(answers.min())}, want every length ≥ 0")
+        elif not isinstance(answers, Sequence):
+            raise ValueError(f"answer_lengths: got {answers!r}, want a list of lists or an int tensor")
         else:
             answers = tuple(tuple(_host(_lengths("answer_lengths", row)) or ()) for row in answers)
             _set(self, answer_lengths=answers)
@@ -418,7 +431,7 @@ class SharedPrompt(Layout):
         """Lengths of prompts and answers in the order they are packed, int32 `[prompts, 1 + answers]`."""
         answers = self.answer_lengths
         if not isinstance(answers, Tensor):
-            width = max((len(row) for row in answers), default=0)
+            width = max([0, *map(len, answers)])
             answers = torch.tensor([[*row, *[0] * (width - len(row))] for row in answers], dtype=torch.int32)
             answers = answers.reshape(len(self.prompt_lengths), width)
         prompts = _tensor(self.prompt_lengths, device)
@@ -607,6 +620,14 @@ class Combined(Mask):
             if len(found) > 1:
                 raise ValueError(f"mask: got {' & '.join(map(_name, found))}, want at most one {name}")
         _alignment(self.members)
+        for prompt in (part for part in self.members if isinstance(part, SharedPrompt)):
+            shortest = min(_host(prompt.prompt_lengths) or [_UNBOUNDED])
+            for part in self.members:
+                name = {Prefix: "length", Sinks: "count"}.get(type(part))
+                if name is not None and getattr(part, name) > shortest:
+                    raise ValueError(
+                        f"{name}: got {getattr(part, name)}, want at most the shortest prompt = {shortest}"
+                    )
 
     @property
     def parts(self) -> tuple[Mask, ...]:
@@ -636,9 +657,9 @@ def _lower(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: torch.de
     reach = hi
     for window in windows:
         if window.left is not None:
-            lo = torch.maximum(lo, diagonal - window.left)
+            lo = torch.maximum(lo, diagonal - min(window.left, _UNBOUNDED))
         if window.right is not None:
-            hi = torch.minimum(hi, diagonal + window.right + 1)
+            hi = torch.minimum(hi, diagonal + min(window.right, _UNBOUNDED) + 1)
 
     exempt = _exempt(parts, start[:1], stop[:1], reach[:1])
     if exempt is not None and all(window.left is None for window in windows):
@@ -666,6 +687,7 @@ def _lower(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: torch.de
         frame.block_table,
         frame.page_size,
         dense,
+        N,
     )
 
 
@@ -674,9 +696,9 @@ def _exempt(parts: tuple[Mask, ...], start: Tensor, stop: Tensor, reach: Tensor)
     exempt = None
     for part in parts:
         if isinstance(part, Prefix):
-            end = torch.minimum(start + part.length, stop)
+            end = torch.minimum(start + min(part.length, _UNBOUNDED), stop)
         elif isinstance(part, Sinks):
-            end = torch.maximum(torch.minimum(start + part.count, reach), start)
+            end = torch.maximum(torch.minimum(start + min(part.count, _UNBOUNDED), reach), start)
         else:
             continue
         exempt = end if exempt is None else torch.maximum(exempt, end)
@@ -725,9 +747,12 @@ def _sizes(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int | N
     for part in parts:
         if isinstance(part, Layout):
             known = part.sizes()
-        elif isinstance(part, Dense) and not any(isinstance(p, Layout) for p in parts):
-            shape = (1, 1, *part.visible.shape)
-            known = (shape[0] if len(shape) < 5 else shape[-4], M or shape[-2], N or shape[-1])
+    shapes = [part.visible.shape for part in parts if isinstance(part, Dense)]
+    if shapes and not any(isinstance(part, Layout) for part in parts):
+        shape = (1, 1, *torch.broadcast_shapes(*shapes))
+        # A size of 1 may broadcast: it does not tell how many rows or keys there are.
+        rows, keys = (None if size == 1 else size for size in shape[-2:])
+        known = (shape[2] if len(shape) > 5 else 1, rows, keys)
     B, M, N = (given if given is not None else found for given, found in zip((batch, M, N), known, strict=True))
     if B is None or M is None or N is None:
         missing = [name for name, size in (("batch", B), ("M", M), ("N", N)) if size is None]
@@ -745,7 +770,7 @@ def _lengths(name: str, lengths: Any) -> tuple[int, ...] | Tensor:
         return lengths
     try:
         values = tuple(int(n) if n == int(n) and not isinstance(n, bool) else None for n in lengths)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: got {lengths!r}, want a sequence of int or an int tensor") from None
     for given, value in zip(lengths, values, strict=True):
         if value is None or value < 0:

@@ -45,5 +45,6 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = torch.where(empty, 1, total)
     shares = (weights / total).movedim(-1, 2).unsqueeze(-1)  # [parts, B, M, heads…, 1]
     values = torch.stack([o.to(shares.dtype) for o, _ in parts])
-    merged = torch.where(shares > 0, values * shares, 0).sum(0)
+    # Taken out before the product: a dead part may hold NaN, which would reach the gradient of every lse.
+    merged = (torch.where(shares > 0, values, 0) * shares).sum(0)
     return merged.to(out.dtype), torch.where(empty, -torch.inf, peak + total.log()).to(lse.dtype)

@@ -6,6 +6,7 @@ Letters: B batch, M queries, N keys, G key/value heads, H query heads per group,
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from saccade.core.biases import Alibi, Bias, DenseBias, RelativeBias, as_bias
 from saccade.core.masks import Mask, as_mask
 from saccade.core.ranges import KeyRanges
 
+_LARGEST = torch.finfo(torch.float64).max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -73,7 +75,7 @@ class Problem(NamedTuple):
             return lo, lo + self.N, row
         if self.sequence is None:
             return self.lo, self.hi, self.diagonal
-        base = self.sequence * self.N
+        base = self.sequence.long() * self.N  # may pass 2³¹, though no memory of that size is behind it
         return self.lo + base, self.hi + base, self.diagonal + base
 
     def keys_in_row(self, first: int, last: int) -> Tensor | None:
@@ -202,8 +204,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if x.dim() != query.dim() or not 3 <= x.dim() <= 5:
             want = "[B, M, K], [B, M, H, K] or [B, M, G, H, K]" if name == "query" else f"{query.dim()} dimensions"
             raise ValueError(f"{name}: got shape {list(x.shape)}, want {want}")
-    if query.shape[-1] < 1:
-        raise ValueError(f"query: got shape {list(query.shape)}, want a last dimension ≥ 1")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name}: got a tensor of layout {x.layout}, want a strided one")
+        if x.shape[-1] < 1:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, want a last dimension ≥ 1")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key: got shape {list(key.shape)}, want a last dimension of {query.shape[-1]} as in query")
     if value.shape[1] != key.shape[1]:
@@ -247,10 +251,22 @@ def _ranges(mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, devi
         return as_mask(mask).lower(B, M, N, device)
     if not isinstance(mask, KeyRanges):
         raise ValueError(f"mask: got {type(mask).__name__}, want a mask, KeyRanges, a bool tensor or None")
-    if mask.lo.dim() != 3 or mask.lo.shape[2] != M or mask.lo.shape[1] not in (1, B):
-        raise ValueError(f"mask: got ranges of shape {list(mask.lo.shape)}, want [S, {B} or 1, {M}]")
-    if mask.lo.device != device:
-        raise ValueError(f"mask: got ranges on {mask.lo.device}, want {device} as query")
+    for x in (mask.lo, mask.hi, mask.diagonal):
+        if x.dim() != 3 or x.shape[2] != M or x.shape[1] not in (1, B) or x.shape != mask.lo.shape:
+            raise ValueError(f"mask: got ranges of shape {list(x.shape)}, want [S, {B} or 1, {M}], all alike")
+        if x.dtype != torch.int32:
+            raise ValueError(f"mask: got ranges of {x.dtype}, want int32")
+        if x.device != device:
+            raise ValueError(f"mask: got ranges on {x.device}, want {device} as query")
+    paged = [mask.sequence is not None, mask.block_table is not None, mask.page_size > 0]
+    if any(paged) != all(paged):
+        raise ValueError("mask: got some of sequence, block_table and page_size, want all of them or none")
+    if mask.keys is None:
+        stop = N if mask.block_table is None else mask.block_table.shape[1] * mask.page_size
+        lo = mask.lo.clamp(0, stop)
+        return replace(mask, lo=lo, hi=torch.maximum(mask.hi.clamp(max=stop), lo), keys=N)
+    if mask.keys != N:
+        raise ValueError(f"mask: got ranges lowered for N = {mask.keys} keys, want N = {N} as in key")
     return mask
 
 
@@ -344,7 +360,7 @@ def _check_head_tensor(name: str, x: Tensor, layout: Layout, device: torch.devic
 def _scale(scale: float | None, K: int) -> float:
     if scale is None:
         return 1 / math.sqrt(K)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= _LARGEST:
         raise ValueError(f"scale: got {scale!r}, want a finite number or None (K^-½)")
     return float(scale)
 

@@ -26,6 +26,7 @@ class KeyRanges:
             `physical = block_table[sequence[i], j // page_size] * page_size + j % page_size`.
         page_size: keys per page; 0 where keys are not paged.
         dense: bool, broadcastable to `[B, H, M, N]`, true where a key may be seen; for masks no range describes.
+        keys: the N that the ranges were made for, then checked; `None`: ranges are cut off at the keys there are.
 
     A mask is lowered by `mask.lower(batch, M, N, device)`. The lowered form may itself be passed as `mask=`:
     lower once per step and hand the result to every layer.
@@ -38,6 +39,7 @@ class KeyRanges:
     block_table: Tensor | None = None
     page_size: int = 0
     dense: Tensor | None = None
+    keys: int | None = None
 
     def to(self, device: torch.device | str) -> KeyRanges:
         """The same ranges on another device."""
@@ -56,7 +58,7 @@ class KeyRanges:
         )
 
     def materialize(self, N: int) -> Tensor:
-        """The mask as a bool tensor `[B or 1, M, N]` (`[B or 1, H, M, N]` where `dense` has heads), true = visible.
+        """The mask as a bool tensor `[B or 1, M, N]` (with heads behind B where `dense` has them), true = visible.
 
         Args:
             N: number of keys in memory; for paged keys the number of physical slots.
@@ -65,9 +67,9 @@ class KeyRanges:
         j = torch.arange(logical, device=self.lo.device)
         visible = ((j >= self.lo[..., None]) & (j < self.hi[..., None])).any(0)
         if self.dense is not None:
-            dense = self.dense.reshape((1,) * (4 - self.dense.dim()) + self.dense.shape)
-            visible = visible[:, None] & dense
-            visible = visible[:, 0] if visible.shape[1] == 1 else visible
+            dense = self.dense.reshape((1,) * (4 - self.dense.dim()) + tuple(self.dense.shape))
+            visible = visible.reshape(visible.shape[0], *(1,) * (dense.dim() - 3), *visible.shape[1:]) & dense
+            visible = visible[:, 0] if visible.dim() == 4 and visible.shape[1] == 1 else visible
         if self.block_table is None or self.sequence is None:
             return visible
         # Two logical keys may share a physical slot: it is visible where either is.
