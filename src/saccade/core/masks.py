@@ -623,11 +623,10 @@ class Combined(Mask):
         for prompt in (part for part in self.members if isinstance(part, SharedPrompt)):
             shortest = min(_host(prompt.prompt_lengths) or [_UNBOUNDED])
             for part in self.members:
-                name = {Prefix: "length", Sinks: "count"}.get(type(part))
-                if name is not None and getattr(part, name) > shortest:
-                    raise ValueError(
-                        f"{name}: got {getattr(part, name)}, want at most the shortest prompt = {shortest}"
-                    )
+                exempt = part.length if isinstance(part, Prefix) else part.count if isinstance(part, Sinks) else 0
+                if exempt > shortest:
+                    field = "length" if isinstance(part, Prefix) else "count"
+                    raise ValueError(f"{field}: got {exempt}, want at most the shortest prompt = {shortest}")
 
     @property
     def parts(self) -> tuple[Mask, ...]:
