@@ -17,10 +17,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from saccade.core.problem import Problem
 
-BACKENDS = ("chunked", "reference")
+BACKENDS = ("triton", "chunked", "reference")
 """All backends, by name."""
 
-AUTOMATIC = ("chunked",)
+AUTOMATIC = ("triton", "chunked")
 """Those that `backend=None` tries, in this order. The last accepts every problem."""
 
 

@@ -1,0 +1,28 @@
+"""Makes the Triton backend run on the CPU: kernels are decorated for the interpreter, tiles are small."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# Read by triton when a kernel is decorated; taken back, so that other tests do not choose this backend for the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
+from saccade.backends.triton import config, launch  # noqa: E402
+from tests.triton import interpreter  # noqa: E402
+
+del os.environ["TRITON_INTERPRET"]
+interpreter.repair()
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(config, "tile", lambda kernel, *_: config.Tile(16, 16 if kernel == "keys" else 32, 1, 1))
+
+
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def descriptors(request, monkeypatch):
+    """Runs a test with plain loads and with TMA."""
+    monkeypatch.setattr(launch, "_descriptors_allowed", lambda x: request.param)
+    return request.param
