@@ -4,7 +4,7 @@ A backend is a module with three functions:
 
     reason_against(problem) -> str | None       why it cannot compute this problem
     forward(problem) -> (out, lse)              out [B, M, G, H, V] in output_dtype, lse [B, G, H, M] in compute_dtype
-    backward(problem, grad_out, grad_lse, out, lse, needs) -> gradients, one per entry of DIFFERENTIABLE
+    backward(problem, grad_out, grad_lse, out, lse, needs) -> gradients, one per field of Needs
 """
 
 from __future__ import annotations

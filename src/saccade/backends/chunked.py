@@ -330,7 +330,7 @@ class _Tile(NamedTuple):
             return None
         B, _, G, H, _ = problem.query.shape
         device = problem.query.device
-        keep = kept(
+        keep: Tensor = kept(
             problem.seed,
             problem.dropout_p,
             torch.arange(B, device=device)[self.batches],
@@ -338,7 +338,7 @@ class _Tile(NamedTuple):
             torch.arange(self.plan.begin, self.plan.end, device=device),
             self.columns(chunk),
         )
-        return keep.unflatten(1, (-1, H))
+        return keep.view(keep.shape[0], -1, H, *keep.shape[2:])
 
 
 def _tiles(problem: Problem) -> Iterator[_Tile]:

@@ -1,4 +1,4 @@
-"""The definition: dense softmax attention and its gradient, the oracle of every test. Knows nothing of memory or speed."""
+"""The definition: dense softmax attention and its gradient, the oracle of the tests. Knows nothing of memory."""
 
 from __future__ import annotations
 
@@ -47,12 +47,7 @@ def backward(
 
     dslopes = dtable = dsinks = None
     if problem.slopes is not None:
-        dslopes = (
-            (-dscore * a.distance.abs())
-            .sum((-1, -2))
-            .sum_to_size(problem.slopes.shape)
-            .to(problem.slopes.dtype)
-        )
+        dslopes = (-dscore * a.distance.abs()).sum((-1, -2)).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
     if problem.table is not None:
         reach = problem.table.shape[-1] // 2
         index = (a.distance.clamp(-reach, reach) + reach).expand(dscore.shape).movedim(0, 2).flatten(2)
@@ -151,10 +146,8 @@ def dense_attention(problem: Problem) -> Dense:
     keep = torch.ones_like(weight)
     if problem.seed is not None:
         B, G, H, M, _ = score.shape
-        axes = (torch.arange(n, device=key.device) for n in (B, G * H, M))
-        keep = kept(problem.seed, problem.dropout_p, *axes, logical).unflatten(1, (G, H)) / (
-            1 - problem.dropout_p
-        )
+        b, h, i = (torch.arange(n, device=key.device) for n in (B, G * H, M))
+        keep = kept(problem.seed, problem.dropout_p, b, h, i, logical).unflatten(1, (G, H)) / (1 - problem.dropout_p)
     return Dense(
         query,
         key,

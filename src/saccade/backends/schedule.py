@@ -26,14 +26,13 @@ class Span(NamedTuple):
 
     def chunks(self, size: int) -> Iterator[tuple[int, int, bool]]:
         """(begin, end, full) over the left edge, the full part and the right edge, at most `size` keys each."""
+        parts = [(self.first, self.last, False)]
         if self.full_first < self.full_last:
-            parts = (
+            parts = [
                 (self.first, self.full_first, False),
                 (self.full_first, self.full_last, True),
                 (self.full_last, self.last, False),
-            )
-        else:
-            parts = ((self.first, self.last, False),)
+            ]
         for begin, end, full in parts:
             for at in range(begin, end, size):
                 yield at, min(at + size, end), full
@@ -59,7 +58,7 @@ def tiles(lo: Tensor, hi: Tensor, rows: int, overhead: float) -> list[Tile]:
         rows: most rows in a tile.
         overhead: cost of a tile, in elements of one head's score matrix.
     """
-    S, B, M = lo.shape
+    _, B, M = lo.shape
     if M == 0 or B == 0:
         return []
     pad = -M % rows
@@ -87,9 +86,7 @@ def tiles(lo: Tensor, hi: Tensor, rows: int, overhead: float) -> list[Tile]:
         cost = torch.minimum(apart, merged)
 
     split = [x.tolist() if bool(x.any()) else None for x in kept_apart]
-    spans: list[list[list[list[int]]] | None] = [None] * len(
-        levels
-    )  # made on demand: most levels are never read
+    bounds: dict[int, list[list[list[list[int]]]]] = {}  # by level, made on demand: most levels are never read
     found: list[Tile] = []
 
     def visit(n: int, b: int, block: int) -> None:
@@ -101,10 +98,9 @@ def tiles(lo: Tensor, hi: Tensor, rows: int, overhead: float) -> list[Tile]:
             visit(n - 1, b, 2 * block)
             visit(n - 1, b, 2 * block + 1)
             return
-        table = spans[n]
-        if table is None:
-            table = spans[n] = torch.stack(levels[n], -1).tolist()  # [S][B][blocks][4]
-        seen = [Span(s, *table[s][b][block]) for s in range(S)]
+        if n not in bounds:
+            bounds[n] = torch.stack(levels[n], -1).tolist()  # [S][B][blocks][4]
+        seen = [Span(s, *row[b][block]) for s, row in enumerate(bounds[n])]
         seen = [span for span in seen if span.first < span.last]
         found.append(Tile(None if B == 1 else b, begin, min(begin + (1 << n), M), seen))
 

@@ -65,9 +65,7 @@ class DenseBias(Bias):
 
     def __post_init__(self) -> None:
         if self.values.dtype == torch.bool:
-            raise ValueError(
-                "bias: got a bool tensor, want floating values to add; a bool tensor goes to mask="
-            )
+            raise ValueError("bias: got a bool tensor, want floating values to add; a bool tensor goes to mask=")
         _check_floating("bias", self.values)
 
 

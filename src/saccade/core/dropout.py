@@ -49,7 +49,5 @@ def kept(seed: Tensor, p: float, batch: Tensor, head: Tensor, query: Tensor, key
         batch.long()[:, None, None, None],
     )
     words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    bits = torch.stack([w.expand(len(batch), len(head), len(query), len(block)) for w in words], -1).flatten(
-        -2
-    )
+    bits = torch.stack([w.expand(len(batch), len(head), len(query), len(block)) for w in words], -1).flatten(-2)
     return bits.index_select(-1, column * 4 + (key & 3)) >= round(p * 2**32)

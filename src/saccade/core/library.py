@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from saccade.backends import Needs, load
+from saccade.backends import Gradients, Needs, load
 from saccade.core.problem import Problem
 
 _PROBLEM = (
@@ -54,27 +54,24 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return out, problem.query.new_empty((B, G, H, M), dtype=problem.compute_dtype)
 
 
-def _inputs(problem: Problem) -> list[Tensor | None]:
-    return [getattr(problem, name) for name in _DIFFERENTIABLE] + list(problem.biases)
+def _inputs(of: Problem | Gradients) -> list[Tensor | None]:
+    """The differentiable inputs of a problem, or their gradients, in the order in which the ops list them."""
+    return [getattr(of, name) for name in _DIFFERENTIABLE] + list(of.biases)
 
 
-def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
-) -> list[Tensor]:
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     *fields, needs, backend = args
     problem = Problem(*fields)
     first = len(_DIFFERENTIABLE)
     with _without_autocast(problem.query.device):
         grads = load(backend).backward(
-            problem, grad_out, grad_lse, out, lse, Needs(*needs[:first], biases=list(needs[first:]))
+            problem, grad_out, grad_lse, out, lse, Needs._make([*needs[:first], list(needs[first:])])
         )
     # The op returns tensors only: an empty one stands for a gradient nobody asked for.
-    return [lse.new_empty(0) if grad is None else grad for grad in (*grads[:first], *grads.biases)]
+    return [lse.new_empty(0) if grad is None else grad for grad in _inputs(grads)]
 
 
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
-) -> list[Tensor]:
+def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     *fields, needs, _ = args
     inputs = _inputs(Problem(*fields))
     return [
@@ -98,7 +95,7 @@ def _restore(ctx: Any) -> tuple[Tensor, Tensor, Problem]:
     out, lse, *saved = ctx.saved_tensors
     count = len(saved) - ctx.biases
     tensors, biases = iter(saved[:count]), saved[count:]
-    fields = [next(tensors) if present else None for present in ctx.present]
+    fields: list[Any] = [next(tensors) if present else None for present in ctx.present]
     return out, lse, Problem(*fields, *ctx.numbers)._replace(biases=biases)
 
 
@@ -146,11 +143,11 @@ def visible_area(problem: Problem) -> int:
     return problem.visible_pairs()
 
 
-@register_flop_formula(torch.ops.saccade.attention_forward, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.saccade.attention_forward, get_raw=True)
 def _count_forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return forward_flops(Problem(*args[: len(Problem._fields)]))
 
 
-@register_flop_formula(torch.ops.saccade.attention_backward, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.saccade.attention_backward, get_raw=True)
 def _count_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return backward_flops(Problem(*args[4 : 4 + len(Problem._fields)]))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -198,9 +197,7 @@ class PaddedKeys(Layout):
         _positive("padding", self.padding)
         longest = max(_host(self.k_lengths) or [0])
         if longest > self.padding:
-            raise ValueError(
-                f"k_lengths: got a document of {longest} keys, want at most padding = {self.padding}"
-            )
+            raise ValueError(f"k_lengths: got a document of {longest} keys, want at most padding = {self.padding}")
 
     def sizes(self) -> tuple[int | None, int | None, int | None]:
         return 1, _total(self.q_lengths), len(self.k_lengths) * self.padding
@@ -258,7 +255,9 @@ class GappyKeys(Layout):
 
 @dataclass(frozen=True, eq=False)
 class PagedKeys(Layout):
-    """Packed queries; keys in pages: key `j` of document `d` is in slot `block_table[d, j // page_size]·page_size + j % page_size`.
+    """Packed queries; keys in pages of equal size, any page anywhere, as in vLLM's cache (Kwon et al. 2023).
+
+    Key `j` of document `d` is in slot `block_table[d, j // page_size] · page_size + j % page_size`.
 
     >>> print(PagedKeys([1, 2], [3, 1], block_table=[[2, 0], [1, -1]], page_size=2).draw(N=6))
     ■ · · · ■ ■
@@ -305,9 +304,7 @@ class PagedKeys(Layout):
     def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
         _fits("q_lengths", self.q_lengths, "M", M)
         if batch != 1:
-            raise ValueError(
-                f"query: got batch {batch}, want 1 with PagedKeys (the documents are packed in one row)"
-            )
+            raise ValueError(f"query: got batch {batch}, want 1 with PagedKeys (the documents are packed in one row)")
         if N % self.page_size:
             raise ValueError(f"key: got N = {N} slots, want a multiple of page_size = {self.page_size}")
         self._check_pages(N // self.page_size)
@@ -325,9 +322,7 @@ class PagedKeys(Layout):
         for document, (row, length) in enumerate(zip(self.block_table.tolist(), lengths, strict=True)):
             for page in row[: -(-length // self.page_size)]:
                 if not 0 <= page < pages:
-                    raise ValueError(
-                        f"block_table: got page {page} for document {document}, want 0 … {pages - 1}"
-                    )
+                    raise ValueError(f"block_table: got page {page} for document {document}, want 0 … {pages - 1}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,11 +363,9 @@ class KeyLengths(Layout):
             raise ValueError(f"lengths: got {len(self.lengths)} entries, want one per batch entry = {batch}")
         lengths, starts = _host(self.lengths), [0] * batch if self.starts is None else _host(self.starts)
         if lengths is not None and starts is not None:
-            for entry, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                if start + length > N:
-                    raise ValueError(
-                        f"lengths: got keys up to {start + length} in entry {entry}, want at most N = {N}"
-                    )
+            for entry, end in enumerate(map(sum, zip(starts, lengths, strict=True))):
+                if end > N:
+                    raise ValueError(f"lengths: got keys up to {end} in entry {entry}, want at most N = {N}")
         length = _tensor(self.lengths, device)
         start = torch.zeros_like(length) if self.starts is None else _tensor(self.starts, device)
         row = torch.arange(M, device=device, dtype=torch.int32).expand(1, batch, M)
@@ -382,7 +375,7 @@ class KeyLengths(Layout):
 
 @dataclass(frozen=True, eq=False)
 class SharedPrompt(Layout):
-    """Packed prompts, each followed by several answers; an answer sees its prompt and itself, causally, no other answer.
+    """Packed prompts, each followed by its answers; an answer sees its prompt and itself, causally, and no other.
 
     Each answer stands at the position right behind its prompt, so the result (biases included) equals that of
     every answer computed alone behind a copy of the prompt. Two ranges per row.
@@ -414,7 +407,7 @@ class SharedPrompt(Layout):
             if _readable(answers) and answers.numel() and int(answers.min()) < 0:
                 raise ValueError(f"answer_lengths: got {int(answers.min())}, want every length ≥ 0")
         else:
-            answers = tuple(_lengths("answer_lengths", row) for row in answers)
+            answers = tuple(tuple(_host(_lengths("answer_lengths", row)) or ()) for row in answers)
             _set(self, answer_lengths=answers)
         if len(answers) != len(self.prompt_lengths):
             raise ValueError(
@@ -599,9 +592,7 @@ class Dense(Mask):
                 "scores to be added go to bias="
             )
         if not 1 <= self.visible.dim() <= 5:
-            raise ValueError(
-                f"mask: got shape {list(self.visible.shape)}, want one broadcastable to [B, H, M, N]"
-            )
+            raise ValueError(f"mask: got shape {list(self.visible.shape)}, want one broadcastable to [B, H, M, N]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -715,7 +706,8 @@ def _document_frame(q: Tensor, k_start: Tensor, k: Tensor, M: int, N: int) -> Fr
     )
     offset = torch.arange(M, device=q.device, dtype=torch.int32) - q_start
     start, stop = k_start.clamp(0, N), (k_start + k).clamp(0, N)
-    return Frame(*(x.reshape(1, 1, M) for x in (start, stop, start + offset, stop - q + offset)))
+    start, stop, top_left, bottom_right = (x.reshape(1, 1, M) for x in (start, stop, start + offset, stop - q + offset))
+    return Frame(start, stop, top_left, bottom_right)
 
 
 def _alignment(parts: tuple[Mask, ...]) -> Align:
@@ -724,9 +716,7 @@ def _alignment(parts: tuple[Mask, ...]) -> Align:
         raise ValueError(f"align: got {' and '.join(sorted(given))} in one mask, want one of them")
     align: Align = given.pop() if given else "top_left"
     if align == "bottom_right" and any(isinstance(part, SharedPrompt) for part in parts):
-        raise ValueError(
-            "align: got bottom_right with SharedPrompt, want top_left (its queries are its keys)"
-        )
+        raise ValueError("align: got bottom_right with SharedPrompt, want top_left (its queries are its keys)")
     return align
 
 
@@ -738,14 +728,10 @@ def _sizes(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int | N
         elif isinstance(part, Dense) and not any(isinstance(p, Layout) for p in parts):
             shape = (1, 1, *part.visible.shape)
             known = (shape[0] if len(shape) < 5 else shape[-4], M or shape[-2], N or shape[-1])
-    B, M, N = (
-        given if given is not None else found for given, found in zip((batch, M, N), known, strict=True)
-    )
+    B, M, N = (given if given is not None else found for given, found in zip((batch, M, N), known, strict=True))
     if B is None or M is None or N is None:
         missing = [name for name, size in (("batch", B), ("M", M), ("N", N)) if size is None]
-        raise ValueError(
-            f"{missing[0]}: got None, want a size: {' & '.join(map(_name, parts))} does not tell it"
-        )
+        raise ValueError(f"{missing[0]}: got None, want a size: {' & '.join(map(_name, parts))} does not tell it")
     return B, M, N
 
 
@@ -753,9 +739,7 @@ def _lengths(name: str, lengths: Any) -> tuple[int, ...] | Tensor:
     """Lengths checked as far as they can be read without waiting for a device."""
     if isinstance(lengths, Tensor):
         if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-            raise ValueError(
-                f"{name}: got {lengths.dtype} of shape {list(lengths.shape)}, want a 1-D int tensor"
-            )
+            raise ValueError(f"{name}: got {lengths.dtype} of shape {list(lengths.shape)}, want a 1-D int tensor")
         if _readable(lengths) and lengths.numel() and int(lengths.min()) < 0:
             raise ValueError(f"{name}: got {int(lengths.min())}, want every length ≥ 0")
         return lengths
@@ -798,9 +782,7 @@ def _fits(name: str, lengths: Lengths, size_name: str, size: int) -> None:
         return
     exact = not isinstance(lengths, Tensor)
     if total > size or (exact and total != size):
-        raise ValueError(
-            f"{name}: got {total} in all, want {'' if exact else 'at most '}{size_name} = {size}"
-        )
+        raise ValueError(f"{name}: got {total} in all, want {'' if exact else 'at most '}{size_name} = {size}")
 
 
 def _same_count(name: str, lengths: Lengths, other_name: str, other: Lengths) -> None:
@@ -836,8 +818,3 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.device == b.device and torch.equal(a, b)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-
-
-def cumulative(lengths: Sequence[int]) -> list[int]:
-    """[0, n₀, n₀ + n₁, …]: where documents of these lengths begin, and where the last one ends."""
-    return [0, *accumulate(lengths)]

@@ -68,9 +68,7 @@ class Problem(NamedTuple):
         """(lo, hi, diagonal) over the keys in one row: as they are, or for paged keys over the sequences' logical
         keys laid end to end, `sequence · N + j`; `keys_in_row` says where those lie."""
         if self.lo is None or self.hi is None or self.diagonal is None:
-            row = torch.arange(self.query.shape[1], device=self.query.device, dtype=torch.int32).reshape(
-                1, 1, -1
-            )
+            row = torch.arange(self.query.shape[1], device=self.query.device, dtype=torch.int32).reshape(1, 1, -1)
             lo = torch.zeros_like(row)
             return lo, lo + self.N, row
         if self.sequence is None:
@@ -202,18 +200,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if x.device != query.device:
             raise ValueError(f"{name}: got a tensor on {x.device}, want {query.device} as query")
         if x.dim() != query.dim() or not 3 <= x.dim() <= 5:
-            want = (
-                "[B, M, K], [B, M, H, K] or [B, M, G, H, K]"
-                if name == "query"
-                else f"{query.dim()} dimensions"
-            )
+            want = "[B, M, K], [B, M, H, K] or [B, M, G, H, K]" if name == "query" else f"{query.dim()} dimensions"
             raise ValueError(f"{name}: got shape {list(x.shape)}, want {want}")
     if query.shape[-1] < 1:
         raise ValueError(f"query: got shape {list(query.shape)}, want a last dimension ≥ 1")
     if key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"key: got shape {list(key.shape)}, want a last dimension of {query.shape[-1]} as in query"
-        )
+        raise ValueError(f"key: got shape {list(key.shape)}, want a last dimension of {query.shape[-1]} as in query")
     if value.shape[1] != key.shape[1]:
         raise ValueError(f"value: got {value.shape[1]} keys, want {key.shape[1]} as in key")
     if value.shape[0] != key.shape[0]:
@@ -233,9 +225,7 @@ def _canonical_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     G, H = query.shape[2:4]
     for name, x in (("key", key), ("value", value)):
         if x.shape[2] != G or x.shape[3] not in (1, H) or min(G, H) < 1:
-            raise ValueError(
-                f"{name}: got heads {list(x.shape[2:4])}, want [{G}, {H}] as in query, or [{G}, 1]"
-            )
+            raise ValueError(f"{name}: got heads {list(x.shape[2:4])}, want [{G}, {H}] as in query, or [{G}, 1]")
     if all(_shared_by_group(x) for x in (key, value)):
         return query, key[:, :, :, 0], value[:, :, :, 0], Layout(5, G, H)
     key, value = (x.expand(-1, -1, G, H, -1).flatten(2, 3) for x in (key, value))
@@ -250,9 +240,7 @@ def _shared_by_group(x: Tensor) -> bool:
     return x.shape[3] == 1 or (x.stride(3) == 0 and not (x.requires_grad and torch.is_grad_enabled()))
 
 
-def _ranges(
-    mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, device: torch.device
-) -> KeyRanges | None:
+def _ranges(mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, device: torch.device) -> KeyRanges | None:
     if mask is None:
         return None
     if isinstance(mask, (Mask, Tensor)):
@@ -276,9 +264,7 @@ class _Broadcast:
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         want = self.want
-        fits = x.dim() <= len(want) and all(
-            a in (1, b) for a, b in zip(x.shape[::-1], want[::-1], strict=False)
-        )
+        fits = x.dim() <= len(want) and all(a in (1, b) for a, b in zip(x.shape[::-1], want[::-1], strict=False))
         if not fits:
             raise ValueError(f"{name}: got shape {list(x.shape)}, want one broadcastable to {list(want)}")
         x = x.reshape((1,) * (len(want) - x.dim()) + tuple(x.shape))
@@ -309,9 +295,7 @@ def _bias_terms(
     slopes: Tensor | None = None
     table: Tensor | None = None
     if bias is not None and not isinstance(bias, (Bias, Tensor)):
-        raise ValueError(
-            f"bias: got {type(bias).__name__}, want a tensor, Alibi, RelativeBias or a sum of them"
-        )
+        raise ValueError(f"bias: got {type(bias).__name__}, want a tensor, Alibi, RelativeBias or a sum of them")
     for term in () if bias is None else as_bias(bias).terms:
         if isinstance(term, DenseBias):
             if term.values.device != device:
@@ -340,9 +324,7 @@ def _sum_tables(a: Tensor, b: Tensor) -> Tensor:
     return stretched(a) + stretched(b)
 
 
-def _check_head_tensor(
-    name: str, x: Tensor, layout: Layout, device: torch.device, batch: int | None = None
-) -> None:
+def _check_head_tensor(name: str, x: Tensor, layout: Layout, device: torch.device, batch: int | None = None) -> None:
     """One value per query head: [Hq], [G, H], and with `batch` also with a leading batch dimension."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(
@@ -361,7 +343,7 @@ def _check_head_tensor(
 
 def _scale(scale: float | None, K: int) -> float:
     if scale is None:
-        return K**-0.5
+        return 1 / math.sqrt(K)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale: got {scale!r}, want a finite number or None (K^-½)")
     return float(scale)
@@ -383,7 +365,5 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def _output_dtype(output_dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
     if output_dtype is not None and output_dtype not in DTYPES:
-        raise ValueError(
-            f"output_dtype: got {output_dtype}, want one of {', '.join(str(d)[6:] for d in DTYPES)}"
-        )
+        raise ValueError(f"output_dtype: got {output_dtype}, want one of {', '.join(str(d)[6:] for d in DTYPES)}")
     return default if output_dtype is None else output_dtype

@@ -74,7 +74,4 @@ class KeyRanges:
         slot = self.block_table.long()[:, j // self.page_size] * self.page_size + j % self.page_size
         physical = slot.clamp(0, max(N - 1, 0))[self.sequence.long()].expand(visible.shape)
         shape = (*visible.shape[:-1], N)
-        return (
-            torch.zeros(shape, dtype=torch.int32, device=j.device).scatter_add_(-1, physical, visible.int())
-            > 0
-        )
+        return torch.zeros(shape, dtype=torch.int32, device=j.device).scatter_add_(-1, physical, visible.int()) > 0

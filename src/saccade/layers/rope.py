@@ -1,0 +1,48 @@
+"""Rotary position embedding: queries and keys turned by angles that grow with position. Knows no masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles `position * theta ** (-2 * pair / dim)`, shared by all layers of a step.
+
+    positions [...] (integers or floats), dim even -> two fp32 tensors [..., dim / 2].
+    Raises ValueError for an odd dim.
+    """
+    if dim % 2:
+        raise ValueError(f"dim: got {dim}, want an even number (components are turned in pairs)")
+    pair = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.float().unsqueeze(-1) * theta ** (-pair / dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
+    """`rotary` by a table: x [B, M, H, K] or [B, M, G, H, K], table of [M, K / 2] or [B, M, K / 2]."""
+    heads = [1] * (x.ndim - 3)
+    cos, sin = (t.view(*t.shape[:-1], *heads, t.shape[-1]) for t in table)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding: pair p of x's components turned by `position * theta ** (-2 p / K)` radians.
+
+    The product of a query and a key then depends on their distance alone. Pair p is (p, p + K / 2), as in
+    GPT-NeoX and in Llama's Hugging Face weights; with interleaved=True it is (2 p, 2 p + 1), as in the paper
+    (Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021).
+
+    x [B, M, H, K] or [B, M, G, H, K] with K even, positions [M] or [B, M] -> x's shape and dtype.
+    Angles and products are fp32. Raises ValueError where positions do not fit x, and for an odd K.
+    """
+    if x.ndim not in (4, 5):
+        raise ValueError(f"x: got shape {list(x.shape)}, want [B, M, H, K] or [B, M, G, H, K]")
+    B, M = x.shape[:2]
+    if positions.shape not in ((M,), (B, M)):
+        raise ValueError(f"positions: got shape {list(positions.shape)}, want [{M}] or [{B}, {M}]")
+    return rotate(x, rotary_table(positions, x.shape[-1], theta), interleaved)

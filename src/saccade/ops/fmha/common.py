@@ -1,0 +1,295 @@
+"""The one way of a call: xFormers' arguments to the canonical problem and back. Knows masks only by what they lower to.
+
+Also the operator classes users pass as `op=`: here they are hints that change nothing but the form of some results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from saccade.backends import choose
+from saccade.core.api import _autocast
+from saccade.core.biases import Bias
+from saccade.core.library import attend
+from saccade.core.masks import Mask
+from saccade.core.problem import DTYPES, Layout, Problem, make_problem
+from saccade.core.ranges import KeyRanges
+from saccade.ops.fmha import attn_bias as masks
+from saccade.ops.fmha.attn_bias import AttentionBias
+
+Biases = AttentionBias | Mask | KeyRanges | Tensor | Bias | None
+
+
+@dataclass
+class Inputs:
+    """The arguments of one attention call, B batch, M queries, N keys, G groups, H heads, K key dim, V value dim.
+
+    Attributes:
+        query: `[B, M, H, K]`, `[B, M, G, H, K]` or `[B, M, K]`.
+        key: `[B, N, H or a divisor, K]`, `[B, N, G, H or 1, K]` or `[B, N, K]`.
+        value: as key, with V in place of K.
+        attn_bias: a mask of `attn_bias`, or a tensor broadcastable to `[B, H, M, N]` (`[B, G, H, M, N]`,
+            `[B, M, N]`), added to the scores if floating, true = visible if bool; or any mask or bias of `saccade`.
+        p: dropout probability; `scale`: factor on Q·Kᵀ, `None` for K^-½; `output_dtype`: `None` for the query's.
+        is_partial: whether `out` is to be merged with others.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_bias: Biases = None
+    p: float = 0.0
+    scale: float | None = None
+    output_dtype: torch.dtype | None = None
+    is_partial: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def scale_float(self) -> float:
+        return float(self.query.shape[-1]) ** -0.5 if self.scale is None else float(self.scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of query, key, value and a tensor bias."""
+        bias = [self.attn_bias] if isinstance(self.attn_bias, Tensor) else []
+        return sum(x.untyped_storage().nbytes() for x in (self.query, self.key, self.value, *bias))
+
+    def get_output_dtype(self) -> torch.dtype:
+        if self.output_dtype is not None:
+            return self.output_dtype
+        return torch.float32 if self.is_partial and self.query.dtype != torch.float64 else self.query.dtype
+
+    def get_qkv_in_bmghk(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value as `[B, M, G, H, K]`."""
+        return self._with_dims(self.query, 5), self._with_dims(self.key, 5), self._with_dims(self.value, 5)
+
+    def normalize_bmhk(self) -> tuple[int, ...]:
+        """Write 3-D inputs as `[B, M, 1, K]` in place; returns the shape the output had before."""
+        shape = (*self.query.shape[:-1], self.value.shape[-1])
+        if self.query.dim() == 3:
+            self.query, self.key, self.value = (self._with_dims(x, 4) for x in (self.query, self.key, self.value))
+            if isinstance(self.attn_bias, Tensor) and self.attn_bias.dim() == 3:
+                self.attn_bias = self.attn_bias[:, None]
+        return shape
+
+    @staticmethod
+    def _with_dims(x: Tensor, dims: int) -> Tensor:
+        return x if x.dim() >= dims else x.reshape(*x.shape[:2], *[1] * (dims - x.dim()), *x.shape[2:])
+
+    def validate_inputs(self) -> None:
+        """Raises ValueError naming what is wrong; shapes and dtypes of query, key and value are checked in the core."""
+        self.canonical()
+
+    def canonical(self) -> tuple[Problem, Layout]:
+        """The problem every backend of saccade takes, and how to give its results the user's layout."""
+        if not 0 <= self.p < 1:
+            raise ValueError(f"p: got {self.p}, want a probability in [0, 1)")
+        query, key, value = _autocast(self.query, self.key, self.value)
+        mask, bias = self._mask_and_bias()
+        return make_problem(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=self.scale,
+            softcap=None,
+            sinks=None,
+            dropout_p=self.p,
+            output_dtype=self.output_dtype,
+        )
+
+    def _mask_and_bias(self) -> tuple[Mask | KeyRanges | Tensor | None, Bias | Tensor | None]:
+        given = self.attn_bias
+        if isinstance(given, AttentionBias):
+            if given.device not in (None, self.device):
+                raise ValueError(f"attn_bias: got a mask on {given.device}, want {self.device} as query (mask.to(...))")
+            ranges = given.lower(self.query.shape[0], self.query.shape[1], self.key.shape[1], self.device)
+            added = given.added
+            return ranges, self._for_heads(added) if isinstance(added, Tensor) else added
+        if isinstance(given, Tensor):
+            tensor = self._for_heads(given)
+            return (tensor, None) if tensor.dtype == torch.bool else (None, tensor)
+        if given is None or isinstance(given, (Mask, KeyRanges)):
+            return given, None
+        if isinstance(given, Bias):
+            return None, given
+        raise ValueError(f"attn_bias: got {type(given).__name__}, want a mask of attn_bias, a tensor or None")
+
+    def _for_heads(self, bias: Tensor) -> Tensor:
+        """A bias `[B, heads, M, N]` for a 5-D query: its heads are the query's G·H, in that order."""
+        if self.query.dim() != 5 or bias.dim() != 4:
+            return bias
+        G, H = self.query.shape[2:4]
+        return bias.unflatten(1, (G, H)) if bias.shape[1] == G * H else bias.unsqueeze(1)
+
+
+@dataclass
+class Context:
+    """What a forward leaves for its backward: lse `[B, H, M]`, the output, and the dropout seed."""
+
+    lse: Tensor
+    out: Tensor
+    op_bw: type[AttentionBwOpBase] | None = None
+    rng_state: Any = None
+    qkv_share_storage: bool = False
+
+    def get_padded_lse(self, pad_to: int, force_pad_inf: bool = False) -> Tensor:
+        """lse with M rounded up to a multiple of `pad_to`, +inf behind; with `force_pad_inf` behind the output's M."""
+        lse = self.lse
+        if force_pad_inf:
+            lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= self.out.shape[1], math.inf)
+        return pad(lse, (0, -lse.shape[-1] % pad_to), value=math.inf)
+
+
+@dataclass
+class Gradients:
+    """Gradients of query, key, value and, where asked for, of the bias."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    db: Tensor | None = None
+
+
+def forward(inp: Inputs) -> tuple[Tensor, Context]:
+    """(out, context) of a call; differentiable where grad mode is on."""
+    problem, layout = inp.canonical()
+    out, lse = attend(problem, choose(problem, None))
+    lse = layout.lse(lse)
+    context = Context(lse[:, None] if layout.dims == 3 else lse, layout.output(out), rng_state=problem.seed)
+    return context.out, context
+
+
+def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
+    """Gradients of query, key, value from `ctx.out` and `ctx.lse`, which may be those of a merged attention.
+
+    `ctx.lse` is `[B, H, M]`, or for a packed mask `[sequences, H, padded M]` as CUTLASS has it.
+    """
+    with torch.enable_grad():
+        q, k, v = leaves = [x.detach().requires_grad_() for x in (inp.query, inp.key, inp.value)]
+        problem, _ = replace(inp, query=q, key=k, value=v).canonical()
+    if inp.p:
+        if ctx.rng_state is None:
+            raise ValueError("lse: got one without a dropout seed, want that of the forward with the same p")
+        problem = problem._replace(seed=ctx.rng_state)
+    B, M, G, H, _ = problem.query.shape
+    lse = unpadded(ctx.lse, inp.attn_bias, M).reshape(B, G, H, M).to(problem.compute_dtype)
+    out, grad = (x.reshape(B, M, G, H, -1) for x in (ctx.out, grad))
+    needs = [True, True, True, False, False, False] + [False] * len(problem.biases)
+    with torch.no_grad():
+        grads = torch.ops.saccade.attention_backward(grad, None, out, lse, *problem, needs, choose(problem, None))
+    # The views from the user's layout to the problem's are differentiated by torch.
+    canonical = [problem.query, problem.key, problem.value]
+    return Gradients(*torch.autograd.grad(canonical, leaves, grads[:3]))
+
+
+def padded(lse: Tensor, attn_bias: Biases) -> Tensor:
+    """lse `[1, H, ΣM]` of a packed mask in CUTLASS's form: `[sequences, H, longest rounded up to 32]`, +inf behind."""
+    starts = _starts(attn_bias)
+    if starts is None:
+        return lse
+    longest = max((end - start for start, end in pairwise(starts)), default=0)
+    width = math.ceil(longest / 32) * 32
+    rows = [pad(lse[0, ..., a:b], (0, width - (b - a)), value=math.inf) for a, b in pairwise(starts)]
+    return torch.stack(rows) if rows else lse[:0]
+
+
+def unpadded(lse: Tensor, attn_bias: Biases, M: int) -> Tensor:
+    """The inverse of `padded`; an lse that is packed already stays as it is."""
+    starts = _starts(attn_bias)
+    if starts is None or (lse.shape[0] == 1 and lse.shape[-1] == M):
+        return lse[..., :M]
+    return torch.cat([row[..., : b - a] for row, (a, b) in zip(lse, pairwise(starts), strict=True)], -1)[None]
+
+
+def _starts(attn_bias: Biases) -> Sequence[int] | None:
+    return attn_bias.q_seqinfo.starts if isinstance(attn_bias, masks.VARLEN_BIASES) else None
+
+
+class AttentionOpBase:
+    """An operator of xFormers by name. Saccade chooses its backend itself and computes the same whatever is named."""
+
+    NAME: ClassVar[str] = "saccade"
+    OPERATOR: ClassVar[Any] = torch.ops.saccade.attention_forward
+    OPERATOR_CATEGORY: ClassVar[str] = "memory_efficient_attention"
+    SUPPORTED_DEVICES: ClassVar[set[str]] = {"cpu", "cuda", "mps", "mtia", "xpu"}
+    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = set(DTYPES)
+    SUPPORTED_MAX_K: ClassVar[float] = math.inf
+    SUPPORTED_MIN_K: ClassVar[int] = 1
+    SUPPORTED_ATTN_BIAS_TYPES: ClassVar[tuple[type, ...]] = (type(None), Tensor, AttentionBias)
+    SUPPORTS_DROPOUT: ClassVar[bool] = True
+    SUPPORTS_CUSTOM_SCALE: ClassVar[bool] = True
+    SUPPORTS_DIFFERENT_VALUE_EMBED: ClassVar[bool] = True
+    SUPPORTS_BMGHK: ClassVar[bool] = True
+    SUPPORTS_PARTIAL: ClassVar[bool] = True
+    SUPPORTS_OUTPUT_DTYPE: ClassVar[bool] = True
+    SUPPORTS_ATTN_BIAS_GRAD: ClassVar[bool] = True
+    IS_DETERMINISTIC: ClassVar[bool] = True
+    VARLEN_LSE_PACKED: ClassVar[bool] = True
+    PARTIAL_IN_FLOAT32: ClassVar[bool] = False
+    """Whether partial results of this operator come in fp32 rather than in the query's dtype."""
+    CUDA_MINIMUM_COMPUTE_CAPABILITY: ClassVar[tuple[int, int]] = (0, 0)
+    CUDA_MAXIMUM_COMPUTE_CAPABILITY: ClassVar[tuple[int, int] | None] = None
+    ERROR_ATOL: ClassVar[dict[torch.dtype, float]] = {
+        torch.float64: 1e-8, torch.float32: 3e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2,
+    }  # fmt: skip
+    ERROR_RTOL: ClassVar[dict[torch.dtype, float]] = {
+        torch.float64: 1e-8, torch.float32: 2e-5, torch.float16: 4e-4, torch.bfloat16: 5e-3,
+    }  # fmt: skip
+    _TEST_BATCH_SIZES: ClassVar[list[int]] = [1, 300]
+    _TEST_K: ClassVar[list[int]] = [32, 128]
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports(cls, d: Inputs) -> bool:
+        """Whether saccade can compute these inputs."""
+        return not cls.not_supported_reasons(d)
+
+    @classmethod
+    def not_supported_reasons(cls, d: Inputs) -> list[str]:
+        """Why saccade cannot compute these inputs; empty where it can."""
+        try:
+            d.validate_inputs()
+        except ValueError as reason:
+            return [str(reason)]
+        return []
+
+    @classmethod
+    def shape_not_supported_reasons(cls, Mq: int, Mkv: int, K: int, Kv: int) -> list[str]:
+        """No shape is refused."""
+        return []
+
+
+class AttentionFwOpBase(AttentionOpBase):
+    """The forward half of an operator of xFormers."""
+
+    @classmethod
+    def apply(cls, inp: Inputs, needs_gradient: bool) -> tuple[Tensor, Context | None]:
+        with torch.no_grad():
+            out, context = forward(inp)
+        return out, context if needs_gradient else None
+
+
+class AttentionBwOpBase(AttentionOpBase):
+    """The backward half of an operator of xFormers."""
+
+    OPERATOR: ClassVar[Any] = torch.ops.saccade.attention_backward
+
+    @classmethod
+    def apply(cls, ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
+        return backward(ctx, inp, grad)

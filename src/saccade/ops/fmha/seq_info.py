@@ -1,0 +1,230 @@
+"""Where packed sequences begin and how long they are, as xFormers' masks hold it. Knows nothing of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Device = torch.device | str | None
+
+
+class ByValue:
+    """Equality of dataclasses by the values of their fields, tensors among them; hashable, as masks key caches."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        # Fields may be assigned and tensors updated in place; the type is what stays.
+        return hash(type(self))
+
+
+Info = TypeVar("Info", bound="_SeqLenInfo")
+
+
+@dataclass(eq=False)
+class _SeqLenInfo(ByValue):
+    """Sequences packed one behind the other.
+
+    Attributes:
+        seqstart: int32 `[sequences + 1]`, where each begins, and behind it the total.
+        max_seqlen, min_seqlen: longest and shortest sequence.
+        seqstart_py: `seqstart` as a list, or `None` where the host does not know it.
+    """
+
+    seqstart: Tensor
+    max_seqlen: int
+    min_seqlen: int
+    seqstart_py: list[int] | None
+
+    def __post_init__(self) -> None:
+        self._version = _version(self.seqstart)
+
+    @property
+    def host(self) -> list[int] | None:
+        """`seqstart_py` while it can be trusted: `seqstart` was not changed in place since it was given."""
+        return self.seqstart_py if _version(self.seqstart) == self._version else None
+
+    @property
+    def starts(self) -> list[int]:
+        """`seqstart` on the host, read from the device where it must be."""
+        return self.host if self.host is not None else self.seqstart.tolist()
+
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """(start, length) of every sequence, int32 `[sequences]`."""
+        return self.seqstart[:-1], self.seqstart.diff()
+
+    def intervals(self) -> Iterator[tuple[int, int]]:
+        """(start, end) of every sequence."""
+        yield from pairwise(self.starts)
+
+    def to(self: Info, device: torch.device | str) -> Info:
+        """The same on another device; the object itself where it is there already."""
+        if self.seqstart.device == torch.device(device):
+            return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **moved, seqstart_py=self.host)
+
+    @classmethod
+    def from_seqlens(cls, seqlens: Iterable[int], *, device: Device = None) -> _SeqLenInfo:
+        """From the lengths. `device=None` is the current CUDA device where there is one, else the CPU."""
+        lengths = lengths_of("seqlens", seqlens)
+        starts = [0, *accumulate(lengths)]
+        return cls(int_tensor(starts, device), max(lengths, default=0), min(lengths, default=0), starts)
+
+    def from_seqlens_inplace(self, seqlens: Iterable[int]) -> None:
+        """Give the sequences other lengths, in the same tensor (captured CUDA graphs see them).
+
+        Raises ValueError for another number of sequences or one longer than `max_seqlen`.
+        """
+        lengths = lengths_of("seqlens", seqlens)
+        self._fits(lengths, self.max_seqlen)
+        self.seqstart_py = [0, *accumulate(lengths)]
+        self.min_seqlen = min(lengths, default=0)
+        self.seqstart.copy_(torch.tensor(self.seqstart_py, dtype=torch.int32))
+
+    def _fits(self, lengths: list[int], longest: int) -> None:
+        count = len(self.seqstart) - 1
+        if len(lengths) != count or max(lengths, default=0) > longest:
+            raise ValueError(f"seqlens: got {lengths}, want {count} lengths of at most {longest}")
+
+    def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """`[1, T, *]` into one `[batch_size, length, *]` per entry of `batch_sizes` (default: 1 each)."""
+        starts = self.starts
+        if x.shape[0] != 1 or x.shape[1] != starts[-1]:
+            raise ValueError(f"x: got shape {list(x.shape)}, want [1, {starts[-1]}, ...]")
+        sizes = [1] * (len(starts) - 1) if batch_sizes is None else list(batch_sizes)
+        if sum(sizes) != len(starts) - 1:
+            raise ValueError(f"batch_sizes: got {sizes}, want {len(starts) - 1} sequences in all")
+        edges = [0, *accumulate(sizes)]
+        parts = [x[:, starts[first] : starts[last]] for first, last in pairwise(edges)]
+        return [
+            part.reshape(size, part.shape[1] // max(size, 1), *x.shape[2:])
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+
+@dataclass(eq=False)
+class _PaddedSeqLenInfo(_SeqLenInfo):
+    """Sequences in slots of equal size: sequence b is at `[b·padding, b·padding + seqlen[b])`.
+
+    Attributes:
+        seqlen, seqlen_py: lengths in use, int32 `[sequences]` and as a list.
+        padding: size of a slot.
+    """
+
+    seqlen: Tensor
+    seqlen_py: Sequence[int] | None
+    padding: int
+
+    def runs(self) -> tuple[Tensor, Tensor]:
+        return self.seqstart[:-1], self.seqlen
+
+    def intervals(self) -> Iterator[tuple[int, int]]:
+        for start, length in zip(self.starts, self.seqlen.tolist(), strict=False):
+            yield start, start + length
+
+    @classmethod
+    def from_seqlens(cls, seqlens: Iterable[int], *, device: Device = None) -> _SeqLenInfo:
+        raise NotImplementedError("_PaddedSeqLenInfo.from_seqlens: want from_seqlens_padded")
+
+    @classmethod
+    def from_seqlens_padded(cls, seqlens: Sequence[int], padding: int, *, device: Device = None) -> _PaddedSeqLenInfo:
+        """From the lengths in use, each at most `padding`."""
+        lengths = lengths_of("seqlens", seqlens)
+        if max(lengths, default=0) > padding:
+            raise ValueError(f"seqlens: got a sequence of {max(lengths)}, want at most padding = {padding}")
+        starts = [b * padding for b in range(len(lengths) + 1)]
+        longest, shortest = max(lengths, default=0), min(lengths, default=0)
+        return cls(int_tensor(starts, device), longest, shortest, starts, int_tensor(lengths, device), lengths, padding)
+
+    def from_seqlens_inplace(self, seqlens: Iterable[int]) -> None:
+        raise NotImplementedError("_PaddedSeqLenInfo.from_seqlens_inplace: want from_seqlens_padded_inplace")
+
+    def from_seqlens_padded_inplace(self, seqlens: Sequence[int]) -> None:
+        """Give the sequences other lengths, in the same tensor: as many as before, each at most `padding`."""
+        lengths = lengths_of("seqlens", seqlens)
+        self._fits(lengths, self.padding)
+        self.seqlen_py, self.max_seqlen, self.min_seqlen = lengths, max(lengths, default=0), min(lengths, default=0)
+        self.seqlen.copy_(torch.tensor(lengths, dtype=torch.int32))
+
+    def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
+        raise NotImplementedError("_PaddedSeqLenInfo.split: padded sequences are not packed")
+
+
+@dataclass(eq=False)
+class _GappySeqInfo(_SeqLenInfo):
+    """Sequences anywhere, even overlapping: sequence b is at `[seqstart[b], seqstart[b] + seqlen[b])`.
+
+    For paged keys (`paged=True`) `seqstart` has no total at its end, counts in the sequence's own pages, and
+    `seqlen` holds the end, not the length.
+    """
+
+    seqlen: Tensor
+    seqlen_py: Sequence[int] | None
+
+    def runs(self) -> tuple[Tensor, Tensor]:
+        return self.seqstart[: len(self.seqlen)], self.seqlen
+
+    def intervals(self) -> Iterator[tuple[int, int]]:
+        # As many starts as lengths stand for paged keys, whose `seqlen` is the end already.
+        paged = len(self.seqstart) == len(self.seqlen)
+        for start, length in zip(self.starts, self.seqlen.tolist(), strict=False):
+            yield start, (length if paged else start + length)
+
+    @classmethod
+    def from_seqlens(cls, seqlens: Iterable[int], *, device: Device = None) -> _SeqLenInfo:
+        raise NotImplementedError("_GappySeqInfo.from_seqlens: want from_seqlens_gappy")
+
+    @classmethod
+    def from_seqlens_gappy(
+        cls, seqstarts: Sequence[int], seqlens: Sequence[int], paged: bool, *, device: Device = None
+    ) -> _GappySeqInfo:
+        """From starts and lengths; `seqstarts` has one entry more than `seqlens`, the total, unless paged."""
+        lengths, starts = lengths_of("seqlens", seqlens), lengths_of("seqstarts", seqstarts)
+        want = len(lengths) if paged else len(lengths) + 1
+        if len(starts) != want:
+            raise ValueError(f"seqstarts: got {len(starts)} entries, want {want} for {len(lengths)} sequences")
+        seqlen = [s + n for s, n in zip(starts, lengths, strict=True)] if paged else lengths
+        longest, shortest = max(lengths, default=0), min(lengths, default=0)
+        listed = [*starts, -1] if paged else starts
+        return cls(int_tensor(starts, device), longest, shortest, listed, int_tensor(seqlen, device), seqlen)
+
+    def from_seqlens_inplace(self, seqlens: Iterable[int]) -> None:
+        raise NotImplementedError("_GappySeqInfo.from_seqlens_inplace: assign to seqstart and seqlen in place")
+
+    def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
+        raise NotImplementedError("_GappySeqInfo.split: gappy sequences are not packed")
+
+
+def lengths_of(name: str, lengths: Iterable[int]) -> list[int]:
+    """Lengths as a list of int, whatever sequence, array or tensor they came in."""
+    values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if any(int(n) != n or n < 0 for n in values):
+        raise ValueError(f"{name}: got {values}, want ints ≥ 0")
+    return [int(n) for n in values]
+
+
+def int_tensor(values: Sequence[int], device: Device) -> Tensor:
+    """int32 tensor on `device`, by default where xFormers puts it: CUDA, else MTIA, else the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mtia" if torch.mtia.is_available() else "cpu"
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.device == b.device and a.shape == b.shape and torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

@@ -1,0 +1,39 @@
+"""Taking a packed tensor apart and, where the parts still lie side by side, putting them together without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """`torch.unbind`. (xFormers' spares a copy in backward for kernels that write all gradients into one tensor.)"""
+    return torch.unbind(x, dim)
+
+
+def get_stack_strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...] | None:
+    """Strides of `torch.stack(tensors, dim)` if it can be a view of their common storage, else None."""
+    first = tensors[0]
+    dim = dim + first.dim() + 1 if dim < 0 else dim
+    step = tensors[1].storage_offset() - first.storage_offset() if len(tensors) > 1 else first.numel()
+    for position, x in enumerate(tensors):
+        if (
+            x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or (x.dtype, x.shape, x.stride()) != (first.dtype, first.shape, first.stride())
+            or x.storage_offset() != first.storage_offset() + position * step
+            or step < 0
+        ):
+            return None
+    return (*first.stride()[:dim], int(step), *first.stride()[dim:])
+
+
+def stack_or_none(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
+    """`torch.stack(tensors, dim)` as a view of their common storage, or None where they do not lie so."""
+    strides = get_stack_strides(tensors, dim)
+    if strides is None:
+        return None
+    shape = list(tensors[0].shape)
+    shape.insert(dim + len(shape) + 1 if dim < 0 else dim, len(tensors))
+    return tensors[0].as_strided(shape, strides)

@@ -1,0 +1,1 @@
+"""Training: tasks, data, configuration, the loop and its checkpoints."""

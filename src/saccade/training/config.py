@@ -1,0 +1,147 @@
+"""Every choice of a training run in one dataclass, and the presets of the tasks. Knows nothing of how a run is done.
+
+The dataclass is the command line (through tyro, which shows the text below each field as its help) and, as JSON, the
+record beside the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are those of the chosen task's preset."""
+
+    task: TaskName = "stdlib"
+    """What to learn; chooses the defaults of all else."""
+    max_length: int = 1024
+    """Longest problem in symbols (copy, reverse, sort), pairs (associative-recall) or digits (addition); longest
+    document in bytes (stdlib)."""
+
+    dim: int = 128
+    """Width of the model."""
+    layers: int = 2
+    """Blocks in the model."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key and value heads; divides `heads`."""
+    hidden: int | None = None
+    """Width of the SwiGLU; by default the model chooses it from `dim`."""
+    positions: Literal["rope", "alibi", "none"] = "rope"
+    """How the attention knows where tokens stand."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
+    tie_embeddings: bool = True
+    """Whether the output layer shares the embedding's weights."""
+    dropout: float = 0.0
+    """Probability that the model drops an activation while it trains."""
+
+    tokens: int = 4096
+    """Tokens packed into one micro-batch."""
+    accumulation: int = 1
+    """Micro-batches whose gradients make one step."""
+    steps: int = 1000
+    """Optimizer steps of the whole run; the learning rate's schedule spans them."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    lr_end: float = 0.1
+    """Last learning rate, as a fraction of the peak."""
+    warmup: int = 50
+    """Steps over which the learning rate rises to its peak."""
+    beta2: float = 0.99
+    """AdamW's decay of the squared gradients' average (that of the gradients' is 0.9)."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay; on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Computation under autocast (weights stay fp32); fp16 scales its loss."""
+
+    eval_every: int = 100
+    """Steps between evaluations on held-out data."""
+    eval_tokens: int = 16_384
+    """Held-out tokens of such an evaluation; the last one, and the one that may stop the run, use all."""
+    stop_at: float | None = None
+    """Stop once so large a share of the held-out problems is answered without an error (not for stdlib)."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is also written at the end, and on Ctrl-C."""
+
+    seed: int = 0
+    """Fixes initial weights, data order and dropout."""
+    device: str = "auto"
+    """Where to train: auto (an accelerator where there is one, else the CPU), or a torch device."""
+    backend: str | None = None
+    """Attention backend; by default the first that has no reason against it."""
+    out: Path | None = None
+    """Run folder; by default a new one under runs/."""
+    resume: Path | None = None
+    """Go on with the run in this folder, under its own configuration; other options given here override it."""
+
+    def __post_init__(self) -> None:
+        if self.task not in get_args(TaskName):
+            raise ValueError(f"task: got {self.task!r}, wanted one of {', '.join(get_args(TaskName))}")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision: got {self.precision!r}, wanted fp32, bf16 or fp16")
+        whole = ("tokens", "accumulation", "steps", "eval_every", "eval_tokens", "checkpoint_every")
+        for name in whole:
+            if (got := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: got {got}, wanted at least 1")
+        if self.warmup < 0:
+            raise ValueError(f"warmup: got {self.warmup}, wanted 0 or more")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr: got {self.lr}, wanted a positive number")
+        if not 0 <= self.lr_end <= 1:
+            raise ValueError(f"lr_end: got {self.lr_end}, wanted a fraction of the peak, 0 to 1")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2: got {self.beta2}, wanted a number in [0, 1)")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
+        if not self.clip > 0:
+            raise ValueError(f"clip: got {self.clip}, wanted a positive number (inf for none)")
+        if self.stop_at is not None and (self.task == "stdlib" or not 0 < self.stop_at <= 1):
+            raise ValueError(
+                f"stop_at: got {self.stop_at} for {self.task}, wanted a share in (0, 1] of a synthetic task"
+            )
+
+    def to_json(self) -> str:
+        """This configuration as JSON text."""
+        return json.dumps(asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config") -> TrainConfig:
+        """The configuration in JSON text; `source` names it in a ValueError about what is wrong."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            unknown = set(values) - {field.name for field in fields(cls)}
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{source}: not a training configuration ({error})") from None
+        if unknown:
+            raise ValueError(f"{source}: unknown option {', '.join(sorted(unknown))}")
+        for name in ("out", "resume"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+_SYNTHETIC = TrainConfig(task="copy", dim=128, layers=2, heads=4, kv_heads=2, tokens=4096, steps=1000, stop_at=0.99)
+
+PRESETS: dict[TaskName, TrainConfig] = {
+    "copy": replace(_SYNTHETIC, task="copy", max_length=64),
+    "reverse": replace(_SYNTHETIC, task="reverse", max_length=64),
+    "sort": replace(_SYNTHETIC, task="sort", max_length=24),
+    "associative-recall": replace(_SYNTHETIC, task="associative-recall", max_length=16),
+    "addition": replace(_SYNTHETIC, task="addition", max_length=4),
+    "stdlib": TrainConfig(task="stdlib", max_length=1024, precision="bf16"),
+}
+"""The default run of each task."""

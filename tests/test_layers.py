@@ -1,0 +1,509 @@
+"""The layers against the eager formulas they stand for: values, gradients, memory, autocast, compilation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from saccade.layers import (
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    gemm,
+    linear,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+    swiglu,
+)
+
+LOW = [torch.bfloat16, torch.float16]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+
+
+@pytest.fixture(params=[False, True], ids=["fp32_gemm", "native_gemm"])
+def native(request, monkeypatch) -> bool:
+    """Both ways in which a CPU may multiply bf16 and fp16, whatever this one can do."""
+    monkeypatch.setattr(gemm, "_cpu_multiplies", lambda dtype: request.param)
+    return request.param
+
+
+def leaves(*shapes, dtype=torch.float32, scale=1.0) -> list[Tensor]:
+    return [torch.randn(s, dtype=dtype).mul_(scale).requires_grad_() for s in shapes]
+
+
+def saved_bytes(run, *parameters: Tensor) -> tuple[int, Tensor]:
+    """Bytes that `run()` keeps for backward, each storage once, parameters not counted; and its result."""
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    for p in parameters:
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    return sum(storages.values()), result
+
+
+# linear
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_is_the_low_precision_product_rounded_once(native, dtype, with_bias):
+    torch.manual_seed(0)
+    x, w, b = leaves((3, 7, 33), (5, 33), (5,))
+    bias = b if with_bias else None
+    with torch.autocast("cpu", dtype):
+        y = linear(x, w, bias)
+        true = F.linear(x, w, bias)
+    assert y.dtype == true.dtype == dtype
+
+    x64, w64, b64 = (t.detach().to(dtype).double() for t in (x, w, b))
+    exact = F.linear(x64, w64, b64 if with_bias else None)
+    size = F.linear(x64.abs(), w64.abs(), b64.abs() if with_bias else None)
+    half_ulp = torch.finfo(dtype).eps / 2
+    accumulated = 40 * torch.finfo(torch.float32).eps * size  # 33 products and a bias, added in fp32
+    rounding = half_ulp * exact.abs() * (1 + half_ulp) + accumulated
+    assert ((y.double() - exact).abs() <= rounding).all()
+    assert ((y.double() - true.double()).abs() <= 2 * rounding).all()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_linear_gradients_are_rounded_likewise(native, dtype):
+    torch.manual_seed(0)
+    x, w, b = leaves((4, 6, 16), (9, 16), (9,))
+    with torch.autocast("cpu", dtype):
+        y = linear(x, w, b)
+    grad = torch.randn(4, 6, 9).to(dtype)
+    y.backward(grad)
+
+    g = grad.double().reshape(-1, 9)
+    low_x, low_w = x.detach().to(dtype).double().reshape(-1, 16), w.detach().to(dtype).double()
+    for got, exact in ((x.grad.reshape(-1, 16), g @ low_w), (w.grad, g.t() @ low_x), (b.grad, g.sum(0))):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, got.to(dtype).float()), "gradients must be values of the low dtype"
+        assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_linear_rounds_its_operands(native):
+    """1 + 2^-10 is 1 in bf16: a product of unrounded values would not be zero."""
+    x, w = torch.tensor([[1 + 2**-10, -1.0]]), torch.ones(1, 2)
+    assert linear(x, w).item() == 2**-10
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w).item() == 0
+
+
+def test_linear_without_low_precision_is_f_linear():
+    for dtype in (torch.float32, torch.float64):
+        x, w, b = leaves((2, 3), (4, 3), (4,), dtype=dtype)
+        assert torch.equal(linear(x, w, b), F.linear(x, w, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w, b).dtype == torch.float64
+
+
+def test_linear_saves_the_low_dtype(monkeypatch):
+    monkeypatch.setattr(gemm, "_cpu_multiplies", lambda dtype: False)
+    x, w = leaves((64, 32), (16, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        saved, _ = saved_bytes(lambda: linear(x, w), w)
+    assert saved == 64 * 32 * 2
+
+
+def test_linear_keeps_the_parameters_of_nn_linear():
+    torch.manual_seed(0)
+    ours = Linear(3, 4)
+    torch.manual_seed(0)
+    theirs = nn.Linear(3, 4)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(5, 3)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_mixed_dtypes_without_autocast_are_an_error():
+    x, w = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"weight: got torch.float32, want torch.bfloat16"):
+        linear(x, w)
+
+
+# SwiGLU
+
+
+def eager_swiglu(x, w12, b12, w3, b3):
+    x1, x2 = linear(x, w12, b12).chunk(2, -1)
+    return linear(F.silu(x1) * x2, w3, b3)
+
+
+def test_swiglu_gradcheck():
+    torch.manual_seed(0)
+    inputs = leaves((2, 3, 4), (10, 4), (10,), (6, 5), (6,), dtype=torch.float64)
+    assert torch.autograd.gradcheck(swiglu, inputs)
+    x, w12, _, w3, _ = inputs
+    assert torch.autograd.gradcheck(lambda x, w12, w3: swiglu(x, w12, None, w3, None), (x, w12, w3))
+
+
+@pytest.mark.parametrize("only", range(5))
+def test_swiglu_each_gradient_alone(only):
+    torch.manual_seed(0)
+    inputs = leaves((3, 4), (10, 4), (10,), (6, 5), (6,), dtype=torch.float64)
+    for i, t in enumerate(inputs):
+        t.requires_grad_(i == only)
+    (got,) = torch.autograd.grad(swiglu(*inputs).square().sum(), inputs[only])
+    (want,) = torch.autograd.grad(eager_swiglu(*inputs).square().sum(), inputs[only])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_swiglu_is_the_eager_formula_and_leaves_its_inputs_alone(native, dtype):
+    torch.manual_seed(0)
+    inputs = leaves((3, 7, 12), (40, 12), (40,), (12, 20), (12,), scale=0.5)
+    before = [t.detach().clone() for t in inputs]
+
+    def run(f):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = f(*inputs)
+        return y, torch.autograd.grad(y.float().square().sum(), inputs)
+
+    y, grads = run(swiglu)
+    want, want_grads = run(eager_swiglu)  # the same operations: only sums inside a GEMM may differ in order
+    assert y.dtype == dtype
+    for got, wanted in zip((y, *grads), (want, *want_grads), strict=True):
+        atol = 2 * torch.finfo(dtype).eps * float(wanted.detach().abs().max())
+        torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
+    for t, old in zip(inputs, before, strict=True):
+        assert torch.equal(t, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_saves_x_and_the_pre_activation_only(dtype):
+    T, D, hidden = 64, 16, 24
+    base, w12, w3 = leaves((T, D), (2 * hidden, D), (D, hidden))
+    x = base * 1  # an activation, not a leaf
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        ours, _ = saved_bytes(lambda: swiglu(x, w12, None, w3, None), w12, w3)
+        eager, _ = saved_bytes(lambda: eager_swiglu(x, w12, None, w3, None), w12, w3)
+    assert ours == dtype.itemsize * T * (D + 2 * hidden)
+    assert eager >= dtype.itemsize * T * (D + 4 * hidden)  # and silu(x1), and silu(x1) * x2
+
+
+def test_swiglu_module_under_checkpoint_gives_the_same_gradients():
+    torch.manual_seed(0)
+    module, x = SwiGLU(8, 12, 5), torch.randn(6, 8, requires_grad=True)
+    assert [(n, list(p.shape)) for n, p in module.named_parameters()] == [
+        ("w12.weight", [24, 8]),
+        ("w12.bias", [24]),
+        ("w3.weight", [5, 12]),
+        ("w3.bias", [5]),
+    ]
+    wrt = [x, *module.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = module(x)
+        checkpointed = checkpoint(module, x, use_reentrant=False)
+    want = torch.autograd.grad(plain.float().square().sum(), wrt)
+    got = torch.autograd.grad(checkpointed.float().square().sum(), wrt)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(g.abs().sum() > 0 for g in got)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 3), (8, 4), None, (3, 4), None), r"w12: got shape \[8, 4\], want \[2 \* hidden, 3\]"),
+        (((2, 3), (7, 3), None, (3, 4), None), r"w12: got shape \[7, 3\]"),
+        (((2, 3), (8, 3), None, (3, 5), None), r"w3: got shape \[3, 5\], want \[out, 4\]"),
+        (((2, 3), (8, 3), (4,), (3, 4), None), r"b12: got shape \[4\], want \[8\]"),
+        (((2, 3), (8, 3), None, (3, 4), (4,)), r"b3: got shape \[4\], want \[3\]"),
+    ],
+)
+def test_swiglu_errors(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        swiglu(*(None if s is None else torch.zeros(s) for s in shapes))
+
+
+# RMSNorm
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rms_norm_gradcheck_and_formula(device):
+    torch.manual_seed(0)
+    x, w = (t.detach().to(device).requires_grad_() for t in leaves((2, 3, 5), (5,), dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, w))
+    want = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * w
+    torch.testing.assert_close(rms_norm(x, w, 1e-3), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_rms_norm_is_fp32_inside(dtype, device):
+    """Rounded once: within half a unit in the last place of the exact value, also where x² overflows fp16."""
+    torch.manual_seed(0)
+    x = (300 * torch.randn(64, 48, device=device)).to(dtype)
+    module = RMSNorm(48).to(device)
+    nn.init.normal_(module.weight)
+    y = module(x)
+    exact = F.rms_norm(x.double(), (48,), module.weight.double(), 1e-6)
+    error = (y.double() - exact).abs()
+    assert y.dtype == dtype
+    assert (error <= exact.abs() * (torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps) + 1e-7).all()
+
+
+def test_rms_norm_saves_its_input_and_one_number_per_row():
+    base, w = leaves((64, 16), (16,))
+    x = base * 1
+    saved, y = saved_bytes(lambda: rms_norm(x, w), w)
+    assert saved == 4 * (64 * 16 + 64)
+    torch.testing.assert_close(y, F.rms_norm(x, (16,), w, 1e-6))
+
+
+def test_rms_norm_error():
+    with pytest.raises(ValueError, match=r"weight: got shape \[4\], want \[5\]"):
+        rms_norm(torch.zeros(2, 5), torch.zeros(4))
+
+
+# rotary
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("heads", [(3,), (2, 3)])
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_rotary_is_a_complex_product(interleaved, heads, per_batch):
+    torch.manual_seed(0)
+    B, M, K = 2, 5, 8
+    x = torch.randn(B, M, *heads, K)
+    positions = torch.randint(0, 1000, (B, M) if per_batch else (M,))
+    pairs = x.reshape(*x.shape[:-1], 4, 2) if interleaved else x.reshape(*x.shape[:-1], 2, 4).transpose(-1, -2)
+    frequency = 500.0 ** (-2 * torch.arange(4, dtype=torch.float64) / K)
+    angle = positions.expand(B, M)[..., None] * frequency
+    turned = torch.view_as_complex(pairs.double().contiguous())
+    turned = turned * torch.polar(torch.ones_like(angle), angle).view(B, M, *[1] * len(heads), 4)
+    want = torch.view_as_real(turned)
+    want = (want if interleaved else want.transpose(-1, -2)).reshape(x.shape)
+    # the angle, up to 1000 radians, is rounded to fp32: 2^-24 * 1000 radians, in it and in its frequency
+    atol = 3 * 1000 * 2**-24 * float(x.abs().max())
+    torch.testing.assert_close(rotary(x, positions, 500.0, interleaved).double(), want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_depends_on_distance_and_keeps_norms(interleaved):
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2, 16)
+
+    def score(i: int, j: int) -> Tensor:
+        at = [torch.tensor([n]) for n in (i, j)]
+        return (rotary(q, at[0], interleaved=interleaved) * rotary(k, at[1], interleaved=interleaved)).sum(-1)
+
+    torch.testing.assert_close(score(3, 10), score(103, 110), rtol=0, atol=1e-4)
+    assert (score(3, 10) - score(3, 11)).abs().max() > 1e-2
+    turned = rotary(q, torch.tensor([77]), interleaved=interleaved)
+    torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
+    assert torch.equal(rotary(q, torch.tensor([0]), interleaved=interleaved), q)
+
+
+def test_rotary_dtype_and_gradient():
+    torch.manual_seed(0)
+    positions = torch.arange(4) * 1000
+    x = torch.randn(1, 4, 2, 6, dtype=torch.bfloat16)
+    y = rotary(x, positions)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, rotary(x.float(), positions).bfloat16(), rtol=0, atol=0)
+    # The map is linear and a rotation: its gradient turns back.
+    z = torch.randn(1, 4, 2, 6, requires_grad=True)
+    g = torch.randn(1, 4, 2, 6)
+    rotary(z, positions).backward(g)
+    torch.testing.assert_close(z.grad, rotary(g, -positions))
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions", "message"),
+    [
+        ((1, 4, 2, 5), (4,), "dim: got 5, want an even number"),
+        ((1, 4, 6), (4,), r"x: got shape \[1, 4, 6\]"),
+        ((2, 4, 1, 6), (3,), r"positions: got shape \[3\], want \[4\] or \[2, 4\]"),
+    ],
+)
+def test_rotary_errors(shape, positions, message):
+    with pytest.raises(ValueError, match=message):
+        rotary(torch.zeros(shape), torch.zeros(positions))
+
+
+# linear_cross_entropy
+
+
+def eager_cross_entropy(hidden, weight, targets, bias=None, softcap=None, **options):
+    z = F.linear(hidden, weight, bias)
+    return F.cross_entropy(z if softcap is None else softcap * torch.tanh(z / softcap), targets, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, None])
+def test_cross_entropy_and_gradients_are_those_of_torch(reduction, softcap, with_bias, chunk):
+    torch.manual_seed(0)
+    hidden, weight, bias = leaves((11, 6), (9, 6), (9,), dtype=torch.float64)
+    targets = torch.randint(0, 9, (11,))
+    targets[[0, 4, 10]] = -1
+    inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
+    options = {"ignore_index": -1, "softcap": softcap, "reduction": reduction}
+    upstream = torch.randn(11 if reduction == "none" else (), dtype=torch.float64)
+
+    got = linear_cross_entropy(hidden, weight, targets, bias=bias if with_bias else None, chunk=chunk, **options)
+    want = eager_cross_entropy(hidden, weight, targets, bias if with_bias else None, **options)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream))
+
+
+def test_cross_entropy_gradcheck():
+    torch.manual_seed(0)
+    inputs = leaves((5, 4), (7, 4), (7,), dtype=torch.float64)
+    targets = torch.tensor([0, 6, -100, 3, 3])
+    for reduction in ("mean", "none"):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b, reduction=reduction: linear_cross_entropy(
+                h, w, targets, bias=b, softcap=2.0, reduction=reduction, chunk=2
+            ),
+            inputs,
+        )
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_cross_entropy_under_autocast_has_fp32_logits(monkeypatch, dtype):
+    """Operands are rounded; the logits are not: the loss is the exact one of the rounded operands."""
+    monkeypatch.setattr(gemm, "_cpu_multiplies", lambda dtype: False)
+    torch.manual_seed(0)
+    hidden, weight = leaves((13, 32), (50, 32))
+    targets = torch.randint(0, 50, (13,))
+    with torch.autocast("cpu", dtype):
+        loss = linear_cross_entropy(hidden, weight, targets, reduction="none", chunk=4)
+    assert loss.dtype == torch.float32
+    low_h, low_w = (t.detach().to(dtype).double().requires_grad_() for t in (hidden, weight))
+    want = F.cross_entropy(low_h @ low_w.t(), targets, reduction="none")
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-5)
+    unrounded = F.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="none")
+    assert (loss - unrounded).abs().max() > 1e-4
+
+    g = torch.randn(13)
+    got = torch.autograd.grad(loss, (hidden, weight), g)
+    wanted = torch.autograd.grad(want, (low_h, low_w), g.double())
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
+def test_cross_entropy_native_low_precision(monkeypatch):
+    monkeypatch.setattr(gemm, "_cpu_multiplies", lambda dtype: True)
+    torch.manual_seed(0)
+    hidden, weight = leaves((13, 16), (20, 16))
+    targets = torch.randint(0, 20, (13,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+        want = F.cross_entropy(F.linear(hidden, weight), targets)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(want, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=float(2**-7 * b.abs().max()))
+
+
+def test_cross_entropy_where_all_or_nothing_is_ignored():
+    hidden, weight = leaves((4, 3), (5, 3))
+    ignored = torch.full((4,), -100)
+    assert linear_cross_entropy(hidden, weight, ignored).isnan()
+    linear_cross_entropy(hidden, weight, ignored, reduction="sum").backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+    empty = linear_cross_entropy(hidden[:0], weight, ignored[:0], reduction="none")
+    assert empty.shape == (0,)
+    (gradient,) = torch.autograd.grad(empty.sum(), weight)
+    assert not gradient.any()
+
+
+def peak_of_cross_entropy(T: int, C: int, f=linear_cross_entropy, **options) -> int:
+    """Bytes held at most by what forward and backward allocate themselves, from the profiler's memory events."""
+    hidden, weight = leaves((T, 4), (C, 4))
+    targets = torch.zeros(T, dtype=torch.int64)
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+        f(hidden, weight, targets, **options).backward()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_cross_entropy_memory_does_not_grow_with_the_logits():
+    chunk = 64
+
+    def linear_part(T: int, C: int) -> int:
+        """What is due whatever the chunk: gradients of hidden and weight (with a product beside the sum), and
+        a few numbers per token."""
+        return 4 * (4 * T + 2 * 4 * C + 16 * T)
+
+    for T, C in ((256, 256), (1024, 256), (1024, 1024)):
+        peak = peak_of_cross_entropy(T, C, chunk=chunk)
+        assert peak <= linear_part(T, C) + 2.5 * 4 * chunk * C, (T, C)
+    assert peak < 4 * T * C / 2  # half of the logits, of which eager holds several copies
+    assert peak_of_cross_entropy(T, C, eager_cross_entropy) > 4 * T * C * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 2, 3)}, r"hidden: got shape \[2, 2, 3\], want \[T, D\]"),
+        ({"weight": torch.zeros(5, 4)}, r"weight: got shape \[5, 4\], want \[C, 3\]"),
+        (
+            {"weight": torch.zeros(5, 3, dtype=torch.float64)},
+            r"weight: got torch.float64, want torch.float32",
+        ),
+        (
+            {"targets": torch.zeros(3, dtype=torch.int64)},
+            r"targets: got torch.int64 of shape \[3\], want .* \[2\]",
+        ),
+        ({"targets": torch.zeros(2)}, r"targets: got torch.float32"),
+        ({"bias": torch.zeros(4)}, r"bias: got shape \[4\], want \[5\]"),
+        ({"softcap": 0.0}, r"softcap: got 0.0, want a positive number"),
+        ({"reduction": "average"}, r"reduction: got 'average'"),
+        ({"chunk": 0}, r"chunk: got 0, want at least 1"),
+    ],
+)
+def test_cross_entropy_errors(change, message):
+    arguments = {
+        "hidden": torch.zeros(2, 3),
+        "weight": torch.zeros(5, 3),
+        "targets": torch.tensor([0, 1]),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments)
+
+
+# compilation
+
+
+# torch's tracer makes an instance of torch.autograd.Function, against torch's own advice
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_compile_without_a_graph_break(dtype):
+    torch.manual_seed(0)
+    x, w, w12, w3 = leaves((1, 6, 2, 8), (8,), (24, 8), (8, 12))
+    targets = torch.randint(0, 8, (12,))
+
+    def layers(x: Tensor) -> Tensor:
+        h = rotary(rms_norm(x, w), torch.arange(6)).flatten(0, 2)
+        h = h + swiglu(linear(h, w12[:8]), w12, None, w3, None)
+        return linear_cross_entropy(h, w3.t(), targets.clamp(max=11), chunk=5)
+
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        want, got = layers(x), compiled(x)
+    torch.testing.assert_close(got, want)
+    inputs = (x, w, w12, w3)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
