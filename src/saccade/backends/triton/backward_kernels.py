@@ -81,7 +81,7 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
     dk_acc = tl.zeros([C.BN, C.K], tl.float32)
     dv_acc = tl.zeros([C.BN, C.V], tl.float32)
     for s in tl.static_range(max(C.S, 1)):
-        t0, t1, f0, f1 = _tiles_of(a, bounds + s * bounds_s + b * bounds_b, n0, C)
+        t0, t1, f0, f1 = _tiles_of(a, bounds, bounds_s, bounds_b, s, b, n0, C)
         if a.dense is None:
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
                                         grad_h, lse, delta, s, b, g, n0, f0, f1, f1, 0, False, False, C)  # fmt: skip
@@ -95,7 +95,7 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
         dk_acc = tl.zeros([C.BN, C.K], tl.float32)
         dv_acc = tl.zeros([C.BN, C.V], tl.float32)
         for s in tl.static_range(max(C.S, 1)):
-            t0, t1, f0, f1 = _tiles_of(a, bounds + s * bounds_s + b * bounds_b, n0, C)
+            t0, t1, f0, f1 = _tiles_of(a, bounds, bounds_s, bounds_b, s, b, n0, C)
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
                                         grad_h, lse, delta, s, b, g, n0, t0, t1, t1, 0, True, True, C)  # fmt: skip
     if a.seed is not None:
@@ -111,37 +111,36 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
 
 
 @triton.jit
-def _tiles_of(a, bounds, n0, C: tl.constexpr):
+def _tiles_of(a, bounds, bounds_s, bounds_b, s: tl.constexpr, b, n0, C: tl.constexpr):
     """Query tiles that see any of keys n0 … n0 + BN − 1 lie in t0 … t1 − 1; those in f0 … f1 − 1 see them all."""
     tiles = tl.cdiv(a.M, C.BM)
+    zero = n0 * 0
     if C.S == 0:
-        f1 = tl.where(n0 + C.BN <= a.N, tiles - tiles + a.M // C.BM, 0)
-        return n0 * 0, n0 * 0 + tiles, n0 * 0, f1
-    CHUNK: tl.constexpr = 256
-    t0 = n0 * 0 + FAR
-    f0 = n0 * 0 + FAR
-    t1 = n0 * 0
-    f1 = n0 * 0
-    full_tiles = n0 * 0
-    for at in tl.range(0, tiles, CHUNK):
-        t = at + tl.arange(0, CHUNK)
-        inside = t < tiles
-        first = tl.load(bounds + t, mask=inside, other=FAR)
-        full_first = tl.load(bounds + tiles + t, mask=inside, other=FAR)
-        full_last = tl.load(bounds + 2 * tiles + t, mask=inside, other=0)
-        last = tl.load(bounds + 3 * tiles + t, mask=inside, other=0)
-        seen = (first < n0 + C.BN) & (last > n0)
-        full = (full_first <= n0) & (full_last >= n0 + C.BN)
-        t0 = tl.minimum(t0, tl.min(tl.where(seen, t, FAR), 0))
-        t1 = tl.maximum(t1, tl.max(tl.where(seen, t + 1, 0), 0))
-        f0 = tl.minimum(f0, tl.min(tl.where(full, t, FAR), 0))
-        f1 = tl.maximum(f1, tl.max(tl.where(full, t + 1, 0), 0))
-        full_tiles += tl.sum(full.to(tl.int32), 0)
-    # Full tiles that do not follow one another are treated as the others.
-    run = (full_tiles > 0) & (full_tiles == f1 - f0)
-    t0 = tl.minimum(t0, t1)
-    f0 = tl.where(run, f0, t0)
-    f1 = tl.where(run, f1, t0)
+        t0, t1, f0 = zero, zero + tiles, zero
+        f1 = tl.where(n0 + C.BN <= a.N, zero + a.M // C.BM, zero)
+    else:
+        CHUNK: tl.constexpr = 256
+        at = bounds + s * bounds_s + b * bounds_b
+        t0, t1, f0, f1, count = zero + FAR, zero, zero + FAR, zero, zero
+        for chunk in tl.range(0, tiles, CHUNK):
+            t = chunk + tl.arange(0, CHUNK)
+            inside = t < tiles
+            first = tl.load(at + t, mask=inside, other=FAR)
+            full_first = tl.load(at + tiles + t, mask=inside, other=FAR)
+            full_last = tl.load(at + 2 * tiles + t, mask=inside, other=0)
+            last = tl.load(at + 3 * tiles + t, mask=inside, other=0)
+            seen = (first < n0 + C.BN) & (last > n0)
+            full = (full_first <= n0) & (full_last >= n0 + C.BN)
+            t0 = tl.minimum(t0, tl.min(tl.where(seen, t, FAR), 0))
+            t1 = tl.maximum(t1, tl.max(tl.where(seen, t + 1, 0), 0))
+            f0 = tl.minimum(f0, tl.min(tl.where(full, t, FAR), 0))
+            f1 = tl.maximum(f1, tl.max(tl.where(full, t + 1, 0), 0))
+            count += tl.sum(full.to(tl.int32), 0)
+        # Full tiles that do not follow one another are treated as the others.
+        run = (count > 0) & (count == f1 - f0)
+        t0 = tl.minimum(t0, t1)
+        f0 = tl.where(run, f0, t0)
+        f1 = tl.where(run, f1, t0)
     return t0, t1, f0, f1
 
 
@@ -364,7 +363,8 @@ def table_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, parts, C: 
     part = parts + (slot * a.G * C.H + gh).to(tl.int64) * (2 * a.reach + 1)
     near_low = 0.0
     near_high = 0.0
-    for item in tl.range(slot, tiles * a.B, slots):
+    for turn in tl.range(0, tl.cdiv(tiles * a.B - slot, slots)):
+        item = slot + turn * slots
         tile, b = item % tiles, item // tiles
         i0 = tile * C.BM
         i = tl.minimum(i0 + r, a.M - 1)
@@ -374,7 +374,8 @@ def table_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, parts, C: 
             lowest = tl.min(tl.where(lo < hi, diagonal, FAR), 0)
             highest = tl.max(tl.where(lo < hi, diagonal, -FAR), 0)
             begin = tl.minimum(first, last) // 16 * 16
-            for j0 in tl.range(begin, last, C.BN):
+            for block in tl.range(0, tl.cdiv(last - begin, C.BN)):
+                j0 = begin + block * C.BN
                 ds = _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s, b, g, h, i, i0 + r < a.M,
                                  i0, j0, last, C)  # fmt: skip
                 if j0 - highest >= a.reach:
@@ -382,7 +383,8 @@ def table_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, parts, C: 
                 elif j0 + C.BN - 1 - lowest <= -a.reach:
                     near_low += tl.sum(tl.sum(ds, 1), 0)
                 else:
-                    for d0 in tl.range(j0 - highest, j0 + C.BN - lowest, W):
+                    for window in tl.range(0, tl.cdiv(C.BN + highest - lowest, W)):
+                        d0 = j0 - highest + window * W
                         column = (d0 + w)[None, :] + (diagonal - j0)[:, None]
                         shifted = tl.gather(ds, tl.minimum(tl.maximum(column, 0), C.BN - 1), 1)
                         x = tl.sum(tl.where((column >= 0) & (column < C.BN), shifted, 0.0), 0)

@@ -154,7 +154,9 @@ def _exact(m, q, a, key, value, b, g, h, i, slope, split, splits, C: tl.constexp
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
         end = tl.minimum(begin + t1 * C.BN, last)
-        for j0 in tl.range(begin + t0 * C.BN, end, BN, num_stages=1):
+        start = begin + t0 * C.BN
+        for t in tl.range(0, tl.cdiv(end - start, BN), num_stages=1):
+            j0 = tl.multiple_of(start + t * BN, 16)
             slots = n
             if C.page > 0:
                 slots = slots_of(a, j0 + n, end, C)
