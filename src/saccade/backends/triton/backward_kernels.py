@@ -9,12 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.backends.triton.exact import any_nan, keys_exact, queries_exact
 from saccade.backends.triton.primitives import (
     FAR,
-    any_nan,
     blocks_of,
     bounds_of,
-    exact_dot,
     kept,
     load_keys,
     load_stats,
@@ -24,7 +23,6 @@ from saccade.backends.triton.primitives import (
     rows_of,
     score_gradient,
     slope_of,
-    visible_of,
     weights_of,
 )
 
@@ -52,7 +50,7 @@ def delta_kernel(grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, M, 
 def bounds_kernel(a, bounds, C: tl.constexpr):
     """first, full_first, full_last, last of every query tile: int32 [S, B or 1, 4, tiles]. Grid: (tiles, B or 1, S)."""
     tile, b, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i, _, valid = rows_of(a, tile, 0, C)
+    i, _, valid = rows_of(a, tile * C.BM, 0, C.BM, C)
     lo, hi, _ = range_of(a, s, b, i, C)
     first, full_first, full_last, last = bounds_of(lo, tl.where(valid, hi, lo))
     at = bounds + ((s * tl.num_programs(1) + b) * 4) * tl.num_programs(0) + tile
@@ -78,26 +76,19 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
     k = load_keys(key, a.k_n, n, n0, a.N, True, C.BN, C.K, C.k_dim, 0)
     v = load_keys(value, a.v_n, n, n0, a.N, True, C.BN, C.V, C.v_dim, 0)
-    dk_acc = tl.zeros([C.BN, C.K], tl.float32)
-    dv_acc = tl.zeros([C.BN, C.V], tl.float32)
+    dk_acc = tl.full([C.BN, C.K], 0.0, tl.float32)
+    dv_acc = tl.full([C.BN, C.V], 0.0, tl.float32)
     for s in tl.static_range(max(C.S, 1)):
         t0, t1, f0, f1 = _tiles_of(a, bounds, bounds_s, bounds_b, s, b, n0, C)
         if a.dense is None:
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
-                                        grad_h, lse, delta, s, b, g, n0, f0, f1, f1, 0, False, False, C)  # fmt: skip
+                                        grad_h, lse, delta, s, b, g, n0, f0, f1, f1, 0, False, C)  # fmt: skip
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
-                                        grad_h, lse, delta, s, b, g, n0, t0, t1 - (f1 - f0), f0, f1 - f0, True, False,
+                                        grad_h, lse, delta, s, b, g, n0, t0, t1 - (f1 - f0), f0, f1 - f0, True,
                                         C)  # fmt: skip
         else:
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
-                                        grad_h, lse, delta, s, b, g, n0, t0, t1, t1, 0, True, False, C)  # fmt: skip
-    if any_nan(dk_acc) | any_nan(dv_acc):
-        dk_acc = tl.zeros([C.BN, C.K], tl.float32)
-        dv_acc = tl.zeros([C.BN, C.V], tl.float32)
-        for s in tl.static_range(max(C.S, 1)):
-            t0, t1, f0, f1 = _tiles_of(a, bounds, bounds_s, bounds_b, s, b, n0, C)
-            dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
-                                        grad_h, lse, delta, s, b, g, n0, t0, t1, t1, 0, True, True, C)  # fmt: skip
+                                        grad_h, lse, delta, s, b, g, n0, t0, t1, t1, 0, True, C)  # fmt: skip
     if a.seed is not None:
         dv_acc *= a.keep_scale
     row = (b.to(tl.int64) * a.N + n0 + n) * a.G + g
@@ -108,6 +99,9 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
     columns = tl.arange(0, C.V)
     tl.store(dv + row[:, None] * C.v_dim + columns[None, :], dv_acc.to(dv.dtype.element_ty),
              mask=inside & (columns < C.v_dim)[None, :])  # fmt: skip
+    if any_nan(dk_acc) | any_nan(dv_acc):
+        tl.debug_barrier()
+        keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dk, dv, b, g, n0, C)
 
 
 @triton.jit
@@ -146,7 +140,7 @@ def _tiles_of(a, bounds, bounds_s, bounds_b, s: tl.constexpr, b, n0, C: tl.const
 
 @triton.jit
 def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h, lse, delta,
-               s: tl.constexpr, b, g, n0, t0, t1, gap_at, gap, MASKED: tl.constexpr, EXACT: tl.constexpr,
+               s: tl.constexpr, b, g, n0, t0, t1, gap_at, gap, MASKED: tl.constexpr,
                C: tl.constexpr):  # fmt: skip
     """dk and dv of one key block over query tiles t0 … t1 − 1 of all heads; tiles from `gap_at` on are counted on."""
     count = tl.maximum(t1 - t0, 0)
@@ -181,13 +175,8 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * a.keep_scale, 0.0)
         ds = raw_gradient(score_gradient(p, dp, delta_[None, :], MASKED), unit, C)
-        if EXACT:
-            visible = visible_of(a, b, g, h, i_, j, lo, hi, C)
-            dv = exact_dot(dropped, visible, do, dv, C)
-            dk = exact_dot(ds, visible, q, dk, C)
-        else:
-            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=C.precision)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=C.precision)
+        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=C.precision)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=C.precision)
     return dk, dv
 
 
@@ -200,7 +189,7 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     # Long rows of a causal mask first.
     tile, head = tiles - 1 - program % tiles, program // tiles
     h, g, b = head % C.H, head // C.H % a.G, head // C.H // a.G
-    i, _, valid = rows_of(a, tile, 0, C)
+    i, _, valid = rows_of(a, tile * C.BM, 0, C.BM, C)
     r = tl.arange(0, C.BM)
     i0 = tile * C.BM
     at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
@@ -211,41 +200,35 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     lse2, delta_ = load_stats(lse, delta, stat)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
-    acc = tl.zeros([C.BM, C.K], tl.float32)
-    dslope = tl.zeros([C.BM], tl.float32)
+    acc = tl.full([C.BM, C.K], 0.0, tl.float32)
+    dslope = tl.full([C.BM], 0.0, tl.float32)
     for s in tl.static_range(max(C.S, 1)):
         lo, hi, diagonal = range_of(a, s, b, i, C)
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, 0, 1, C.BN)
         if a.dense is None:
             acc, dslope = _queries_walk(acc, dslope, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
-                                        lo, hi, diagonal, dslopes, begin, f0, f1, f1, 0, last, False, False, C)  # fmt: skip
+                                        lo, hi, diagonal, dslopes, begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
             acc, dslope = _queries_walk(acc, dslope, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
-                                        lo, hi, diagonal, dslopes, begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True, False,
+                                        lo, hi, diagonal, dslopes, begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True,
                                         C)  # fmt: skip
         else:
             acc, dslope = _queries_walk(acc, dslope, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
-                                        lo, hi, diagonal, dslopes, begin, t0, t1, t1, 0, last, True, False, C)  # fmt: skip
-    if any_nan(acc):
-        acc = tl.zeros([C.BM, C.K], tl.float32)
-        dslope = tl.zeros([C.BM], tl.float32)
-        for s in tl.static_range(max(C.S, 1)):
-            lo, hi, diagonal = range_of(a, s, b, i, C)
-            first, full_first, full_last, last = bounds_of(lo, hi)
-            begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, 0, 1, C.BN)
-            acc, dslope = _queries_walk(acc, dslope, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
-                                        lo, hi, diagonal, dslopes, begin, t0, t1, t1, 0, last, True, True, C)  # fmt: skip
+                                        lo, hi, diagonal, dslopes, begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
     columns = tl.arange(0, C.K)
     row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
     tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),
              mask=valid[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
     if dslopes is not None:
         tl.store(dslopes + stat, dslope, mask=valid)
+    if any_nan(acc):
+        tl.debug_barrier()
+        queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslopes, b, g, h, tile, C)
 
 
 @triton.jit
 def _queries_walk(acc, dslope, q, do, lse2, delta, a, key, value, key_tiles, value_tiles, b, g, h, i, lo, hi, diagonal,
-                  dslopes, begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr, EXACT: tl.constexpr,
+                  dslopes, begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr,
                   C: tl.constexpr):  # fmt: skip
     """dq of one query tile over key blocks t0 … t1 − 1; blocks from `gap_at` on are counted `gap` further."""
     n = tl.arange(0, C.BN)
@@ -269,11 +252,7 @@ def _queries_walk(acc, dslope, q, do, lse2, delta, a, key, value, key_tiles, val
         if dslopes is not None:
             dslope -= tl.sum(ds * tl.abs(j - diagonal[:, None]).to(tl.float32), 1)
         ds = raw_gradient(ds, unit, C)
-        if EXACT:
-            visible = visible_of(a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], C)
-            acc = exact_dot(ds, visible, k, acc, C)
-        else:
-            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.precision)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.precision)
     return acc, dslope
 
 
@@ -319,7 +298,7 @@ def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dbias, Bb, 
     t_n = tl.where(Mb == 1, tiles, 1)
     n_n = tl.where(Nb == 1, blocks, 1)
     r = tl.arange(0, C.BM)
-    total = tl.zeros([C.BM, C.BN], tl.float32)
+    total = tl.full([C.BM, C.BN], 0.0, tl.float32)
     for u in tl.range(0, b_n * g_n * h_n * t_n * n_n):
         block = block_p + u % n_n
         tile = tile_p + u // n_n % t_n

@@ -8,16 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.backends.triton.exact import any_nan, forward_exact
 from saccade.backends.triton.primitives import (
     INFINITY,
     LN2,
     LOG2E,
-    any_nan,
     biased,
     blocks_of,
     bounds_of,
     capped,
-    exact_dot,
     kept,
     load_keys,
     load_tile,
@@ -38,7 +37,7 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     """
     tile, h0, g, b = _place(a, tl.program_id(0), heads_at_once, C)
     split = tl.program_id(1)
-    i, h, valid = rows_of(a, tile, h0, C)
+    i, h, valid = rows_of(a, tile * C.BM, h0, C.BM, C)
     at = i.to(tl.int64) * a.q_m + h * a.q_h
     columns = tl.arange(0, C.K)
     pointers = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + at[:, None] + columns[None, :]
@@ -48,8 +47,8 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
 
     m = tl.full([C.BM], -INFINITY, tl.float32)
-    l = tl.zeros([C.BM], tl.float32)
-    acc = tl.zeros([C.BM, C.V], tl.float32)
+    l = tl.full([C.BM], 0.0, tl.float32)
+    acc = tl.full([C.BM, C.V], 0.0, tl.float32)
     if a.sinks is not None:
         # A sink is one more key, with this score and a value of zero.
         if split == 0:
@@ -59,8 +58,7 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
         lo, hi, diagonal = range_of(a, s, b, i, C)
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
-        dense: tl.constexpr = a.dense is not None
-        if not dense:
+        if a.dense is None:
             acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
                               begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
             acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
@@ -68,9 +66,6 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
         else:
             acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
                               begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
-    if any_nan(acc):
-        acc = _exact(m, q, a, key, value, b, g, h, i, slope, split, splits, C)
-
     share = tl.where(l > 0, 1.0 / l, 0.0)
     # A NaN among the scores must come out as one.
     share = tl.where(l != l, l, share)
@@ -83,6 +78,9 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
              mask=valid[:, None] & (columns < C.v_dim)[None, :])  # fmt: skip
     stat = ((split * a.B + b).to(tl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
     tl.store(lse + stat, tl.where(l == 0, -INFINITY, (m + tl.math.log2(l)) * LN2), mask=valid)
+    if any_nan(acc):
+        tl.debug_barrier()
+        forward_exact(a, out, lse, tile, h0, b, g, split, splits, C)
 
 
 @triton.jit
@@ -140,38 +138,6 @@ def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=C.precision)
         m = highest
     return acc, l, m
-
-
-@triton.jit
-def _exact(m, q, a, key, value, b, g, h, i, slope, split, splits, C: tl.constexpr):
-    """The weighted sum of values once more, for tiles in which a value that some rows may not see is NaN or inf."""
-    BN: tl.constexpr = 16
-    n = tl.arange(0, BN)
-    pivot = tl.where(m == -INFINITY, 0.0, m)
-    acc = tl.zeros([C.BM, C.V], tl.float32)
-    for s in tl.static_range(max(C.S, 1)):
-        lo, hi, diagonal = range_of(a, s, b, i, C)
-        first, full_first, full_last, last = bounds_of(lo, hi)
-        begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
-        end = tl.minimum(begin + t1 * C.BN, last)
-        start = begin + t0 * C.BN
-        for t in tl.range(0, tl.cdiv(end - start, BN), num_stages=1):
-            j0 = tl.multiple_of(start + t * BN, 16)
-            slots = n
-            if C.page > 0:
-                slots = slots_of(a, j0 + n, end, C)
-            k = load_keys(key, a.k_n, slots, j0, end, True, BN, C.K, C.k_dim, C.page)
-            v = load_keys(value, a.v_n, slots, j0, end, True, BN, C.V, C.v_dim, C.page)
-            j = (j0 + n)[None, :]
-            s_, _ = capped(tl.dot(q, tl.trans(k), input_precision=C.precision), a, C)
-            s_ = biased(s_, a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None], slope,
-                        True, C)  # fmt: skip
-            visible = visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], C)
-            p = tl.where(visible, tl.math.exp2(s_ * (a.scale2 if C.simple else 1.0) - pivot[:, None]), 0.0)
-            if a.seed is not None:
-                p = tl.where(kept(a, b, g * C.H + h, i, j0, C.BM, BN, C), p, 0.0)
-            acc = exact_dot(p, visible, v, acc, C)
-    return acc
 
 
 @triton.jit

@@ -119,10 +119,11 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def rows_of(a, tile, h0, C: tl.constexpr):
-    """Query rows, heads of the group and validity of a tile's rows; those beyond the end repeat the last."""
-    r = tl.arange(0, C.BM)
-    i = tile * (C.BM // C.pack) + r // C.pack
+def rows_of(a, start, h0, BM: tl.constexpr, C: tl.constexpr):
+    """Query rows, heads of the group and validity of rows start … start + BM − 1, each of which is one head of a query
+    row; those beyond the end repeat the last."""
+    r = start + tl.arange(0, BM)
+    i = r // C.pack
     h = h0 + r % C.pack
     valid = (i < a.M) & (h < C.H)
     return tl.minimum(i, a.M - 1), tl.minimum(h, C.H - 1), valid
@@ -292,26 +293,6 @@ def kept(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr)
         bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BM, BN))
     # Unsigned order equals signed order with the top bit flipped.
     return (bits.to(tl.int32, bitcast=True) ^ -(2**31)) >= a.threshold
-
-
-@triton.jit
-def exact_dot(weight, visible, x, acc, C: tl.constexpr):
-    """acc + weight · x, where a row of x that is hidden (weight 0, visible false) does not reach a result though it
-    hold NaN or inf: those are taken out of the product and put back where they are visible."""
-    wide = x.to(tl.float32)
-    finite = tl.abs(wide) < INFINITY
-    acc = tl.dot(weight.to(x.dtype), tl.where(finite, wide, 0.0).to(x.dtype), acc, input_precision=C.precision)
-    seen = visible.to(x.dtype)
-    nan = tl.dot(seen, (wide != wide).to(x.dtype), input_precision=C.precision)
-    plus = tl.dot(seen, (wide == INFINITY).to(x.dtype), input_precision=C.precision)
-    minus = tl.dot(seen, (wide == -INFINITY).to(x.dtype), input_precision=C.precision)
-    acc += tl.where(nan > 0, float("nan"), 0.0)
-    return acc + tl.where(plus > 0, INFINITY, 0.0) + tl.where(minus > 0, -INFINITY, 0.0)
-
-
-@triton.jit
-def any_nan(x):
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
