@@ -17,12 +17,14 @@ from saccade.core.masks import (
 )
 from saccade.core.merge import merge
 from saccade.core.ranges import KeyRanges
+from saccade.info import explain
 
 __version__ = "0.1.0"
 
 __all__ = [
     "attention",
     "merge",
+    "explain",
     "Documents",
     "PaddedKeys",
     "GappyKeys",

@@ -25,21 +25,15 @@ def mask_picture(visible: Tensor, path: str | Path, title: str = "") -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(
-            "path: a picture needs matplotlib, which `pip install 'saccade[plot]'` brings"
-        ) from None
+        raise ValueError("path: a picture needs matplotlib, which `pip install 'saccade[plot]'` brings") from None
     panels = visible.reshape(-1, *visible.shape[-2:])
     M, N = panels.shape[-2:]
     side = min(0.32, 6 / max(M, N, 1))
     width = max(N * side, 2.0)
-    figure = Figure(
-        figsize=(len(panels) * (width + 0.6) + 0.4, max(M * side, 1.0) + 1.1), layout="constrained"
-    )
+    figure = Figure(figsize=(len(panels) * (width + 0.6) + 0.4, max(M * side, 1.0) + 1.1), layout="constrained")
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), index + 1)
-        axes.imshow(
-            panel.float().cpu(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="equal"
-        )
+        axes.imshow(panel.int().tolist(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="equal")
         if max(M, N) <= 64:
             axes.set_xticks([n - 0.5 for n in range(N + 1)], minor=True)
             axes.set_yticks([m - 0.5 for m in range(M + 1)], minor=True)

@@ -9,8 +9,7 @@ A backend is a module with three functions:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -68,7 +67,14 @@ class Backend(Protocol):
 
 def load(name: str) -> Backend:
     """The backend module of this name."""
-    return cast(Backend, import_module(f"saccade.backends.{name}"))
+    # Plain imports, one per name: torch.compile traces these, and not importlib.
+    if name == "chunked":
+        from saccade.backends import chunked
+
+        return chunked
+    from saccade.backends import reference
+
+    return reference
 
 
 def choose(problem: Problem, backend: str | None) -> str:

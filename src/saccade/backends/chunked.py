@@ -21,10 +21,10 @@ from saccade.core.problem import Problem
 
 ROWS = 256
 """Most query rows in a tile; a power of two."""
-ELEMENTS = 2**18
-"""Scores held at a time, over all heads of a tile; 1 MiB in fp32, so that a tile stays in cache."""
-OVERHEAD = 20_000
-"""What a tile costs besides its elements, in elements: a dozen torch calls of a few µs, at some ns per element."""
+ELEMENTS = 2**19
+"""Scores held at a time, over all heads of a tile; 2 MiB in fp32, so that a tile stays in cache."""
+OVERHEAD = 80_000
+"""What a tile costs besides its elements, in elements: some dozen torch calls of a few µs, at under a ns per element."""
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -59,7 +59,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
             peak = highest
         seen = total > 0
         total.masked_fill_(~seen, 1)
-        out[tile.rows] = tile.ungroup(acc.div_(total * (1 - problem.dropout_p))).to(out.dtype)
+        out[tile.rows] = tile.ungroup(acc.div_(total)).to(out.dtype)
         lse[tile.stats] = torch.where(seen, peak + total.log(), -torch.inf)[..., 0]
     return out, lse
 
@@ -99,14 +99,14 @@ def backward(
             weight = score.sub_(row_lse).exp_()
             keep = tile.keep(chunk)
             if dv is not None:
-                dropped = weight if keep is None else weight * keep / (1 - problem.dropout_p)
+                dropped = weight if keep is None else weight * keep
                 tile.accumulate(dv, chunk, _transposed_product(dropped, grad, visible))
             if not scores_needed:
                 continue
             value = tile.load(problem.value, chunk)
             dscore = _grouped(torch.matmul, grad, value.transpose(-1, -2))
             if keep is not None:
-                dscore.mul_(keep / (1 - problem.dropout_p))
+                dscore.mul_(keep)
             dscore = dscore.sub_(delta).mul_(weight)
             if visible is not None:
                 dscore.masked_fill_(~visible, 0)
@@ -324,7 +324,7 @@ class _Tile(NamedTuple):
                 )
 
     def keep(self, chunk: _Chunk) -> Tensor | None:
-        """Where dropout keeps a weight, `[b, g, H, m, n]`; `None` without dropout."""
+        """What dropout multiplies weights by, 0 or 1 / (1 − p), `[b, g, H, m, n]`; `None` without dropout."""
         problem = self.problem
         if problem.seed is None:
             return None
@@ -338,7 +338,8 @@ class _Tile(NamedTuple):
             torch.arange(self.plan.begin, self.plan.end, device=device),
             self.columns(chunk),
         )
-        return keep.view(keep.shape[0], -1, H, *keep.shape[2:])
+        keep = keep.view(keep.shape[0], -1, H, *keep.shape[2:])
+        return keep.to(problem.compute_dtype) / (1 - problem.dropout_p)
 
 
 def _tiles(problem: Problem) -> Iterator[_Tile]:

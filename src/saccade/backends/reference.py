@@ -141,13 +141,14 @@ def dense_attention(problem: Problem) -> Dense:
     empty = total == 0
     total = torch.where(empty, 1, total)
     lse = torch.where(empty, -torch.inf, torch.log(total) + peak)[..., 0]
-    weight = weight / total
+    weight = torch.where(visible, weight / total, 0)
 
     keep = torch.ones_like(weight)
     if problem.seed is not None:
         B, G, H, M, _ = score.shape
         b, h, i = (torch.arange(n, device=key.device) for n in (B, G * H, M))
-        keep = kept(problem.seed, problem.dropout_p, b, h, i, logical).unflatten(1, (G, H)) / (1 - problem.dropout_p)
+        keep = kept(problem.seed, problem.dropout_p, b, h, i, logical).unflatten(1, (G, H)).to(dtype)
+        keep = keep / (1 - problem.dropout_p)
     return Dense(
         query,
         key,

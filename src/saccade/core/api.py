@@ -102,7 +102,7 @@ def attention(
         ValueError: for a wrong argument; the message names it, what was got and what was wanted.
         NotImplementedError: where the backend asked for by name cannot compute the problem.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast_inputs(query, key, value)
     problem, layout = make_problem(
         query,
         key,
@@ -119,7 +119,7 @@ def attention(
     return (layout.output(out), layout.lse(lse)) if return_lse else layout.output(out)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Floating tensors in the autocast dtype where autocast is on; fp64 is left alone, as torch does."""
     if not all(isinstance(x, Tensor) for x in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors

@@ -437,7 +437,7 @@ class SharedPrompt(Layout):
         exact = not isinstance(self.prompt_lengths, Tensor) and not isinstance(self.answer_lengths, Tensor)
         if total is not None and (M != N or (total != M if exact else total > M)):
             raise ValueError(
-                f"prompt_lengths + answer_lengths: got {total} tokens in all, want M = N = that, got M = {M}, N = {N}"
+                f"prompt_lengths + answer_lengths: got {total} tokens in all and M = {M}, N = {N}, want all three equal"
             )
         segments = self._segments(device)
         columns = segments.shape[1]

@@ -126,13 +126,13 @@ def make_problem(
     key: Tensor,
     value: Tensor,
     *,
-    mask: Mask | KeyRanges | Tensor | None,
-    bias: Bias | Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    output_dtype: torch.dtype | None,
+    mask: Mask | KeyRanges | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    output_dtype: torch.dtype | None = None,
 ) -> tuple[Problem, Layout]:
     """Check what the user gave and bring it into canonical form, without copying where strides allow."""
     _check_tensors(query, key, value)

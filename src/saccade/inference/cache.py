@@ -39,15 +39,17 @@ class KVCache:
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}  # per layer: keys, values
         self._slots = torch.empty(0, dtype=torch.int64)
 
-    def extend(self, lengths: list[int] | Tensor, device: torch.device) -> KeyRanges:
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> KeyRanges:
         """Makes room for `lengths[b]` new tokens of each sequence b; returns which stored keys each of them sees.
 
-        A tensor of lengths is read on the host. Raises ValueError for another number of sequences, and where a
-        sequence outgrows a capacity that may not grow.
+        A tensor of lengths is read on the host. Raises ValueError for another number of sequences, for lengths that do
+        not add up to `tokens`, and where a sequence outgrows a capacity that may not grow.
         """
         new = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         if len(new) != len(self.lengths):
             raise ValueError(f"lengths: got {len(new)} sequences, want the cache's {len(self.lengths)}")
+        if sum(new) != tokens:
+            raise ValueError(f"lengths: got {sum(new)} in all, want the {tokens} tokens")
         total = [old + n for old, n in zip(self.lengths, new, strict=True)]
         longest = max(total)
         if longest > self.capacity:
@@ -58,7 +60,7 @@ class KVCache:
                 )
             self._grow_to(longest)
         mask = PaddedKeys(new, total, self.capacity) & Causal("bottom_right")
-        ranges = mask.lower(1, sum(new), len(total) * self.capacity, device)
+        ranges = mask.lower(1, tokens, len(total) * self.capacity, device)
         self.lengths = total
         self._slots = ranges.diagonal[0, 0].long()  # beside a query stands its own key: that is where it goes
         return ranges

@@ -71,8 +71,8 @@ class GPTConfig:
 class Cache(Protocol):
     """What the model asks of a key/value cache; `saccade.inference.KVCache` is one."""
 
-    def extend(self, lengths: list[int] | Tensor, device: torch.device) -> KeyRanges:
-        """Makes room for so many new tokens per sequence; returns what each may see among the keys of `append`."""
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> KeyRanges:
+        """Makes room for new tokens, so many per sequence; returns what each may see among the keys of `append`."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's new keys and values [1, T, G, K]; returns all of them, [1, N, G, K]."""
@@ -178,11 +178,11 @@ class GPT(nn.Module):
         return hidden
 
     def _step(self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None) -> Step:
+        T = tokens.shape[0]
         if cache is None:
-            T = tokens.shape[0]
             mask = (Documents(lengths) & Causal()).lower(1, T, T, tokens.device)
         else:
-            mask = cache.extend(lengths, tokens.device)
+            mask = cache.extend(lengths, T, tokens.device)
         turn = bias = None
         if self.config.positions == "rope":
             # A causal row sees its document from the first key (lo) to the one beside it (diagonal).

@@ -41,11 +41,14 @@ class Progress(NamedTuple):
 def write_file(path: Path, data: bytes) -> None:
     """Write a file atomically: under another name in the same folder, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
 
 
@@ -61,10 +64,13 @@ def save(
     from safetensors.torch import save as to_bytes
 
     parent = run / "checkpoints"
+    final = parent / f"step-{progress.step:08d}"
+    if final.exists():
+        raise ValueError(f"progress: {final} is written already; wanted a later step")
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(".*"):
         shutil.rmtree(leftover)
-    temporary = parent / f".step-{progress.step:08d}"
+    temporary = parent / f".{final.name}"
     temporary.mkdir()
     contents = {MODEL: to_bytes(_weights(model)), TRAINING: to_bytes(_training_state(model, optimizer))}
     for name, data in contents.items():
@@ -77,12 +83,9 @@ def save(
     }
     write_file(temporary / STATE, (json.dumps(state, indent=2) + "\n").encode())
 
-    final = parent / temporary.name[1:]
-    if final.exists():
-        final.rename(parent / f".old-{final.name}")
     temporary.rename(final)
     _flush_folder(parent)
-    for folder in [*parent.glob(".*"), *_checkpoints(run)[:-keep]]:
+    for folder in _checkpoints(run)[:-keep]:
         shutil.rmtree(folder)
     return final
 
@@ -131,9 +134,10 @@ def load(
 
     model.load_state_dict(weights, strict=False)
     remembered = {
-        index: {moment: moments[f"{name}.{moment}"] for moment in MOMENTS} for index, name in enumerate(names)
+        index: {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
+        for index, name in enumerate(names if moments else [])
     }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered if moments else {}})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
     if scale:
         scaler.load_state_dict(scale)
     for key, random_state in random.items():

@@ -34,17 +34,16 @@ class Batch(NamedTuple):
         return int((self.targets != IGNORE).sum())
 
 
-def pack(examples: Iterable[tuple[Sequence[int], int]]) -> Batch:
-    """Pack examples, each a (sequence, prompt length), into one batch.
+def pack(examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Batch:
+    """Pack examples, each a sequence and for each of its tokens whether it is scored, into one batch.
 
-    A sequence of n tokens becomes n − 1 inputs and n − 1 targets; only the tokens after the prompt (of one token or
-    more) are scored.
+    A sequence of n tokens becomes n − 1 inputs and n − 1 targets; the first token is never a target.
     """
     tokens: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
-    for sequence, prompt in examples:
+    for sequence, scored in examples:
         tokens += sequence[:-1]
-        targets += [IGNORE] * (prompt - 1) + list(sequence[prompt:])
+        targets += [token if counts else IGNORE for token, counts in zip(sequence[1:], scored[1:], strict=True)]
         lengths.append(len(sequence) - 1)
     return Batch(torch.tensor(tokens, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64), lengths)

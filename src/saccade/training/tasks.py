@@ -1,12 +1,15 @@
 """The synthetic tasks: problems whose right answer is known, made on the fly. Knows nothing of models or training.
 
-A problem is a line of text, a prompt and an answer that ends in `.`; one character is one token:
+A problem is a line of text: a prompt, and an answer that ends in `.`; one character is one token:
 
     copy                 banana=banana.
     reverse              banana=ananab.
     sort                 banana=aaabnn.
-    associative-recall   k7q2a9=q2.          pairs of a letter and a digit, then the letter asked for
     addition             957+68=5201.        957 + 68 = 1025, lowest digit first
+    associative-recall   k7q2a9=q2.a9.k7.    pairs of a letter and a digit, then each letter in turn and its digit
+
+Recall asks for every pair, in random order (after Arora et al., "Zoology", 2023): the letters asked for are prompts,
+the digits are answers, and all of them must be right.
 
 Addition writes its answer lowest digit first, so that each digit depends on two digits and on the carry just made
 (a known aid: Lee et al., "Teaching Arithmetic to Small Transformers", 2023). Lengths are drawn uniformly from 1 to
@@ -36,49 +39,55 @@ HELD_OUT_PROBLEMS = 2000
 """Problems in the held-out set."""
 
 
-def _copy(random: Random, length: int) -> tuple[str, str]:
+Problem = list[tuple[str, str]]
+"""Turns: a prompt and the answer to it, then perhaps another prompt and its answer, …"""
+
+
+def _copy(random: Random, length: int) -> Problem:
     symbols = "".join(random.choices(SYMBOLS, k=length))
-    return symbols + "=", symbols
+    return [(symbols + "=", symbols + STOP)]
 
 
-def _reverse(random: Random, length: int) -> tuple[str, str]:
+def _reverse(random: Random, length: int) -> Problem:
     symbols = "".join(random.choices(SYMBOLS, k=length))
-    return symbols + "=", symbols[::-1]
+    return [(symbols + "=", symbols[::-1] + STOP)]
 
 
-def _sort(random: Random, length: int) -> tuple[str, str]:
+def _sort(random: Random, length: int) -> Problem:
     symbols = random.choices(SYMBOLS, k=length)
-    return "".join(symbols) + "=", "".join(sorted(symbols))
+    return [("".join(symbols) + "=", "".join(sorted(symbols)) + STOP)]
 
 
-def _associative_recall(random: Random, length: int) -> tuple[str, str]:
+def _associative_recall(random: Random, length: int) -> Problem:
     keys = random.sample(SYMBOLS, length)
     values = random.choices(string.digits, k=length)
-    asked = random.randrange(length)
-    return "".join(k + v for k, v in zip(keys, values, strict=True)) + "=" + keys[asked], values[asked]
+    pairs = list(zip(keys, values, strict=True))
+    told = "".join(key + value for key, value in pairs) + "="
+    random.shuffle(pairs)
+    return [(told + key if i == 0 else key, value + STOP) for i, (key, value) in enumerate(pairs)]
 
 
-def _addition(random: Random, length: int) -> tuple[str, str]:
+def _addition(random: Random, length: int) -> Problem:
     a = random.randrange(10**length)
     b = random.randrange(10 ** random.randint(1, length))
     if random.random() < 0.5:
         a, b = b, a
-    return f"{a}+{b}=", str(a + b)[::-1]
+    return [(f"{a}+{b}=", str(a + b)[::-1] + STOP)]
 
 
-PROBLEMS: dict[str, tuple[Callable[[Random, int], tuple[str, str]], int]] = {
+PROBLEMS: dict[str, tuple[Callable[[Random, int], Problem], int]] = {
     "copy": (_copy, 512),
     "reverse": (_reverse, 512),
     "sort": (_sort, 512),
     "associative-recall": (_associative_recall, len(SYMBOLS)),
     "addition": (_addition, 512),
 }
-"""Each task: what makes (prompt, answer) of a given length, and the longest length that it can make."""
+"""Each task: what makes a problem of a given length, and the longest length that it can make."""
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether this prompt is kept from training."""
-    return hashlib.blake2b(prompt.encode(), digest_size=4).digest()[0] % HELD_OUT_ONE_IN == 0
+    """Whether a problem that opens with this prompt is kept from training; what is told before `=` decides."""
+    return hashlib.blake2b(prompt.partition("=")[0].encode(), digest_size=1).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,13 @@ class SyntheticTask:
         if not 2 <= self.max_length <= longest:
             raise ValueError(f"max_length: got {self.max_length}, wanted 2 to {longest} for {self.name}")
 
-    def problems(self, random: Random, *, held_out: bool) -> Iterator[tuple[str, str]]:
-        """Endless (prompt, answer) pairs, all held out or none; the answer ends in `.`."""
+    def problems(self, random: Random, *, held_out: bool) -> Iterator[Problem]:
+        """Endless problems, all held out or none."""
         make = PROBLEMS[self.name][0]
         while True:
-            prompt, answer = make(random, random.randint(1, self.max_length))
-            if is_held_out(prompt) == held_out:
-                yield prompt, answer + STOP
+            problem = make(random, random.randint(1, self.max_length))
+            if is_held_out(problem[0][0]) == held_out:
+                yield problem
 
     def train_batch(self, seed: int, index: int, tokens: int) -> Batch:
         """Micro-batch `index` of the run `seed`: whole problems, at most `tokens` tokens (or one problem)."""
@@ -122,15 +131,18 @@ class SyntheticTask:
                 break
         return batches
 
-    def _batches(self, problems: Iterator[tuple[str, str]], tokens: int) -> Iterator[Batch]:
-        examples: list[tuple[list[int], int]] = []
+    def _batches(self, problems: Iterator[Problem], tokens: int) -> Iterator[Batch]:
+        examples: list[tuple[list[int], list[bool]]] = []
         used = 0
-        for prompt, answer in problems:
-            sequence = self.encode(prompt + answer)
+        for problem in problems:
+            sequence = self.encode("".join(prompt + answer for prompt, answer in problem))
             if examples and used + len(sequence) - 1 > tokens:
                 yield pack(examples)
                 examples, used = [], 0
-            examples.append((sequence, 1 + len(prompt)))
+            scored = [False]  # START
+            for prompt, answer in problem:
+                scored += [False] * len(prompt) + [True] * len(answer)
+            examples.append((sequence, scored))
             used += len(sequence) - 1
         yield pack(examples)
 

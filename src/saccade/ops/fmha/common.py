@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saccade.backends import choose
-from saccade.core.api import _autocast
+from saccade.core.api import autocast_inputs
 from saccade.core.biases import Bias
 from saccade.core.library import attend
 from saccade.core.masks import Mask
@@ -95,7 +95,7 @@ class Inputs:
         """The problem every backend of saccade takes, and how to give its results the user's layout."""
         if not 0 <= self.p < 1:
             raise ValueError(f"p: got {self.p}, want a probability in [0, 1)")
-        query, key, value = _autocast(self.query, self.key, self.value)
+        query, key, value = autocast_inputs(self.query, self.key, self.value)
         mask, bias = self._mask_and_bias()
         return make_problem(
             query,
@@ -186,7 +186,7 @@ def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
         problem = problem._replace(seed=ctx.rng_state)
     B, M, G, H, _ = problem.query.shape
     lse = unpadded(ctx.lse, inp.attn_bias, M).reshape(B, G, H, M).to(problem.compute_dtype)
-    out, grad = (x.reshape(B, M, G, H, -1) for x in (ctx.out, grad))
+    out, grad = (x.reshape(B, M, G, H, problem.value.shape[-1]) for x in (ctx.out, grad))
     needs = [True, True, True, False, False, False] + [False] * len(problem.biases)
     with torch.no_grad():
         grads = torch.ops.saccade.attention_backward(grad, None, out, lse, *problem, needs, choose(problem, None))

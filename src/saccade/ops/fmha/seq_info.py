@@ -50,6 +50,8 @@ class _SeqLenInfo(ByValue):
     @property
     def host(self) -> list[int] | None:
         """`seqstart_py` while it can be trusted: `seqstart` was not changed in place since it was given."""
+        if torch.compiler.is_compiling():  # lengths are data to a compiled program
+            return None
         return self.seqstart_py if _version(self.seqstart) == self._version else None
 
     @property

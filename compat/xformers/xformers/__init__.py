@@ -1,0 +1,78 @@
+"""A stand-in for xFormers: its modules are those of `saccade`, under their old names. Holds no code of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from saccade.interop.xformers import _has_cpp_library, _is_triton_available
+from saccade.ops.left_out import refuse
+
+from .version import __version__
+
+_MOVED = {
+    "xformers._cpp_lib": "saccade.interop.xformers._cpp_lib",
+    "xformers.attn_bias_utils": "saccade.interop.xformers.attn_bias_utils",
+    "xformers.checkpoint": "saccade.interop.xformers.checkpoint",
+    "xformers.ops.modpar_layers": "saccade.ops.parallel",
+    "xformers.ops.seqpar": "saccade.ops.parallel",
+    "xformers.ops.sequence_parallel_fused_ops": "saccade.ops.parallel",
+    "xformers.ops.differentiable_collectives": "saccade.ops.parallel",
+}
+
+
+def _real_xformers() -> Iterator[str]:
+    """Other packages of this name on sys.path; copies of this file do not count."""
+    here = Path(__file__).resolve()
+    for entry in sys.path:
+        spec = PathFinder.find_spec("xformers", [entry])
+        if spec is not None and spec.origin is not None:
+            other = Path(spec.origin).resolve()
+            if other != here and other.read_bytes() != here.read_bytes():
+                yield str(other.parent)
+
+
+class _Alias(MetaPathFinder, Loader):
+    """Finds `xformers.ops...` as `saccade.ops...`: the same module object, so that classes are the same too."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        name = self._name(fullname)
+        return ModuleSpec(fullname, self) if name is not None and find_spec(name) is not None else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        name = self._name(spec.name)
+        assert name is not None
+        self._spec = find_spec(name)
+        return import_module(name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has put the spec of the alias on the module; it is still the module it was.
+        module.__spec__ = self._spec
+
+    @staticmethod
+    def _name(fullname: str) -> str | None:
+        if fullname in _MOVED:
+            return _MOVED[fullname]
+        inside = fullname == "xformers.ops" or fullname.startswith("xformers.ops.")
+        return "saccade" + fullname.removeprefix("xformers") if inside else None
+
+
+for _other in _real_xformers():
+    raise ImportError(
+        f"this is saccade's stand-in for xformers, and there is a real one in {_other}: "
+        "it does not shadow it; uninstall one of the two (pip uninstall xformers)"
+    )
+if not any(type(finder).__name__ == _Alias.__name__ for finder in sys.meta_path):
+    sys.meta_path.insert(0, _Alias())
+
+__getattr__ = refuse(__name__)
+
+__all__ = ["__version__", "_has_cpp_library", "_is_triton_available"]

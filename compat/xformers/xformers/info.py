@@ -1,0 +1,8 @@
+"""`python -m xformers.info`."""
+
+from saccade.interop.xformers.info import get_info, print_info
+
+__all__ = ["get_info", "print_info"]
+
+if __name__ == "__main__":
+    print_info()

@@ -1,0 +1,211 @@
+"""`saccade info` and `saccade explain`: what is installed, which backend runs, and why each other one does not.
+
+Knows the backends by name only and runs no attention. `python -m saccade.info [--json]` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.backends import AUTOMATIC, BACKENDS, choose, load
+from saccade.backends.schedule import tiles
+from saccade.core.api import autocast_inputs
+from saccade.core.biases import Alibi, Bias
+from saccade.core.library import backward_flops, forward_flops, visible_area
+from saccade.core.masks import Causal, Documents, Mask, Window
+from saccade.core.problem import make_problem
+from saccade.core.ranges import KeyRanges
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, and for each backend why it cannot run here, or None."""
+    import saccade
+
+    cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    problem, _ = make_problem(*(torch.zeros(1, 16, 1, 64) for _ in range(3)))
+    return {
+        "saccade": saccade.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "backends": {name: load(name).reason_against(problem) for name in BACKENDS},
+    }
+
+
+def main(json: bool = False) -> None:
+    """Print versions, devices and each backend: available, or why not.
+
+    Args:
+        json: as one JSON object.
+    """
+    found = collect()
+    if json:
+        print(json_module.dumps(found, indent=2))
+        return
+    backends = found.pop("backends")
+    for name, reason in backends.items():
+        chosen = "" if name in AUTOMATIC else " (when asked for by name)"
+        print(f"{'attention.' + name:<30}{'available' + chosen if reason is None else 'unavailable: ' + reason}")
+    for name, value in found.items():
+        print(f"{name:<30}{value if value != [] else 'none'}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call would run, why not the others, and how much work it is. Printing it gives a table."""
+
+    backend: str
+    reasons: dict[str, str | None]
+    """By backend: why it cannot, or None."""
+    shape: str
+    visible: int
+    """Visible (query, key) pairs over batch and heads."""
+    pairs: int
+    """All of them."""
+    forward_flops: int
+    backward_flops: int
+    bytes: int
+    """Of query, key, value, output and lse: what must be moved at least."""
+    tiles: int
+    """Tiles of 256 × 256 in which something is visible, per head."""
+    tiles_skipped: int
+    """Tiles that are not visited at all, per head."""
+
+    def __str__(self) -> str:
+        share = self.visible / self.pairs if self.pairs else 0.0
+        total = self.tiles + self.tiles_skipped
+        lines = [
+            ("backend", self.backend),
+            *(
+                (f"  {name}", "can" if reason is None else f"cannot: {reason}")
+                for name, reason in self.reasons.items()
+                if name != self.backend
+            ),
+            ("problem", self.shape),
+            ("visible area", f"{self.visible:,} of {self.pairs:,} pairs ({share:.1%})"),
+            ("forward", f"{self.forward_flops / 1e9:,.3f} GFLOP"),
+            ("backward", f"{self.backward_flops / 1e9:,.3f} GFLOP"),
+            ("least traffic", f"{self.bytes / 2**20:,.2f} MiB"),
+            ("tiles", f"{self.tiles:,} visited, {self.tiles_skipped:,} of {total:,} skipped"),
+        ]
+        return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | KeyRanges | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    output_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """What `attention` would do with these arguments, which are the same as there; nothing is computed.
+
+    Returns:
+        The backend chosen, each other one's reason, visible area, FLOPs, bytes and tiles. Printable.
+    """
+    problem, _ = make_problem(
+        *autocast_inputs(query, key, value),
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        output_dtype=output_dtype,
+    )
+    B, M, G, H, K = problem.query.shape
+    V, N = problem.value.shape[-1], problem.N
+    lo, hi, _ = problem.ranges
+    side = 256
+    # With an infinite price per tile the scheduler merges all it can: plain runs of rows.
+    visited = sum(
+        -(-span.last // side) - span.first // side
+        for tile in tiles(lo, hi, side, overhead=float("inf"))
+        for span in tile.spans
+    )
+    copies = lo.shape[1]
+    total = copies * -(-M // side) * -(-problem.row_length // side)
+    width = problem.query.element_size()
+    moved = (B * M * G * H * (K + V) + problem.key.shape[0] * problem.key.shape[1] * G * (K + V)) * width
+    return Explanation(
+        backend=choose(problem, backend),
+        reasons={name: load(name).reason_against(problem) for name in BACKENDS},
+        shape=f"B {B}, M {M}, N {N}, G {G}, H {H}, K {K}, V {V}, {str(problem.query.dtype)[6:]}",
+        visible=visible_area(problem),
+        pairs=B * G * H * M * N,
+        forward_flops=forward_flops(problem),
+        backward_flops=backward_flops(problem),
+        bytes=moved + B * G * H * M * 4,
+        tiles=visited,
+        tiles_skipped=max(total - visited, 0),
+    )
+
+
+@dataclass
+class Explain:
+    """Which backend a problem of this shape runs on, why not the others, and how much work it is."""
+
+    queries: int = 4096
+    """Queries per batch entry (M)."""
+    keys: int | None = None
+    """Keys (N); as many as queries by default."""
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int | None = None
+    """Key/value heads; as many as query heads by default."""
+    dim: int = 64
+    """Head dim of queries, keys and values."""
+    dtype: str = "float32"
+    causal: bool = False
+    window: int | None = None
+    """Keys before its own that a query sees."""
+    documents: tuple[int, ...] = ()
+    """Lengths of packed documents; they must add up to the queries."""
+    alibi: bool = False
+    device: str = "cpu"
+    json: bool = False
+
+
+def explain_main(options: Explain) -> None:
+    """Print what `explain` says of a problem given by its sizes."""
+    dtype = getattr(torch, options.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: got {options.dtype!r}, want the name of a torch dtype, e.g. bfloat16")
+    kv_heads = options.heads if options.kv_heads is None else options.kv_heads
+    keys = options.queries if options.keys is None else options.keys
+
+    def zeros(length: int, heads: int) -> Tensor:
+        # One number, expanded: only sizes matter here.
+        return torch.zeros((), dtype=dtype, device=options.device).expand(options.batch, length, heads, options.dim)
+
+    parts: list[Mask] = [Documents(list(options.documents))] if options.documents else []
+    parts += [Causal()] if options.causal else []
+    parts += [Window(options.window, None)] if options.window is not None else []
+    mask = parts[0] if parts else None
+    for part in parts[1:]:
+        mask = part if mask is None else mask & part
+    bias = Alibi(torch.ones(options.heads, device=options.device)) if options.alibi else None
+    query, key = zeros(options.queries, options.heads), zeros(keys, kv_heads)
+    found = explain(query, key, key, mask=mask, bias=bias)
+    print(json_module.dumps(asdict(found), indent=2) if options.json else found)
+
+
+if __name__ == "__main__":
+    main(json="--json" in sys.argv[1:])

@@ -1,0 +1,155 @@
+"""The one list of attention problems that every backend must solve. Knows no backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import saccade
+from saccade.core.problem import Problem, make_problem
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: sizes, a mask, and which terms it has."""
+
+    name: str
+    M: int = 33
+    N: int = 47
+    B: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    K: int = 16
+    V: int = 16
+    dims: int = 4
+    mask: Callable[[], object] | None = None
+    alibi: bool = False
+    batched_slopes: bool = False
+    reach: int | None = None
+    """R of a relative table."""
+    bias: tuple[tuple[int, ...], ...] = ()
+    """Shapes of dense biases."""
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0
+    scale: float | None = None
+    strides: str = "contiguous"
+
+    def problem(self, dtype: torch.dtype = torch.float64) -> Problem:
+        """The problem with random fp64 values that `dtype` holds exactly."""
+        torch.manual_seed(len(self.name) + self.M)
+
+        def values(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64).to(dtype).double()
+
+        def heads_of(length: int, heads: int, dim: int) -> Tensor:
+            if self.dims == 3:
+                return values(self.B, length, dim)
+            if self.strides == "heads first":
+                return values(self.B, heads, length, dim).transpose(1, 2)
+            if self.strides == "last":
+                return values(self.B, length, dim, heads).transpose(2, 3)
+            if self.strides == "sliced":
+                return values(self.B, length + 3, heads, 2 * dim + 1)[:, 2:-1, :, 1::2]
+            if self.strides == "expanded":
+                return values(1, length, 1, dim).expand(self.B, -1, heads, -1)
+            return values(self.B, length, heads, dim)
+
+        q, k, v = (
+            heads_of(self.M, self.heads, self.K),
+            heads_of(self.N, self.kv_heads, self.K),
+            heads_of(self.N, self.kv_heads, self.V),
+        )
+        terms: list[object] = [values(*shape) for shape in self.bias]
+        if self.alibi:
+            shape = (self.B, self.heads) if self.batched_slopes else (self.heads,)
+            terms.append(saccade.Alibi(values(*shape).abs() * 0.2))
+        if self.reach is not None:
+            terms.append(saccade.RelativeBias(values(self.heads, 2 * self.reach + 1)))
+        bias = None
+        for term in terms:
+            bias = term if bias is None else bias + term
+        sinks = values(self.heads) if self.sinks else None
+        mask = None if self.mask is None else self.mask()
+        return make_problem(
+            q, k, v, mask=mask, bias=bias, scale=self.scale, softcap=self.softcap, sinks=sinks, dropout_p=self.dropout
+        )[0]
+
+
+def _holes(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.4
+
+
+S = saccade
+TABLE = torch.tensor([[3, 0, 5], [6, 1, 2], [4, 0, 3]], dtype=torch.int32)
+SHORT = [5, 0, 9, 1, 17, 1, 7, 23]
+
+CASES = [
+    Case("plain"),
+    Case("one query, one key", M=1, N=1, K=1, V=1),
+    Case("prime sizes", M=61, N=127, K=19, V=23),
+    Case("head dim 1", K=1, V=3),
+    Case("wide head", M=9, N=11, K=200, V=72),
+    Case("three dims", B=2, heads=1, kv_heads=1, dims=3, mask=lambda: S.Causal()),
+    Case("several tiles", M=300, N=1100, K=8, V=8, mask=lambda: S.Causal("bottom_right")),
+    Case("gqa", heads=6, kv_heads=2, mask=lambda: S.Causal()),
+    Case("mqa", B=2, heads=4, kv_heads=1),
+    Case("causal, fewer keys, top left", M=47, N=33, mask=lambda: S.Causal()),
+    Case("causal, fewer keys, bottom right", M=47, N=33, mask=lambda: S.Causal("bottom_right")),
+    Case("causal, more keys, bottom right", mask=lambda: S.Causal("bottom_right")),
+    Case("window", M=64, N=64, mask=lambda: S.Window(7, 3)),
+    Case("window, bottom right, one side", mask=lambda: S.Window(None, 2, align="bottom_right")),
+    Case("window and sinks", M=90, N=90, mask=lambda: S.Causal() & S.Window(10, 0) & S.Sinks(3)),
+    Case("window and prefix", M=70, N=70, heads=4, mask=lambda: S.Window(5, 5) & S.Prefix(4)),
+    Case("prefix lm", M=40, N=40, mask=lambda: S.Causal() & S.Prefix(13)),
+    Case("shared prompt", M=41, N=41, alibi=True, reach=6, mask=lambda: S.SharedPrompt([5, 9], [[3, 7, 0], [11, 6]])),
+    Case("shared prompt, window, sinks", M=30, N=30, alibi=True,
+         mask=lambda: S.SharedPrompt([12], [[9, 9]]) & S.Window(4) & S.Sinks(2)),
+    Case("documents", M=63, N=63, mask=lambda: S.Documents(SHORT) & S.Causal()),
+    Case("documents, cross", M=63, N=40, mask=lambda: S.Documents(SHORT, [3, 4, 0, 9, 10, 5, 8, 1])),
+    Case("documents, cross, causal", M=63, N=40, heads=4, alibi=True, reach=3,
+         mask=lambda: S.Documents(SHORT, [3, 4, 0, 9, 10, 5, 8, 1]) & S.Causal("bottom_right")),
+    Case("documents, tensor with rows behind", M=70, N=63, mask=lambda: S.Documents(torch.tensor(SHORT)) & S.Causal()),
+    Case("documents, batch of two", B=2, M=63, N=63, mask=lambda: S.Documents(SHORT) & S.Window(3, 1)),
+    Case("padded keys", M=9, N=60, heads=4, alibi=True,
+         mask=lambda: S.PaddedKeys([3, 0, 6], [17, 4, 20], 20) & S.Causal("bottom_right")),
+    Case("gappy keys, shared", M=9, N=60, reach=4, mask=lambda: S.GappyKeys([3, 2, 4], [40, 0, 5], [20, 11, 9])),
+    Case("paged keys", M=9, N=28, heads=4, alibi=True, reach=5, bias=((4, 9, 12),), dropout=0.3,
+         mask=lambda: S.PagedKeys([4, 1, 4], [11, 3, 9], TABLE, 4) & S.Causal("bottom_right")),
+    Case("paged keys, window and sinks", M=9, N=28,
+         mask=lambda: S.PagedKeys([4, 1, 4], [11, 3, 9], TABLE, 4) & S.Window(2, 0, "bottom_right") & S.Sinks(1)),
+    Case("right padded batch", B=3, M=20, N=20, alibi=True, mask=lambda: S.KeyLengths([20, 0, 7]) & S.Causal()),
+    Case("left padded batch", B=2, M=20, N=20, mask=lambda: S.KeyLengths([12, 20], [8, 0]) & S.Causal()),
+    Case("decode with a batch of caches", B=3, M=1, N=50, heads=8, kv_heads=2,
+         mask=lambda: S.KeyLengths([50, 1, 33]) & S.Causal("bottom_right")),
+    Case("dense mask", mask=lambda: _holes(33, 47)),
+    Case("dense mask by head and batch", B=2, mask=lambda: _holes(2, 2, 33, 47)),
+    Case("dense mask of keys, causal", M=47, B=2, mask=lambda: S.Causal() & _holes(2, 1, 1, 47)),
+    Case("all hidden", mask=lambda: torch.zeros(33, 47, dtype=torch.bool), sinks=True),
+    Case("alibi without mask", alibi=True),
+    Case("alibi by batch", B=2, M=40, N=40, alibi=True, batched_slopes=True, mask=lambda: S.Causal()),
+    Case("relative table", reach=9, heads=4, kv_heads=2),
+    Case("relative table, long, causal", M=80, N=80, reach=100, mask=lambda: S.Causal()),
+    Case("dense bias", bias=((2, 33, 47),)),
+    Case("dense biases of many shapes", B=2, heads=4,
+         bias=((33, 1), (4, 1, 47), (2, 1, 1, 47), (1, 1), (2, 4, 33, 47))),
+    Case("softcap", softcap=2.5, mask=lambda: S.Causal()),
+    Case("learned sinks", sinks=True, mask=lambda: S.Window(0, 0)),
+    Case("scale", scale=0.7),
+    Case("negative scale", scale=-0.3, alibi=True),
+    Case("dropout", B=2, dropout=0.4, heads=4, kv_heads=2, mask=lambda: S.Causal()),
+    Case("everything", B=2, M=64, N=70, heads=4, kv_heads=2, alibi=True, reach=5, bias=((4, 64, 1),), softcap=4.0,
+         sinks=True, dropout=0.2, scale=0.4, mask=lambda: S.Causal("bottom_right") & S.Window(20, 0) & S.Sinks(3)),
+    Case("heads first", B=2, strides="heads first"),
+    Case("last stride not one", B=2, strides="last", mask=lambda: S.Causal()),
+    Case("sliced", B=2, strides="sliced"),
+    Case("expanded", B=2, heads=4, kv_heads=2, strides="expanded", alibi=True),
+    Case("no queries", M=0),
+    Case("no keys", N=0),
+    Case("no keys, learned sinks", N=0, sinks=True),
+    Case("empty batch", B=0),
+    Case("no documents", M=0, N=0, mask=lambda: S.Documents([])),
+]  # fmt: skip

@@ -1,0 +1,444 @@
+"""xFormers' attention functions: layouts, lse, biases, gradients, low-level forms, merging, operator classes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from xformers_definitions import dense_attention, leaves, random
+
+from saccade.ops import fmha
+from saccade.ops.fmha import attn_bias as masks
+from saccade.ops.fmha import merge_training
+
+mea = fmha.memory_efficient_attention
+exact = {"rtol": 1e-11, "atol": 1e-12}
+TRIANGLE = masks.LowerTriangularMask()
+
+
+def everything(M: int, N: int) -> torch.Tensor:
+    return torch.ones(M, N, dtype=torch.bool)
+
+
+# Layouts, and lse in each.
+
+
+def test_one_head_without_a_head_dimension():
+    q, k, v, bias = random(2, 3, 4), random(2, 5, 4), random(2, 5, 6), random(2, 3, 5)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, bias)
+    want, want_lse = dense_attention(q[:, :, None], k[:, :, None], v[:, :, None], everything(3, 5), bias[:, None])
+    torch.testing.assert_close(out, want[:, :, 0], **exact)
+    torch.testing.assert_close(lse, want_lse, **exact)
+    assert lse.shape == (2, 1, 3)
+
+
+def test_groups_forward_backward_and_lse():
+    q, k, v = random(2, 3, 2, 4, 5), random(2, 6, 2, 1, 5), random(2, 6, 2, 1, 7)
+    inputs = leaves(q, k, v)
+    # What users of xFormers write: the keys expanded, here even with gradients.
+    expanded = inputs[0], inputs[1].expand(-1, -1, -1, 4, -1), inputs[2].expand(-1, -1, -1, 4, -1)
+    out = mea(*expanded, TRIANGLE)
+    dense_in = leaves(q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0])
+    want, want_lse = dense_attention(*dense_in, everything(3, 6).tril())
+    torch.testing.assert_close(out.flatten(2, 3), want, **exact)
+    cotangent = random(2, 3, 8, 7)
+    grads = torch.autograd.grad(out.flatten(2, 3), inputs, cotangent)
+    for grad, expected in zip(grads, torch.autograd.grad(want, dense_in, cotangent), strict=True):
+        torch.testing.assert_close(grad.reshape(expected.shape), expected, **exact)
+    lse = fmha.memory_efficient_attention_forward_requires_grad(*expanded, TRIANGLE)[1]
+    assert lse.shape == (2, 2, 4, 3)
+    torch.testing.assert_close(lse.flatten(1, 2), want_lse, **exact)
+
+
+def test_heads_are_shared_without_expand():
+    q, k, v = random(1, 4, 6, 3), random(1, 4, 2, 3), random(1, 4, 2, 3)
+    shared_in, expanded_in = leaves(q, k, v), leaves(q, k, v)
+    got = mea(*shared_in)
+    want = mea(expanded_in[0], *(x.repeat_interleave(3, 2) for x in expanded_in[1:]))
+    torch.testing.assert_close(got, want, **exact)
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), shared_in), torch.autograd.grad(want.sum(), expanded_in), strict=True
+    ):
+        torch.testing.assert_close(a, b, **exact)
+
+
+def test_packed_masks_on_a_batch():
+    mask = masks.BlockDiagonalMask.from_seqlens([2, 3]).make_causal()
+    x = random(3, 5, 2, 4)
+    got = mea(x, x, x, mask)
+    for b in range(3):
+        torch.testing.assert_close(got[b : b + 1], mea(x[b : b + 1], x[b : b + 1], x[b : b + 1], mask), **exact)
+
+
+def test_scale_and_positional_order():
+    q, k, v = random(1, 3, 1, 4), random(1, 3, 1, 4), random(1, 3, 1, 4)
+    want, _ = dense_attention(q, k, v, everything(3, 3).tril(), scale=0.3)
+    torch.testing.assert_close(mea(q, k, v, TRIANGLE, 0.0, 0.3), want, **exact)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 0, 5), (1, 3, 0)])
+def test_empty(shape):
+    B, M, N = shape
+    q, k, v = leaves(random(B, M, 2, 4), random(B, N, 2, 4), random(B, N, 2, 4))
+    out = mea(q, k, v)
+    assert out.shape == (B, M, 2, 4)
+    assert torch.equal(out, torch.zeros_like(out))
+    out.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
+    assert bool((fmha.memory_efficient_attention_forward_requires_grad(q, k, v)[1] == -torch.inf).all())
+
+
+# Tensor biases.
+
+
+def forms_of_a_bias() -> dict[str, torch.Tensor]:
+    odd = random(2, 3, 4, 7)
+    return {
+        "full": odd,
+        "heads shared": random(2, 1, 4, 7),
+        "batch shared": random(1, 3, 4, 7),
+        "matrix": random(4, 7),
+        "keys": random(2, 1, 1, 7),
+        "expanded": random(2, 1, 1, 7).expand(2, 3, 4, 7),
+        "transposed": odd.transpose(2, 3).contiguous().transpose(2, 3),
+        "sliced": random(2, 3, 5, 20)[:, :, 1:, 2:16:2],
+    }
+
+
+@pytest.mark.parametrize("form", forms_of_a_bias())
+def test_any_bias_and_its_gradient(form):
+    torch.manual_seed(3)
+    bias = forms_of_a_bias()[form]
+    q, k, v = random(2, 4, 3, 5), random(2, 7, 3, 5), random(2, 7, 3, 5)
+    got_bias = nn.Parameter(bias) if form == "full" else bias.detach().requires_grad_()
+    (want_bias,) = leaves(bias)
+    got, want = mea(q, k, v, got_bias), dense_attention(q, k, v, everything(4, 7), want_bias)[0]
+    torch.testing.assert_close(got, want, **exact)
+    # The bias alone takes a gradient: nothing else does.
+    cotangent = torch.randn_like(want)
+    (grad,) = torch.autograd.grad(got, got_bias, cotangent)
+    (expected,) = torch.autograd.grad(want, want_bias, cotangent)
+    assert grad.shape == bias.shape
+    torch.testing.assert_close(grad, expected, **exact)
+
+
+def test_a_bias_hides_keys_by_minus_infinity_and_rows_may_be_empty():
+    q, k, v, bias = random(1, 3, 1, 4), random(1, 5, 1, 4), random(1, 5, 1, 4), torch.zeros(3, 5).double()
+    bias[0], bias[1, 2:] = -torch.inf, -torch.inf
+    inputs = leaves(q, k, v)
+    out = mea(*inputs, bias)
+    torch.testing.assert_close(out, dense_attention(q, k, v, bias == 0)[0], **exact)
+    assert torch.equal(out[0, 0], torch.zeros_like(out[0, 0]))
+    out.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in inputs)
+
+
+def test_bool_masks_and_keys_padded_away():
+    q, k, v = random(2, 3, 2, 4), random(2, 5, 2, 4), random(2, 5, 2, 4)
+    keep = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)[:, None, None]
+    want, _ = dense_attention(q, k, v, keep)
+    torch.testing.assert_close(mea(q, k, v, keep), want, **exact)
+    torch.testing.assert_close(mea(q, k, v, keep.expand(2, 2, 3, 5)), want, **exact)
+
+
+def test_a_bias_in_another_dtype():
+    q, k, v = (random(1, 4, 2, 8, dtype=torch.float32) for _ in range(3))
+    bias = random(2, 4, 4)
+    want, _ = dense_attention(q.double(), k.double(), v.double(), everything(4, 4), bias)
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(mea(q, k, v, bias.to(dtype)).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_five_dimensional_queries_take_four_dimensional_biases():
+    q, k, v = random(2, 3, 2, 3, 4), random(2, 3, 2, 1, 4), random(2, 3, 2, 1, 4)
+    bias = random(2, 6, 3, 3)
+    want = mea(q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0], bias)
+    torch.testing.assert_close(mea(q, k, v, bias).flatten(2, 3), want, **exact)
+    torch.testing.assert_close(mea(q, k, v, bias.unflatten(1, (2, 3))).flatten(2, 3), want, **exact)
+    shared = mea(q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0], bias[:, :1])
+    torch.testing.assert_close(mea(q, k, v, bias[:, :1]).flatten(2, 3), shared, **exact)
+
+
+# dtypes.
+
+
+def test_autocast_settles_mixed_dtypes():
+    q, k, v = (random(1, 5, 2, 8, dtype=torch.float32) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mea(q.bfloat16(), k.bfloat16(), v)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, mea(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+    with pytest.raises(ValueError, match=r"value: got torch\.float32, want torch\.bfloat16"):
+        mea(q.bfloat16(), k.bfloat16(), v)
+
+
+def test_output_dtype_holds_with_gradients_too():
+    inputs = leaves(*(random(1, 5, 2, 8, dtype=torch.bfloat16) for _ in range(3)))
+    out = mea(*inputs, output_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    want, _ = dense_attention(*(x.detach().double() for x in inputs), everything(5, 5))
+    # Scores and weights are fp32; rounding the output to bf16 would cost 2^-9.
+    assert float((out.detach().double() - want).abs().max()) < 1e-5
+    out.sum().backward()
+    assert all(x.grad.dtype == torch.bfloat16 for x in inputs)
+
+
+# Dropout.
+
+
+def test_dropout_scales_what_it_keeps():
+    torch.manual_seed(0)
+    M, N, p = 64, 64, 0.25
+    q, k = torch.zeros(1, M, 1, 4), torch.zeros(1, N, 1, 4)
+    out = mea(q, k, torch.eye(N)[None, :, None], p=p)[0, :, 0]
+    # With equal scores the output is the weight matrix itself: 0 or 1 / (N · (1 − p)).
+    kept = out > 0
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (N * (1 - p))))
+    deviation = math.sqrt(p * (1 - p) / (M * N))
+    assert abs(float((~kept).float().mean()) - p) < 5 * deviation
+    torch.manual_seed(0)
+    assert torch.equal(out, mea(q, k, torch.eye(N)[None, :, None], p=p)[0, :, 0])
+
+
+def test_low_level_dropout_drops_the_same_backward():
+    q, k, v, grad = random(1, 6, 2, 4), random(1, 6, 2, 4), random(1, 6, 2, 4), random(1, 6, 2, 4)
+    inputs = leaves(q, k, v)
+    torch.manual_seed(5)
+    want = mea(*inputs, TRIANGLE, 0.4)
+    torch.manual_seed(5)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, TRIANGLE, 0.4)
+    assert torch.equal(out, want.detach())
+    got = fmha.memory_efficient_attention_backward(grad, out, lse, q, k, v, TRIANGLE, 0.4)
+    for a, b in zip(got, torch.autograd.grad(want, inputs, grad), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="dropout seed"):
+        fmha.memory_efficient_attention_backward(grad, out, lse.clone(), q, k, v, TRIANGLE, 0.4)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5])
+def test_no_probability(p):
+    x = random(1, 2, 1, 2)
+    with pytest.raises(ValueError, match=r"p: got"):
+        mea(x, x, x, p=p)
+
+
+# The low-level forms.
+
+
+@pytest.mark.parametrize("layout", ["BMK", "BMHK", "BMGHK"])
+def test_backward_from_given_output_and_lse(layout):
+    heads = {"BMK": (), "BMHK": (2,), "BMGHK": (2, 3)}[layout]
+    q, k, v = random(2, 4, *heads, 5), random(2, 6, *heads, 5), random(2, 6, *heads, 7)
+    inputs = leaves(q, k, v)
+    want = mea(*inputs, masks.LowerTriangularFromBottomRightMask())
+    grad = torch.randn_like(want)
+    mask = masks.LowerTriangularFromBottomRightMask()
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask, op=fmha.flash.FwOp)
+    assert not out.requires_grad
+    assert not fmha.memory_efficient_attention_forward(*inputs, mask).requires_grad
+    got = fmha.memory_efficient_attention_backward(grad, out, lse, q, k, v, mask, op=fmha.flash.BwOp)
+    for a, b in zip(got, torch.autograd.grad(want, inputs, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_cutlass_pads_lse_and_takes_it_back(grouped):
+    heads = (2, 2) if grouped else (2,)
+    mask = masks.BlockDiagonalMask.from_seqlens([2, 0, 40])
+    q, k, v, grad = (random(1, 42, *heads, 4) for _ in range(4))
+    out, packed = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask)
+    same, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask, op=fmha.cutlass.FwOp)
+    assert packed.shape == (1, *heads, 42)
+    assert lse.shape == (3, *heads, 64)
+    assert torch.equal(out, same)
+    assert torch.equal(lse[0, ..., :2], packed[0, ..., :2])
+    assert torch.equal(lse[2, ..., :40], packed[0, ..., 2:])
+    assert bool((lse[1] == torch.inf).all())
+    assert bool((lse[2, ..., 40:] == torch.inf).all())
+    for a, b in zip(
+        fmha.memory_efficient_attention_backward(grad, out, lse, q, k, v, mask, op=fmha.cutlass.BwOp),
+        fmha.memory_efficient_attention_backward(grad, out, packed, q, k, v, mask, op=fmha.flash.BwOp),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+# Partial attention and merging.
+
+
+def parts_of(q, k, v, cuts, **more):
+    edges = [0, *cuts, k.shape[1]]
+    return [
+        fmha.memory_efficient_attention_partial(q, k[:, a:b], v[:, a:b], **more) for a, b in itertools.pairwise(edges)
+    ]
+
+
+@pytest.mark.parametrize("heads", [(2,), (2, 3)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_merge_is_attention_over_all_keys_with_gradients(heads, stacked):
+    q, k, v = random(2, 4, *heads, 5), random(2, 9, *heads, 5), random(2, 9, *heads, 3)
+    got_in, want_in = leaves(q, k, v), leaves(q, k, v)
+    attn, lse = zip(*parts_of(*got_in, [3, 4]), strict=True)
+    got, got_lse = fmha.merge_attentions(
+        *((torch.stack(attn), torch.stack(lse)) if stacked else (list(attn), list(lse)))
+    )
+    want = mea(*want_in)
+    torch.testing.assert_close(got, want, **exact)
+    torch.testing.assert_close(got_lse, fmha.memory_efficient_attention_forward_requires_grad(q, k, v)[1], **exact)
+    cotangent = torch.randn_like(want)
+    grads = torch.autograd.grad(got, got_in, cotangent)
+    for a, b in zip(grads, torch.autograd.grad(want, want_in, cotangent), strict=True):
+        torch.testing.assert_close(a, b, **exact)
+
+
+def test_merge_takes_parts_that_saw_nothing():
+    q, k, v = random(1, 3, 2, 4), random(1, 3, 2, 4), random(1, 3, 2, 4)
+    out, lse = fmha.memory_efficient_attention_partial(q, k, v)
+    nothing, never = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
+    merged, merged_lse = fmha.merge_attentions([nothing, out], [never, lse])
+    assert torch.equal(merged, out)
+    torch.testing.assert_close(merged_lse, lse, **exact)
+    merged, merged_lse = fmha.merge_attentions([nothing, nothing], [never, never])
+    assert torch.equal(merged, torch.zeros_like(out))
+    assert torch.equal(merged_lse, never)
+
+
+def test_dtypes_of_partial_and_merge():
+    q, k, v = (random(1, 4, 2, 8, dtype=torch.bfloat16) for _ in range(3))
+    partial = fmha.memory_efficient_attention_partial
+    assert partial(q, k, v)[0].dtype == torch.bfloat16
+    assert partial(q, k, v, op=(fmha.flash.FwOp, None))[0].dtype == torch.bfloat16
+    assert partial(q, k, v, op=fmha.triton_splitk.FwOp)[0].dtype == torch.float32
+    assert partial(q, k, v, output_dtype=torch.float32)[0].dtype == torch.float32
+    assert partial(q, k, v)[1].dtype == torch.float32
+    attn, lse = zip(*parts_of(q, k, v, [2]), strict=True)
+    assert fmha.merge_attentions(attn, lse)[0].dtype == torch.bfloat16
+    out, none = fmha.merge_attentions(attn, lse, write_lse=False, output_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert none is None
+    with pytest.raises(ValueError, match="lse_split: got 1 parts, want 2"):
+        fmha.merge_attentions(attn, lse[:1])
+
+
+def test_merge_training():
+    q, k, v = random(1, 4, 2, 5), random(1, 6, 2, 5), random(1, 6, 2, 5)
+    got_in, want_in = leaves(q, k, v), leaves(q, k, v)
+    partial = merge_training.memory_efficient_attention_partial_autograd
+    flip = torch.tensor([3, 2, 1, 0])
+    first = partial(got_in[0], got_in[1][:, :2], got_in[2][:, :2])
+    # Computed for the queries in another order, and brought back.
+    second = partial(got_in[0][:, flip], got_in[1][:, 2:], got_in[2][:, 2:]).apply(lambda x: x[:, flip])
+    assert not first.is_bmghk()
+    got, want = merge_training.merge_attentions_autograd(first, second), mea(*want_in)
+    torch.testing.assert_close(got, want, **exact)
+    cotangent = torch.randn_like(want)
+    grads = torch.autograd.grad(got, got_in, cotangent)
+    for a, b in zip(grads, torch.autograd.grad(want, want_in, cotangent), strict=True):
+        torch.testing.assert_close(a, b, **exact)
+    with pytest.raises(ValueError, match="No partials to merge"):
+        merge_training.merge_attentions_autograd()
+
+
+# Operator classes and the objects around them.
+
+
+@pytest.mark.parametrize("op", [*fmha.ALL_FW_OPS, *fmha.ALL_BW_OPS], ids=lambda op: op.NAME)
+def test_operators_are_hints(op):
+    x = random(1, 3, 2, 4)
+    good, bad = fmha.Inputs(x, x, x, TRIANGLE), fmha.Inputs(x, x[:, :2], x, TRIANGLE)
+    assert op.is_available()
+    assert op.supports(good)
+    assert op.not_supported_reasons(good) == []
+    assert not op.supports(bad)
+    assert "value: got 3 keys, want 2" in op.not_supported_reasons(bad)[0]
+    assert op.shape_not_supported_reasons(3, 3, 4, 4) == []
+    assert fmha._OPS_LOOKUP[op.NAME] is op
+
+
+def test_operators_compute_when_applied():
+    x, grad = random(1, 3, 2, 4), random(1, 3, 2, 4)
+    inputs = fmha.Inputs(x, x, x, TRIANGLE)
+    out, context = fmha.flash.FwOp.apply(inputs, needs_gradient=True)
+    assert torch.equal(out, mea(x, x, x, TRIANGLE))
+    assert fmha.flash.FwOp.apply(inputs, needs_gradient=False)[1] is None
+    grads = fmha.flash.BwOp.apply(context, inputs, grad)
+    want = fmha.memory_efficient_attention_backward(grad, out, context.lse, x, x, x, TRIANGLE)
+    assert all(torch.equal(a, b) for a, b in zip((grads.dq, grads.dk, grads.dv), want, strict=True))
+    assert grads.db is None
+
+
+def test_dispatch_gives_an_operator_or_the_reason():
+    x = random(1, 3, 2, 4)
+    assert fmha.dispatch._dispatch_fw(fmha.Inputs(x, x, x), needs_gradient=True).supports(fmha.Inputs(x, x, x))
+    assert not fmha.dispatch._dispatch_bw(fmha.Inputs(x, x, x), varlen_lse_packed=False).VARLEN_LSE_PACKED
+    with pytest.raises(NotImplementedError, match="value: got 2 keys, want 3"):
+        fmha.dispatch._dispatch_fw(fmha.Inputs(x, x, x[:, :2]), needs_gradient=False)
+
+
+def test_inputs():
+    q, k, v = random(2, 3, 4), random(2, 5, 4), random(2, 5, 6)
+    inputs = fmha.Inputs(q, k, v, random(2, 3, 5))
+    assert inputs.scale_float == 0.5
+    assert inputs.device == q.device
+    assert inputs.nbytes == 8 * (24 + 40 + 60 + 30)
+    assert [tuple(x.shape) for x in inputs.get_qkv_in_bmghk()] == [(2, 3, 1, 1, 4), (2, 5, 1, 1, 4), (2, 5, 1, 1, 6)]
+    want = mea(q, k, v, inputs.attn_bias)
+    assert inputs.normalize_bmhk() == (2, 3, 6)
+    assert inputs.query.shape == (2, 3, 1, 4)
+    assert torch.equal(mea(inputs.query, inputs.key, inputs.value, inputs.attn_bias).reshape(2, 3, 6), want)
+    assert fmha.Inputs(q, k, v, is_partial=True).get_output_dtype() == torch.float64
+    assert fmha.Inputs(q.half(), k.half(), v.half(), is_partial=True).get_output_dtype() == torch.float32
+    assert fmha.Inputs(q.half(), k.half(), v.half()).get_output_dtype() == torch.float16
+
+
+def test_context_pads_lse():
+    lse, out = random(1, 2, 5), random(1, 4, 2, 3)
+    context = fmha.Context(lse, out)
+    padded = context.get_padded_lse(4)
+    assert torch.equal(padded[..., :5], lse)
+    assert bool((padded[..., 5:] == torch.inf).all())
+    assert padded.shape == (1, 2, 8)
+    forced = context.get_padded_lse(4, force_pad_inf=True)
+    assert torch.equal(forced[..., :4], lse[..., :4])
+    assert bool((forced[..., 4:] == torch.inf).all())
+
+
+def test_the_autograd_function_under_its_old_name():
+    x = random(1, 3, 2, 4)
+    assert torch.equal(fmha._fMHA.apply(None, x, x, x, TRIANGLE, 0.0, None), mea(x, x, x, TRIANGLE))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"attn_bias": "causal"}, "attn_bias: got str"),
+        ({"attn_bias": torch.zeros(7, 7)}, "bias: got shape"),
+        ({"attn_bias": torch.zeros(3, 3, dtype=torch.int64)}, "bias: got torch.int64"),
+        ({"scale": math.nan}, "scale: got nan"),
+        (
+            {"attn_bias": masks.BlockDiagonalMask.from_seqlens([3]).to("meta")},
+            "attn_bias: got a mask on meta, want cpu",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(kwargs, message):
+    x = random(1, 3, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        mea(x, x, x, **kwargs)
+
+
+def test_under_compile():
+    mask = masks.BlockDiagonalMask.from_seqlens([3, 4]).make_causal()
+    x = leaves(random(1, 7, 2, 8, dtype=torch.float32))[0]
+
+    def step(x):
+        return mea(x.sin(), x, x, mask) + mea(x, x, x, TRIANGLE)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), step(x))
+    (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), [x]) for f in (compiled, step))
+    torch.testing.assert_close(got, want)

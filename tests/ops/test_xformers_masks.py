@@ -1,0 +1,332 @@
+"""Every mask class of xFormers against its one-line definition, dense and through attention, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from xformers_definitions import KINDS, dense_attention, instances, leaves, random
+
+from saccade import Alibi, attention
+from saccade.ops import fmha
+from saccade.ops.fmha import attn_bias as masks
+from saccade.ops.fmha.seq_info import _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo
+
+classes = pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
+many = settings(max_examples=60, deadline=None, derandomize=True)
+some = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+def test_all_classes_are_here():
+    defined = {
+        c
+        for c in vars(masks).values()
+        if isinstance(c, type) and issubclass(c, masks.AttentionBias) and c.__module__ == masks.__name__
+    }
+    assert defined - set(KINDS) == {masks.AttentionBias, masks.MaskWithBias, masks._Blocks, masks._PagedBlocks}
+    assert len(KINDS) == 22
+
+
+@classes
+@many
+@given(data=st.data())
+def test_materialize_is_the_definition(cls, data):
+    instance = data.draw(instances(cls))
+    mask, M, N, visible = instance.mask, instance.M, instance.N, instance.visible
+    dense = mask.materialize((2, 3, M, N))
+    assert dense.shape == (2, 3, M, N)
+    assert torch.equal(dense == 0, visible.expand(2, 3, M, N))
+    assert torch.equal(dense == -torch.inf, ~visible.expand(2, 3, M, N))
+    if cls is not masks.LowerTriangularMaskWithTensorBias:
+        assert torch.equal(mask.materialize((M, N), dtype=torch.bool), visible)
+
+
+@classes
+@some
+@given(data=st.data())
+def test_attention_is_the_dense_formula(cls, data):
+    instance = data.draw(instances(cls))
+    mask, M, N, visible, unused = instance.mask, instance.M, instance.N, instance.visible, instance.unused
+    torch.manual_seed(M * 100 + N)
+    inputs = random(1, M, 4, 3), random(1, N, 2, 3), random(1, N, 2, 5)
+    cotangent = random(1, M, 4, 5)
+    want_in = leaves(*inputs)
+    # A key seen n times weighs n times as much: log n on its score.
+    want, want_lse = dense_attention(*want_in, visible, instance.times.clamp(min=1).log())
+    want_grads = torch.autograd.grad((want * cotangent).sum(), want_in)
+
+    # Keys that nobody may see hold NaN, in key and in value: nothing may come of it.
+    q, k, v = (x.clone() for x in inputs)
+    k[:, unused], v[:, unused] = torch.nan, torch.nan
+    got_in = leaves(q, k, v)
+    got = fmha.memory_efficient_attention(*got_in, mask)
+    grads = torch.autograd.grad((got * cotangent).sum(), got_in)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for grad, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
+
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
+    assert torch.equal(out, got.detach())
+    again = torch.autograd.grad((fmha.memory_efficient_attention(*got_in, mask) * cotangent).sum(), got_in)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    low = fmha.memory_efficient_attention_backward(cotangent, out, lse, q, k, v, mask)
+    assert all(torch.equal(a, b) for a, b in zip(low, grads, strict=True))
+
+
+@pytest.mark.parametrize("cls", [c for c in KINDS if not issubclass(c, masks._PagedBlocks)], ids=lambda c: c.__name__)
+@some
+@given(data=st.data())
+def test_a_tensor_bias_goes_with_every_mask_and_learns(cls, data):
+    instance = data.draw(instances(cls))
+    mask, M, N, visible = instance.mask, instance.M, instance.N, instance.visible
+    q, k, v, bias = random(1, M, 2, 3), random(1, N, 2, 3), random(1, N, 2, 3), random(2, 1, N)
+    want_in = leaves(q, k, v, bias)
+    want, _ = dense_attention(*want_in[:3], visible, want_in[3])
+    got_in = leaves(q, k, v, bias)
+    got = fmha.memory_efficient_attention(*got_in[:3], mask.add_bias(got_in[3]))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(want)
+    grads = zip(torch.autograd.grad(got, got_in, cotangent), torch.autograd.grad(want, want_in, cotangent), strict=True)
+    for grad, expected in grads:
+        torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_tensor_bias_on_paged_keys_counts_logical_keys():
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    paged = masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([2, 1], [4, 3], table, 2)
+    padded = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([2, 1], 4, [4, 3])
+    q, k, v, bias = random(1, 3, 2, 3), random(1, 8, 2, 3), random(1, 8, 2, 3), random(2, 3, 4)
+    order = (table.long().flatten()[:, None] * 2 + torch.arange(2)).flatten()
+    got = fmha.memory_efficient_attention(q, k, v, paged.add_bias(bias))
+    both = torch.cat([bias, bias], -1)
+    want = fmha.memory_efficient_attention(q, k[:, order], v[:, order], padded.add_bias(both))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_one_key_more_or_less_is_noticed():
+    """The window conventions differ by class; a definition off by one key would fail the tests above."""
+    mask = masks.BlockDiagonalMask.from_seqlens([5])
+    row = 4
+    assert mask.make_local_attention(2).materialize((5, 5))[row].eq(0).sum() == 2
+    assert masks.LocalAttentionFromBottomRightMask(2, 0).materialize((5, 5))[row].eq(0).sum() == 3
+    padded = masks.BlockDiagonalLocalAttentionPaddedKeysMask.from_seqlens_local([5], 5, [5], 1, 0)
+    window = masks.BlockDiagonalCausalLocalAttentionPaddedKeysMask.from_seqlens_local([5], 5, [5], 2)
+    assert torch.equal(padded.materialize((5, 5)), window.materialize((5, 5)))
+
+
+# Constructors and methods.
+
+
+@pytest.mark.parametrize(
+    "lengths", [[2, 3], (2, 3), np.array([2, 3]), torch.tensor([2, 3])], ids=lambda x: type(x).__name__
+)
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_from_seqlens_takes_any_sequence_and_device(lengths, device):
+    mask = masks.BlockDiagonalMask.from_seqlens(lengths, device=device)
+    assert mask.q_seqinfo.seqstart.tolist() == [0, 2, 5]
+    assert mask.q_seqinfo.seqstart.dtype == torch.int32
+    assert (mask.q_seqinfo.seqstart_py, mask.q_seqinfo.max_seqlen, mask.q_seqinfo.min_seqlen) == ([0, 2, 5], 3, 2)
+    assert mask.k_seqinfo is mask.q_seqinfo
+    assert masks.BlockDiagonalMask.from_seqlens([2, 3], [2, 3]).k_seqinfo.seqstart_py == [0, 2, 5]
+
+
+def test_from_tensor_list_and_split():
+    xs = [random(2, 3, 4), random(1, 5, 4)]
+    mask, packed = masks.BlockDiagonalMask.from_tensor_list(xs)
+    assert packed.shape == (1, 11, 4)
+    assert list(mask.q_seqinfo.intervals()) == [(0, 3), (3, 6), (6, 11)]
+    for part, x in zip(mask.split(packed), xs, strict=True):
+        assert torch.equal(part, x)
+    # `.to` keeps what `split` needs, and DINOv2 assigns the batch sizes itself.
+    elsewhere = mask.to("meta")
+    assert elsewhere.q_seqinfo is elsewhere.k_seqinfo
+    assert elsewhere.q_seqinfo.seqstart.device.type == "meta"
+    assert [part.shape[1] for part in elsewhere.split(packed)] == [3, 5]
+    moved = mask.to("cpu")
+    moved._batch_sizes = [1, 1, 1]
+    assert [tuple(part.shape) for part in moved.split(packed)] == [(1, 3, 4), (1, 3, 4), (1, 5, 4)]
+
+
+def test_from_tensor_lists_qkv_and_regrouping():
+    q, k, v = ([random(2, m, 3), random(1, m + 1, 3)] for m in (2, 4, 4))
+    mask, pq, pk, pv = masks.BlockDiagonalMask.from_tensor_lists_qkv(q, k, v)
+    assert pq.shape == (1, 7, 3)
+    assert pk.shape == (1, 13, 3)
+    for parts, xs in ((mask.split_queries(pq), q), (mask.split_kv(pk), k), (mask.split_kv(pv), v)):
+        assert all(torch.equal(part, x) for part, x in zip(parts, xs, strict=True))
+    with pytest.raises(ValueError, match="queries and keys differ"):
+        mask.split(pq)
+    with pytest.raises(ValueError, match=r"want \[1, 7, "):
+        mask.split_queries(pk)
+    assert masks.BlockDiagonalMask.from_tensor_lists_qkv(q, k)[3] is None
+
+
+def test_make_methods_keep_lengths_and_batch_sizes():
+    mask = masks.BlockDiagonalMask.from_seqlens([2, 3], [4, 3])
+    mask._batch_sizes = [2]
+    for made in (
+        mask.make_causal(),
+        mask.make_causal_from_bottomright(),
+        mask.make_local_attention(3),
+        mask.make_local_attention_from_bottomright(3),
+    ):
+        assert made.q_seqinfo is mask.q_seqinfo
+        assert made.k_seqinfo is mask.k_seqinfo
+        assert made._batch_sizes == [2]
+    assert isinstance(mask.make_causal().make_local_attention(3), masks.BlockDiagonalCausalLocalAttentionMask)
+    local = masks.LowerTriangularFromBottomRightMask().make_local_attention(4)
+    assert isinstance(local, masks.LowerTriangularFromBottomRightLocalAttentionMask)
+    assert local._window_size == 4
+    padded = masks.BlockDiagonalPaddedKeysMask.from_seqlens([1, 2], 4, [3, 4]).make_local_attention(1, 2)
+    assert isinstance(padded, masks.BlockDiagonalLocalAttentionPaddedKeysMask)
+    assert torch.equal(
+        mask._create_block_mask((2, 4)), masks.BlockDiagonalMask.from_seqlens([2], [4]).materialize((2, 4))
+    )
+
+
+def test_a_bias_on_the_triangular_mask():
+    bias = random(2, 1, 4, 4).float()
+    mask = masks.LowerTriangularMask().add_bias(bias)
+    assert isinstance(mask, masks.LowerTriangularMaskWithTensorBias)
+    assert mask._bias is bias
+    dense = mask.materialize((2, 3, 4, 4))
+    assert torch.equal(dense, masks.LowerTriangularMask().materialize((2, 3, 4, 4)) + bias)
+    twice = mask.add_bias(bias).materialize((2, 3, 4, 4))
+    assert torch.equal(twice, masks.LowerTriangularMask().materialize((2, 3, 4, 4)) + 2 * bias)
+
+
+def test_biases_without_a_matrix_go_with_masks_too():
+    slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    q, k, v = random(1, 7, 2, 4), random(1, 7, 2, 4), random(1, 7, 2, 4)
+    mask = masks.BlockDiagonalMask.from_seqlens([3, 4]).make_causal()
+    got = fmha.memory_efficient_attention(q, k, v, mask.add_bias(Alibi(slopes)))
+    distance = (torch.arange(7)[None] - torch.arange(7)[:, None]).abs()
+    want, _ = dense_attention(q, k, v, mask.materialize((7, 7), torch.bool), -slopes[:, None, None] * distance)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_masks_compare_by_value_and_key_caches():
+    assert masks.LowerTriangularMask() == masks.LowerTriangularMask(device="cpu")
+    assert masks.LocalAttentionFromBottomRightMask(1, 2) != masks.LocalAttentionFromBottomRightMask(1, 3)
+    a, b = (masks.BlockDiagonalMask.from_seqlens([2, 3]) for _ in range(2))
+    assert a == b
+    assert {a: 1}[b] == 1
+    assert a != a.make_causal()
+    assert a != masks.BlockDiagonalMask.from_seqlens([2, 4])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: masks.LocalAttentionFromBottomRightMask(-1, 0), ValueError, "window_left"),
+        (lambda: masks.LowerTriangularFromBottomRightLocalAttentionMask(0), ValueError, "window_size"),
+        (lambda: masks.BlockDiagonalMask.from_seqlens([3], [2]).make_causal_from_bottomright(), ValueError, "2 keys"),
+        (lambda: masks.BlockDiagonalMask.from_seqlens([3]).make_local_attention(0), ValueError, "window_size"),
+        (lambda: masks.BlockDiagonalMask.from_seqlens([5], [2]).make_local_attention(3), RuntimeError, "sees nothing"),
+        (lambda: masks.BlockDiagonalMask.from_seqlens([1, 2], [3]), ValueError, "kv_seqlen"),
+        (lambda: masks.BlockDiagonalPaddedKeysMask.from_seqlens([1], 2, [3]), ValueError, "padding"),
+        (lambda: masks.BlockDiagonalGappyKeysMask.from_seqlens([1], [0], [3]), ValueError, "want 2"),
+        (lambda: _SeqLenInfo.from_seqlens([1, -1]), ValueError, "seqlens"),
+        (lambda: _PaddedSeqLenInfo.from_seqlens([1]), NotImplementedError, "from_seqlens_padded"),
+        (lambda: _GappySeqInfo.from_seqlens([1]), NotImplementedError, "from_seqlens_gappy"),
+        (lambda: masks.AttentionBias().materialize((1, 1)), NotImplementedError, "AttentionBias"),
+    ],
+)
+def test_wrong_arguments_are_named(make: Any, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_lengths_that_do_not_fit_are_named():
+    x = random(1, 5, 1, 2)
+    with pytest.raises(ValueError, match="query: got 5 packed tokens, want 4"):
+        fmha.memory_efficient_attention(x, x, x, masks.BlockDiagonalMask.from_seqlens([2, 2], [2, 3]))
+    with pytest.raises(ValueError, match="key: got 5 packed tokens, want 6"):
+        fmha.memory_efficient_attention(x, x, x, masks.BlockDiagonalMask.from_seqlens([2, 3], [2, 4]))
+
+
+# Sequence infos, built by hand and updated in place.
+
+
+def test_seq_info_built_by_hand_without_a_list():
+    start = torch.tensor([0, 2, 5], dtype=torch.int32)
+    info = _SeqLenInfo(seqstart=start, max_seqlen=3, min_seqlen=2, seqstart_py=None)
+    mask = masks.BlockDiagonalCausalMask(q_seqinfo=info, k_seqinfo=info)
+    want = masks.BlockDiagonalMask.from_seqlens([2, 3]).make_causal()
+    assert torch.equal(mask.materialize((5, 5)), want.materialize((5, 5)))
+    assert list(info.intervals()) == [(0, 2), (2, 5)]
+    assert [x.shape[1] for x in info.split(random(1, 5, 1))] == [2, 3]
+
+
+def test_seq_infos_updated_in_place_are_read_anew():
+    mask = masks.BlockDiagonalMask.from_seqlens([3, 2])
+    tensor = mask.q_seqinfo.seqstart
+    mask.q_seqinfo.from_seqlens_inplace([1, 3])
+    assert mask.q_seqinfo.seqstart is tensor
+    assert mask.q_seqinfo.seqstart_py == [0, 1, 4]
+    # The buffers keep their size, as in a captured graph; rows behind the last sequence see nothing.
+    visible = mask.materialize((5, 5), torch.bool)
+    want = masks.BlockDiagonalMask.from_seqlens([1, 3]).materialize((4, 4), torch.bool)
+    assert torch.equal(visible[:4, :4], want)
+    assert not visible[4].any()
+    assert not visible[:, 4].any()
+    with pytest.raises(ValueError, match="at most 3"):
+        mask.q_seqinfo.from_seqlens_inplace([1, 4])
+
+    padded = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1, 1], 6, [2, 3])
+    padded.k_seqinfo.from_seqlens_padded_inplace([5, 1])
+    want = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1, 1], 6, [5, 1])
+    assert torch.equal(padded.materialize((2, 12)), want.materialize((2, 12)))
+    assert list(padded.k_seqinfo.intervals()) == [(0, 5), (6, 7)]
+    # By hand, without any method.
+    padded.k_seqinfo.seqlen.copy_(torch.tensor([2, 3]))
+    want = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1, 1], 6, [2, 3])
+    assert torch.equal(padded.materialize((2, 12)), want.materialize((2, 12)))
+
+
+def test_gappy_info_of_paged_keys_holds_ends():
+    info = _GappySeqInfo.from_seqlens_gappy([1, 0], [2, 3], True)
+    assert info.seqlen.tolist() == [3, 3]
+    assert info.seqstart_py == [1, 0, -1]
+    assert list(info.intervals()) == [(1, 3), (0, 3)]
+
+
+@pytest.mark.parametrize(
+    "paged_type", [masks.PagedBlockDiagonalPaddedKeysMask, masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask]
+)
+def test_make_paged_from_padded(paged_type):
+    q, k, page = [2, 1], [5, 3], 2
+    table = torch.tensor([[3, 0, 4], [1, 5, 2]], dtype=torch.int32)
+    unpaged = paged_type._UNPAGED_TYPE.from_seqlens(q, 6, k)
+    paged = unpaged.make_paged(table, page, paged_type)
+    assert type(paged) is paged_type
+    assert paged == paged_type.from_seqlens(q, k, table, page)
+    physical = [int(table[b, j // page]) * page + j % page for b in range(2) for j in range(6)]
+    dense = torch.full((3, 12), -torch.inf)
+    dense[:, physical] = unpaged.materialize((3, 12))
+    assert torch.equal(paged.materialize((3, 12)), dense)
+
+
+def test_make_paged_from_gappy():
+    q, k, page = [2, 1], [4, 3], 2
+    table = torch.tensor([[3, 0, 4], [1, 5, 2]], dtype=torch.int32)
+    unpaged = masks.BlockDiagonalCausalWithOffsetGappyKeysMask.from_seqlens(q, [1, 8, 12], k)
+    paged = unpaged.make_paged(table, page, 6, masks.PagedBlockDiagonalCausalWithOffsetGappyKeysMask)
+    assert paged == masks.PagedBlockDiagonalCausalWithOffsetGappyKeysMask.from_seqlens(q, [1, 2], k, table, page)
+    physical = [int(table[b, j // page]) * page + j % page for b in range(2) for j in range(6)]
+    dense = torch.full((3, 12), -torch.inf)
+    dense[:, physical] = unpaged.materialize((3, 12))
+    assert torch.equal(paged.materialize((3, 12)), dense)
+    with pytest.raises(ValueError, match="notional_padding"):
+        unpaged.make_paged(table, page, 9, masks.PagedBlockDiagonalGappyKeysMask)
+
+
+def test_a_mask_is_a_product_saccade_takes():
+    mask = masks.BlockDiagonalMask.from_seqlens([2, 3]).make_causal()
+    x = random(1, 5, 2, 4)
+    assert torch.equal(attention(x, x, x, mask=mask.product()), fmha.memory_efficient_attention(x, x, x, mask))

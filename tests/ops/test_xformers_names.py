@@ -1,0 +1,91 @@
+"""Every name of xFormers is here, or says why not; and the table in the docs is what the code says."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from saccade.interop.xformers.support import table
+from saccade.ops import fmha
+from saccade.ops.left_out import LEFT_OUT
+
+NAMES = {
+    "saccade.ops": """AttentionBias AttentionMask AttentionOp AttentionOpBase LowerTriangularMask
+        MemoryEfficientAttentionCutlassFwdFlashBwOp MemoryEfficientAttentionCutlassOp
+        MemoryEfficientAttentionFlashAttentionOp MemoryEfficientAttentionCkOp MemoryEfficientAttentionSplitKCkOp
+        memory_efficient_attention memory_efficient_attention_forward memory_efficient_attention_forward_requires_grad
+        memory_efficient_attention_backward index_select_cat scaled_index_add ColumnParallelLinear RowParallelLinear
+        RMSNorm rope_padded sequence_parallel_leading_matmul sequence_parallel_trailing_matmul
+        fused_allgather_and_anything fused_allgather_and_linear fused_anything_and_reducescatter
+        fused_linear_and_reducescatter SwiGLU swiglu swiglu_packed SwiGLUEagerOp SwiGLUOp SwiGLUOpDispatch tiled_matmul
+        get_stack_strides stack_or_none unbind masked_matmul fmha tree_attention""",
+    "saccade.ops.fmha": """memory_efficient_attention memory_efficient_attention_forward
+        memory_efficient_attention_forward_requires_grad memory_efficient_attention_backward
+        memory_efficient_attention_partial merge_attentions BlockDiagonalMask LowerTriangularMask AttentionBias
+        VARLEN_BIASES Inputs Context Gradients AttentionOp AttentionOpBase AttentionFwOpBase AttentionBwOpBase
+        ALL_FW_OPS ALL_BW_OPS _get_use_fa3 _set_use_fa3 _OPS_LOOKUP _fMHA MemoryEfficientAttentionCutlassBlackwellOp
+        attn_bias common dispatch cutlass cutlass_blackwell flash flash3 triton_splitk ck ck_splitk merge_training
+        torch_attention_compat""",
+    "saccade.ops.fmha.attn_bias": """AttentionBias LowerTriangularMask LowerTriangularMaskWithTensorBias
+        LowerTriangularFromBottomRightMask LowerTriangularFromBottomRightLocalAttentionMask
+        LocalAttentionFromBottomRightMask BlockDiagonalMask BlockDiagonalCausalMask
+        BlockDiagonalCausalFromBottomRightMask BlockDiagonalCausalLocalAttentionMask
+        BlockDiagonalCausalLocalAttentionFromBottomRightMask BlockDiagonalPaddedKeysMask
+        BlockDiagonalCausalWithOffsetPaddedKeysMask BlockDiagonalLocalAttentionPaddedKeysMask
+        BlockDiagonalCausalLocalAttentionPaddedKeysMask BlockDiagonalGappyKeysMask
+        BlockDiagonalCausalWithOffsetGappyKeysMask PagedBlockDiagonalPaddedKeysMask
+        PagedBlockDiagonalCausalWithOffsetPaddedKeysMask PagedBlockDiagonalGappyKeysMask
+        PagedBlockDiagonalCausalWithOffsetGappyKeysMask PagedBlockDiagonalCausalLocalPaddedKeysMask
+        BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask _SeqLenInfo _PaddedSeqLenInfo _GappySeqInfo""",
+    "saccade.ops.fmha.common": "Inputs Context Gradients AttentionOpBase AttentionFwOpBase AttentionBwOpBase",
+    "saccade.ops.fmha.merge_training": """Partial memory_efficient_attention_partial_autograd
+        merge_attentions_autograd""",
+    "saccade.ops.tree_attention": """TreeAttnMetadata tree_attention construct_full_tree_choices construct_tree_choices
+        get_full_tree_size select_prefix_op use_triton_splitk_for_prefix SplitKAutotune""",
+    "saccade.interop.xformers": "__version__ _is_triton_available _has_cpp_library",
+    "saccade.interop.xformers._cpp_lib": "_register_extensions",
+    "saccade.interop.xformers.attn_bias_utils": "create_attn_bias ref_attention ref_attention_bmhk pack_kv_cache",
+    "saccade.interop.xformers.checkpoint": """checkpoint list_operators selective_checkpoint_wrapper
+        get_optimal_checkpoint_policy selective_checkpoint_context_fn""",
+    "saccade.interop.xformers.info": "get_info print_info",
+    **{f"saccade.ops.fmha.{op}": "FwOp BwOp" for op in ("flash", "flash3", "cutlass", "cutlass_blackwell", "ck")},
+    "saccade.ops.fmha.triton_splitk": "FwOp",
+    "saccade.ops.fmha.ck_splitk": "FwOp",
+}
+
+ATTRIBUTES = """OPERATOR NAME OPERATOR_CATEGORY SUPPORTED_DEVICES SUPPORTED_DTYPES SUPPORTED_MAX_K SUPPORTED_MIN_K
+    SUPPORTED_ATTN_BIAS_TYPES SUPPORTS_DROPOUT SUPPORTS_CUSTOM_SCALE SUPPORTS_DIFFERENT_VALUE_EMBED SUPPORTS_BMGHK
+    SUPPORTS_PARTIAL SUPPORTS_OUTPUT_DTYPE SUPPORTS_ATTN_BIAS_GRAD IS_DETERMINISTIC VARLEN_LSE_PACKED
+    CUDA_MINIMUM_COMPUTE_CAPABILITY CUDA_MAXIMUM_COMPUTE_CAPABILITY ERROR_ATOL ERROR_RTOL _TEST_BATCH_SIZES _TEST_K
+    is_available supports not_supported_reasons shape_not_supported_reasons apply"""
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_are_there(module):
+    found = importlib.import_module(module)
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+
+
+def test_pairs_of_operators():
+    assert fmha.MemoryEfficientAttentionCutlassFwdFlashBwOp == (fmha.cutlass.FwOp, fmha.flash.BwOp)
+    assert fmha.MemoryEfficientAttentionSplitKCkOp == (fmha.ck_splitk.FwOp, fmha.ck.BwOp)
+    for op in (*fmha.ALL_FW_OPS, *fmha.ALL_BW_OPS):
+        assert [name for name in ATTRIBUTES.split() if not hasattr(op, name)] == []
+
+
+@pytest.mark.parametrize("module", ["saccade.ops", "saccade.ops.fmha"])
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_left_out_says_so(module, name):
+    found = importlib.import_module(module)
+    assert not hasattr(found, name)
+    with pytest.raises(AttributeError, match=rf"{module}\.{name} is left out of saccade: ."):
+        getattr(found, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = found.nonsense
+
+
+def test_the_table_in_the_docs_is_current():
+    docs = Path(__file__).parents[2] / "docs" / "coming_from_xformers.md"
+    assert table() in docs.read_text(encoding="utf-8"), "paste what `python -m saccade.interop.xformers.support` prints"

@@ -1,0 +1,105 @@
+"""The stand-in distribution, built and installed into a folder of its own, and used from fresh processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hatchling", reason="the stand-in is built with hatchling, which the dev extra brings")
+
+UNCHANGED = """
+import importlib.util
+from importlib.metadata import version
+from packaging.version import Version
+
+# As diffusers, transformers and unsloth ask for it.
+assert importlib.util.find_spec("xformers") is not None
+assert Version(version("xformers")) >= Version("0.0.35")
+
+import torch
+import xformers
+import xformers.ops as xops
+import xformers.ops.fmha as fmha
+from xformers import __version__
+from xformers.ops import LowerTriangularMask, SwiGLU, fmha as again, memory_efficient_attention, unbind
+from xformers.ops.fmha import BlockDiagonalMask
+from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, _SeqLenInfo
+from xformers.ops.fmha.flash import FwOp
+from xformers.ops.seqpar import sequence_parallel_leading_matmul
+from xformers.attn_bias_utils import ref_attention
+from xformers.checkpoint import checkpoint
+import xformers._cpp_lib
+import xformers.info
+import xformers.version
+import saccade.ops
+
+assert __version__ == xformers.version.__version__ == version("xformers")
+xformers._cpp_lib._register_extensions()
+assert xformers._has_cpp_library
+assert xformers._is_triton_available() in (True, False)
+# One module under two names: one class, so isinstance holds across both.
+assert xops is saccade.ops and fmha is again is saccade.ops.fmha
+assert xops.fmha.attn_bias.BlockDiagonalMask is BlockDiagonalMask is saccade.ops.fmha.BlockDiagonalMask
+assert saccade.ops.__spec__.name == "saccade.ops"
+
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 7, 2, 8) for _ in range(3))
+bias = BlockDiagonalMask.from_seqlens([3, 4])
+out = memory_efficient_attention(q, k, v, attn_bias=bias, op=xops.MemoryEfficientAttentionFlashAttentionOp)
+torch.testing.assert_close(out, ref_attention(q, k, v, bias))
+
+try:
+    import xformers.profiler
+except ImportError as error:
+    assert "xformers.profiler" in str(error)
+else:
+    raise AssertionError("xformers.profiler should not be there")
+assert not hasattr(xops, "sparsify24")
+print("done")
+"""
+
+
+def run(code: list[str], *path: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    source, target = Path(__file__).parents[2] / "compat" / "xformers", tmp_path_factory.mktemp("site")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    done = run(["-m", "pip", "install", *options, str(source)])
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_code_written_for_xformers_runs_unchanged(installed):
+    done = run(["-c", UNCHANGED], installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+
+
+def test_info_as_a_module(installed):
+    done = run(["-W", "error", "-m", "xformers.info"], installed)
+    assert done.returncode == 0, done.stderr
+    assert "memory_efficient_attention.chunked:" in done.stdout
+
+
+def test_it_does_not_shadow_a_real_one(installed, tmp_path):
+    real = tmp_path / "xformers"
+    real.mkdir()
+    (real / "__init__.py").write_text("__version__ = '0.0.35'\n")
+    done = run(["-c", "import xformers"], installed, tmp_path)
+    assert done.returncode == 1
+    assert f"there is a real one in {real}" in done.stderr
+    assert "does not shadow it" in done.stderr
+    # The real one first: it is imported, and the stand-in is not asked.
+    done = run(["-c", "import xformers; print(xformers.__file__)"], tmp_path, installed)
+    assert done.stdout.strip() == str(real / "__init__.py")
+    # Another copy of the stand-in is no real one.
+    done = run(["-c", "import xformers"], installed, Path(__file__).parents[2] / "compat" / "xformers")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,452 @@
+"""`saccade.attention` as users call it: layouts, errors, autocast, compile, checkpointing, FLOPs, merging, explain."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import saccade
+from saccade.core.problem import make_problem
+from saccade.testing import differentiable, results, tolerances, with_inputs, worst
+
+
+def qkv(M=5, N=7, H=4, G=2, K=8, V=6, B=2, **kw):
+    torch.manual_seed(0)
+    return torch.randn(B, M, H, K, **kw), torch.randn(B, N, G, K, **kw), torch.randn(B, N, G, V, **kw)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_equals_torch(causal):
+    q, k, v = qkv(M=6, N=6)
+    want = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(saccade.attention(q, k, v, mask=saccade.Causal() if causal else None), want)
+
+
+def test_layouts_agree():
+    """4-D with grouped heads, 5-D with shared, expanded or separate keys, and 3-D one head at a time: one result."""
+    q, k, v = qkv()
+    out, lse = saccade.attention(q, k, v, return_lse=True)
+    assert out.shape == (2, 5, 4, 6)
+    assert lse.shape == (2, 4, 5)
+    five = q.unflatten(2, (2, 2))
+    for keys, values in (
+        (k[:, :, :, None], v[:, :, :, None]),
+        (k[:, :, :, None].expand(-1, -1, -1, 2, -1), v[:, :, :, None].expand(-1, -1, -1, 2, -1)),
+        (k[:, :, :, None].repeat(1, 1, 1, 2, 1), v[:, :, :, None]),
+    ):
+        out5, lse5 = saccade.attention(five, keys, values, return_lse=True)
+        torch.testing.assert_close(out5, out.unflatten(2, (2, 2)))
+        torch.testing.assert_close(lse5, lse.unflatten(1, (2, 2)))
+    for h in range(4):
+        out3, lse3 = saccade.attention(q[:, :, h], k[:, :, h // 2], v[:, :, h // 2], return_lse=True)
+        torch.testing.assert_close(out3, out[:, :, h])
+        torch.testing.assert_close(lse3, lse[:, h])
+
+
+def test_gradient_of_expanded_keys_has_an_entry_for_every_head():
+    q = torch.randn(1, 5, 2, 3, 4, dtype=torch.float64)
+    k = torch.randn(1, 5, 2, 1, 4, dtype=torch.float64).expand(-1, -1, -1, 3, -1).detach().requires_grad_()
+    v = torch.randn(1, 5, 2, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda k: saccade.attention(q, k, v), k.clone().requires_grad_())
+    (got,) = torch.autograd.grad(saccade.attention(q, k, v).sin().sum(), k)
+    copied = k.detach().clone().requires_grad_()
+    (want,) = torch.autograd.grad(saccade.attention(q, copied, v).sin().sum(), copied)
+    torch.testing.assert_close(got, want)
+
+
+def test_bias_in_five_dims():
+    q, k, v = qkv()
+    five, k5, v5 = q.unflatten(2, (2, 2)), k[:, :, :, None], v[:, :, :, None]
+    bias = torch.randn(2, 4, 5, 7)
+    want = saccade.attention(q, k, v, bias=bias)
+    got = saccade.attention(five, k5, v5, bias=bias.unflatten(1, (2, 2)))
+    torch.testing.assert_close(got.flatten(2, 3), want)
+    by_group = torch.randn(2, 1, 1, 7)  # one bias per group, where every head has its own keys
+    separate = k5.repeat(1, 1, 1, 2, 1), v5.repeat(1, 1, 1, 2, 1)
+    got = saccade.attention(five, *separate, bias=by_group, sinks=torch.zeros(2, 2))
+    want = saccade.attention(q, k, v, bias=by_group.expand(2, 2, 1, 7).flatten(0, 1), sinks=torch.zeros(4))
+    torch.testing.assert_close(got.flatten(2, 3), want)
+
+
+def test_sum_of_biases_is_the_sum():
+    q, k, _ = qkv(M=7)
+    a, b = (saccade.RelativeBias(torch.randn(4, 2 * r + 1)) for r in (2, 4))
+    s, t = (saccade.Alibi(torch.rand(4)) for _ in range(2))
+    dense = torch.randn(7, 7)
+
+    def picture(*terms):
+        out = []
+        for term in terms:
+            # With V = one-hot keys and no content, the softmax of the bias alone is what comes out.
+            eye = torch.eye(7)[None, :, None].expand(1, 7, 2, 7)
+            out.append(saccade.attention(q[:1] * 0, k[:1] * 0, eye, bias=term).log())
+        return sum(x - x[..., :1] for x in out)
+
+    total = picture(a + b + s + dense + t)
+    torch.testing.assert_close(total, picture(a, b, s, t, dense), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(picture(dense + a), picture(a + dense))
+
+
+ERRORS = [
+    (dict(query=torch.zeros(2, 2)), "query", r"shape \[2, 2\]"),
+    (dict(query=torch.zeros(1, 5, 4, 8, dtype=torch.int32)), "query", "int32"),
+    (dict(query="q"), "query", "str"),
+    (dict(key=torch.zeros(1, 7, 2, 8, dtype=torch.float16)), "key", "float16"),
+    (dict(key=torch.zeros(1, 7, 2, 8, device="meta")), "key", "meta"),
+    (dict(key=torch.zeros(1, 7, 3, 8), value=torch.zeros(1, 7, 3, 6)), "key", "3 heads"),
+    (dict(key=torch.zeros(1, 7, 2, 9)), "key", r"\[1, 7, 2, 9\]"),
+    (dict(key=torch.zeros(2, 7, 2, 8)), "value", "batch 1"),
+    (dict(value=torch.zeros(1, 6, 2, 6)), "value", "6 keys"),
+    (dict(value=torch.zeros(1, 7, 4, 6)), "value", "4 heads"),
+    (dict(query=torch.zeros(1, 5, 2, 2, 8), key=torch.zeros(1, 7, 2, 3, 8), value=torch.zeros(1, 7, 2, 1, 6)),
+     "key", "3"),
+    (dict(query=torch.zeros(3, 5, 4, 8)), "key", "batch 1"),
+    (dict(mask="causal"), "mask", "str"),
+    (dict(mask=torch.zeros(5, 7)), "mask", "float32"),
+    (dict(mask=torch.zeros(5, 8, dtype=torch.bool)), "mask", r"\[5, 8\]"),
+    (dict(mask=saccade.Documents([2, 2])), "q_lengths", "4 in all"),
+    (dict(mask=saccade.Documents([5], [6])), "k_lengths", "6 in all"),
+    (dict(mask=saccade.Documents(torch.tensor([9]), torch.tensor([7]))), "q_lengths", "9 in all"),
+    (dict(mask=saccade.PaddedKeys([5], [3], 8)), "padding", "1 documents of 8"),
+    (dict(mask=saccade.GappyKeys([5], [3], [5])), "k_starts", "up to 8"),
+    (dict(mask=saccade.PagedKeys([5], [3], [[1, 2]], 2)), "key", "N = 7"),
+    (dict(mask=saccade.PagedKeys([5], [3], [[1, 9]], 7)), "block_table", "page 1"),
+    (dict(mask=saccade.PagedKeys([5], [3], [[-1, 0]], 7)), "block_table", "page -1"),
+    (dict(mask=saccade.KeyLengths([3, 4])), "lengths", "2 entries"),
+    (dict(mask=saccade.KeyLengths([8])), "lengths", "up to 8"),
+    (dict(mask=saccade.SharedPrompt([3], [[2]])), "prompt_lengths", "M = 5, N = 7"),
+    (dict(mask=saccade.Causal().lower(1, 6, 7)), "mask", r"\[1, 1, 6\]"),
+    (dict(bias=torch.zeros(5, 8)), "bias", r"\[5, 8\]"),
+    (dict(bias=torch.zeros(5, 7, dtype=torch.bool)), "bias", "bool"),
+    (dict(bias="alibi"), "bias", "str"),
+    (dict(bias=saccade.Alibi(torch.ones(3))), "slopes", r"\[3\]"),
+    (dict(bias=saccade.RelativeBias(torch.ones(2, 5))), "table", r"\[2\]"),
+    (dict(sinks=torch.zeros(2)), "sinks", r"\[2\]"),
+    (dict(sinks=torch.zeros(4, dtype=torch.int64)), "sinks", "int64"),
+    (dict(scale=math.nan), "scale", "nan"),
+    (dict(scale="1"), "scale", "'1'"),
+    (dict(softcap=0.0), "softcap", "0.0"),
+    (dict(softcap=-1.0), "softcap", "-1.0"),
+    (dict(dropout_p=1.0), "dropout_p", "1.0"),
+    (dict(dropout_p=-0.1), "dropout_p", "-0.1"),
+    (dict(output_dtype=torch.int8), "output_dtype", "int8"),
+    (dict(backend="magic"), "backend", "'magic'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "name", "got"), ERRORS, ids=lambda x: x if isinstance(x, str) else "")
+def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name, got):
+    given = dict(query=torch.zeros(1, 5, 4, 8), key=torch.zeros(1, 7, 2, 8), value=torch.zeros(1, 7, 2, 6)) | changed
+    tensors = [given.pop(n) for n in ("query", "key", "value")]
+    with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
+        saccade.attention(*tensors, **given)
+
+
+CONSTRUCTORS = [
+    (lambda: saccade.Documents([1, -2]), "q_lengths", "-2"),
+    (lambda: saccade.Documents([1.5]), "q_lengths", "1.5"),
+    (lambda: saccade.Documents(3), "q_lengths", "3"),
+    (lambda: saccade.Documents([True]), "q_lengths", "True"),
+    (lambda: saccade.Documents(torch.tensor([1.0])), "q_lengths", "float32"),
+    (lambda: saccade.Documents(torch.tensor([-1])), "q_lengths", "-1"),
+    (lambda: saccade.Documents([1], [1, 2]), "k_lengths", "2 documents"),
+    (lambda: saccade.PaddedKeys([1], [5], 4), "k_lengths", "5 keys"),
+    (lambda: saccade.PaddedKeys([1], [1], 0), "padding", "0"),
+    (lambda: saccade.PagedKeys([1], [5], [[0, 1]], 2), "k_lengths", "5 keys"),
+    (lambda: saccade.PagedKeys([1], [1], [0], 2), "block_table", r"\[1\]"),
+    (lambda: saccade.PagedKeys([1], [1], [[0]], -2), "page_size", "-2"),
+    (lambda: saccade.SharedPrompt([1, 2], [[1]]), "answer_lengths", "1 rows"),
+    (lambda: saccade.SharedPrompt([1], torch.tensor([[-1]])), "answer_lengths", "-1"),
+    (lambda: saccade.Window(-1), "left", "-1"),
+    (lambda: saccade.Window(0, 1.5), "right", "1.5"),
+    (lambda: saccade.Causal("middle"), "align", "'middle'"),
+    (
+        lambda: saccade.Causal("bottom_right") & saccade.Window(1, align="top_left"),
+        "align",
+        "bottom_right and top_left",
+    ),
+    (lambda: saccade.SharedPrompt([1], [[1]]) & saccade.Causal("bottom_right"), "align", "bottom_right"),
+    (lambda: saccade.Prefix(-1), "length", "-1"),
+    (lambda: saccade.Sinks(2.0), "count", "2.0"),
+    (lambda: saccade.Documents([1]) & saccade.KeyLengths([1]), "mask", "Documents & KeyLengths"),
+    (lambda: saccade.Sinks(1) & saccade.Sinks(2), "mask", "Sinks & Sinks"),
+    (lambda: saccade.Causal().draw(), "M", "None"),
+    (lambda: saccade.Alibi([0.5]), "slopes", "list"),
+    (lambda: saccade.RelativeBias(torch.ones(2, 4)), "table", r"\[2, 4\]"),
+]
+
+
+@pytest.mark.parametrize(("make", "name", "got"), CONSTRUCTORS, ids=lambda x: x if isinstance(x, str) else "")
+def test_constructor_errors(make, name, got):
+    with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
+        make()
+
+
+def test_the_choice_of_backend_does_not_depend_on_requires_grad(monkeypatch):
+    from saccade.core import api
+
+    seen = []
+    monkeypatch.setattr(api, "attend", lambda p, b: seen.append(b) or torch.ops.saccade.attention_forward(*p, b))
+    for needed in (False, True):
+        q, k, v = (x.requires_grad_(needed) for x in qkv())
+        saccade.attention(q, k, v)
+    assert seen[0] == seen[1]
+
+
+def test_an_explicit_backend_never_falls_back(monkeypatch):
+    from saccade.backends import reference
+
+    monkeypatch.setattr(reference, "reason_against", lambda problem: "it is Monday")
+    with pytest.raises(NotImplementedError, match=r"'reference'.*it is Monday"):
+        saccade.attention(*qkv(), backend="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Inputs are cast to the autocast dtype, lse stays fp32, gradients come back in the inputs' dtype."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    bias = torch.randn(5, 7, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        out, lse = saccade.attention(q, k, v.to(dtype), bias=bias, return_lse=True)
+        # The same op outside of autocast on inputs that were cast by hand.
+    with torch.autocast("cpu", enabled=False):
+        want, want_lse = saccade.attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, return_lse=True)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+    with torch.autocast("cpu", dtype=dtype):
+        out.float().sum().backward()
+    assert q.grad.dtype == bias.grad.dtype == torch.float32
+
+
+def test_output_dtype():
+    q, k, v = (x.requires_grad_() for x in qkv(dtype=torch.bfloat16))
+    out = saccade.attention(q, k, v, output_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert torch.equal(out.bfloat16(), saccade.attention(q, k, v))
+    out.sum().backward()
+    assert q.grad.dtype == torch.bfloat16
+
+
+def test_activation_checkpointing_with_dropout():
+    q, k, v = (x.requires_grad_() for x in qkv(M=7, dtype=torch.float64))
+
+    def f(q, k, v):
+        return saccade.attention(q, k, v, mask=saccade.Causal(), dropout_p=0.3)
+
+    grads = []
+    for run in (f, lambda *x: checkpoint(f, *x, use_reentrant=False)):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(run(q, k, v).sin().sum(), (q, k, v)))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("terms", ["plain", "all", "paged"])
+def test_opcheck(terms):
+    q, k, v = (x.requires_grad_() for x in qkv(M=6, N=8, B=1))
+    kw = dict(mask=saccade.Causal("bottom_right"))
+    if terms == "all":
+        tensors = [torch.randn(s, requires_grad=True) for s in ((4,), (4, 5), (4, 1, 8), (6, 1), (4,))]
+        bias = saccade.Alibi(tensors[0]) + saccade.RelativeBias(tensors[1]) + tensors[2] + tensors[3]
+        kw |= dict(bias=bias, sinks=tensors[4], softcap=2.0, dropout_p=0.2)
+    elif terms == "paged":
+        kw = dict(mask=saccade.PagedKeys([2, 4], [3, 4], [[1, 0], [3, 2]], 2) & saccade.Causal("bottom_right"))
+    else:
+        kw = {}
+    problem, _ = make_problem(q, k, v, **kw)
+    # Leaves: opcheck reads `.grad` of what it is given.
+    leaves = {name: x.detach().requires_grad_() for name, x in differentiable(problem).items()}
+    problem = with_inputs(problem, leaves)
+    torch.library.opcheck(torch.ops.saccade.attention_forward.default, (*problem, "chunked"))
+    out, lse = torch.ops.saccade.attention_forward(*problem, "chunked")
+    needs = [
+        True,
+        True,
+        True,
+        terms == "all",
+        terms == "all",
+        terms == "all",
+        *(terms == "all" for _ in problem.biases),
+    ]
+    plain = problem._make(x.detach() if isinstance(x, torch.Tensor) else x for x in problem)
+    plain = plain._replace(biases=[x.detach() for x in problem.biases])
+    args = (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), *plain, needs, "chunked")
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.saccade.attention_backward.default, args, test_utils=utils)
+
+
+def test_compile_fullgraph_without_recompiling_for_new_lengths():
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def f(q, k, v, lengths, slopes):
+        mask = saccade.Documents(lengths) & saccade.Causal() & saccade.Window(5) & saccade.Sinks(1)
+        return saccade.attention(q, k, v, mask=mask, bias=saccade.Alibi(slopes), return_lse=True)
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    slopes = torch.rand(4, requires_grad=True)
+    for lengths in ([5, 4], [1, 8], [9, 0]):
+        q, k, v = (x.requires_grad_() for x in qkv(M=9, N=9, B=1))
+        got, want = (g(q, k, v, torch.tensor(lengths), slopes) for g in (compiled, f))
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        grads = [torch.autograd.grad(o.sin().sum() + s.sum(), (q, k, v, slopes)) for o, s in (got, want)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_flop_counter_counts_the_visible_area():
+    q, k, v = (x.requires_grad_() for x in qkv(M=64, N=64, B=1))
+    for mask, area in ((None, 64 * 64), (saccade.Causal(), 64 * 65 // 2), (saccade.Documents([32, 32]), 2 * 32 * 32)):
+        with FlopCounterMode(display=False) as counter:
+            out = saccade.attention(q, k, v, mask=mask)
+        assert counter.get_total_flops() == 2 * 4 * area * (8 + 6)
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == 2 * 4 * area * (3 * 8 + 2 * 6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 2**31))
+def test_merge_of_parts_is_the_whole(cuts, seed):
+    """Keys split anyhow, parts merged: equal to attention over all keys, in value and in gradient."""
+    torch.manual_seed(seed)
+    cuts = [0, *sorted(min(c, 9) for c in cuts), 9]
+    q, k, v = (torch.randn(2, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (5, 9, 9))
+
+    def parts():
+        mask = saccade.Causal("bottom_right").materialize(5, 9)[0]
+        spans = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+        return [saccade.attention(q, k[:, s], v[:, s], mask=mask[:, s], return_lse=True) for s in spans]
+
+    got = saccade.merge(parts())
+    want = saccade.attention(q, k, v, mask=saccade.Causal("bottom_right"), return_lse=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(o.sin().sum() + s.cos().sum(), (q, k, v)) for o, s in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_merge_edges():
+    out, lse = torch.full((1, 2, 1, 3), torch.nan), torch.full((1, 1, 2), -torch.inf)
+    other = torch.ones(1, 2, 1, 3), torch.tensor([[[0.5, -torch.inf]]])
+    merged, total = saccade.merge([(out, lse), other])
+    assert torch.equal(merged[0, 0, 0], torch.ones(3))
+    assert torch.equal(merged[0, 1, 0], torch.zeros(3))
+    assert torch.equal(total, other[1])
+    three, three_lse = saccade.attention(*(torch.randn(2, 4, 3) for _ in range(3)), return_lse=True)
+    torch.testing.assert_close(saccade.merge([(three, three_lse)])[0], three)
+    five = saccade.attention(torch.randn(1, 3, 2, 2, 4), *(torch.randn(1, 3, 2, 1, 4) for _ in "kv"), return_lse=True)
+    torch.testing.assert_close(saccade.merge([five, five])[0], five[0])
+    with pytest.raises(ValueError, match="parts: got none"):
+        saccade.merge([])
+    with pytest.raises(ValueError, match=r"parts\[1\]: got out"):
+        saccade.merge([other, (torch.ones(1, 3, 1, 3), torch.ones(1, 1, 3))])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_problems(data):
+    """Layout × visibility × bias × dtype × strides, drawn at random, against the fp64 reference."""
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    G, H = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    K, V = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    kind = draw(st.sampled_from(["batch", "documents", "padded", "paged", "lengths"]))
+    B = draw(st.integers(1, 3)) if kind in ("batch", "lengths") else 1
+    q_lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
+    k_lengths = draw(st.lists(st.integers(0, 12), min_size=len(q_lengths), max_size=len(q_lengths)))
+    M = sum(q_lengths)
+    pages = torch.randint(0, 5, (len(q_lengths), 4), generator=torch.Generator().manual_seed(B))
+    layout, N = {
+        "batch": lambda: (None, draw(st.integers(0, 30))),
+        "documents": lambda: (saccade.Documents(q_lengths, k_lengths), sum(k_lengths)),
+        "padded": lambda: (saccade.PaddedKeys(q_lengths, k_lengths, 12), 12 * len(q_lengths)),
+        "paged": lambda: (saccade.PagedKeys(q_lengths, k_lengths, pages, 3), 15),
+        "lengths": lambda: (saccade.KeyLengths([min(n, 20) for n in (*k_lengths, 3, 9)][:B]), 20),
+    }[kind]()  # fmt: skip
+    align = draw(st.sampled_from(["top_left", "bottom_right"]))
+    mask = layout
+    for part in (
+        saccade.Causal(align),
+        saccade.Window(draw(st.integers(0, 6)), 2, align),
+        saccade.Sinks(2),
+        saccade.Prefix(1),
+    ):
+        if draw(st.booleans()):
+            mask = part if mask is None else mask & part
+    torch.manual_seed(draw(st.integers(0, 99)))
+    bias = None
+    logical = 12 if kind == "paged" else N
+    for term in (saccade.Alibi(torch.rand(G * H)), saccade.RelativeBias(torch.randn(G * H, 2 * 3 + 1)),
+                 torch.randn(G * H, M, logical), torch.randn(M, 1)):  # fmt: skip
+        if draw(st.booleans()):
+            bias = term if bias is None else bias + term
+
+    def values(length, heads, dim):
+        if draw(st.booleans()):
+            return torch.randn(B, heads, dim, length).permute(0, 3, 1, 2)
+        return torch.randn(B, length, heads, dim)
+
+    q, k, v = (x.to(dtype).double() for x in (values(M, G * H, K), values(N, G, K), values(N, G, V)))
+    problem, _ = make_problem(
+        q, k, v, mask=mask, bias=bias, softcap=draw(st.none() | st.just(3.0)),
+        sinks=torch.randn(G * H) if draw(st.booleans()) else None, dropout_p=draw(st.sampled_from([0.0, 0.3])),
+    )  # fmt: skip
+    problem = problem._replace(
+        biases=[x.to(dtype).double() for x in problem.biases],
+        **{n: x.to(dtype).double() for n in ("slopes", "table", "sinks") if (x := getattr(problem, n)) is not None},
+    )
+    want = results(lambda p: torch.ops.saccade.attention_forward(*p, "reference"), problem, torch.float64)
+    allowed = tolerances(problem, dtype, want)
+    got = results(lambda p: torch.ops.saccade.attention_forward(*p, "chunked"), problem, dtype)
+    for name, x in want.items():
+        assert worst(got[name], x) <= allowed[name], name
+
+
+def test_explain():
+    q, k, v = qkv(M=1024, N=1024, B=1)
+    told = saccade.explain(q, k, v, mask=saccade.Causal())
+    assert told.backend == "chunked"
+    assert told.reasons["reference"] is None
+    assert told.visible == 4 * 1024 * 1025 // 2
+    assert (told.tiles, told.tiles_skipped) == (10, 6)
+    assert told.forward_flops == 2 * told.visible * (8 + 6)
+    assert "50.0%" in str(told)
+    assert saccade.explain(q, k, v, mask=saccade.Documents([256] * 4)).tiles == 4
+
+
+def test_info_runs_with_torch_alone():
+    """No module outside torch's own needs is imported by `import saccade` or `python -m saccade.info`."""
+    code = (
+        "import sys, saccade, saccade.info; "
+        "bad = {'tyro', 'rich', 'matplotlib', 'safetensors', 'triton', 'xformers'} & set(sys.modules); "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    told = subprocess.run(
+        [sys.executable, "-m", "saccade.info", "--json"], check=True, capture_output=True, text=True
+    ).stdout
+    info = json.loads(told)
+    assert info["saccade"] == saccade.__version__
+    assert info["backends"]["chunked"] is None
+    text = subprocess.run([sys.executable, "-m", "saccade.info"], check=True, capture_output=True, text=True).stdout
+    assert "attention.chunked" in text
+    assert "available" in text

@@ -1,0 +1,198 @@
+"""Every backend on every case against the fp64 reference: output, lse, and the gradient of every input."""
+
+import pytest
+import torch
+
+import saccade
+from cases import CASES, SHORT
+from saccade.backends import choose
+from saccade.core.library import attend
+from saccade.testing import results, textbook, tolerances, worst
+
+TESTED = [name for name in saccade.BACKENDS if name != "reference"]
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def check(got, want, allowed):
+    for name, x in want.items():
+        error = worst(got[name], x)
+        assert error <= allowed[name], f"{name}: error {error:.3g}, allowed {allowed[name]:.3g}"
+
+
+@by_name
+def test_reference_is_the_textbook(case):
+    problem = case.problem()
+    want = results(lambda p: textbook(p, torch.float64), problem, torch.float64)
+    got = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    check(got, want, {name: 1e-11 * max(1.0, float(x.nan_to_num(0, 0, 0).abs().sum())) for name, x in want.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", TESTED)
+@by_name
+def test_backend_agrees_with_reference(case, backend, dtype):
+    problem = case.problem(dtype)
+    choose(problem._replace(query=problem.query.to(dtype)), backend)
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    got = results(lambda p: attend(p, backend), problem, dtype)
+    check(got, want, tolerances(problem, dtype, want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong", ["one key more", "one key less", "diagonal off by one"])
+@pytest.mark.parametrize("name", ["prefix lm", "documents, cross, causal", "window and sinks"])
+def test_one_key_wrong_fails_the_tolerance(name, wrong, dtype):
+    case = next(c for c in CASES if c.name == name)
+    problem = case.problem(dtype)
+    row = problem.hi.shape[-1] // 2
+    hi, lo, diagonal = problem.hi.clone(), problem.lo.clone(), problem.diagonal.clone()
+    if wrong == "one key more":
+        hi[-1, :, row] += 1
+    elif wrong == "one key less":
+        lo[-1, :, row] += 1
+    elif problem.slopes is None:
+        pytest.skip("a case without positions has no diagonal to get wrong")
+    else:
+        diagonal[-1, :, row] += 1
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    allowed = tolerances(problem, dtype, want)
+    got = results(lambda p: attend(p, "chunked"), problem._replace(hi=hi, lo=lo, diagonal=diagonal), dtype)
+    assert any(worst(got[name], want[name]) > allowed[name] for name in ("out", "lse", "dquery"))
+
+
+@pytest.mark.parametrize("backend", TESTED)
+@by_name
+def test_bitwise_equal_from_run_to_run(case, backend):
+    problem = case.problem(torch.float32)
+    first, second = (results(lambda p: attend(p, backend), problem, torch.float32) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", saccade.BACKENDS)
+def test_what_nobody_may_see_does_not_leak(backend, special):
+    """Keys in padding, and whole documents, full of NaN or inf: nothing of it reaches another document."""
+    torch.manual_seed(0)
+    lengths = SHORT
+    bad = slice(5, 14)  # the document of 9 tokens
+    q, k, v = (torch.randn(1, 63, 2, 8) for _ in range(3))
+    mask = saccade.Documents(lengths) & saccade.Causal()
+
+    def run(q, k, v):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = saccade.attention(*inputs, mask=mask, return_lse=True, backend=backend)
+        keep = torch.ones(63, dtype=torch.bool)
+        keep[bad] = False
+        grads = torch.autograd.grad((out.cos() * 2).sum() + lse.sum(), inputs)
+        return [x[:, keep] for x in (out, *grads)] + [lse[..., keep]]
+
+    clean = run(q, k, v)
+    for tensor in (q, k, v):
+        tensor[:, bad] = special
+    for name, x, y in zip(("out", "dq", "dk", "dv", "lse"), run(q, k, v), clean, strict=True):
+        assert torch.isfinite(x).all(), name
+        torch.testing.assert_close(x, y, msg=name)
+
+
+@pytest.mark.parametrize("backend", TESTED)
+def test_visible_nan_does_reach(backend):
+    q, k, v = (torch.randn(1, 9, 1, 8) for _ in range(3))
+    v[0, 4, 0, 2] = torch.nan
+    v[0, 6, 0, 3] = torch.inf
+    out = saccade.attention(q, k, v, mask=saccade.Causal(), backend=backend)[0, :, 0]
+    assert torch.isnan(out[4:, 2]).all()
+    assert torch.isinf(out[6:, 3]).all()
+    assert torch.isfinite(out[:4]).all()
+
+
+@pytest.mark.parametrize("backend", saccade.BACKENDS)
+def test_gradcheck(backend):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, h, d, dtype=torch.float64, requires_grad=True)
+               for n, h, d in ((5, 4, 3), (7, 2, 3), (7, 2, 2)))  # fmt: skip
+    slopes, sinks = (torch.rand(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    table = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    dense = torch.randn(4, 1, 7, dtype=torch.float64, requires_grad=True)
+
+    def f(q, k, v, slopes, table, dense, sinks):
+        return saccade.attention(
+            q, k, v, mask=saccade.Causal("bottom_right") & saccade.Window(3), softcap=3.0, sinks=sinks,
+            bias=saccade.Alibi(slopes) + saccade.RelativeBias(table) + dense, return_lse=True, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(f, (q, k, v, slopes, table, dense, sinks))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "slopes", "table", "sinks", "dense"])
+@pytest.mark.parametrize("backend", TESTED)
+def test_each_gradient_alone(backend, name):
+    """An input that alone needs a gradient gets it, the same as when all do."""
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(1, 5, 2, 4) for name in ("query", "key", "value")}
+    inputs |= {"slopes": torch.rand(2), "table": torch.randn(2, 5), "sinks": torch.randn(2), "dense": torch.randn(5, 5)}
+
+    def grads(needed):
+        x = {n: t.clone().requires_grad_(n in needed) for n, t in inputs.items()}
+        bias = saccade.Alibi(x["slopes"]) + saccade.RelativeBias(x["table"]) + x["dense"]
+        out = saccade.attention(x["query"], x["key"], x["value"], mask=saccade.Causal(), bias=bias,
+                                sinks=x["sinks"], backend=backend)  # fmt: skip
+        out.cos().sum().backward()
+        return {n: t.grad for n, t in x.items()}
+
+    alone, together = grads({name}), grads(set(inputs))
+    assert torch.equal(alone[name], together[name])
+    assert together[name].abs().sum() > 0
+    assert [n for n, g in alone.items() if g is not None] == [name]
+
+
+def test_double_backward_is_refused():
+    q = torch.randn(1, 4, 1, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(saccade.attention(q, q, q).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_memory_is_linear_in_length():
+    """Peak extra memory of forward and of forward with backward grows with exponent at most 1.05 from 1k to 32k."""
+    import math
+
+    from saccade.testing import peak_memory
+
+    def peak(n, backward):
+        q, k, v = (torch.randn(1, n, 1, 8, requires_grad=backward) for _ in range(3))
+
+        def run():
+            # A window keeps the time linear too; memory does not depend on what is visible.
+            out = saccade.attention(q, k, v, mask=saccade.Causal() & saccade.Window(64), backend="chunked")
+            if backward:
+                out.sum().backward()
+
+        return peak_memory(run)
+
+    torch.use_deterministic_algorithms(False)
+    for backward in (False, True):
+        sizes = [1024, 32768]
+        peaks = [peak(n, backward) for n in sizes]
+        exponent = math.log(peaks[-1] / peaks[0]) / math.log(sizes[-1] / sizes[0])
+        assert exponent <= 1.05, peaks
+        # The whole score matrix at 32k would be 4 GiB; what is held is some vectors of that length and one tile.
+        assert peaks[-1] < 64 * 2**20, peaks
+    full = peak_memory(lambda: saccade.attention(*(torch.randn(1, 8192, 1, 8) for _ in range(3)), backend="chunked"))
+    assert full < 8192 * 8192  # a quarter of the fp32 score matrix, without any mask
+
+
+def test_dropout_keeps_the_stated_share_and_every_backend_drops_the_same():
+    torch.manual_seed(0)
+    q, k = torch.zeros(2, 2, 256, 3, 4)
+    v = torch.ones(2, 256, 3, 4)
+    torch.manual_seed(5)
+    out = saccade.attention(q, k, v, dropout_p=0.25, backend="chunked")
+    torch.manual_seed(5)
+    same = saccade.attention(q, k, v, dropout_p=0.25, backend="reference")
+    torch.testing.assert_close(out, same)
+    # Each output is a mean of 256 independent drops, scaled by 1/(1 − p): its mean is 1, its variance p/(1 − p)/256.
+    assert abs(out[..., 0].mean() - 1) < 5 * (1 / 3 / 256 / out[..., 0].numel()) ** 0.5
+    assert 0.8 < out[..., 0].var() / (1 / 3 / 256) < 1.2
+    torch.manual_seed(6)
+    assert not torch.equal(out, saccade.attention(q, k, v, dropout_p=0.25, backend="chunked"))

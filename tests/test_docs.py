@@ -1,0 +1,39 @@
+"""The code in README and docs runs, and the pictures of masks are right."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import saccade
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/tutorial.md"])
+def test_code_runs(name, capsys):
+    found = blocks(ROOT / name)
+    assert found
+    space: dict[str, object] = {}
+    for number, block in enumerate(found):
+        exec(compile(block, f"{name}, block {number + 1}", "exec"), space)
+
+
+def test_pictures_of_masks():
+    path = ROOT / "docs" / "masks.md"
+    text = path.read_text(encoding="utf-8").replace("```", "")
+    names = {"saccade": saccade, "torch": torch}
+    test = doctest.DocTestParser().get_doctest(text, names, "masks.md", str(path), 0)
+    runner = doctest.DocTestRunner()
+    runner.run(test)
+    assert runner.failures == 0
+    assert runner.tries >= 15
+    for name in saccade.__all__:
+        if isinstance(getattr(saccade, name), type) and issubclass(getattr(saccade, name), saccade.core.masks.Mask):
+            assert f"### `{name}`" in text

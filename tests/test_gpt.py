@@ -1,0 +1,260 @@
+"""The GPT: packed = alone, backends agree, positions as the papers define them, gradients, errors, compilation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.layers import rms_norm, rotary, swiglu
+from saccade.models import GPT, GPTConfig, alibi_slopes
+
+POSITIONS = ["rope", "alibi", "none"]
+LENGTHS = [5, 1, 9, 3]
+
+
+def small(positions="rope", backend=None, seed=0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    options = {"vocab_size": 23, "dim": 24, "layers": 2, "heads": 6, "kv_heads": 2, "hidden": 20, **changes}
+    return GPT(GPTConfig(positions=positions, **options), backend)
+
+
+def draw(lengths=LENGTHS, seed=0) -> Tensor:
+    return torch.randint(0, 23, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+
+
+def dense_forward(model: GPT, tokens: Tensor) -> Tensor:
+    """Hidden states of one document, written out with a dense softmax: what the model is meant to compute."""
+    c, T = model.config, len(tokens)
+    x = model.embedding.weight[tokens]
+    distance = torch.arange(T)[:, None] - torch.arange(T)[None, :]
+    for block in model.blocks:
+        h = rms_norm(x, block.attention_norm.weight, c.norm_eps)
+        qkv = (h @ block.attention.qkv.weight.t()).view(T, -1, c.head_dim)
+        q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+        if c.positions == "rope":
+            q, k = (rotary(t[None], torch.arange(T), c.rope_theta)[0] for t in (q, k))
+        k, v = (t.repeat_interleave(c.heads // c.kv_heads, dim=1) for t in (k, v))
+        scores = torch.einsum("mhk,nhk->hmn", q, k) / c.head_dim**0.5
+        if c.positions == "alibi":
+            scores = scores - alibi_slopes(c.heads).to(scores)[:, None, None] * distance
+        p = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        out = torch.einsum("hmn,nhk->mhk", p, v).reshape(T, c.dim)
+        x = x + out @ block.attention.out.weight.t()
+        h = rms_norm(x, block.mlp_norm.weight, c.norm_eps)
+        x = x + swiglu(h, block.mlp.w12.weight, None, block.mlp.w3.weight, None)
+    return rms_norm(x, model.norm.weight, c.norm_eps)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_packed_is_each_document_alone_is_the_dense_formula(positions, as_tensor):
+    model, tokens = small(positions).double(), draw()
+    lengths = torch.tensor(LENGTHS) if as_tensor else LENGTHS
+    packed = model(tokens, lengths)
+    alone = torch.cat([model(t, [len(t)]) for t in tokens.split(LENGTHS)])
+    dense = torch.cat([dense_forward(model, t) for t in tokens.split(LENGTHS)])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(packed, dense, rtol=0, atol=1e-11)
+    merged = model(tokens, [sum(LENGTHS)])
+    assert (merged - packed)[LENGTHS[0] :].abs().max() > 1e-3  # the boundaries do matter
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_document_does_not_see_others_or_its_future(positions):
+    model, tokens = small(positions), draw()
+    before = model(tokens, LENGTHS)
+    changed = tokens.clone()
+    changed[10] = (changed[10] + 1) % 23  # inside the third document, rows 6 … 14
+    differs = (model(changed, LENGTHS) != before).any(-1)
+    assert differs.nonzero().flatten().tolist() == [10, 11, 12, 13, 14]
+
+
+def test_positions_are_what_distinguishes_order():
+    """Without positions the last row of a document is the same for every order of the tokens before it."""
+    for positions in POSITIONS:
+        model = small(positions, layers=1).double()
+        rows = [model(torch.tensor(t), [4])[-1] for t in ([1, 2, 3, 4], [3, 1, 2, 4])]
+        same = torch.allclose(*rows, rtol=0, atol=1e-12)
+        assert same == (positions == "none"), positions
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_loss_is_the_cross_entropy_of_the_logits(tie):
+    model, tokens = small(tie_embeddings=tie).double(), draw()
+    targets = draw(seed=1)
+    targets[[0, 7]] = -100
+    logits = model.logits(model(tokens, LENGTHS))
+    assert logits.shape == (18, 23)
+    want = F.cross_entropy(logits, targets)
+    got = model.loss(tokens, targets, LENGTHS)
+    torch.testing.assert_close(got, want)
+    targets[targets == -100] = 3
+    torch.testing.assert_close(
+        model.loss(tokens, targets, LENGTHS, ignore_index=3), F.cross_entropy(logits, targets, ignore_index=3)
+    )
+    assert abs(float(got.detach()) - torch.tensor(23.0).log().item()) < 0.2  # at first, near a uniform guess
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("tie", [False, True])
+def test_gradients_reach_every_parameter_and_agree_between_backends(positions, tie):
+    tokens, targets = draw(), draw(seed=1)
+    grads = {}
+    for backend in ("chunked", "reference"):
+        model = small(positions, backend, tie_embeddings=tie)
+        model.loss(tokens, targets, LENGTHS).backward()
+        grads[backend] = {name: p.grad for name, p in model.named_parameters()}
+    for name, grad in grads["chunked"].items():
+        assert grad is not None, name
+        assert (grad != 0).any(), name
+        torch.testing.assert_close(grad, grads["reference"][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_training_with_chunked_and_reference_gives_the_same_losses(positions):
+    def train(backend: str) -> Tensor:
+        model = small(positions, backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for step in range(10):
+            loss = model.loss(draw(seed=step), draw(seed=step).roll(-1), LENGTHS)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    chunked, reference = train("chunked"), train("reference")
+    torch.testing.assert_close(chunked, reference, rtol=0, atol=1e-5)
+    assert torch.equal(chunked, train("chunked"))
+    assert (chunked[0] - chunked[-1]).abs() > 1e-3
+
+
+def test_bf16_autocast_stays_near_fp32():
+    model, tokens = small(), draw()
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, loss = model(tokens, LENGTHS), model.loss(tokens, tokens, LENGTHS)
+        assert model.logits(hidden).dtype == torch.bfloat16
+    exact = model(tokens, LENGTHS)
+    assert hidden.dtype == loss.dtype == torch.float32
+    error = (hidden - exact).abs().max()
+    assert 0 < error < 16 * torch.finfo(torch.bfloat16).eps  # rows have a root mean square of 1
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+def test_dropout_acts_in_training_only_and_follows_the_seed():
+    model, tokens = small(dropout=0.3), draw()
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model(tokens, LENGTHS)
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+    model.eval()
+    assert torch.equal(run(0), run(1))
+    torch.testing.assert_close(run(0), small()(tokens, LENGTHS))
+
+
+def test_initial_values():
+    model = small(layers=8, dim=96, tie_embeddings=False, vocab_size=200, hidden=None)
+    std = (2 / (5 * 96)) ** 0.5
+    want = {"embedding.weight": 0.02, "head.weight": 0.02, "qkv.weight": std, "w12.weight": std}
+    want |= {"out.weight": std / 4, "w3.weight": std / 4}  # sqrt(2 * 8) = 4
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert (p == 1).all(), name
+        else:
+            expected = want[next(end for end in want if name.endswith(end))]
+            # the standard deviation of a sample of n normal values has a relative error of 1 / sqrt(2 n)
+            assert abs(p.std().item() / expected - 1) < 5 / (2 * p.numel()) ** 0.5, name
+            assert abs(p.mean().item()) < 5 * expected / p.numel() ** 0.5, name
+
+
+def test_num_parameters_counts_shared_weights_once():
+    c = small().config
+    block = c.dim * (c.heads + 2 * c.kv_heads) * c.head_dim + c.dim**2 + 3 * c.dim * c.hidden + 2 * c.dim
+    want = c.layers * block + c.dim + c.vocab_size * c.dim
+    assert small().num_parameters() == want
+    assert small(tie_embeddings=False).num_parameters() == want + c.vocab_size * c.dim
+    assert small("alibi").num_parameters() == want
+
+
+def test_alibi_slopes_of_the_paper():
+    assert alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    assert alibi_slopes(1).tolist() == [2.0**-8]
+    torch.testing.assert_close(alibi_slopes(16), torch.tensor([2 ** (-h / 2) for h in range(1, 17)]))
+    twelve = [2.0**-h for h in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    torch.testing.assert_close(alibi_slopes(12), torch.tensor(twelve))
+
+
+def test_config_settles_what_was_left_open():
+    config = GPTConfig(vocab_size=10, dim=128, layers=1, heads=4)
+    assert (config.kv_heads, config.hidden, config.head_dim) == (4, 384, 32)  # 8/3 * 128 = 341.3
+    assert GPTConfig(vocab_size=10, dim=96, layers=1, heads=4).hidden == 256  # 8/3 * 96 is 256 exactly
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size: got 0, want an int ≥ 1"),
+        ({"layers": 1.5}, r"layers: got 1\.5"),
+        ({"heads": True}, "heads: got True"),
+        ({"hidden": -1}, "hidden: got -1"),
+        ({"dim": 25}, "dim: got 25, want a multiple of heads = 6"),
+        ({"kv_heads": 4}, "kv_heads: got 4, want a divisor of heads = 6"),
+        ({"kv_heads": 12}, "kv_heads: got 12"),
+        ({"positions": "learned"}, "positions: got 'learned', want one of rope, alibi, none"),
+        ({"dim": 18, "positions": "rope"}, "dim: got 18 / heads = 3 per head, want an even number for rope"),
+        ({"dropout": 1.0}, r"dropout: got 1\.0"),
+        ({"dropout": float("nan")}, "dropout: got nan"),
+        ({"rope_theta": 0.0}, r"rope_theta: got 0\.0"),
+        ({"norm_eps": float("inf")}, "norm_eps: got inf"),
+    ],
+)
+def test_config_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        small(**change)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        (torch.zeros(1, 4, dtype=torch.int64), [4], r"tokens: got torch.int64 of shape \[1, 4\]"),
+        (torch.zeros(4), [4], "tokens: got torch.float32"),
+        (torch.zeros(4, dtype=torch.int64), [3], "lengths: got 3"),
+        (torch.zeros(4, dtype=torch.int64), [5, -1], "lengths: got -1"),
+    ],
+)
+def test_forward_errors(tokens, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        small()(tokens, lengths)
+
+
+def test_rows_behind_the_last_document_change_nothing():
+    model, tokens = small(), draw()
+    want = model(tokens, LENGTHS)
+    padded = model(F.pad(tokens, (0, 4)), torch.tensor(LENGTHS))
+    torch.testing.assert_close(padded[:18], want)
+    assert padded.isfinite().all()
+
+
+# torch's tracer makes an instance of torch.autograd.Function, against torch's own advice
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_compiled_model_is_the_eager_model_for_all_lengths(positions):
+    torch._dynamo.reset()
+    model, tokens = small(positions), draw()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model.loss, fullgraph=True, backend=count)
+    for lengths in ([5, 1, 9, 3], [9, 9, 0, 0], [1, 1, 1, 15]):
+        want = torch.autograd.grad(model.loss(tokens, tokens, lengths), list(model.parameters()))
+        got = torch.autograd.grad(compiled(tokens, tokens, torch.tensor(lengths)), list(model.parameters()))
+        torch.testing.assert_close(got, want)
+    assert len(graphs) == 1

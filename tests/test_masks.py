@@ -1,0 +1,200 @@
+"""Masks against their definition by brute force, their pictures, and how they combine."""
+
+import doctest
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import saccade
+from saccade.core import masks
+
+MASKS = [getattr(saccade, name) for name in ("Causal", "Window", "Prefix", "Sinks", "Documents", "PaddedKeys",
+         "GappyKeys", "PagedKeys", "KeyLengths", "SharedPrompt")]  # fmt: skip
+
+
+def test_pictures_in_docstrings():
+    result = doctest.testmod(masks)
+    assert result.failed == 0
+    assert result.attempted >= len(MASKS)
+    for mask in MASKS:
+        assert "■" in mask.__doc__, mask
+
+
+@st.composite
+def visibility(draw):
+    """A visibility and its definition as a function of (i, j, Nq, Nk), counted inside a document."""
+    align = draw(st.sampled_from(["top_left", "bottom_right"]))
+    causal = draw(st.booleans())
+    left, right = (draw(st.none() | st.integers(0, 5)) for _ in range(2))
+    windowed = draw(st.booleans())
+    sinks, prefix = (draw(st.none() | st.integers(0, 4)) for _ in range(2))
+    parts = [saccade.Causal(align)] if causal else []
+    parts += [saccade.Window(left, right, align)] if windowed else []
+    parts += [saccade.Sinks(sinks)] if sinks is not None else []
+    parts += [saccade.Prefix(prefix)] if prefix is not None else []
+    draw(st.randoms()).shuffle(parts)
+
+    def seen(i, j, Nq, Nk):
+        d = i + (Nk - Nq if align == "bottom_right" else 0)
+        near = not windowed or ((left is None or j >= d - left) and (right is None or j <= d + right))
+        return j < (prefix or 0) or ((not causal or j <= d) and (near or j < (sinks or 0)))
+
+    return parts, seen
+
+
+def combined(parts):
+    mask = parts[0]
+    for part in parts[1:]:
+        mask = mask & part
+    return mask
+
+
+lengths = st.lists(st.integers(0, 6), min_size=1, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(visibility(), st.data())
+def test_documents(vis, data):
+    parts, seen = vis
+    q = data.draw(lengths)
+    k = data.draw(st.lists(st.integers(0, 6), min_size=len(q), max_size=len(q)))
+    as_tensor = data.draw(st.booleans())
+    given_q, given_k = (torch.tensor(x) for x in (q, k)) if as_tensor else (q, k)
+    got = combined([saccade.Documents(given_q, given_k), *parts]).materialize(sum(q), sum(k))[0]
+    want = torch.zeros(sum(q), sum(k), dtype=torch.bool)
+    for d, (nq, nk) in enumerate(zip(q, k, strict=True)):
+        for i in range(nq):
+            for j in range(nk):
+                want[sum(q[:d]) + i, sum(k[:d]) + j] = seen(i, j, nq, nk)
+    assert torch.equal(got, want)
+
+
+@settings(max_examples=100, deadline=None)
+@given(visibility(), st.data())
+def test_padded_gappy_and_paged_keys(vis, data):
+    parts, seen = vis
+    q = data.draw(lengths)
+    k = data.draw(st.lists(st.integers(0, 6), min_size=len(q), max_size=len(q)))
+    kind = data.draw(st.sampled_from(["padded", "gappy", "paged"]))
+    n = len(q)
+    if kind == "padded":
+        layout, N = saccade.PaddedKeys(q, k, 6), 6 * n
+        slot = [[6 * d + j for j in range(6)] for d in range(n)]
+    elif kind == "gappy":
+        starts = [data.draw(st.integers(0, 9)) for _ in q]
+        layout, N = saccade.GappyKeys(q, starts, k), 15
+        slot = [[s + j for j in range(6)] for s in starts]
+    else:
+        table = [[data.draw(st.integers(0, 4)) for _ in range(3)] for _ in q]
+        layout, N = saccade.PagedKeys(q, k, torch.tensor(table), 2), 10
+        slot = [[row[j // 2] * 2 + j % 2 for j in range(6)] for row in table]
+    got = combined([layout, *parts]).materialize(sum(q), N)[0]
+    want = torch.zeros(sum(q), N, dtype=torch.bool)
+    for d, (nq, nk) in enumerate(zip(q, k, strict=True)):
+        for i in range(nq):
+            for j in range(nk):
+                want[sum(q[:d]) + i, slot[d][j]] |= seen(i, j, nq, nk)
+    assert torch.equal(got, want)
+
+
+@settings(max_examples=80, deadline=None)
+@given(visibility(), st.integers(0, 7), st.integers(0, 7), st.data())
+def test_batch_with_and_without_key_lengths(vis, M, N, data):
+    parts, seen = vis
+    if parts:
+        want = torch.tensor([[seen(i, j, M, N) for j in range(N)] for i in range(M)]).reshape(M, N)
+        assert torch.equal(combined(parts).materialize(M, N)[0], want.bool())
+    length = data.draw(st.lists(st.integers(0, N), min_size=1, max_size=3))
+    got = combined([saccade.KeyLengths(length), *parts]).materialize(M, N)
+    for b, n in enumerate(length):
+        want = torch.tensor([[j < n and seen(i, j, M, n) for j in range(N)] for i in range(M)]).reshape(M, N)
+        assert torch.equal(got[b], want.bool())
+
+
+def test_left_padding_is_what_dense_users_write():
+    """`j ≤ i and start ≤ j`, as a causal mask and a key padding mask give together."""
+    got = (saccade.KeyLengths([3, 5], [2, 0]) & saccade.Causal()).materialize(5, 5)
+    i, j = torch.arange(5)[:, None], torch.arange(5)
+    assert torch.equal(got[0], (j <= i) & (j >= 2))
+    assert torch.equal(got[1], j <= i)
+    bottom = (saccade.KeyLengths([3, 5], [2, 0]) & saccade.Causal("bottom_right")).materialize(5, 5)
+    assert torch.equal(bottom, got)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(0, 3), max_size=3)), min_size=1, max_size=3))
+def test_shared_prompt_equals_each_answer_alone(groups):
+    """Attention with ALiBi over prompt and answers equals that of every answer behind its own copy of the prompt."""
+    torch.manual_seed(0)
+    prompts, answers = [p for p, _ in groups], [a for _, a in groups]
+    T = sum(p + sum(a) for p, a in groups)
+    q, k, v = (torch.randn(1, T, 2, 4, dtype=torch.float64) for _ in range(3))
+    bias = saccade.Alibi(torch.tensor([0.5, 0.1], dtype=torch.float64))
+    width = max((len(a) for a in answers), default=0)
+    padded = torch.tensor([a + [0] * (width - len(a)) for a in answers], dtype=torch.int64).reshape(len(answers), width)
+    for mask in (saccade.SharedPrompt(prompts, answers), saccade.SharedPrompt(torch.tensor(prompts), padded)):
+        out = saccade.attention(q, k, v, mask=mask, bias=bias)
+        at = 0
+        for p, a in groups:
+            begin = at
+            at += p
+            for n in [0, *a]:
+                rows = [*range(begin, begin + p), *range(at, at + n)]
+                alone = saccade.attention(*(x[:, rows] for x in (q, k, v)), mask=saccade.Causal(), bias=bias)
+                torch.testing.assert_close(out[:, rows[p:]], alone[:, p:])
+                if n == 0:
+                    torch.testing.assert_close(out[:, rows[:p]], alone[:, :p])
+                at += n
+
+
+def test_dense_masks_combine_from_both_sides():
+    keys = torch.tensor([True, False, True])
+    want = torch.ones(3, 3, dtype=torch.bool).tril() & keys
+    assert torch.equal((saccade.Causal() & keys).materialize(3, 3)[0], want)
+    assert torch.equal((keys & saccade.Causal()).materialize(3, 3)[0], want)
+    rows = torch.tensor([[True], [False], [True]])
+    assert torch.equal((saccade.Causal() & keys & rows).materialize(3, 3)[0], want & rows)
+
+
+def test_equality_and_hash():
+    assert saccade.Causal() == saccade.Causal()
+    assert saccade.Causal() != saccade.Causal("bottom_right")
+    assert saccade.Documents([1, 2]) == saccade.Documents((1, 2))
+    assert saccade.Documents(torch.tensor([1, 2])) == saccade.Documents(torch.tensor([1, 2]))
+    assert saccade.Documents(torch.tensor([1, 2])) != saccade.Documents(torch.tensor([2, 1]))
+    assert len({saccade.Window(1), saccade.Window(1), saccade.Window(2)}) == 2
+    assert (saccade.Causal() & saccade.Window(2)) == (saccade.Causal() & saccade.Window(2))
+
+
+def test_lowered_once_is_the_same_as_lowered_each_time():
+    q = torch.randn(1, 9, 2, 4)
+    mask = saccade.Documents([4, 5]) & saccade.Causal()
+    lowered = mask.lower(1, 9, 9)
+    assert torch.equal(saccade.attention(q, q, q, mask=mask), saccade.attention(q, q, q, mask=lowered))
+    moved = mask.to("cpu").lower(1, 9, 9).to("cpu")
+    assert torch.equal(moved.lo, lowered.lo)
+    assert lowered.lo.dtype == lowered.hi.dtype == lowered.diagonal.dtype == torch.int32
+
+
+def test_masks_move_to_a_device_and_lower_there_without_values():
+    """On a device whose values cannot be read (meta), lowering with tensor lengths still works: it never reads them."""
+    lengths = torch.tensor([4, 5], device="meta")
+    table = torch.zeros(2, 3, dtype=torch.int32, device="meta")
+    layouts = [saccade.Documents(lengths), saccade.PaddedKeys(lengths, lengths, 6)]
+    layouts += [saccade.GappyKeys(lengths, lengths, lengths), saccade.PagedKeys(lengths, lengths, table, 2)]
+    for layout in layouts:
+        ranges = (layout & saccade.Causal() & saccade.Window(3) & saccade.Sinks(1)).lower(1, 9, 12, "meta")
+        assert ranges.lo.shape == (2, 1, 9)
+    assert (saccade.KeyLengths(lengths) & saccade.Causal()).lower(2, 3, 9, "meta").hi.shape == (1, 2, 3)
+    assert saccade.SharedPrompt(lengths, lengths[:, None]).lower(1, 18, 18, "meta").hi.shape == (2, 1, 18)
+    moved = (saccade.Documents(torch.tensor([4, 5])) & saccade.Causal()).to("meta")
+    assert moved.parts[0].q_lengths.device.type == "meta"
+
+
+def test_draw_writes_a_picture(tmp_path):
+    mask = saccade.Causal() & saccade.Window(2, 0) & saccade.Sinks(1)
+    text = mask.draw(6, 6, path=tmp_path / "mask.png")
+    assert text.splitlines()[5] == "■ · · ■ ■ ■"
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    assert saccade.KeyLengths([1, 2]).draw(1, 2).split("\n\n") == ["■ ·", "■ ■"]

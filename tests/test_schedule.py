@@ -1,0 +1,52 @@
+"""The tiling: covers what is visible exactly, calls full only what is full, and skips what nobody sees."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import saccade
+from saccade.backends.schedule import tiles
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_tiles_cover_the_visible_area(data):
+    draw = data.draw
+    S, B, M, N = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 40)), 30
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    lo = torch.randint(0, N, (S, B, M), generator=generator, dtype=torch.int32)
+    hi = torch.maximum(lo, torch.randint(0, N, (S, B, M), generator=generator, dtype=torch.int32))
+    found = tiles(lo, hi, draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([0.0, 30.0, 1e9])))
+    covered = torch.zeros(S, B, M, N, dtype=torch.int32)
+    j = torch.arange(N)
+    visible = (j >= lo[..., None]) & (j < hi[..., None])
+    for tile in found:
+        entries = range(B) if tile.batch is None else [tile.batch]
+        for b in entries:
+            for span in tile.spans:
+                for begin, end, full in span.chunks(7):
+                    assert 0 < end - begin <= 7
+                    covered[span.range, b, tile.begin : tile.end, begin:end] += 1
+                    if full:
+                        assert visible[span.range, b, tile.begin : tile.end, begin:end].all()
+    assert (covered[visible] == 1).all()
+    assert covered.max() <= 1
+    rows = [r for tile in found if tile.batch in (None, 0) for r in range(tile.begin, tile.end)]
+    assert sorted(rows) == list(range(M))
+
+
+def spans(mask, M, N, rows=256, overhead=1000.0):
+    ranges = mask.lower(1, M, N)
+    return tiles(ranges.lo, ranges.hi, rows, overhead)
+
+
+def test_documents_do_not_meet_and_decode_rows_stay_apart():
+    area = sum(
+        (t.end - t.begin) * (s.last - s.first) for t in spans(saccade.Documents([64] * 16), 1024, 1024) for s in t.spans
+    )
+    assert area <= 16 * 64 * 64 * 2
+    decode = spans(saccade.PaddedKeys([1] * 8, [5000] * 8, 5000) & saccade.Causal("bottom_right"), 8, 40000)
+    assert len(decode) == 8
+    causal = spans(saccade.Causal(), 1024, 1024, overhead=1e6)
+    assert [t.spans[0].last for t in causal] == [256, 512, 768, 1024]
+    assert [t.spans[0].full_last for t in causal] == [1, 257, 513, 769]
