@@ -9,16 +9,27 @@ pytest.importorskip("triton", reason="triton is not installed")
 # Read by triton when a kernel is decorated; taken back, so that other tests do not choose this backend for the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 from saccade.backends.triton import config, launch  # noqa: E402
-from tests.triton import interpreter  # noqa: E402
 
 del os.environ["TRITON_INTERPRET"]
+
+import interpreter  # noqa: E402
+
 interpreter.repair()
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(config, "tile", lambda kernel, *_: config.Tile(16, 16 if kernel == "keys" else 32, 1, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """The interpreter takes as long for a small tile as for a large one, and several tiles are wanted."""
+
+    def tile(kernel, itemsize, head_dim, family):
+        return config.Tile(16, 16 if kernel == "keys" else 32, 1, 1)
+
+    monkeypatch.setattr(config, "tile", tile)
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])

@@ -102,4 +102,4 @@ def _read(name: str, made: Any, log: str) -> Compiled:
         mma = len(re.findall(r"v_mfma", made.asm["amdgcn"]))
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
-    return Compiled(name, made.metadata.shared, registers, spills, wgmma, mma, tma, re.findall(r"C75\d\d", log))
+    return Compiled(name, made.metadata.shared, registers, spills, wgmma, mma, tma, re.findall(r"(C75\d\d)", log))
