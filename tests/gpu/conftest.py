@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
-
-# Read by triton when a kernel is decorated; taken back, so that other tests do not choose this backend for the CPU.
+# Read by triton when a kernel is decorated, its own among them; taken back, so that other tests do not choose this
+# backend for the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="triton is not installed")
 from saccade.backends.triton import config, launch  # noqa: E402
 
 del os.environ["TRITON_INTERPRET"]

@@ -22,6 +22,14 @@ def agree(case, dtype):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def test_the_kernels_run(monkeypatch):
+    launched = []
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, *_, **__: launched.append((kernel.fn.__name__, grid)))
+    q = torch.zeros(1, 100, 3, 16)
+    saccade.attention(q, q, q, backend="triton")
+    assert launched == [("forward_kernel", (3 * 7, 1))]
+
+
 @pytest.fixture(autouse=True)
 def larger_tiles_for_larger_cases(request, monkeypatch, small_tiles):
     case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None

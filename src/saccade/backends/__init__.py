@@ -68,6 +68,10 @@ class Backend(Protocol):
 def load(name: str) -> Backend:
     """The backend module of this name."""
     # Plain imports, one per name: torch.compile traces these, and not importlib.
+    if name == "triton":
+        from saccade.backends import triton
+
+        return triton
     if name == "chunked":
         from saccade.backends import chunked
 
