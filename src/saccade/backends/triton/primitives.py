@@ -109,7 +109,7 @@ class Constants(NamedTuple):
     descriptors: bool
     """Tiles of a plain layout come by TMA."""
     precision: str
-    """Of products of fp32 tiles: ieee or tf32."""
+    """Of products of fp32 tiles: ieee, tf32x3 or tf32."""
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
