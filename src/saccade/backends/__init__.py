@@ -16,11 +16,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from saccade.core.problem import Problem
 
-BACKENDS = ("chunked", "reference")
+BACKENDS = ("triton", "chunked", "reference")
 """All backends, by name."""
 
 AUTOMATIC = ("chunked",)
-"""Those that `backend=None` tries, in this order. The last accepts every problem."""
+"""Those that `backend=None` tries, in this order. The last accepts every problem. `triton` has only run
+under its interpreter, on no GPU yet, so it is taken by name alone."""
 
 
 class Needs(NamedTuple):
@@ -68,6 +69,10 @@ class Backend(Protocol):
 def load(name: str) -> Backend:
     """The backend module of this name."""
     # Plain imports, one per name: torch.compile traces these, and not importlib.
+    if name == "triton":
+        from saccade.backends import triton
+
+        return triton
     if name == "chunked":
         from saccade.backends import chunked
 

@@ -1,0 +1,603 @@
+"""One command for a machine with a GPU: is the Triton backend right there, and how fast is it beside its peers.
+
+    PYTHONPATH=src python benchmarks/gpu_check.py --out $OUT
+
+Needs torch and triton of the machine and nothing else. Runs, in this order and as far as the budget goes: the cases of
+the tests against the fp64 reference on the CPU, each twice for bitwise equality (in parallel processes, for most of the
+time goes into compilation); the ceilings of the machine; forward and backward beside SDPA and compiled FlexAttention;
+decoding; the overhead of a call; one long sequence. Results are written as they come: check.jsonl, bench.json, bench.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
+START = time.time()
+
+import saccade  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------- right
+
+
+def moved(problem: Any, device: str) -> Any:
+    """The problem on another device."""
+    fields = {k: x.to(device) for k, x in problem._asdict().items() if isinstance(x, torch.Tensor)}
+    return problem._replace(**fields, biases=[x.to(device) for x in problem.biases])
+
+
+def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
+    """One case of the tests on the GPU: errors as shares of what is allowed, and whether a second run is the same."""
+    from cases import CASES
+    from saccade.backends.triton import launch
+    from saccade.core.library import attend
+    from saccade.testing import results, tolerances, worst
+
+    if not descriptors:
+        launch._descriptors_allowed = lambda x: False
+    dtype = getattr(torch, dtype_name)
+    case = next(c for c in CASES if c.name == name)
+    problem = case.problem(dtype)
+
+    def on_gpu(p: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(x.cpu() for x in attend(moved(p, "cuda"), "triton"))
+
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    allowed = tolerances(problem, dtype, want)
+    first = results(on_gpu, problem, dtype)
+    shares = {n: worst(first[n], want[n]) / a if a else float(worst(first[n], want[n]) > 0) for n, a in allowed.items()}
+    same = True
+    for _ in range(3):
+        again = results(on_gpu, problem, dtype)
+        same &= all(torch.equal(first[n].nan_to_num(7), again[n].nan_to_num(7)) for n in first)
+    return {"worst": max(shares, key=shares.__getitem__), "share": max(shares.values()), "same": same}
+
+
+def check_large(name: str) -> dict[str, Any]:
+    """Real tile sizes and head dimensions against fp32 on the GPU, where only dense formulas are at hand."""
+    from saccade.testing import worst
+
+    torch.manual_seed(0)
+    sizes = {"D64": (64, 64), "D128": (128, 128), "D256": (256, 256), "K128 V64": (128, 64), "D96": (96, 96)}
+    which, kind = name.split(", ")
+    K, V = sizes[which]
+    masks = {
+        "full": None,
+        "causal": saccade.Causal(),
+        "packed": saccade.Documents([300, 5, 700, 19, 1024]) & saccade.Causal(),
+        "window": saccade.Causal() & saccade.Window(300, 0) & saccade.Sinks(4),
+        "alibi": saccade.Causal(),
+        "table": saccade.Causal(),
+    }
+    M, G, H = 2048, 2, 2
+    q, k, v = (torch.randn(1, M, h, d, device="cuda", dtype=torch.bfloat16) for h, d in ((G * H, K), (G, K), (G, V)))
+    extra = {"alibi": torch.rand(4, device="cuda") * 0.1, "table": torch.randn(4, 129, device="cuda")}.get(kind)
+    go = torch.randn(1, M, G * H, V, device="cuda", dtype=torch.bfloat16)
+
+    def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        e = None if extra is None else extra.clone().requires_grad_()
+        bias = {"alibi": saccade.Alibi, "table": saccade.RelativeBias}[kind](e) if e is not None else None
+        out = saccade.attention(*x, mask=masks[kind], bias=bias, backend=backend)
+        inputs = x if e is None else [*x, e]
+        return [t.detach().float() for t in (out, *torch.autograd.grad(out, inputs, go.to(dtype)))]
+
+    want, got = run("reference", torch.float32), run("triton", torch.bfloat16)
+    same = True
+    for _ in range(5):
+        same &= all(torch.equal(a, b) for a, b in zip(got, run("triton", torch.bfloat16), strict=True))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True)]
+    if not all(math.isfinite(worst(a, b)) for a, b in zip(got, want, strict=True)):
+        errors.append(math.inf)
+    return {"worst": str([f"{e:.1e}" for e in errors]), "share": max(errors) / 1e-2, "same": same}
+
+
+def guarded(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    began = time.time()
+    try:
+        found = function(*args)
+    except Exception as error:  # a failing case is a result, and the others go on
+        found = {"error": f"{type(error).__name__}: {error}"[-600:], "trace": traceback.format_exc()[-1500:]}
+    return {"name": " · ".join(map(str, args)), "seconds": round(time.time() - began, 1), **found}
+
+
+def check_all(out: Path, seconds: float, workers: int, every: int) -> bool:
+    from cases import CASES
+
+    kinds = ("full", "causal", "packed", "window", "alibi", "table")
+    jobs: list[tuple[Any, ...]] = [(check_large, f"{d}, {k}") for k in kinds for d in ("D128", "D64", "D256")]
+    jobs += [(check_large, f"{d}, causal") for d in ("K128 V64", "D96")]
+    jobs += [(check_case, case.name, "bfloat16", True) for case in CASES]
+    jobs += [(check_case, case.name, "float32", True) for case in CASES[::2]]
+    jobs += [(check_case, case.name, "float16", False) for case in CASES[1::4]]
+    jobs = jobs[::every]
+    bad = []
+    until = time.time() + seconds
+    done = 0
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, (out / "check.jsonl").open("w") as log:
+        futures = [pool.submit(guarded, *job) for job in jobs]
+        try:
+            for future in as_completed(futures, timeout=seconds):
+                found = future.result()
+                done += 1
+                log.write(json.dumps(found) + "\n")
+                log.flush()
+                if "error" in found or not found["share"] <= 1 or not found["same"]:
+                    bad.append(found)
+                    print("BAD", {k: v for k, v in found.items() if k != "trace"}, flush=True)
+        except TimeoutError:
+            pass
+        for future in futures:
+            future.cancel()
+        if time.time() > until:
+            for process in list(pool._processes.values()):
+                process.terminate()
+    print(f"checks: {done - len(bad)} good, {len(bad)} bad, {len(jobs) - done} not reached", flush=True)
+    return not bad
+
+
+# ----------------------------------------------------------------------------------------------------------------- fast
+
+FLUSH: list[torch.Tensor] = []
+
+
+def flush() -> None:
+    """Put something else into the L2 cache."""
+    if not FLUSH:
+        FLUSH.append(torch.empty(256 << 20, dtype=torch.int8, device="cuda"))
+    FLUSH[0].zero_()
+
+
+def as_graph(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Replay of a CUDA graph of one call; the call itself where it cannot be captured."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    except Exception:
+        torch.cuda.synchronize()
+        return function
+    return graph.replay
+
+
+def times(call: Callable[[], Any], milliseconds: float, most: int = 40) -> list[float]:
+    """Milliseconds of single calls, the L2 cache flushed before each."""
+
+    def events() -> tuple[Any, Any]:
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    a, b = events()
+    a.record()
+    call()
+    b.record()
+    torch.cuda.synchronize()
+    n = max(3, min(most, int(milliseconds / max(a.elapsed_time(b), 1e-3))))
+    pairs = []
+    for _ in range(n):
+        flush()
+        a, b = events()
+        a.record()
+        call()
+        b.record()
+        pairs.append((a, b))
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairs]
+
+
+Work = dict[str, Any]
+
+
+def works(quick: bool) -> list[Work]:
+    """What is timed, the most telling first. `B`, `H` (query heads), `G` (key heads), `N`, `D`, `kind`."""
+
+    def of(D: int, N: int, kind: str, H: int | None = None, G: int | None = None, tokens: int = 16384) -> Work:
+        H = H or 2048 // D
+        return {"B": max(1, tokens // N), "H": H, "G": G or H, "N": N, "D": D, "kind": kind}
+
+    found = [of(128, 8192, "causal"), of(128, 8192, "full"), of(64, 8192, "causal"), of(256, 8192, "causal")]
+    found += [of(128, 16384, k) for k in ("packed", "window", "alibi", "table")]
+    found += [of(128, 8192, "causal", 32, 8), of(64, 8192, "full"), of(256, 8192, "full")]
+    if not quick:
+        found += [of(128, n, k) for n in (1024, 2048, 4096, 16384, 32768) for k in ("full", "causal")]
+        found += [of(64, n, k) for n in (1024, 16384) for k in ("full", "causal", "packed", "window", "alibi", "table")]
+    return found
+
+
+DOCUMENTS = [4096, 512, 2048, 1024, 128, 3072, 256, 1536, 64, 768, 2048, 832]  # 16384 tokens
+
+
+def label(w: Work) -> str:
+    return f"D{w['D']} B{w['B']} H{w['H']}/{w['G']} N{w['N']} {w['kind']}"
+
+
+def visible(w: Work) -> float:
+    """Visible pairs of one head of one batch entry."""
+    n = w["N"]
+    if w["kind"] in ("full",):
+        return n * n
+    if w["kind"] == "packed":
+        return sum(m * (m + 1) / 2 for m in DOCUMENTS)
+    if w["kind"] == "window":
+        return sum(min(i + 1, 1024) for i in range(n))
+    return n * (n + 1) / 2
+
+
+def ours(w: Work, bias_grad: bool) -> Callable[..., Any]:
+    masks = {
+        "full": None,
+        "packed": saccade.Documents(DOCUMENTS) & saccade.Causal(),
+        "window": saccade.Causal() & saccade.Window(1023, 0),
+    }
+    mask = masks.get(w["kind"], saccade.Causal())
+    # Lowered once a step, outside of the layers; so is flex's block mask.
+    ranges = None if mask is None else mask.lower(w["B"], w["N"], w["N"], "cuda")
+
+    def call(q: Any, k: Any, v: Any, extra: Any) -> Any:
+        bias = None
+        if w["kind"] == "alibi":
+            bias = saccade.Alibi(extra)
+        if w["kind"] == "table":
+            bias = saccade.RelativeBias(extra)
+        out = saccade.attention(*(x.transpose(1, 2) for x in (q, k, v)), mask=ranges, bias=bias, backend="triton")
+        return out.transpose(1, 2)
+
+    return call
+
+
+def sdpa(backend: Any) -> Callable[..., Any]:
+    from torch.nn.attention import sdpa_kernel
+
+    def make(w: Work, bias_grad: bool) -> Callable[..., Any] | None:
+        if w["kind"] not in ("full", "causal"):
+            return None
+
+        def call(q: Any, k: Any, v: Any, extra: Any) -> Any:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=w["kind"] == "causal",
+                                                      enable_gqa=w["H"] != w["G"])  # fmt: skip
+
+        return call
+
+    return make
+
+
+def flex(w: Work, bias_grad: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    document = torch.repeat_interleave(torch.arange(len(DOCUMENTS)), torch.tensor(DOCUMENTS)).cuda()
+    visibility = {
+        "full": None,
+        "packed": lambda b, h, i, j: (document[i] == document[j]) & (i >= j),
+        "window": lambda b, h, i, j: (i >= j) & (i - j < 1024),
+    }.get(w["kind"], lambda b, h, i, j: i >= j)
+    blocks = None if visibility is None else create_block_mask(visibility, None, None, w["N"], w["N"], device="cuda")
+
+    def call(q: Any, k: Any, v: Any, extra: Any) -> Any:
+        score = None
+        if w["kind"] == "alibi":
+            score = lambda s, b, h, i, j: s - extra[h] * (i - j)  # noqa: E731
+        if w["kind"] == "table":
+            score = lambda s, b, h, i, j: s + extra[h, torch.clamp(j - i, -128, 128) + 128]  # noqa: E731
+        return compiled(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=w["H"] != w["G"])
+
+    return call
+
+
+def providers() -> dict[str, Callable[..., Any]]:
+    from torch.nn.attention import SDPBackend
+
+    return {
+        "saccade": ours,
+        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "flex": flex,
+    }
+
+
+class Board:
+    """Rows of results, written after each."""
+
+    def __init__(self, out: Path):
+        self.out, self.rows, self.head = out, list[dict[str, Any]](), dict[str, Any]()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        print(row.pop("line"), flush=True)
+        (self.out / "bench.json").write_text(json.dumps({**self.head, "rows": self.rows}, indent=1))
+
+
+def bench(board: Board, w: Work, chosen: dict[str, Callable[..., Any]], left: Callable[[], float]) -> None:
+    B, H, G, N, D = (w[n] for n in "BHGND")
+    torch.manual_seed(0)
+
+    def make(heads: int) -> torch.Tensor:
+        # Each as its library stores it would differ; [B, N, H, D] in memory is what a model has.
+        x = torch.randn(B, N, heads, D, device="cuda", dtype=torch.bfloat16)
+        return x.transpose(1, 2).detach().requires_grad_()
+
+    q, k, v = make(H), make(G), make(G)
+    shape = {"alibi": (H,), "table": (H, 257)}.get(w["kind"])
+    extra = None if shape is None else torch.rand(shape, device="cuda").requires_grad_(w["kind"] == "table")
+    go = torch.randn(B, N, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    inputs = [q, k, v] + ([extra] if w["kind"] == "table" else [])
+    forward, backward, results, memory = {}, {}, {}, {}
+    for name, provider in chosen.items():
+        if left() < 30:
+            return
+        try:
+            function = provider(w, w["kind"] == "table")
+            if function is None:
+                continue
+
+            def no_grad(f: Any = function) -> Any:
+                with torch.no_grad():
+                    return f(q, k, v, extra)
+
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            # Made on a side stream, as what is captured later must be.
+            out = function(q, k, v, extra)
+            grads = torch.autograd.grad(out, inputs, go, retain_graph=True)
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            results[name] = [x.detach() for x in (out, *grads)]
+            forward[name] = as_graph(no_grad)
+            backward[name] = partial(torch.autograd.grad, out, inputs, go, retain_graph=True)
+            del grads
+        except Exception as error:
+            print("skip", name, label(w), f"{type(error).__name__}: {error}"[:200].replace("\n", " "), flush=True)
+    against = next((n for n in ("flex", "cudnn", "flash") if n in results), None)
+    for direction, calls in (("forward", forward), ("backward", backward)):
+        found: dict[str, list[float]] = {n: [] for n in calls}
+        for _ in range(2):
+            for n, call in calls.items():
+                if left() > 15:
+                    found[n] += times(call, 60)
+        area = visible(w) * B * H
+        flops = area * D * (4 if direction == "forward" else 10)
+        medians = {n: statistics.median(x) for n, x in found.items() if x}
+        if "saccade" not in medians:
+            continue
+        peers = {n: m for n, m in medians.items() if n != "saccade"}
+        best = min(peers, key=peers.__getitem__) if peers else None
+        rates = {n: flops / m / 1e9 for n, m in medians.items()}
+        off = None
+        if against and "saccade" in results:
+            pick = slice(0, 1) if direction == "forward" else slice(1, None)
+            off = max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-9))
+                      for a, b in zip(results["saccade"][pick], results[against][pick], strict=True))  # fmt: skip
+        ratio = medians[best] / medians["saccade"] if best else None
+        line = f"{label(w):34s} {direction:8s} " + "  ".join(f"{n} {r:.0f}" for n, r in rates.items())
+        line += f"  | x{ratio:.2f} of {best}" if best else ""
+        board.add({**w, "direction": direction, "ms": medians, "tflops": rates, "ratio": ratio, "best_peer": best,
+                   "difference": off, "peak_mib": memory, "line": line + (f"  diff {off:.1e}" if off is not None else "")})  # fmt: skip
+    del forward, backward, results
+
+
+def decode(board: Board, B: int, N: int, H: int, G: int, D: int, page: int | None, left: Callable[[], float]) -> None:
+    """One token per sequence; lengths on the device; time with caches that rotate, so that L2 holds none of it."""
+    from torch.nn.attention import SDPBackend
+
+    copies = max(2, math.ceil(2**30 / (4 * B * N * G * D)))
+    caches = [[torch.randn(1, B * N, G, D, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
+    q = torch.randn(1, B, H, D, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.full((B,), N, device="cuda", dtype=torch.int32)
+    ones = torch.ones(B, device="cuda", dtype=torch.int32)
+    if page:
+        table = torch.randperm(B * N // page, device="cuda").int().view(B, -1)
+        mask = saccade.PagedKeys(ones, lengths, table, page) & saccade.Causal("bottom_right")
+        ranges = mask.lower(1, B, B * N, "cuda")
+    else:
+        mask = saccade.PaddedKeys(ones, lengths, N) & saccade.Causal("bottom_right")
+        ranges = mask.lower(1, B, B * N, "cuda")
+    calls: dict[str, Callable[..., Any]] = {
+        "saccade": lambda k, v: saccade.attention(q, k, v, mask=ranges, backend="triton").view(B, H, D)
+    }
+    if not page:
+        qt = q.view(B, 1, H, D).transpose(1, 2)
+        ranges_b = (saccade.KeyLengths(lengths) & saccade.Causal("bottom_right")).lower(B, 1, N, "cuda")
+        calls["saccade batch"] = lambda k, v: saccade.attention(
+            q.view(B, 1, H, D), k.view(B, N, G, D), v.view(B, N, G, D), mask=ranges_b, backend="triton").view(B, H, D)  # fmt: skip
+        for name, kind in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+
+            def peer(k: Any, v: Any, kind: Any = kind) -> Any:
+                from torch.nn.attention import sdpa_kernel
+
+                with sdpa_kernel(kind):
+                    kv = (x.view(B, N, G, D).transpose(1, 2) for x in (k, v))
+                    return F.scaled_dot_product_attention(qt, *kv, enable_gqa=H != G).view(B, H, D)
+
+            calls[name] = peer
+        from torch.nn.attention.flex_attention import flex_attention
+
+        torch._dynamo.reset()
+        compiled = torch.compile(flex_attention, dynamic=False)
+        calls["flex"] = lambda k, v: compiled(
+            qt, *(x.view(B, N, G, D).transpose(1, 2) for x in (k, v)), enable_gqa=H != G).view(B, H, D)  # fmt: skip
+    graphs: dict[str, list[Callable[[], Any]]] = {}
+    outs: dict[str, torch.Tensor] = {}
+    for name, call in calls.items():
+        if left() < 20:
+            return
+        try:
+            with torch.no_grad():
+                outs[name] = call(*caches[0]).float()
+                graphs[name] = [as_graph(partial(call, *cache)) for cache in caches]
+        except Exception as error:
+            print("skip", name, "decode", f"{type(error).__name__}: {error}"[:200].replace("\n", " "), flush=True)
+    found: dict[str, list[float]] = {n: [] for n in graphs}
+    with torch.no_grad():
+        for _ in range(3):
+            for n, replays in graphs.items():
+                for replay in replays[:8]:
+                    found[n] += times(replay, 3, 5)
+    state = 4 * B * N * G * D
+    ms = {n: statistics.median(x) for n, x in found.items() if x}
+    rates = {n: state / m / 1e9 for n, m in ms.items()}
+    peers = {n: m for n, m in ms.items() if not n.startswith("saccade")}
+    best = min(peers, key=peers.__getitem__) if peers else None
+    ratio = peers[best] / ms["saccade"] if best else None
+    against = next((n for n in outs if n != "saccade"), None)
+    off = float((outs["saccade"] - outs[against]).norm() / outs[against].norm()) if against else None
+    line = f"decode B{B} N{N} H{H}/{G} D{D} {'pages of ' + str(page) if page else 'contiguous'}: "
+    line += "  ".join(f"{n} {r:.2f} TB/s ({ms[n] * 1e3:.0f} µs)" for n, r in rates.items())
+    board.add({"decode": True, "B": B, "N": N, "H": H, "G": G, "D": D, "page": page, "ms": ms, "tb_per_s": rates,
+               "ratio": ratio, "best_peer": best, "difference": off, "line": f"{line}  ratio {ratio} diff {off}"})  # fmt: skip
+
+
+def overhead(board: Board) -> None:
+    """Microseconds the host spends on a call that the device is done with at once."""
+    q = torch.randn(1, 128, 4, 64, device="cuda", dtype=torch.bfloat16)
+    ranges = saccade.Causal().lower(1, 128, 128, "cuda")
+    found = {}
+    for name, f in {
+        "saccade": lambda: saccade.attention(q, q, q, mask=ranges, backend="triton"),
+        "saccade, no mask": lambda: saccade.attention(q, q, q, backend="triton"),
+        "sdpa": lambda: F.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, is_causal=True),
+    }.items():
+        with torch.no_grad():
+            for _ in range(50):
+                f()
+            spans = []
+            for _ in range(20):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                for _ in range(20):
+                    f()
+                spans.append((time.perf_counter() - began) / 20 * 1e6)
+        found[name] = statistics.median(spans)
+    board.add({"overhead_us": found, "line": f"host µs per call: { {n: round(x, 1) for n, x in found.items()} }"})
+
+
+def long(board: Board, N: int) -> None:
+    """One sequence, forward and backward: time and peak memory."""
+    torch.cuda.empty_cache()
+    q, k, v = (torch.randn(1, N, 1, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    ranges = saccade.Causal().lower(1, N, N, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize()
+    began = time.time()
+    out = saccade.attention(q, k, v, mask=ranges, backend="triton")
+    torch.cuda.synchronize()
+    middle = time.time()
+    out.backward(torch.randn_like(out))
+    torch.cuda.synchronize()
+    end = time.time()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    rate = [2 * N * N * 128 / (middle - began) / 1e12, 5 * N * N * 128 / (end - middle) / 1e12]
+    board.add({"long": N, "seconds": [middle - began, end - middle], "peak_mib": peak, "tflops": rate,
+               "line": f"{N} tokens, one head: {middle - began:.2f} s + {end - middle:.2f} s, {rate[0]:.0f} and "
+               f"{rate[1]:.0f} TFLOP/s, peak {peak:.0f} MiB"})  # fmt: skip
+
+
+def ceilings(board: Board) -> None:
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matmul = 2 * 8192**3 / statistics.median(times(as_graph(lambda: x @ y), 200)) / 1e9
+    a = torch.empty(2 << 30, dtype=torch.int8, device="cuda")
+    b = torch.empty_like(a)
+    copy = 2 * a.numel() / statistics.median(times(lambda: b.copy_(a), 200)) / 1e9
+    board.head |= {"matmul_tflops": matmul, "copy_tb_per_s": copy}
+    print(f"ceilings: matmul {matmul:.0f} TFLOP/s, copy {copy:.2f} TB/s", flush=True)
+
+
+def warm(w: Work) -> dict[str, Any]:
+    """Compile what a bench row needs, in a process of its own."""
+    B, H, G, N, D = (w[n] for n in "BHGND")
+    q, k, v = (
+        torch.randn(B, N, h, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for h in (H, G, G)
+    )
+    shape = {"alibi": (H,), "table": (H, 257)}.get(w["kind"])
+    extra = None if shape is None else torch.rand(shape, device="cuda").requires_grad_(w["kind"] == "table")
+    out = ours(w, True)(q, k, v, extra)
+    torch.autograd.grad(out, [q, k, v] + ([extra] if w["kind"] == "table" else []), torch.randn_like(out))
+    torch.cuda.synchronize()
+    return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--budget", type=float, default=520, help="seconds in all")
+    parser.add_argument("--check", type=float, default=200, help="seconds for the checks; 0 for none")
+    parser.add_argument("--every", type=int, default=1, help="of the checks, every n-th")
+    parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
+    parser.add_argument("--peers", default="cudnn,flash,efficient,flex")
+    parser.add_argument("--workers", type=int, default=12)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+
+    def left() -> float:
+        return given.budget - (time.time() - START)
+
+    board = Board(given.out)
+    import triton
+
+    board.head = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
+                  "cudnn": torch.backends.cudnn.version(), "device": torch.cuda.get_device_name()}  # fmt: skip
+    print(board.head, flush=True)
+    if given.check:
+        check_all(given.out, min(given.check, left() - 30), given.workers, given.every)
+    shapes = works(given.quick)
+    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+        for found in pool.map(partial(guarded, warm), shapes[:11]):
+            if "error" in found:
+                print("BAD", found["name"], found["error"], flush=True)
+    print(f"compiled after {time.time() - START:.0f} s", flush=True)
+    ceilings(board)
+    chosen = {n: p for n, p in providers().items() if n == "saccade" or n in given.peers.split(",")}
+    first, rest = shapes[:5], shapes[5:]
+    for w in first:
+        bench(board, w, chosen, left)
+    for page in (None, 64):
+        if left() > 30:
+            guarded_print(decode, board, 32, 8192, 32, 8, 128, page, left)
+    for part in (overhead, partial(long, N=2**18)):
+        if left() > 30:
+            guarded_print(part, board)
+    for w in rest:
+        if left() > 30:
+            bench(board, w, chosen, left)
+    for B, N in ((1, 131072), (128, 2048)):
+        if left() > 30:
+            guarded_print(decode, board, B, N, 32, 8, 128, None, left)
+    if left() > 60 and not given.quick:
+        guarded_print(long, board, 2**20)
+    print(f"done after {time.time() - START:.0f} s", flush=True)
+
+
+def guarded_print(function: Callable[..., Any], *args: Any) -> None:
+    try:
+        function(*args)
+    except Exception:
+        print("BAD", traceback.format_exc()[-800:], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The fast path on NVIDIA and AMD GPUs, in plain Triton. Knows how to refuse a problem; `launch` knows how to run one.
+
+Triton is imported by the first problem that is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from saccade.backends import Gradients, Needs
+from saccade.core.problem import Problem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reason_against(problem: Problem) -> str | None:
+    query = problem.query
+    if query.is_cuda:
+        reason = _device_reason(query.device.index)
+        if reason is not None:
+            return reason
+    elif not (query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        # On the CPU Triton's interpreter runs the kernels, for tests.
+        return f"query is on {query.device}, want a GPU"
+    if query.dtype not in _DTYPES:
+        return f"query is {query.dtype}, want float32, bfloat16 or float16"
+    for name, x in (("query", query), ("value", problem.value)):
+        if x.shape[-1] > 256:
+            return f"{name} has a head dimension of {x.shape[-1]}, want at most 256"
+    if max(problem.row_length, query.shape[1]) >= 2**31 - 2**16:
+        return f"there are {problem.row_length} keys and {query.shape[1]} queries in a row, want fewer than 2³¹"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _device_reason(index: int) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+    return None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    from saccade.backends.triton import launch
+
+    return launch.forward(problem)
+
+
+def backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    from saccade.backends.triton import launch
+
+    return launch.backward(problem, grad_out, grad_lse, out, lse, needs)

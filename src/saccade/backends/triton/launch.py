@@ -1,0 +1,393 @@
+"""From problems to kernel launches: arguments, constants, grids and buffers. Knows no arithmetic of attention."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from saccade.backends import Gradients, Needs
+from saccade.backends.triton import config
+from saccade.backends.triton.backward_kernels import (
+    bias_kernel,
+    bounds_kernel,
+    delta_kernel,
+    keys_kernel,
+    queries_kernel,
+    table_kernel,
+)
+from saccade.backends.triton.forward_kernels import combine_kernel, forward_kernel
+from saccade.backends.triton.primitives import Arguments, Constants
+from saccade.core.problem import Problem
+
+_CACHED_KEYS = 16 * 2**20
+"""Bytes of keys and values that programs running at the same time should share; a third of an H200's L2."""
+_LEAST_SPLIT = 256
+"""Fewest keys worth a split."""
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> None:
+    """Launch a kernel. Every launch goes through here, so that tests can compile it for another architecture."""
+    kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    B, M, G, H, _ = problem.query.shape
+    N, V = problem.key.shape[1], problem.value.shape[-1]
+    query = problem.query
+    out = query.new_empty((B, M, G, H, V), dtype=problem.output_dtype)
+    lse = query.new_empty((B, G, H, M), dtype=torch.float32)
+    if out.numel() == 0 and lse.numel() == 0:
+        return out, lse
+    rows = _rows_per_tile(problem)
+    tile = _tile("decode" if rows else "forward", problem)
+    pack = 1
+    if rows:
+        pack = triton.next_power_of_2(H)
+        tile = tile._replace(BM=max(tile.BM, pack * rows))
+        pack = tile.BM // rows
+    heads = B * G * triton.cdiv(H, pack)
+    programs = triton.cdiv(M, tile.BM // pack) * heads
+    splits = _splits(problem, programs, rows > 0)
+    constants = _constants(problem, tile, pack)
+    arguments = _arguments(problem)
+    keys, values = _key_tiles(problem, constants)
+    bytes_per_head = max(1, N * (constants.K + constants.V) * query.element_size() // min(H, max(1, H // pack)))
+    at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
+        part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+    with _on(query):
+        run(forward_kernel, (programs, splits), arguments, keys, values, parts, part_lse, at_once, splits, constants,
+            tile=tile)  # fmt: skip
+        if splits > 1:
+            run(combine_kernel, (B * M * G * H,), parts, part_lse, out, lse, B * M * G * H, splits, M, G * H,
+                constants.V, V, triton.next_power_of_2(splits), tile=config.Tile(0, 0, 2, 1))  # fmt: skip
+    return out, lse
+
+
+def backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    if problem.block_table is not None:
+        return _paged_backward(problem, grad_out, grad_lse, out, lse, needs)
+    B, M, G, H, K = problem.query.shape
+    N, V = problem.value.shape[1], problem.value.shape[-1]
+    query = problem.query
+    if query.numel() == 0 or problem.key.numel() == 0:
+        return _no_scores(problem, grad_lse, lse, needs)
+    grad = _rows_contiguous(grad_out)
+    delta = torch.empty_like(lse)
+    arguments = _arguments(problem)
+    lse = lse.contiguous()
+    dq = dk = dv = dslopes = dtable = dsinks = None
+    dbiases: list[Tensor | None] = [None] * len(problem.biases)
+    with _on(query):
+        tile = config.Tile(32, 0, 4, 1)
+        run(delta_kernel, (triton.cdiv(M, tile.BM), B * G * H), grad, *grad.stride()[:4], out.contiguous(),
+            None if grad_lse is None else grad_lse.contiguous(), delta, M, G, _constants(problem, tile, 1),
+            tile=tile)  # fmt: skip
+        stats = (grad, *grad.stride()[:4], lse, delta)
+        if needs.key or needs.value:
+            tile = _tile("keys", problem)
+            constants = _constants(problem, tile, 1)
+            bounds, bounds_s, bounds_b = _bounds(problem, arguments, constants)
+            queries, grads = _query_tiles(problem, grad, constants)
+            dk = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
+            dv = query.new_empty((B, N, G, V), dtype=problem.value.dtype)
+            run(keys_kernel, (triton.cdiv(N, tile.BN) * G * B,), arguments, queries, grads, *stats, bounds, bounds_s,
+                bounds_b, dk, dv, constants, tile=tile)  # fmt: skip
+        if needs.query or needs.slopes:
+            tile = _tile("queries", problem)
+            constants = _constants(problem, tile, 1)
+            keys, values = _key_tiles(problem, constants)
+            dq = query.new_empty((B, M, G, H, K))
+            by_row = torch.empty_like(lse) if needs.slopes else None
+            run(queries_kernel, (triton.cdiv(M, tile.BM) * H * G * B,), arguments, keys, values, *stats, dq, by_row,
+                constants, tile=tile)  # fmt: skip
+            if by_row is not None and problem.slopes is not None:
+                dslopes = by_row.sum(-1).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
+        if any(needs.biases):
+            shape = torch.broadcast_shapes(*(x.shape for x in problem.biases))
+            dbias = query.new_empty(shape, dtype=torch.float32)
+            tile = _tile("bias", problem)
+            tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
+            run(bias_kernel, (tiles, math.prod(shape[:3])), arguments, *stats, dbias, *shape,
+                _constants(problem, tile, 1), tile=tile)  # fmt: skip
+            dbiases = [
+                dbias.sum_to_size(x.shape).to(x.dtype) if needed else None
+                for x, needed in zip(problem.biases, needs.biases, strict=True)
+            ]
+        if needs.table and problem.table is not None:
+            tile = _tile("table", problem)
+            slots = min(B * triton.cdiv(M, tile.BM), max(1, 4 * _processors(query.device) // (G * H)))
+            parts = query.new_zeros((slots, *problem.table.shape), dtype=torch.float32)
+            run(table_kernel, (slots, G * H), arguments, *stats, parts, _constants(problem, tile, 1), tile=tile)
+            dtable = parts.sum(0).to(problem.table.dtype)
+    if needs.sinks and problem.sinks is not None:
+        dsinks = _sinks_gradient(problem.sinks, lse, delta)
+    return Gradients(
+        dq if needs.query else None,
+        dk if needs.key else None,
+        dv if needs.value else None,
+        dslopes,
+        dtable,
+        dsinks,
+        dbiases,
+    )
+
+
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    share = torch.exp(sinks.float()[..., None] - lse)
+    return torch.where(share > 0, -share * delta, 0).sum((0, 3)).to(sinks.dtype)
+
+
+def _no_scores(problem: Problem, grad_lse: Tensor | None, lse: Tensor, needs: Needs) -> Gradients:
+    """Gradients where there is no query or no key: zero, but for sinks, which lse depends on."""
+    dsinks = None
+    if needs.sinks and problem.sinks is not None:
+        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
+        dsinks = _sinks_gradient(problem.sinks, lse, delta)
+
+    def zeros(x: Tensor | None, needed: bool) -> Tensor | None:
+        return torch.zeros_like(x) if x is not None and needed else None
+
+    fields = ("query", "key", "value", "slopes", "table")
+    return Gradients(
+        *(zeros(getattr(problem, name), getattr(needs, name)) for name in fields),
+        dsinks,
+        [zeros(x, needed) for x, needed in zip(problem.biases, needs.biases, strict=True)],
+    )
+
+
+def _paged_backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    """The same with the sequences' logical keys gathered into one row; slots that are shared get the sum."""
+    slots = problem.keys_in_row(0, problem.row_length)
+    assert slots is not None
+    # `reason_against` has seen that they fit.
+    lo, hi, diagonal = (x.int() for x in problem.ranges)
+    column = torch.arange(problem.row_length, device=slots.device) % max(problem.N, 1)
+
+    def in_row(x: Tensor) -> Tensor:
+        return x if x.shape[-1] == 1 else x[..., column]
+
+    row = problem._replace(
+        key=problem.key[:, slots],
+        value=problem.value[:, slots],
+        lo=lo,
+        hi=hi,
+        diagonal=diagonal,
+        sequence=None,
+        block_table=None,
+        # The kernels are told how often dense columns and dropout repeat.
+        page_size=problem.N,
+        dense=None if problem.dense is None else in_row(problem.dense),
+        biases=[in_row(x) for x in problem.biases],
+    )
+    grads = backward(row, grad_out, grad_lse, out, lse, needs)
+
+    def scattered(grad: Tensor | None, like: Tensor) -> Tensor | None:
+        if grad is None:
+            return None
+        total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        # index_put sums in a fixed order where index_add would not.
+        return (
+            total.transpose(0, 1)
+            .index_put_((slots,), grad.transpose(0, 1).float(), accumulate=True)
+            .transpose(0, 1)
+            .to(like.dtype)
+        )
+
+    def folded(grad: Tensor | None, like: Tensor) -> Tensor | None:
+        if grad is None or like.shape[-1] == 1:
+            return grad
+        return grad.float().unflatten(-1, (-1, problem.N)).sum(-2).to(like.dtype)
+
+    return grads._replace(
+        key=scattered(grads.key, problem.key),
+        value=scattered(grads.value, problem.value),
+        biases=[folded(grad, like) for grad, like in zip(grads.biases, problem.biases, strict=True)],
+    )
+
+
+def _arguments(problem: Problem) -> Arguments:
+    q, k, v = problem.query, problem.key, problem.value
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    B, M, G, _, _ = q.shape
+    row = problem.row_length if problem.block_table is not None else k.shape[1]
+    none = (None, 0, 0, 0)
+    lo, hi, diagonal = (
+        none if x is None else (x, *x.stride()[:1], x.stride(1) if x.shape[1] > 1 else 0, x.stride(2))
+        for x in (problem.lo, problem.hi, problem.diagonal)
+    )
+    bias = None
+    for term in problem.biases:
+        bias = term if bias is None else bias + term
+    paged = problem.block_table is not None
+    period = problem.N if paged else problem.page_size or row
+    scale2 = problem.scale / problem.softcap if problem.softcap else problem.scale * math.log2(math.e)
+    # Random bits are compared as signed numbers: subtract 2³¹ from the unsigned threshold.
+    threshold = min(round(problem.dropout_p * 2**32), 2**32 - 1) - 2**31
+    slopes, table, sinks = problem.slopes, problem.table, problem.sinks
+    table = table if table is None or table.stride(-1) == 1 else table.contiguous()
+    return Arguments(
+        q, *q.stride()[:4], k, *k.stride()[:3], v, *v.stride()[:3], *lo, *hi, *diagonal,
+        None if problem.sequence is None else problem.sequence.contiguous(),
+        None if problem.block_table is None else problem.block_table.contiguous(),
+        *_five(None if problem.dense is None else problem.dense.view(torch.uint8)), *_five(bias),
+        *((None, 0, 0, 0) if slopes is None else (slopes, *_strides(slopes))),
+        *((None, 0, 0, 0) if table is None else (table, *table.stride()[:2], table.shape[-1] // 2)),
+        *((None, 0, 0) if sinks is None else (sinks, *sinks.stride())),
+        problem.seed, B, M, row, G, period, scale2, problem.scale, problem.softcap * math.log2(math.e),
+        1 / (1 - problem.dropout_p), threshold,
+    )  # fmt: skip
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides with 0 where a dimension broadcasts."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _five(x: Tensor | None) -> tuple[Any, ...]:
+    return (None, 0, 0, 0, 0, 0) if x is None else (x, *_strides(x))
+
+
+def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
+    K, V = problem.query.shape[-1], problem.value.shape[-1]
+    plain = not problem.biases and problem.slopes is None and problem.table is None and not problem.softcap
+    paged = problem.block_table is not None
+    return Constants(
+        BM=tile.BM,
+        BN=tile.BN,
+        K=max(16, triton.next_power_of_2(K)),
+        V=max(16, triton.next_power_of_2(V)),
+        k_dim=K,
+        v_dim=V,
+        H=problem.query.shape[3],
+        S=0 if problem.lo is None else problem.lo.shape[0],
+        pack=pack,
+        page=problem.page_size if paged else 0,
+        simple=plain and problem.scale > 0,
+        softcap=problem.softcap > 0,
+        periodic=problem.page_size > 0,
+        descriptors=not paged and _descriptors_allowed(problem.query) and _describable(problem),
+        precision=_precision(),
+    )
+
+
+def _precision() -> str:
+    """How fp32 tiles are multiplied: three tf32 products come to nearly fp32 where the plain cores would take ages."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _descriptors_allowed(x: Tensor) -> bool:
+    """TMA pays on sm_90 and later and for 16-bit elements."""
+    return x.element_size() == 2 and x.is_cuda and _family(x.device) in ("hopper", "blackwell")
+
+
+def _describable(problem: Problem) -> bool:
+    """Whether TMA can read keys, values and queries: contiguous rows, everything else aligned to 16 bytes."""
+    return all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(
+            stride > 0 and stride * x.element_size() % 16 == 0
+            for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+            if size > 1
+        )
+        for x in (problem.query, problem.key, problem.value)
+    )
+
+
+def _described(x: Tensor, block: list[int]) -> Any:
+    # A dimension of size 1 may have any stride; the descriptor wants a multiple of 16 bytes.
+    strides = [s if n > 1 else 16 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block)
+
+
+def _key_tiles(problem: Problem, c: Constants) -> tuple[Any, Any]:
+    if not c.descriptors:
+        return None, None
+    keys, values = (x.transpose(1, 2) for x in (problem.key, problem.value))
+    return _described(keys, [1, 1, c.BN, c.K]), _described(values, [1, 1, c.BN, c.V])
+
+
+def _query_tiles(problem: Problem, grad: Tensor, c: Constants) -> tuple[Any, Any]:
+    if not c.descriptors:
+        return None, None
+    queries, grads = (x.permute(0, 2, 3, 1, 4) for x in (problem.query, grad))
+    return _described(queries, [1, 1, 1, c.BM, c.K]), _described(grads, [1, 1, 1, c.BM, c.V])
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """A gradient as kernels and TMA want it: often it comes expanded or permuted."""
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and aligned else x.contiguous()
+
+
+def _bounds(problem: Problem, arguments: Arguments, c: Constants) -> tuple[Tensor | None, int, int]:
+    if problem.lo is None:
+        return None, 0, 0
+    S, entries, M = problem.lo.shape
+    tiles = triton.cdiv(M, c.BM)
+    bounds = torch.empty((S, entries, 4, tiles), dtype=torch.int32, device=problem.lo.device)
+    run(bounds_kernel, (tiles, entries, S), arguments, bounds, c, tile=config.Tile(0, 0, 1, 1))
+    return bounds, bounds.stride(0), bounds.stride(1) if entries > 1 else 0
+
+
+def _rows_per_tile(problem: Problem) -> int:
+    """Query rows of a tile where heads of a group should share it, since there are few; 0 where there are many."""
+    B, M, _, H, _ = problem.query.shape
+    if problem.block_table is not None:
+        return 1 if 4 * problem.block_table.shape[0] >= M else 0
+    if M * H <= 64 and (B > 1 or M == 1 or problem.lo is None):
+        return triton.next_power_of_2(M)
+    # Packed: rows that see far more keys than there are rows are most likely sequences that go on by one token.
+    return 1 if problem.lo is not None and problem.key.shape[1] >= M * 128 else 0
+
+
+def _splits(problem: Problem, programs: int, decode: bool) -> int:
+    """Into how many parts each row's keys are divided, so that the device is full."""
+    processors = _processors(problem.query.device)
+    wanted = (3 if decode else 1) * processors // max(programs, 1)
+    longest = problem.N
+    return max(1, min(wanted, longest // _LEAST_SPLIT, 128))
+
+
+def _tile(kernel: str, problem: Problem) -> config.Tile:
+    head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
+    return config.tile(kernel, problem.query.element_size(), head_dim, _family(problem.query.device))
+
+
+def _family(device: torch.device) -> str:
+    return _device(device.index)[0] if device.type == "cuda" else "small"
+
+
+def _processors(device: torch.device) -> int:
+    return _device(device.index)[1] if device.type == "cuda" else 4
+
+
+@functools.cache
+def _device(index: int) -> tuple[str, int]:
+    """Family and number of processors of a device."""
+    amd = torch.version.hip is not None
+    return (
+        config.family(torch.cuda.get_device_capability(index), amd),
+        torch.cuda.get_device_properties(index).multi_processor_count,
+    )
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

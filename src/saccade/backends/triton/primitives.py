@@ -1,0 +1,330 @@
+"""What all Triton kernels share: key ranges, loads, bias terms, dropout, the online softmax. Knows no grid and no launch.
+
+Scores are in units of log₂ throughout: p = 2^(s − lse₂). Vectors over query rows and over keys come expanded
+(`[m, 1]` and `[1, n]`, or the other way round where a kernel works on transposed tiles), so one line serves both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Arguments(NamedTuple):
+    """The problem as kernels see it: pointers (or None), then element strides named by tensor and dimension."""
+
+    q: Any
+    q_b: int
+    q_m: int
+    q_g: int
+    q_h: int
+    k: Any
+    k_b: int
+    k_n: int
+    k_g: int
+    v: Any
+    v_b: int
+    v_n: int
+    v_g: int
+    lo: Any
+    lo_s: int
+    lo_b: int
+    lo_m: int
+    hi: Any
+    hi_s: int
+    hi_b: int
+    hi_m: int
+    diagonal: Any
+    diagonal_s: int
+    diagonal_b: int
+    diagonal_m: int
+    sequence: Any
+    block_table: Any
+    dense: Any
+    dense_b: int
+    dense_g: int
+    dense_h: int
+    dense_m: int
+    dense_n: int
+    bias: Any
+    bias_b: int
+    bias_g: int
+    bias_h: int
+    bias_m: int
+    bias_n: int
+    slopes: Any
+    slopes_b: int
+    slopes_g: int
+    slopes_h: int
+    table: Any
+    table_g: int
+    table_h: int
+    reach: int
+    sinks: Any
+    sinks_g: int
+    sinks_h: int
+    seed: Any
+    B: int
+    M: int
+    N: int
+    """Keys in the row that ranges count in."""
+    G: int
+    period: int
+    """Where keys are paged or laid end to end: keys per sequence, after which dense columns and dropout repeat."""
+    scale2: float
+    """scale · log₂e, or scale / softcap where there is a softcap."""
+    scale: float
+    cap2: float
+    """softcap · log₂e."""
+    keep_scale: float
+    """1 / (1 − p)."""
+    threshold: int
+    """A weight is kept where its 32 random bits, as a signed number, are at least this."""
+
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for."""
+
+    BM: int
+    """Rows of a tile: query rows × heads packed."""
+    BN: int
+    K: int
+    """Head dimensions padded to a power of two, then as they are."""
+    V: int
+    k_dim: int
+    v_dim: int
+    H: int
+    S: int
+    """Ranges per row; 0 where every key is visible."""
+    pack: int
+    """Heads of a group that share a tile as rows."""
+    page: int
+    """Keys per page; 0 where keys are not paged."""
+    simple: bool
+    """Scores are scale2 · q·k with scale2 > 0, so that the scale folds into the exponential."""
+    softcap: bool
+    periodic: bool
+    descriptors: bool
+    """Tiles of a plain layout come by TMA."""
+    precision: str
+    """Of products of fp32 tiles: ieee, tf32x3 or tf32."""
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FAR = tl.constexpr(2**31 - 1)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def rows_of(a, start, h0, BM: tl.constexpr, C: tl.constexpr):
+    """Query rows, heads of the group and validity of rows start … start + BM − 1, each of which is one head of a query
+    row; those beyond the end repeat the last."""
+    r = start + tl.arange(0, BM)
+    i = r // C.pack
+    h = h0 + r % C.pack
+    valid = (i < a.M) & (h < C.H)
+    return tl.minimum(i, a.M - 1), tl.minimum(h, C.H - 1), valid
+
+
+@triton.jit
+def range_of(a, s: tl.constexpr, b, i, C: tl.constexpr):
+    """lo, hi and diagonal of rows i in range s."""
+    if C.S == 0:
+        lo = i * 0
+        hi = lo + a.N
+        diagonal = i
+    else:
+        lo = tl.load(a.lo + s * a.lo_s + b * a.lo_b + i * a.lo_m)
+        hi = tl.load(a.hi + s * a.hi_s + b * a.hi_b + i * a.hi_m)
+        diagonal = tl.load(a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m)
+    if C.page > 0:
+        # The row of keys is the sequences' logical keys laid end to end.
+        base = tl.load(a.sequence + i) * a.period
+        lo += base
+        hi += base
+        diagonal += base
+    return lo, hi, diagonal
+
+
+@triton.jit
+def bounds_of(lo, hi):
+    """first, full_first, full_last, last: keys that some of the rows see, and those that all of them see."""
+    seen = lo < hi
+    first = tl.min(tl.where(seen, lo, FAR), 0)
+    full_first = tl.max(tl.where(seen, lo, FAR), 0)
+    full_last = tl.min(tl.where(seen, hi, 0), 0)
+    last = tl.max(tl.where(seen, hi, 0), 0)
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def blocks_of(first, full_first, full_last, last, split, splits, BN: tl.constexpr):
+    """begin, then numbers of blocks of BN keys from begin on: those to visit t0 … t1 − 1, those in full f0 … f1 − 1.
+
+    Of several splits each gets an equal run of blocks.
+    """
+    # Blocks begin at a multiple of 16, so that loads of dense terms and TMA are aligned.
+    begin = tl.minimum(first, last) // 16 * 16
+    count = tl.cdiv(last - begin, BN)
+    share = tl.cdiv(count, splits)
+    t0 = tl.minimum(split * share, count)
+    t1 = tl.minimum(t0 + share, count)
+    f0 = tl.cdiv(tl.minimum(full_first, last) - begin, BN)
+    f1 = (tl.maximum(full_last, begin) - begin) // BN
+    f0 = tl.minimum(tl.maximum(f0, t0), t1)
+    f1 = tl.maximum(tl.minimum(f1, t1), f0)
+    return begin, t0, t1, f0, f1
+
+
+@triton.jit
+def load_tile(base, rows, stride, limit, MASKED: tl.constexpr, D: tl.constexpr, dim: tl.constexpr):
+    """[rows, D] from rows of `dim` contiguous elements; zero beyond `dim` and, where masked, from row `limit` on."""
+    columns = tl.arange(0, D)
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    if MASKED and dim < D:
+        x = tl.load(pointers, mask=(rows < limit)[:, None] & (columns < dim)[None, :], other=0.0)
+    elif MASKED:
+        x = tl.load(pointers, mask=(rows < limit)[:, None], other=0.0)
+    elif dim < D:
+        x = tl.load(pointers, mask=(columns < dim)[None, :], other=0.0)
+    else:
+        x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def slots_of(a, j, last, C: tl.constexpr):
+    """Where keys j of the row lie in memory, int64; the page is read from the block table."""
+    page = tl.load(a.block_table + j // C.page, mask=j < last, other=0)
+    return page.to(tl.int64) * C.page + j % C.page
+
+
+@triton.jit
+def load_keys(x, stride, slots, j0, last, MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, dim: tl.constexpr,
+              page: tl.constexpr):  # fmt: skip
+    """Keys or values j0 … j0 + BN − 1 of the row, [BN, D]; x points at key 0 of the batch entry and group."""
+    n = tl.arange(0, BN)
+    if page > 0:
+        columns = tl.arange(0, D)
+        pointers = x + slots[:, None] * stride + columns[None, :]
+        if dim < D:
+            tile = tl.load(pointers, mask=(j0 + n < last)[:, None] & (columns < dim)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=(j0 + n < last)[:, None], other=0.0)
+    else:
+        tile = load_tile(x + j0.to(tl.int64) * stride, n, stride, last - j0, MASKED, D, dim)
+    return tile
+
+
+@triton.jit
+def visible_of(a, b, g, h, i, j, lo, hi, C: tl.constexpr):
+    """Which keys j rows i see; h, i, lo, hi are expanded over rows, j over keys."""
+    visible = (j >= lo) & (j < hi)
+    if a.dense is not None:
+        column = j % a.period if C.periodic else j
+        row = a.dense + b.to(tl.int64) * a.dense_b + g.to(tl.int64) * a.dense_g
+        row += h.to(tl.int64) * a.dense_h + i.to(tl.int64) * a.dense_m
+        visible &= tl.load(row + column * a.dense_n, mask=visible, other=0) != 0
+    return visible
+
+
+@triton.jit
+def capped(s, a, C: tl.constexpr):
+    """Raw products to scores in log₂, and tanh of the scaled score (0 without a softcap)."""
+    unit = 0.0
+    if C.softcap:
+        unit = 1.0 - 2.0 / (1.0 + tl.math.exp2(s * (2.0 * LOG2E * a.scale2)))
+        s = unit * a.cap2
+    elif not C.simple:
+        s = s * a.scale2
+    return s, unit
+
+
+@triton.jit
+def biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED: tl.constexpr, C: tl.constexpr):
+    """Scores plus all bias terms, in log₂; what is read for keys outside lo … hi − 1 does not matter."""
+    if a.slopes is not None:
+        s -= slope * tl.abs(j - diagonal).to(tl.float32)
+    if a.table is not None:
+        entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
+        s += tl.load(a.table + g * a.table_g + h * a.table_h + entry).to(tl.float32) * LOG2E
+    if a.bias is not None:
+        column = j % a.period if C.periodic else j
+        row = a.bias + b.to(tl.int64) * a.bias_b + g.to(tl.int64) * a.bias_g
+        row += h.to(tl.int64) * a.bias_h + i.to(tl.int64) * a.bias_m
+        if MASKED:
+            s += tl.load(row + column * a.bias_n, mask=(j >= lo) & (j < hi), other=0.0).to(tl.float32) * LOG2E
+        else:
+            s += tl.load(row + column * a.bias_n).to(tl.float32) * LOG2E
+    return s
+
+
+@triton.jit
+def slope_of(a, b, g, h):
+    """ALiBi's slope of each head in log₂; 0 without."""
+    if a.slopes is not None:
+        slope = tl.load(a.slopes + b * a.slopes_b + g * a.slopes_g + h * a.slopes_h).to(tl.float32) * LOG2E
+    else:
+        slope = 0.0
+    return slope
+
+
+@triton.jit
+def kept(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr):
+    """Where dropout keeps a weight, [BM, BN]: Philox 4x32-10 as in core/dropout.py. `head`, `i`: [BM]."""
+    seed = tl.load(a.seed)
+    batch = i * 0 + b
+    if C.periodic:
+        # Sequences may begin anywhere, so each key works out its own four words.
+        j = (j0 + tl.arange(0, BN)) % a.period
+        zero = i[:, None] * 0
+        w0, w1, w2, w3 = tl.philox(seed, (j >> 2)[None, :] + zero, i[:, None] + j[None, :] * 0,
+                                   head[:, None] + j[None, :] * 0, batch[:, None] + j[None, :] * 0, 10)  # fmt: skip
+        word = (j & 3)[None, :]
+        bits = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+    else:
+        # j0 is a multiple of 4: the four words of a counter belong to four neighbours.
+        block = ((j0 >> 2) + tl.arange(0, BN // 4))[None, :]
+        w0, w1, w2, w3 = tl.philox(seed, block + i[:, None] * 0, i[:, None] + block * 0, head[:, None] + block * 0,
+                                   batch[:, None] + block * 0, 10)  # fmt: skip
+        bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BM, BN))
+    # Unsigned order equals signed order with the top bit flipped.
+    return (bits.to(tl.int32, bitcast=True) ^ -(2**31)) >= a.threshold
+
+
+@triton.jit
+def weights_of(s, a, b, g, h, i, j, lo, hi, diagonal, slope, lse2, MASKED: tl.constexpr, C: tl.constexpr):
+    """Softmax weights from raw products and lse in log₂ (+inf for empty rows), and the softcap's tanh."""
+    s, unit = capped(s, a, C)
+    s = biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED, C)
+    p = tl.math.exp2(s * (a.scale2 if C.simple else 1.0) - lse2)
+    if MASKED:
+        p = tl.where(visible_of(a, b, g, h, i, j, lo, hi, C), p, 0.0)
+    return p, unit
+
+
+@triton.jit
+def score_gradient(p, dp, delta, MASKED: tl.constexpr):
+    """Gradient of the biased score (natural units) from that of the weight; 0 where hidden even if dp is NaN."""
+    ds = p * (dp - delta)
+    if MASKED:
+        ds = tl.where(p == 0, 0.0, ds)
+    return ds
+
+
+@triton.jit
+def raw_gradient(ds, unit, C: tl.constexpr):
+    """Gradient of the scaled product from that of the capped score."""
+    if C.softcap:
+        ds = ds * (1.0 - unit * unit)
+    return ds
+
+
+@triton.jit
+def load_stats(lse, delta, at):
+    """lse in log₂, with +inf in place of −inf so that empty rows get weights of 0; and delta."""
+    x = tl.load(lse + at) * LOG2E
+    return tl.where(x == -INFINITY, INFINITY, x), tl.load(delta + at)

@@ -1,0 +1,65 @@
+"""Repairs for Triton's CPU interpreter (3.6 to 3.9), so that kernels can be tested without a GPU. Knows no kernel.
+
+* bf16 is held as uint16 bits: `dot` multiplies the bits, casts truncate. Here products are made in fp32 and casts round.
+* NumPy 2.4 and later refuses `int(array([x]))`, which the interpreter does for loop bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _floats(handle: Any) -> Any:
+    """The numbers a handle stands for."""
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32) if handle.dtype.scalar == tl.float16 else handle.data
+
+
+def _to_bfloat16(x: Any) -> Any:
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    product = np.matmul(_floats(a), _floats(b), dtype=d.data.dtype)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _cast(original: Any) -> Any:
+    def cast(self: Any, source: Any, to: Any, *rest: Any) -> Any:
+        have, want = source.dtype.scalar, to.scalar
+        if want == tl.bfloat16 and have.is_floating() and have != tl.bfloat16:
+            return interpreter.TensorHandle(_to_bfloat16(source.data.astype(np.float32)), want)
+        if have == tl.bfloat16 and want.is_floating() and want != tl.bfloat16:
+            kind = {16: np.float16, 32: np.float32, 64: np.float64}[want.primitive_bitwidth]
+            return interpreter.TensorHandle(_floats(source).astype(kind), want)
+        return original(self, source, to, *rest)
+
+    return cast
+
+
+def _patch(original: Any) -> Any:
+    def patch(tensor: Any, *rest: Any) -> None:
+        original(tensor, *rest)
+        index = lambda x: int(np.asarray(x.handle.data).reshape(-1)[0])  # noqa: E731
+        if rest:
+            rest[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    return patch
+
+
+def repair() -> None:
+    """Put the repairs in place, once per process."""
+    builder = interpreter.InterpreterBuilder
+    builder.create_dot = _dot
+    builder.cast_impl = _cast(builder.cast_impl)
+    builder.create_fp_to_fp = _cast(builder.create_fp_to_fp)
+    interpreter._patch_lang_tensor = _patch(interpreter._patch_lang_tensor)
