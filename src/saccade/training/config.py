@@ -142,6 +142,6 @@ PRESETS: dict[TaskName, TrainConfig] = {
     "sort": replace(_SYNTHETIC, task="sort", max_length=24),
     "associative-recall": replace(_SYNTHETIC, task="associative-recall", max_length=16),
     "addition": replace(_SYNTHETIC, task="addition", max_length=4),
-    "stdlib": TrainConfig(task="stdlib", max_length=1024, steps=500, lr=3e-3, precision="bf16"),
+    "stdlib": TrainConfig(task="stdlib", max_length=1024, steps=400, lr=3e-3, precision="bf16"),
 }
 """The default run of each task."""
