@@ -66,7 +66,7 @@ class Case:
         terms: list[object] = [values(*shape) for shape in self.bias]
         if self.alibi:
             shape = (self.B, self.heads) if self.batched_slopes else (self.heads,)
-            terms.append(saccade.Alibi(values(*shape).abs() * 0.2))
+            terms.append(saccade.Alibi((values(*shape).abs() * 0.2).to(dtype).double()))
         if self.reach is not None:
             terms.append(saccade.RelativeBias(values(self.heads, 2 * self.reach + 1)))
         bias = None

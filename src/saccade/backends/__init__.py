@@ -16,10 +16,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from saccade.core.problem import Problem
 
-BACKENDS = ("triton", "chunked", "reference")
+BACKENDS = ("triton", "native", "chunked", "reference")
 """All backends, by name."""
 
-AUTOMATIC = ("chunked",)
+AUTOMATIC = ("native", "chunked")
 """Those that `backend=None` tries, in this order. The last accepts every problem. `triton` has only run
 under its interpreter, on no GPU yet, so it is taken by name alone."""
 
@@ -73,6 +73,10 @@ def load(name: str) -> Backend:
         from saccade.backends import triton
 
         return triton
+    if name == "native":
+        from saccade.backends import native
+
+        return native
     if name == "chunked":
         from saccade.backends import chunked
 

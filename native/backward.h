@@ -1,0 +1,331 @@
+// Backward: weights recomputed from lse, tile by tile; five products, no atomics. Knows no threads.
+//
+// A unit is a run of query tiles for one or more (batch, group); it alone adds to its sums, so the order is fixed.
+#pragma once
+#include "forward.h"
+
+namespace saccade {
+namespace SACCADE_NAMESPACE {
+namespace {
+
+// Rows of a tile in both forms: each row (broadcast), and row by row (loaded), which for floats are the same.
+template <class T>
+struct Rows {
+    T *row;     // [rows][width] floats, or bf16
+    T *by_row;  // pairs of rows
+    int64_t width;
+    bool odd;
+};
+
+template <class T>
+INLINE Rows<T> take_rows(Arena &arena, int64_t rows, int64_t width) {
+    T *row = arena.take<T>((rows + 1) * width / PER_WORD<T>);
+    return {row, PER_WORD<T> == 1 ? row : arena.take<T>((rows + 1) / 2 * width), width, false};
+}
+
+INLINE const char *grad_row(const Params &p, const Tile &tile, int r) {
+    return p.grad_out + (tile.batch * p.grad_out_stride[0] + tile.query[r] * p.grad_out_stride[1] +
+                         tile.group * p.grad_out_stride[2] + tile.head[r] * p.grad_out_stride[3]) *
+                            size_of(p.out_dtype);
+}
+
+template <class T>
+INLINE void load_rows(Rows<T> &to, const Tile &tile, int64_t dtype, const char *const *from, int64_t stride,
+                      int64_t dims) {
+    to.odd = false;
+    if constexpr (PER_WORD<T> == 1) {
+        for (int r = 0; r < tile.rows; r++)
+            to.odd |= pack_row(dtype, from[r], stride, dims, to.width, to.row + r * to.width);
+    } else {
+        uint16_t *row = (uint16_t *)to.row;
+        alignas(64) float wide[WIDEST];
+        for (int r = 0; r < tile.rows; r++) {
+            if (dtype == BF16) {
+                to.odd |= pack_row(dtype, from[r], stride, dims, to.width, row + r * to.width);
+            } else {  // gradients of an output of another dtype
+                to.odd |= pack_row(dtype, from[r], stride, dims, to.width, wide);
+                for (int64_t i = 0; i < to.width; i += W) store(row + r * to.width + i, narrow_bf16(load(wide + i)));
+            }
+        }
+        if (tile.rows % 2) memset(row + tile.rows * to.width, 0, (size_t)to.width * 2);
+        for (int r = 0; r < tile.rows; r += 2)
+            pair_rows(row + r * to.width, row + (r + 1) * to.width, to.width, to.by_row + r / 2 * to.width);
+    }
+}
+
+// Where the weights and score gradients of a block go: rows to be broadcast, and the same transposed.
+template <class T>
+struct Scores {
+    float *weight, *grad;  // [rows][BLOCK_KEYS]; first the products they come from
+    T *weight_pairs, *grad_pairs;  // [rows / 2][BLOCK_KEYS], where T is pairs
+    T *grad_row;                   // [rows][BLOCK_KEYS / 2]
+};
+
+INLINE void add_to_dense_grad(const Plan &plan, const Tile &tile, int s, int r, int64_t first, Span span,
+                              int64_t chunk, const float *grad) {
+    const Params &p = *plan.params;
+    for (int64_t i = 0; i < p.bias_count; i++) {
+        const Dense &d = p.biases[i];
+        if (!d.grad) continue;
+        const int64_t *stride = d.grad_stride;
+        float *to = d.grad + chunk * stride[0] + tile.batch * stride[1] + tile.group * stride[2] +
+                    tile.head[r] * stride[3] + tile.query[r] * stride[4];
+        if (stride[5] == 0) {
+            float total = 0;
+            for (int n = span.begin; n < span.end; n++) total += grad[n];
+            *to += total;
+        } else {  // 1: what gradients are added to is contiguous
+            to += first + tile.shift[r];
+            for (int n = span.begin; n < span.end; n++) to[n] += grad[n];
+        }
+    }
+    const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
+    const int64_t distance = first + tile.distance[s][r];
+    if (p.dslopes) {
+        float total = 0;
+        for (int n = span.begin; n < span.end; n++) {
+            const int32_t d = (int32_t)(distance + n);
+            total -= grad[n] * (float)(d < 0 ? -d : d);
+        }
+        p.dslopes[sums] += total;
+    }
+    if (p.dtable) {
+        float *table = p.dtable + sums * (2 * p.reach + 1) + p.reach;
+        int n = span.begin;
+        float total = 0;
+        for (; n < span.end && distance + n <= -p.reach; n++) total += grad[n];
+        table[-p.reach] += total;
+        total = 0;
+        const int inside = (int)most<int64_t>(n, least<int64_t>(span.end, p.reach - distance));
+        for (int64_t at = distance; n < inside; n++) table[at + n] += grad[n];
+        for (; n < span.end; n++) total += grad[n];
+        table[p.reach] += total;
+    }
+}
+
+// Products of a row to its weights and the gradients of its scores, zero around what it sees and as far as `wide`.
+template <int DEGREE>
+INLINE void differentiate_row(const Plan &plan, const Tile &tile, int s, int r, int64_t first, Span span, Span wide,
+                              int64_t chunk, float *weight, float *grad, float *slopes, float *keep) {
+    const Params &p = *plan.params;
+    const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
+    const float multiplier = row_scores(plan, tile, s, r, first, span, weight, slopes);
+    for (int n = begin; n < span.begin; n++) grad[n] = 0;
+    for (int n = span.end; n < end; n++) grad[n] = 0;
+    if (p.seed) fill_keep(p, tile, r, first + begin, end - begin, keep);
+    const vf m = all(multiplier), minus = all(-tile.lse[r]), delta = all(tile.delta[r]);
+    for (int n = begin; n < end; n += W) {
+        const vf score = load(weight + n);
+        const vf x = exp2<DEGREE>(score * m + minus);
+        vf dx = load(grad + n);
+        vf dropped = x;
+        if (p.seed) {
+            const vf k = load(keep + n - begin);
+            dropped = x * k;
+            dx *= k;
+        }
+        dx = (dx - delta) * x;
+        // What is hidden may hold NaN.
+        dx = score == all(-INF) ? vf{} : dx;
+        store(weight + n, dropped);
+        store(grad + n, dx);
+    }
+    add_to_dense_grad(plan, tile, s, r, first, span, chunk, grad);
+    if (p.softcap != 0)
+        for (int n = begin; n < end; n += W) {
+            const vf dx = load(grad + n);
+            store(grad + n, dx == vf{} ? vf{} : dx * load(slopes + n));
+        }
+    for (int n = wide.begin; n < begin; n += W) store(weight + n, vf{}), store(grad + n, vf{});
+    for (int n = end; n < wide.end; n += W) store(weight + n, vf{}), store(grad + n, vf{});
+}
+
+// The same as pairs, for rows r and r + 1.
+INLINE void pair_scores(int r, Span wide, Scores<uint32_t> &to) {
+    for (int n = wide.begin; n < wide.end; n += W) {
+        const int64_t at = r * BLOCK_KEYS + n, below = at + BLOCK_KEYS;
+        const vf dx = load(to.grad + at), dx_below = load(to.grad + below);
+        store(to.weight_pairs + r / 2 * BLOCK_KEYS + n, pairs_bf16(load(to.weight + at), load(to.weight + below)));
+        store(to.grad_pairs + r / 2 * BLOCK_KEYS + n, pairs_bf16(dx, dx_below));
+        store((uint16_t *)to.grad_row + at, narrow_bf16(dx));
+        store((uint16_t *)to.grad_row + below, narrow_bf16(dx_below));
+    }
+}
+
+// out[n] += Σ weight[r, n] · row[r] for the keys of a block, r over the rows that see them.
+template <class T>
+INLINE void add_weighted_keys(const Plan &plan, const Tile &tile, int s, Span wide, const Span *seen_by,
+                              const T *weights, const Rows<T> &rows, int64_t dims, int64_t first, float *out) {
+    if (rows.odd) {
+        for (int r = 0; r < tile.rows; r++)
+            for (int n = wide.begin; n < wide.end; n++) {
+                if (!sees(*plan.params, tile, s, r, first + n)) continue;
+                const float weight = packed_element(weights, BLOCK_KEYS, r, n);
+                for (int64_t v = 0; v < dims; v++)
+                    out[(first + n) * rows.width + v] +=
+                        careful(weight, packed_element(rows.by_row, rows.width, r, v));
+            }
+        return;
+    }
+    for (int n = wide.begin; n < wide.end; n += ROWS) {
+        const int count = least(ROWS, wide.end - n);
+        const Span a = seen_by[n / W], b = seen_by[(n + count - 1) / W];
+        const int begin = least(a.begin, b.begin) / PER_WORD<T>;
+        const int end = (most(a.end, b.end) + PER_WORD<T> - 1) / PER_WORD<T>;
+        if (begin >= end) continue;
+        product(count, end - begin, weights + begin * BLOCK_KEYS + n, 1, BLOCK_KEYS, rows.by_row + begin * rows.width,
+                rows.width, out + (first + n) * rows.width, rows.width, rows.width / W, true);
+    }
+}
+
+template <class T>
+INLINE void backward_tile(const Plan &plan, Tile &tile, int64_t chunk, float *grad_keys, float *grad_values,
+                          Arena arena) {
+    const Params &p = *plan.params;
+    Rows<T> queries = take_rows<T>(arena, plan.rows, plan.key_width);
+    Rows<T> grads = take_rows<T>(arena, plan.rows, plan.value_width);
+    const int64_t area = (plan.rows + 1) * BLOCK_KEYS;
+    Scores<T> scores;
+    scores.weight = arena.take<float>(area);
+    scores.grad = arena.take<float>(area);
+    scores.weight_pairs = PER_WORD<T> == 1 ? (T *)scores.weight : arena.take<T>(area / 2 + BLOCK_KEYS);
+    scores.grad_pairs = PER_WORD<T> == 1 ? (T *)scores.grad : arena.take<T>(area / 2 + BLOCK_KEYS);
+    scores.grad_row = PER_WORD<T> == 1 ? (T *)scores.grad : arena.take<T>(area / 2 + BLOCK_KEYS);
+    float *dq = arena.take<float>(plan.rows * plan.key_width);
+    float *slopes = arena.take<float>(BLOCK_KEYS), *keep = arena.take<float>(BLOCK_KEYS);
+    Span spans[TILE_ROWS / ROWS], seen_by[BLOCK_KEYS / W];
+
+    const char *query_rows[TILE_ROWS], *grad_rows[TILE_ROWS];
+    for (int r = 0; r < tile.rows; r++) {
+        query_rows[r] = query_row(p, tile, r);
+        grad_rows[r] = grad_row(p, tile, r);
+        const int64_t at = lse_row(p, tile, r);
+        tile.lse[r] = p.lse[at] == -INF ? INF : p.lse[at] * LOG2E;
+        alignas(64) float out[WIDEST], grad[WIDEST];
+        widen(p.out_dtype, p.out + out_row(p, tile, r) * p.V * size_of(p.out_dtype), 1, p.V, out);
+        widen(p.out_dtype, grad_rows[r], p.grad_out_stride[4], p.V, grad);
+        float delta = p.grad_lse ? -p.grad_lse[at] : 0;
+        for (int64_t v = 0; v < p.V; v++) delta += out[v] * grad[v];
+        tile.delta[r] = delta;
+        if (p.dsinks) {
+            const float weight = exp2<5>(all(p.sinks[head_index(p, tile, r)] * LOG2E - tile.lse[r]))[0];
+            if (weight > 0)
+                p.dsinks[((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r]] -= weight * delta;
+        }
+    }
+    load_rows(queries, tile, p.dtype, query_rows, p.q_stride[4], p.K);
+    load_rows(grads, tile, p.out_dtype, grad_rows, p.grad_out_stride[4], p.V);
+    memset(dq, 0, (size_t)(tile.rows * plan.key_width * 4));
+
+    const int64_t index = tile.batch * p.G + tile.group;
+    const T *keys_by_dim = (const T *)(plan.keys_by_dim + index * plan.keys_by_dim_stride);
+    const T *values_by_dim = (const T *)(plan.values_by_dim + index * plan.values_by_dim_stride);
+    const T *key_rows = (const T *)(plan.key_rows + index * plan.key_rows_stride);
+    const bool odd = plan.odd_keys.load(std::memory_order_relaxed);
+    for (int s = 0; s < p.S; s++) {
+        int64_t begin, end;
+        tile_span(tile, s, begin, end);
+        for (int64_t first = begin / PANEL * PANEL; first < end; first += plan.block_keys) {
+            const int64_t last = least(first + plan.block_keys, end);
+            Span wide{BLOCK_KEYS, 0};
+            for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
+                spans[i] = rows_span(tile, s, r0, least(r0 + ROWS, tile.rows), first, last);
+                if (spans[i].begin >= spans[i].end) continue;
+                wide = Span{least(wide.begin, spans[i].begin), most(wide.end, spans[i].end)};
+            }
+            if (wide.begin >= wide.end) continue;
+            block_scores(tile, spans, queries.row, plan.key_width, p.K, keys_by_dim, first, last - first,
+                         scores.weight);
+            block_scores(tile, spans, grads.row, plan.value_width, p.V, values_by_dim, first, last - first,
+                         scores.grad);
+            for (int n = wide.begin / W; n < wide.end / W; n++) seen_by[n] = Span{TILE_ROWS, 0};
+            for (int r = 0; r < tile.rows; r++) {
+                const Span span = row_span(tile, s, r, first, last);
+                float *weight = scores.weight + r * BLOCK_KEYS, *grad = scores.grad + r * BLOCK_KEYS;
+                if (span.begin < span.end) {
+                    differentiate_row<PER_WORD<T> == 1 ? 5 : 4>(plan, tile, s, r, first, span, wide, chunk, weight,
+                                                                grad, slopes, keep);
+                    for (int n = span.begin / W; n < (span.end + W - 1) / W; n++)
+                        seen_by[n] = Span{least(seen_by[n].begin, r), r + 1};
+                } else {
+                    for (int n = wide.begin; n < wide.end; n += W) store(weight + n, vf{}), store(grad + n, vf{});
+                }
+                if constexpr (PER_WORD<T> == 2) {
+                    const bool lone = r + 1 == tile.rows && r % 2 == 0;
+                    if (lone)  // the row below is none
+                        for (int n = wide.begin; n < wide.end; n += W)
+                            store(weight + BLOCK_KEYS + n, vf{}), store(grad + BLOCK_KEYS + n, vf{});
+                    if (r % 2 || lone) pair_scores(r / 2 * 2, wide, scores);
+                }
+            }
+            if (p.dq)
+                add_weighted_rows(plan, tile, s, spans, scores.grad_row, key_rows, plan.key_width, p.K, first, last,
+                                  dq, odd);
+            if (p.dk)
+                add_weighted_keys(plan, tile, s, wide, seen_by, scores.grad_pairs, queries, p.K, first, grad_keys);
+            if (p.dv)
+                add_weighted_keys(plan, tile, s, wide, seen_by, scores.weight_pairs, grads, p.V, first, grad_values);
+        }
+    }
+    if (p.dq)
+        for (int r = 0; r < tile.rows; r++)
+            narrow(p.dtype, dq + r * plan.key_width, p.K, (float)p.scale,
+                   p.dq + out_row(p, tile, r) * p.K * size_of(p.dtype));
+}
+
+// Sums of key or value gradients, added in their order and written where the keys lie.
+INLINE void write_keys(const Plan &plan, int64_t b, int64_t g, const float *from, int64_t sums, int64_t stride,
+                       int64_t width, int64_t dims, float scale, char *to) {
+    const Params &p = *plan.params;
+    alignas(64) float total[WIDEST];
+    const int64_t row_stride = p.G * dims;
+    const int64_t first = p.sequence || p.RB == 1 ? 0 : b, last = p.sequence ? plan.segment_count : first + 1;
+    const auto at = [&](int64_t row) { return ((b * p.N + row) * row_stride) + g * dims; };
+    for (int64_t s = first; s < last; s++) {
+        const Segment &segment = plan.segments[s];
+        for (int64_t n = 0; n < segment.length; n++) {
+            const float *sum_of = from + (segment.offset + n) * width;
+            memcpy(total, sum_of, (size_t)width * 4);
+            for (int64_t i = 1; i < sums; i++)
+                for (int64_t v = 0; v < width; v += W) store(total + v, load(total + v) + load(sum_of + i * stride + v));
+            const int64_t row = physical_key(p, s, segment.begin + n);
+            if (p.sequence) {  // pages may be shared: fp32 sums, which start as zeros
+                float *shared = (float *)to + at(row);
+                for (int64_t v = 0; v < dims; v++) shared[v] += total[v] * scale;
+            } else {
+                narrow(p.dtype, total, dims, scale, to + at(row) * size_of(p.dtype));
+            }
+        }
+        if (p.sequence) continue;
+        for (int64_t row = 0; row < p.N; row++) {
+            if (row == segment.begin) row += segment.length;
+            if (row < p.N) memset(to + at(row) * size_of(p.dtype), 0, (size_t)(dims * size_of(p.dtype)));
+        }
+    }
+}
+
+void finish(const Plan &plan, int64_t b, int64_t g, const float *grad_keys, const float *grad_values, int64_t sums,
+            int64_t key_stride, int64_t value_stride) {
+    const Params &p = *plan.params;
+    if (p.dk)
+        write_keys(plan, b, g, grad_keys, sums, key_stride, plan.key_width, p.K, (float)p.scale, p.dk);
+    if (p.dv) write_keys(plan, b, g, grad_values, sums, value_stride, plan.value_width, p.V, 1, p.dv);
+}
+
+template <class T>
+void backward(const Plan &plan, int64_t b, int64_t g, int64_t chunk, float *grad_keys, float *grad_values,
+              char *scratch) {
+    memset(grad_keys, 0, (size_t)(plan.packed_keys * plan.key_width * 4));
+    memset(grad_values, 0, (size_t)(plan.packed_keys * plan.value_width * 4));
+    Arena arena{scratch};
+    Tile &tile = *arena.take<Tile>(1);
+    for (int64_t h = 0; h < plan.head_tiles; h++)
+        for (int64_t m = plan.chunk_tiles[chunk]; m < plan.chunk_tiles[chunk + 1]; m++) {
+            load_tile(plan, b, g, h, m, tile);
+            backward_tile<T>(plan, tile, chunk, grad_keys, grad_values, arena);
+        }
+}
+
+}  // namespace
+}  // namespace SACCADE_NAMESPACE
+}  // namespace saccade

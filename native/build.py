@@ -1,0 +1,107 @@
+"""Compiles the native library with whatever C++ compiler there is. Knows nothing of Python packages.
+
+    python native/build.py FOLDER [--flags='-fsanitize=address -g'] [--std-threads]
+
+One object for each instruction set of this machine's architecture, and one that plans and chooses among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wno-psabi -Wno-maybe-uninitialized"
+X86 = {
+    "AVX2": "-mavx2 -mfma -mf16c",
+    "AVX512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
+}
+X86["AVX512BF16"] = X86["AVX512"] + " -mavx512bf16"
+
+
+class CannotBuild(Exception):
+    """Why there will be no library."""
+
+
+def find_compiler() -> list[str]:
+    """The command of the compiler: $CXX, or the first one found."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise CannotBuild("no C++ compiler was found when saccade was installed (looked for $CXX, c++, g++ and clang++)")
+
+
+def library_name() -> str:
+    return {"Darwin": "libsaccade.dylib", "Windows": "libsaccade.dll"}.get(platform.system(), "libsaccade.so")
+
+
+def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
+    """Compile and link into `folder`; the library's path.
+
+    Raises:
+        CannotBuild: where there is no compiler, or it fails.
+    """
+    compiler = find_compiler()
+    common = [*shlex.split(FLAGS), *shlex.split(flags)]
+    threads = ["-pthread", "-DSACCADE_STD_THREADS"] if std_threads else ["-fopenmp", "-pthread"]
+    if not std_threads and not _accepts(compiler, threads):
+        threads = ["-pthread", "-DSACCADE_STD_THREADS"]  # a compiler without OpenMP, as Apple's
+    units = [("plan.cpp", "plan", threads), ("kernels.cpp", "portable", [])]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        units += [("kernels.cpp", isa, [f"-DSACCADE_{isa}", *options.split()]) for isa, options in X86.items()]
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def compile_one(unit: tuple[str, str, list[str]]) -> str:
+            source, name, options = unit
+            target = str(Path(scratch) / f"{name}.o")
+            _run([*compiler, *common, *options, "-c", str(HERE / source), "-o", target])
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, units))
+        linked = Path(scratch) / library_name()
+        _run([*compiler, *common, *threads, "-shared", *objects, "-o", str(linked)])
+        folder.mkdir(parents=True, exist_ok=True)
+        # Moved into place: a library that a process has loaded must not be written into.
+        target = folder / library_name()
+        shutil.copy2(linked, target.with_suffix(".new"))
+        target.with_suffix(".new").replace(target)
+    return target
+
+
+def _accepts(compiler: list[str], options: list[str]) -> bool:
+    command = [*compiler, *options, "-x", "c++", "-E", "-", "-o", os.devnull]
+    return _call(command, "#include <omp.h>\n").returncode == 0
+
+
+def _run(command: list[str]) -> None:
+    done = _call(command)
+    if done.returncode:
+        raise CannotBuild(f"the C++ compiler failed when saccade was installed: {shlex.join(command)}\n{done.stderr}")
+    sys.stderr.write(done.stderr)
+
+
+def _call(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CannotBuild(f"the C++ compiler could not be run when saccade was installed: {error}") from None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--flags", default="")
+    parser.add_argument("--std-threads", action="store_true")
+    arguments = parser.parse_args()
+    print(build(arguments.folder, arguments.flags, arguments.std_threads))

@@ -1,0 +1,225 @@
+// Few queries against many keys: keys and values are read once, where they lie, so that memory sets the pace.
+//
+// A unit is a run of keys for all heads of some queries; units are combined in a fixed order. Knows no threads.
+#pragma once
+#include "forward.h"
+
+namespace saccade {
+namespace SACCADE_NAMESPACE {
+namespace {
+
+constexpr int AHEAD = 8;  // keys that are fetched before they are needed
+
+// How a row of keys or values is read: float, fp16, bf16 one by one, or bf16 in pairs.
+template <int KIND>
+struct Row {
+    static constexpr int STEP = W;
+    typedef float Query;
+    static INLINE vf read(const char *p, int64_t i) {
+        if constexpr (KIND == F32) return load((const float *)p + i);
+        if constexpr (KIND == F16) return widen_f16((const uint16_t *)p + i);
+        return widen_bf16((const uint16_t *)p + i);
+    }
+    static INLINE vf query(const float *q, int64_t i) { return load(q + i); }
+};
+constexpr int PAIRS = 3;
+template <>
+struct Row<PAIRS> {
+    static constexpr int STEP = 2 * W;
+    typedef uint32_t Query;
+    static INLINE vu read(const char *p, int64_t i) { return load((const uint32_t *)p + i / 2); }
+    static INLINE vu query(const uint32_t *q, int64_t i) { return load(q + i / 2); }
+};
+
+template <int R, int KIND>
+void dots(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width, const char *const *keys,
+          const char *const *values, int64_t value_bytes, int begin, int end, float *scores) {
+    typedef Row<KIND> Kind;
+    const int64_t key_bytes = dims * (KIND == F32 ? 4 : 2);
+    for (int n = begin; n < end; n++) {
+        for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(keys[n + AHEAD] + i, 0, 3);
+        for (int64_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(values[n + AHEAD] + i, 0, 2);
+        vf acc[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = vf{};
+        for (int64_t i = 0; i < dims; i += Kind::STEP) {
+            const auto key = Kind::read(keys[n], i);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                acc[r] = multiply_add(acc[r], Kind::query(queries + r * width, i), key);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) scores[r * BLOCK_KEYS + n] = sum(acc[r]);
+    }
+}
+
+template <int R, int C, int KIND>
+INLINE void weigh_columns(const float *weights, const char *const *values, int64_t column, int begin, int end,
+                          float *out, int64_t width) {
+    vf acc[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) acc[r][c] = load(out + r * width + column + c * W);
+    for (int n = begin; n < end; n++) {
+        vf value[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) value[c] = Row<KIND>::read(values[n], column + c * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const vf weight = all(weights[r * BLOCK_KEYS + n]);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) acc[r][c] += weight * value[c];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) store(out + r * width + column + c * W, acc[r][c]);
+}
+
+template <int R, int KIND>
+void weigh(int64_t dims, const float *weights, const char *const *values, int begin, int end, float *out,
+           int64_t width) {
+    int64_t v = 0;
+    for (; v + COLUMNS * W <= dims; v += COLUMNS * W)
+        weigh_columns<R, COLUMNS, KIND>(weights, values, v, begin, end, out, width);
+    for (; v < dims; v += W) weigh_columns<R, 1, KIND>(weights, values, v, begin, end, out, width);
+}
+
+#define SACCADE_BY_ROWS(rows, call)  \
+    switch (rows) {                  \
+    case 1: call(1); break;          \
+    case 2: call(2); break;          \
+    case 3: call(3); break;          \
+    case 4: call(4); break;          \
+    case 5: call(5); break;          \
+    default: call(6); break;         \
+    }
+
+template <int KIND, int VALUES>
+void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split, char *scratch) {
+    typedef typename Row<KIND>::Query T;
+    const Params &p = *plan.params;
+    Arena arena{scratch};
+    Tile *tiles = arena.take<Tile>(p.G);
+    T *queries = arena.take<T>(p.G * plan.rows * plan.key_width);
+    float *out = arena.take<float>(p.G * plan.rows * plan.value_width);
+    float *scores = arena.take<float>(plan.rows * BLOCK_KEYS);
+    float *keep = arena.take<float>(BLOCK_KEYS);
+    const char *keys[BLOCK_KEYS + AHEAD], *values[BLOCK_KEYS + AHEAD];
+    const int64_t first_key = plan.first_key + split * SPLIT_KEYS, last_key = first_key + SPLIT_KEYS;
+    const int64_t size = size_of(p.dtype), query_width = plan.key_width / PER_WORD<T>;
+    for (int64_t g = 0; g < p.G; g++) {
+        load_tile(plan, b, g, 0, query_tile, tiles[g]);
+        load_queries(plan, tiles[g], queries + g * plan.rows * query_width);
+        start_rows(p, tiles[g], out + g * plan.rows * plan.value_width, plan.value_width);
+        if (split)  // a sink counts once
+            for (int r = 0; r < tiles[g].rows; r++) tiles[g].peak[r] = -INF, tiles[g].total[r] = 0;
+    }
+    for (int s = 0; s < p.S; s++) {
+        int64_t begin, end;
+        tile_span(tiles[0], s, begin, end);
+        begin = most(begin / PANEL * PANEL, first_key);
+        end = least(end, last_key);
+        for (int64_t first = begin; first < end; first += BLOCK_KEYS) {
+            const int64_t last = least(first + BLOCK_KEYS, end);
+            for (int64_t g = 0; g < p.G; g++) {
+                Tile &tile = tiles[g];
+                float *out_g = out + g * plan.rows * plan.value_width;
+                const int64_t sequence = p.sequence ? p.sequence[tile.query[0]] : 0;
+                for (int64_t n = 0; n < last - first + AHEAD; n++) {
+                    const int64_t row = physical_key(p, sequence, least(first + n, last - 1));
+                    keys[n] = p.k + (b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2]) * size;
+                    values[n] = p.v + (b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2]) * size;
+                }
+                for (int r0 = 0; r0 < tile.rows; r0 += ROWS) {
+                    const int rows = least(ROWS, tile.rows - r0);
+                    Span all{BLOCK_KEYS, 0}, span;
+                    bool alike = true;
+                    for (int r = r0; r < r0 + rows; r++) {
+                        span = row_span(tile, s, r, first, last);
+                        alike = alike && tile.lo[s][r] == tile.lo[s][r0] && tile.hi[s][r] == tile.hi[s][r0];
+                        if (span.begin >= span.end) continue;
+                        all = Span{least(all.begin, span.begin), most(all.end, span.end)};
+                    }
+                    if (all.begin >= all.end) continue;
+#define SACCADE_DOTS(R)                                                                                              \
+    dots<R, KIND>(p.K, queries + (g * plan.rows + r0) * query_width, query_width, keys, values, p.V *size, all.begin, \
+                  all.end, scores + r0 * BLOCK_KEYS)
+                    SACCADE_BY_ROWS(rows, SACCADE_DOTS)
+                    for (int r = r0; r < r0 + rows; r++) {
+                        span = row_span(tile, s, r, first, last);
+                        if (span.begin >= span.end) continue;
+                        float *score = scores + r * BLOCK_KEYS, *out_r = out_g + r * plan.value_width;
+                        soften_row(plan, tile, s, r, first, span, span, score, score, out_r, keep);
+                        // What one row may not see must not reach it, not even times zero.
+                        if (!alike) weigh<1, VALUES>(p.V, score, values, span.begin, span.end, out_r, plan.value_width);
+                    }
+                    if (!alike) continue;
+#define SACCADE_WEIGH(R)                                                                             \
+    weigh<R, VALUES>(p.V, scores + r0 * BLOCK_KEYS, values, all.begin, all.end, out_g + r0 * plan.value_width, \
+                     plan.value_width)
+                    SACCADE_BY_ROWS(rows, SACCADE_WEIGH)
+                }
+            }
+        }
+    }
+    for (int64_t g = 0; g < p.G; g++) {
+        float *out_g = out + g * plan.rows * plan.value_width;
+        for (int r = 0; r < tiles[g].rows; r++) {
+            if (plan.splits == 1) {
+                write_row(p, tiles[g], r, out_g + r * plan.value_width);
+                continue;
+            }
+            const int64_t unit = ((b * plan.query_tiles + query_tile) * plan.splits + split) * p.G + g;
+            float *to = plan.partial + (unit * plan.rows + r) * (plan.value_width + 2);
+            to[0] = tiles[g].peak[r];
+            to[1] = tiles[g].total[r];
+            memcpy(to + 2, out_g + r * plan.value_width, (size_t)plan.value_width * 4);
+        }
+    }
+}
+
+void decode(const Plan &plan, int64_t b, int64_t query_tile, int64_t split, char *scratch) {
+    const int64_t dtype = plan.params->dtype;
+    if (dtype == F32) return decode_kind<F32, F32>(plan, b, query_tile, split, scratch);
+    if (dtype == F16) return decode_kind<F16, F16>(plan, b, query_tile, split, scratch);
+    if constexpr (HAS_PAIRS)
+        if (plan.params->K % (2 * W) == 0) return decode_kind<PAIRS, BF16>(plan, b, query_tile, split, scratch);
+    return decode_kind<BF16, BF16>(plan, b, query_tile, split, scratch);
+}
+
+// The parts of a query's keys put together, in their order.
+void combine(const Plan &plan, int64_t b, int64_t query_tile, char *scratch) {
+    const Params &p = *plan.params;
+    Arena arena{scratch};
+    Tile &tile = *arena.take<Tile>(1);
+    float *out = arena.take<float>(plan.value_width);
+    for (int64_t g = 0; g < p.G; g++) {
+        load_tile(plan, b, g, 0, query_tile, tile);
+        for (int r = 0; r < tile.rows; r++) {
+            const int64_t stride = p.G * plan.rows * (plan.value_width + 2);
+            const float *part = plan.partial + (b * plan.query_tiles + query_tile) * plan.splits * stride +
+                                (g * plan.rows + r) * (plan.value_width + 2);
+            float peak = -INF, total = 0;
+            for (int64_t i = 0; i < plan.splits; i++) peak = most(peak, part[i * stride]);
+            const float pivot = peak == -INF ? 0 : peak;
+            memset(out, 0, (size_t)plan.value_width * 4);
+            for (int64_t i = 0; i < plan.splits; i++) {
+                const float *one = part + i * stride;
+                if (one[1] == 0) continue;
+                const float share = exp2<5>(all(one[0] - pivot))[0];
+                total += share * one[1];
+                for (int64_t v = 0; v < plan.value_width; v += W) store(out + v, load(out + v) + share * load(one + 2 + v));
+            }
+            tile.peak[r] = peak;
+            tile.total[r] = total;
+            write_row(p, tile, r, out);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace SACCADE_NAMESPACE
+}  // namespace saccade

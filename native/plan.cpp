@@ -1,0 +1,375 @@
+// Cuts a problem into units of work, lays out the workspace and shares the units among threads. Knows no kernels' insides.
+//
+// The functions at the end are all that Python calls. Compiled for the least machine: it runs before the choice.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(SACCADE_STD_THREADS)
+#include <thread>
+#elif defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <unistd.h>
+#endif
+
+namespace saccade {
+namespace {
+
+// ---- threads ----------------------------------------------------------------------------------------------------------
+
+#if defined(_OPENMP) && !defined(SACCADE_STD_THREADS) && (defined(__unix__) || defined(__APPLE__))
+// GNU's OpenMP hangs in a forked child whose parent used it; such a child works on its own.
+bool forked = false;
+const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#else
+constexpr bool forked = false;
+#endif
+
+// Calls work(unit, thread) for every unit, each thread taking the next one: units come largest first.
+template <class Work>
+void share(int64_t threads, int64_t units, const Work &work) {
+    threads = forked ? 1 : std::min(threads, units);
+    if (threads <= 1) {
+        for (int64_t unit = 0; unit < units; unit++) work(unit, 0);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+    const auto run = [&](int64_t thread) {
+        for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, thread);
+    };
+#if defined(SACCADE_STD_THREADS) || !defined(_OPENMP)
+    std::vector<std::thread> others;
+    for (int64_t thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
+    run(0);
+    for (auto &other : others) other.join();
+#else
+#pragma omp parallel num_threads((int)threads)
+    run(omp_get_thread_num());
+#endif
+}
+
+// ---- instruction sets ---------------------------------------------------------------------------------------------------
+
+bool supported(int64_t isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (isa == AVX512BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == AVX512) return avx512;
+    if (isa == AVX2) return avx2;
+#endif
+    return isa == PORTABLE;
+}
+
+const Kernels *kernels_of(int64_t isa) {
+#if defined(__x86_64__)
+    if (isa == AVX512BF16) return avx512bf16::kernels();
+    if (isa == AVX512) return avx512::kernels();
+    if (isa == AVX2) return avx2::kernels();
+#endif
+    return portable::kernels();
+}
+
+// ---- the plan -----------------------------------------------------------------------------------------------------------
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+struct Layout : Plan {
+    std::vector<Segment> segment_list;
+    std::vector<int64_t> chunk_list;
+    std::vector<int64_t> area;  // visible pairs of a head in each query tile of each batch entry that has ranges
+    int64_t bytes = 0;
+
+    // A part of the workspace; where there is none yet, only its size counts.
+    template <class X>
+    X *part(int64_t size) {
+        char *here = params->workspace ? params->workspace + bytes : nullptr;
+        bytes += round_up(size, 64);
+        return (X *)here;
+    }
+};
+
+// Finds the visible span of every segment, its packed position, and all pairs that are visible.
+int64_t find_segments(const Params &p, Layout &plan) {
+    const int64_t count = p.sequence ? p.sequences : p.RB;
+    std::vector<int64_t> begin(count, INT64_MAX), end(count, 0);
+    int64_t pairs = 0;
+    if (!p.lo) {
+        begin[0] = 0;
+        end[0] = plan.logical_keys;
+        pairs = p.M * p.N;
+    } else {
+        for (int64_t s = 0; s < p.S; s++)
+            for (int64_t b = 0; b < p.RB; b++)
+                for (int64_t m = 0; m < p.M; m++) {
+                    const int64_t at = (s * p.RB + b) * p.M + m, lo = p.lo[at], hi = p.hi[at];
+                    if (lo >= hi) continue;
+                    const int64_t segment = p.sequence ? p.sequence[m] : b;
+                    begin[segment] = std::min(begin[segment], lo);
+                    end[segment] = std::max(end[segment], hi);
+                    pairs += hi - lo;
+                }
+    }
+    int64_t offset = 0, widest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t from = end[i] ? begin[i] / PANEL * PANEL : 0, length = std::max<int64_t>(end[i] - from, 0);
+        plan.segment_list.push_back({from, p.sequence ? offset : 0, length});
+        offset += round_up(length, PANEL);
+        widest = std::max(widest, round_up(length, PANEL));
+    }
+    plan.segments = plan.segment_list.data();
+    plan.segment_count = count;
+    plan.packed_keys = p.sequence ? offset : widest;
+    return pairs;
+}
+
+void find_areas(const Params &p, Layout &plan) {
+    plan.area.assign(p.RB * plan.query_tiles, 0);
+    for (int64_t b = 0; b < p.RB; b++)
+        for (int64_t tile = 0; tile < plan.query_tiles; tile++) {
+            const int64_t m0 = tile * plan.tile_queries, m1 = std::min(m0 + plan.tile_queries, p.M);
+            int64_t pairs = (m1 - m0) * PANEL;  // what a tile costs besides
+            if (!p.lo) pairs += (m1 - m0) * p.N;
+            for (int64_t s = 0; p.lo && s < p.S; s++)
+                for (int64_t m = m0; m < m1; m++) {
+                    const int64_t at = (s * p.RB + b) * p.M + m;
+                    pairs += std::max(p.hi[at] - p.lo[at], 0);
+                }
+            plan.area[b * plan.query_tiles + tile] = pairs;
+        }
+}
+
+// Runs of query tiles of about the same area, enough to give every thread its share.
+void find_chunks(const Params &p, Layout &plan, int64_t chunks) {
+    std::vector<int64_t> sums(plan.query_tiles + 1, 0);
+    for (int64_t tile = 0; tile < plan.query_tiles; tile++) {
+        sums[tile + 1] = sums[tile];
+        for (int64_t b = 0; b < p.RB; b++) sums[tile + 1] += plan.area[b * plan.query_tiles + tile];
+    }
+    plan.chunk_list.assign(1, 0);
+    for (int64_t chunk = 1; chunk <= chunks; chunk++) {
+        const int64_t upto = sums.back() * chunk / chunks;
+        const auto tile = std::lower_bound(sums.begin(), sums.end(), upto) - sums.begin();
+        plan.chunk_list.push_back(std::max<int64_t>(tile, plan.chunk_list.back()));
+    }
+    plan.chunk_list.back() = plan.query_tiles;
+    plan.chunk_tiles = plan.chunk_list.data();
+}
+
+int64_t backward_units(const Params &p) { return (p.fold_batch ? 1 : p.B) * (p.fold_groups ? 1 : p.G); }
+
+int64_t backward_chunks(const Params &p, const Layout &plan) {
+    const int64_t units = backward_units(p);
+    if (p.threads <= 1 || units % p.threads == 0 || units >= 4 * p.threads) return 1;
+    return std::max<int64_t>(1, std::min((2 * p.threads + units - 1) / units, plan.query_tiles));
+}
+
+void make_plan(const Params &p, bool backward, Layout &plan) {
+    plan.params = &p;
+    plan.odd_keys = plan.odd_values = 0;
+    plan.logical_keys = p.sequence ? p.pages * p.page_size : p.N;
+    plan.key_width = round_up(p.K, 16);
+    plan.value_width = round_up(p.V, 16);
+    plan.block_keys = std::max(p.K, p.V) > 128 ? BLOCK_KEYS / 2 : BLOCK_KEYS;
+    plan.pairs = p.dtype == BF16 && kernels_of(p.isa)->has_pairs;
+    const int64_t pairs = find_segments(p, plan);
+    int64_t keys = 0, span_begin = INT64_MAX, span_end = 0;
+    for (const Segment &segment : plan.segment_list) {
+        keys += segment.length;
+        if (!segment.length) continue;
+        span_begin = std::min(span_begin, segment.begin);
+        span_end = std::max(span_end, segment.begin + segment.length);
+    }
+    const double queries_a_key = keys ? (double)pairs / (double)keys : 0;
+    plan.decode = !backward && queries_a_key * (double)p.H <= 6 && !p.mask && p.K % 16 == 0 && p.V % 16 == 0 &&
+                  p.k_stride[3] == 1 && p.v_stride[3] == 1 && p.H <= TILE_ROWS;
+    if (plan.decode) {
+        plan.tile_heads = p.H;
+        plan.tile_queries = p.sequence ? 1 : std::max<int64_t>(1, std::min((int64_t)(queries_a_key + 0.5), TILE_ROWS / p.H));
+        plan.first_key = span_end ? span_begin : 0;
+        plan.splits = std::max<int64_t>(1, (span_end - plan.first_key + SPLIT_KEYS - 1) / SPLIT_KEYS);
+    } else {
+        plan.tile_queries = std::min<int64_t>(p.M, TILE_ROWS);
+        plan.tile_heads = std::min<int64_t>(p.H, TILE_ROWS / plan.tile_queries);
+        plan.splits = 1;
+    }
+    plan.rows = plan.tile_queries * plan.tile_heads;
+    plan.query_tiles = (p.M + plan.tile_queries - 1) / plan.tile_queries;
+    plan.head_tiles = (p.H + plan.tile_heads - 1) / plan.tile_heads;
+    find_areas(p, plan);
+
+    const int64_t word = plan.pairs ? 2 : 4, rows = plan.rows + 1;
+    if (!plan.decode) {
+        const auto take = [&](char *&at, int64_t &stride, int64_t width) {
+            stride = round_up(plan.packed_keys * width * word, 64);
+            at = plan.part<char>(p.B * p.G * stride);
+        };
+        take(plan.keys_by_dim, plan.keys_by_dim_stride, round_up(p.K, 2));
+        take(plan.value_rows, plan.value_rows_stride, plan.value_width);
+        if (backward) {
+            take(plan.key_rows, plan.key_rows_stride, plan.key_width);
+            take(plan.values_by_dim, plan.values_by_dim_stride, round_up(p.V, 2));
+        }
+    }
+    int64_t scratch = 64 * 32 + 8 * BLOCK_KEYS * 4;
+    if (plan.decode)
+        scratch += p.G * (sizeof(Tile) + 64 + rows * (plan.key_width + plan.value_width) * 4) + rows * BLOCK_KEYS * 4;
+    else
+        scratch += sizeof(Tile) + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
+                   rows * BLOCK_KEYS * (backward ? 16 : 6);
+    plan.scratch_stride = round_up(scratch, 4096);
+    plan.scratch = plan.part<char>(p.threads * plan.scratch_stride);
+    if (plan.decode && plan.splits > 1)
+        plan.partial = plan.part<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 2) * 4);
+    if (backward) {
+        const int64_t sums = p.chunks == 1 ? p.threads : p.chunks * p.B * p.G;
+        find_chunks(p, plan, p.chunks);
+        plan.grad_keys = plan.part<float>(sums * plan.packed_keys * plan.key_width * 4);
+        plan.grad_values = plan.part<float>(sums * plan.packed_keys * plan.value_width * 4);
+    }
+}
+
+// Threads that a problem is worth: a parallel region costs some microseconds.
+int64_t worthwhile(const Params &p, const Layout &plan) {
+    int64_t pairs = 0;
+    for (const int64_t area : plan.area) pairs += area;
+    const double work = (double)pairs * (double)(p.RB == 1 ? p.B : 1) * (double)(p.G * p.H * (p.K + p.V));
+    return work < 2e5 ? 1 : p.threads;
+}
+
+void pack_all(const Params &p, const Layout &plan, const Kernels &kernels, bool backward, int64_t threads) {
+    const int64_t panels = plan.packed_keys / PANEL;
+    share(threads, p.B * p.G * panels, [&](int64_t unit, int64_t) {
+        kernels.pack(plan, backward, unit / panels / p.G, unit / panels % p.G, unit % panels);
+    });
+}
+
+void run_decode(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
+    const int64_t tiles = p.B * plan.query_tiles;
+    share(threads, tiles * plan.splits, [&](int64_t unit, int64_t thread) {
+        const int64_t tile = unit / plan.splits;
+        kernels.decode(plan, tile / plan.query_tiles, tile % plan.query_tiles, unit % plan.splits,
+                       plan.scratch + thread * plan.scratch_stride);
+    });
+    if (plan.splits == 1) return;
+    share(tiles > 16 ? threads : 1, tiles, [&](int64_t tile, int64_t thread) {
+        kernels.combine(plan, tile / plan.query_tiles, tile % plan.query_tiles,
+                        plan.scratch + thread * plan.scratch_stride);
+    });
+}
+
+void run_forward(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
+    pack_all(p, plan, kernels, false, threads);
+    // Largest tiles first: what is left at the end is small.
+    std::vector<int64_t> order(p.RB * plan.query_tiles);
+    for (size_t i = 0; i < order.size(); i++) order[i] = (int64_t)i;
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return plan.area[a] > plan.area[b]; });
+    // All heads of a group in turn, so that they find its keys in the cache.
+    const int64_t shared = p.RB == 1 ? p.B : 1, heads = plan.head_tiles, groups = shared * p.G;
+    const int64_t tiles = (int64_t)order.size();
+    share(threads, groups * tiles * heads, [&](int64_t unit, int64_t thread) {
+        const int64_t head = unit % heads, tile = order[unit / heads % tiles], group = unit / heads / tiles;
+        const int64_t batch = p.RB == 1 ? group / p.G : tile / plan.query_tiles;
+        kernels.forward(plan, batch, group % p.G, head, tile % plan.query_tiles,
+                        plan.scratch + thread * plan.scratch_stride);
+    });
+}
+
+void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
+    pack_all(p, plan, kernels, true, threads);
+    const int64_t batches = p.fold_batch ? 1 : p.B, groups = p.fold_groups ? 1 : p.G;
+    const int64_t key_size = plan.packed_keys * plan.key_width, value_size = plan.packed_keys * plan.value_width;
+    std::vector<int64_t> order(batches), cost(batches, 0);
+    for (int64_t b = 0; b < batches; b++) {
+        order[b] = b;
+        if (p.RB > 1 && !p.fold_batch)
+            for (int64_t tile = 0; tile < plan.query_tiles; tile++) cost[b] += plan.area[b * plan.query_tiles + tile];
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
+    share(threads, batches * groups * p.chunks, [&](int64_t unit, int64_t thread) {
+        const int64_t chunk = unit % p.chunks, b0 = order[unit / p.chunks / groups], g0 = unit / p.chunks % groups;
+        for (int64_t b = p.fold_batch ? 0 : b0; b < (p.fold_batch ? p.B : b0 + 1); b++)
+            for (int64_t g = p.fold_groups ? 0 : g0; g < (p.fold_groups ? p.G : g0 + 1); g++) {
+                const int64_t sums = p.chunks == 1 ? thread : (b * p.G + g) * p.chunks + chunk;
+                float *grad_keys = plan.grad_keys + sums * key_size, *grad_values = plan.grad_values + sums * value_size;
+                kernels.backward(plan, b, g, chunk, grad_keys, grad_values,
+                                 plan.scratch + thread * plan.scratch_stride);
+                if (p.chunks == 1) kernels.finish(plan, b, g, grad_keys, grad_values, 1, 0, 0);
+            }
+    });
+    if (p.chunks == 1) return;
+    share(threads, p.B * p.G, [&](int64_t unit, int64_t) {
+        const int64_t first = unit * p.chunks;
+        kernels.finish(plan, unit / p.G, unit % p.G, plan.grad_keys + first * key_size,
+                       plan.grad_values + first * value_size, p.chunks, key_size, value_size);
+    });
+}
+
+}  // namespace
+}  // namespace saccade
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace saccade;
+
+EXPORT int64_t saccade_params_size() { return sizeof(Params); }
+EXPORT int64_t saccade_dense_size() { return sizeof(Dense); }
+EXPORT int64_t saccade_supports(int64_t isa) { return supported(isa); }
+
+EXPORT const char *saccade_threading() {
+#if defined(SACCADE_STD_THREADS) || !defined(_OPENMP)
+    return "std::thread";
+#else
+    return "OpenMP";
+#endif
+}
+
+// Bytes of workspace that forward needs.
+EXPORT int64_t saccade_forward_plan(const Params *p) {
+    Layout plan{};
+    make_plan(*p, false, plan);
+    return plan.bytes;
+}
+
+EXPORT void saccade_forward(const Params *p) {
+    Layout plan{};
+    make_plan(*p, false, plan);
+    const Kernels &kernels = *kernels_of(p->isa);
+    const int64_t threads = worthwhile(*p, plan);
+    if (plan.decode)
+        run_decode(*p, plan, kernels, threads);
+    else
+        run_forward(*p, plan, kernels, threads);
+}
+
+// Runs of rows that backward is cut into: how many sums the caller provides for.
+EXPORT int64_t saccade_backward_chunks(const Params *p) {
+    Params one = *p;
+    one.chunks = 1;
+    Layout plan{};
+    make_plan(one, true, plan);
+    return worthwhile(one, plan) == 1 ? 1 : backward_chunks(one, plan);
+}
+
+EXPORT int64_t saccade_backward_plan(const Params *p) {
+    Layout plan{};
+    make_plan(*p, true, plan);
+    return plan.bytes;
+}
+
+EXPORT void saccade_backward(const Params *p) {
+    Layout plan{};
+    make_plan(*p, true, plan);
+    run_backward(*p, plan, *kernels_of(p->isa), worthwhile(*p, plan));
+}

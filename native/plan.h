@@ -1,0 +1,89 @@
+// How a problem is cut into tiles, units and buffers: shared by the planner and the kernels. Knows no instruction set.
+//
+// Kernels count keys in packed positions: the visible span of each batch entry, or of each sequence of paged keys, is
+// one segment, laid from a multiple of PANEL on. Row `r` of a tile sees packed keys lo[r] to hi[r] - 1, and packed key
+// `n` is the logical key `n + shift[r]`.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+#include "params.h"
+
+namespace saccade {
+
+constexpr int PANEL = 64;         // keys packed side by side
+constexpr int TILE_ROWS = 96;     // most rows (a query of a head each) of a tile; a multiple of 6 and of 2
+constexpr int BLOCK_KEYS = 256;   // most keys whose scores a tile holds; a multiple of PANEL
+constexpr int RANGES = 4;         // most ranges of a row
+constexpr int SPLIT_KEYS = 1024;  // keys of one unit of work when few queries read many keys
+
+struct Segment {
+    int64_t begin;   // first logical key, a multiple of PANEL
+    int64_t offset;  // its packed position
+    int64_t length;  // keys
+};
+
+struct Plan {
+    const Params *params;
+    int64_t logical_keys;  // keys that a query can address
+    bool decode;           // few rows for each key: keys are read where they lie
+    bool pairs;            // packed as pairs of bf16
+    int64_t block_keys;    // keys of a block of scores
+    int64_t tile_queries, tile_heads, query_tiles, head_tiles;
+    int64_t rows;          // of a full tile
+    int64_t packed_keys;   // of one batch entry and group, a multiple of PANEL
+    int64_t key_width, value_width;  // K and V padded to whole vectors
+    int64_t splits;                  // of the keys, when decoding
+    int64_t span;                    // logical keys from the first split on
+    int64_t first_key;               // where the first split begins
+    const Segment *segments;         // one for each batch entry, or sequence
+    int64_t segment_count;
+    const int64_t *chunk_tiles;  // backward: chunks + 1 boundaries of query tiles
+    // Packed keys and values of (batch, group), the last two for backward only; strides in bytes.
+    char *keys_by_dim, *value_rows, *key_rows, *values_by_dim;
+    int64_t keys_by_dim_stride, value_rows_stride, key_rows_stride, values_by_dim_stride;
+    float *grad_keys, *grad_values;  // fp32 sums: for each thread, or for each (chunk, batch, group)
+    float *partial;                  // decoding: [b, query tile, split, g, rows, value_width + 2]
+    char *scratch;                   // of all threads
+    int64_t scratch_stride;
+    mutable std::atomic<int> odd_keys, odd_values;  // some are infinite or NaN
+};
+
+// The rows of one tile: head by head, and in each head query by query.
+struct Tile {
+    int64_t batch, group;
+    int rows;
+    int32_t query[TILE_ROWS], head[TILE_ROWS];
+    int32_t lo[RANGES][TILE_ROWS], hi[RANGES][TILE_ROWS];  // packed
+    int32_t distance[RANGES][TILE_ROWS];                   // packed key + this = key position minus query position
+    int64_t shift[TILE_ROWS];                      // packed key + this = logical key
+    float peak[TILE_ROWS], total[TILE_ROWS];       // forward: running maximum (in powers of two) and sum
+    float lse[TILE_ROWS], delta[TILE_ROWS];        // backward: in powers of two
+};
+
+struct Kernels {
+    void (*pack)(const Plan &, bool backward, int64_t batch, int64_t group, int64_t panel);
+    void (*forward)(const Plan &, int64_t batch, int64_t group, int64_t head_tile, int64_t query_tile, char *scratch);
+    void (*decode)(const Plan &, int64_t batch, int64_t query_tile, int64_t split, char *scratch);
+    void (*combine)(const Plan &, int64_t batch, int64_t query_tile, char *scratch);
+    void (*backward)(const Plan &, int64_t batch, int64_t group, int64_t chunk, float *grad_keys, float *grad_values,
+                     char *scratch);
+    void (*finish)(const Plan &, int64_t batch, int64_t group, const float *grad_keys, const float *grad_values,
+                   int64_t sums, int64_t key_stride, int64_t value_stride);
+    bool has_pairs;
+};
+
+namespace portable {
+const Kernels *kernels();
+}
+namespace avx2 {
+const Kernels *kernels();
+}
+namespace avx512 {
+const Kernels *kernels();
+}
+namespace avx512bf16 {
+const Kernels *kernels();
+}
+
+}  // namespace saccade

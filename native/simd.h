@@ -1,0 +1,257 @@
+// One vector type and its operations, per instruction set, chosen when a file is compiled. Knows nothing of attention.
+//
+// W floats in a vector. Mostly the compilers' own vector types, so one source serves every machine; intrinsics only
+// where those have no operator. Everything is in a namespace of its instruction set: the linker must not merge what
+// was compiled for different machines.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(SACCADE_AVX512BF16)
+#define SACCADE_NAMESPACE avx512bf16
+#define SACCADE_VECTOR 64
+#elif defined(SACCADE_AVX512)
+#define SACCADE_NAMESPACE avx512
+#define SACCADE_VECTOR 64
+#elif defined(SACCADE_AVX2)
+#define SACCADE_NAMESPACE avx2
+#define SACCADE_VECTOR 32
+#else
+#define SACCADE_NAMESPACE portable
+#define SACCADE_VECTOR 16
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace saccade {
+namespace SACCADE_NAMESPACE {
+namespace {
+
+constexpr int W = SACCADE_VECTOR / 4;
+// Registers of a product's accumulators: ROWS rows of up to COLUMNS vectors; 24 of 32, or 12 of 16.
+constexpr int ROWS = 6;
+constexpr int COLUMNS = W == 16 ? 4 : 2;
+
+typedef float vf __attribute__((vector_size(SACCADE_VECTOR)));
+typedef int32_t vi __attribute__((vector_size(SACCADE_VECTOR)));
+typedef uint32_t vu __attribute__((vector_size(SACCADE_VECTOR)));
+typedef uint16_t vh __attribute__((vector_size(SACCADE_VECTOR / 2)));
+typedef float vf_any __attribute__((vector_size(SACCADE_VECTOR), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(SACCADE_VECTOR), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(SACCADE_VECTOR / 2), aligned(2), may_alias));
+
+template <class T>
+INLINE T least(T a, T b) {
+    return a < b ? a : b;
+}
+template <class T>
+INLINE T most(T a, T b) {
+    return a > b ? a : b;
+}
+
+INLINE vf load(const float *p) { return *(const vf_any *)p; }
+INLINE void store(float *p, vf x) { *(vf_any *)p = x; }
+INLINE vu load(const uint32_t *p) { return *(const vu_any *)p; }
+INLINE void store(uint32_t *p, vu x) { *(vu_any *)p = x; }
+INLINE void store(uint16_t *p, vh x) { *(vh_any *)p = x; }
+INLINE vf all(float x) { return x - vf{}; }
+INLINE vi all(int32_t x) { return x - vi{}; }
+INLINE vu all(uint32_t x) { return x - vu{}; }
+
+INLINE vi counting() {
+    vi x;
+    for (int i = 0; i < W; i++) x[i] = i;
+    return x;
+}
+
+// a > b ? a : b, so that a NaN in `b` comes through and one in `a` does not.
+INLINE vf largest(vf a, vf b) {
+#if SACCADE_VECTOR == 64
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif SACCADE_VECTOR == 32
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+INLINE vf absolute(vf x) { return (vf)((vu)x & 0x7fffffffu); }
+
+INLINE float sum(vf x) {
+#if SACCADE_VECTOR == 64
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0;
+    for (int i = 0; i < W; i++) total += x[i];
+    return total;
+#endif
+}
+
+INLINE float highest(vf x) {
+#if SACCADE_VECTOR == 64
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float top = x[0];
+    for (int i = 1; i < W; i++) top = x[i] > top ? x[i] : top;
+    return top;
+#endif
+}
+
+// 2^x for x <= 127; 0 from -127 on, NaN for NaN. DEGREE 5: 2e-7 relative, 4: 3e-6 (the polynomials of least relative
+// error on [-0.5, 0.5] that are 1 at 0).
+template <int DEGREE>
+INLINE vf exp2(vf x) {
+    x = largest(all(-127.0f), x);
+    const vf magic = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, in the low bits
+    const vf shifted = x + magic;
+    const vf f = x - (shifted - magic);
+    vf p;
+    if (DEGREE == 5) {
+        p = all(1.326472731e-3f);
+        p = p * f + 9.671512991e-3f;
+        p = p * f + 5.550733581e-2f;
+        p = p * f + 2.402224243e-1f;
+        p = p * f + 6.931470037e-1f;
+    } else {
+        p = all(9.582852945e-3f);
+        p = p * f + 5.590642616e-2f;
+        p = p * f + 2.402409911e-1f;
+        p = p * f + 6.931241751e-1f;
+    }
+    p = p * f + 1.0f;
+    return (vf)((vu)p + ((vu)shifted << 23));
+}
+
+INLINE vf tanh(vf x) {
+    // 1 − 2 / (e^2x + 1), which errs by 1e-7 absolutely: enough for a score, which is scaled by the cap.
+    const vf bounded = largest(all(-15.0f), x);
+    const vf low = -largest(all(-15.0f), -bounded);
+    return 1.0f - 2.0f / (exp2<5>(low * 2.8853900817779268f) + 1.0f);
+}
+
+// ---- storage types --------------------------------------------------------------------------------------------------
+
+INLINE float from_bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE float from_f16(uint16_t x) {
+    // Exponent and mantissa are shifted into place and rescaled by 2^112; inf and NaN get fp32's exponent.
+    const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13;
+    float f;
+    memcpy(&f, &magnitude, 4);
+    f *= 5.192296858534828e33f;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((x & 0x7c00) == 0x7c00) bits = 0x7f800000u | ((uint32_t)(x & 0x3ff) << 13);
+    bits |= (uint32_t)(x & 0x8000) << 16;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t to_f16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00;
+    if (bits >= 0x477ff000u) return sign | 0x7c00;  // 65520 and above round to infinity
+    if (bits < 0x38800000u) {
+        // Subnormal: adding 0.5 puts the last bit that fp16 keeps where fp32 rounds.
+        float x;
+        memcpy(&x, &bits, 4);
+        x += 0.5f;
+        memcpy(&bits, &x, 4);
+        return sign | (uint16_t)(bits - 0x3f000000u);
+    }
+    bits += 0xfff + ((bits >> 13) & 1);
+    return sign | (uint16_t)((bits - 0x38000000u) >> 13);
+}
+
+INLINE vf widen_bf16(const uint16_t *p) {
+    return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16);
+}
+
+INLINE vf widen_f16(const uint16_t *p) {
+#if SACCADE_VECTOR == 64
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif SACCADE_VECTOR == 32
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    vf x;
+    for (int i = 0; i < W; i++) x[i] = from_f16(p[i]);
+    return x;
+#endif
+}
+
+// Upper halves hold the nearest bf16, ties to even.
+INLINE vu rounded_bf16(vf x) {
+    const vu bits = (vu)x;
+    const vu up = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return (vu)((bits & 0x7fffffffu) > 0x7f800000u ? (vi)(bits | 0x400000u) : (vi)up);
+}
+
+INLINE vh narrow_bf16(vf x) {
+#if defined(SACCADE_AVX512BF16)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+    return __builtin_convertvector(rounded_bf16(x) >> 16, vh);
+#endif
+}
+
+INLINE vh narrow_f16(vf x) {
+#if SACCADE_VECTOR == 64
+    return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif SACCADE_VECTOR == 32
+    return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    vh y;
+    for (int i = 0; i < W; i++) y[i] = to_f16(x[i]);
+    return y;
+#endif
+}
+
+// Two rows of bf16 as pairs: `a` in the lower half of each word, `b` in the upper.
+INLINE vu pairs_bf16(vf a, vf b) {
+#if defined(SACCADE_AVX512BF16)
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+    return (vu)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+    return (rounded_bf16(a) >> 16) | (rounded_bf16(b) & 0xffff0000u);
+#endif
+}
+
+// ---- multiply and add: of floats, or of pairs of bf16 ------------------------------------------------------------
+
+INLINE vf multiply_add(vf acc, vf a, vf b) { return a * b + acc; }
+
+#if defined(SACCADE_AVX512BF16)
+constexpr bool HAS_PAIRS = true;
+INLINE vf multiply_add(vf acc, vu a, vu b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#else
+constexpr bool HAS_PAIRS = false;
+INLINE vf multiply_add(vf acc, vu a, vu b) {  // never taken: bf16 is widened when it is packed
+    return (vf)(a << 16) * (vf)(b << 16) + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u) + acc;
+}
+#endif
+
+}  // namespace
+}  // namespace SACCADE_NAMESPACE
+}  // namespace saccade

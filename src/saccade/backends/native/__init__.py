@@ -1,0 +1,218 @@
+"""Attention on CPUs through the compiled library in native/: forward, backward and decoding. Knows no masks.
+
+fp32, bf16 and fp16 storage, fp32 sums and softmax; keys packed once a call; threads as many as torch uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from saccade.backends import Gradients, Needs
+from saccade.backends.native import library
+from saccade.backends.native.library import DENSE, PARAMS, use_isa
+from saccade.core.problem import Problem
+
+__all__ = ["use_isa", "reason_against", "forward", "backward"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDEST = 256
+"""Largest head dim."""
+RANGES = 4
+"""Most ranges of keys of a query row."""
+
+
+def reason_against(problem: Problem) -> str | None:
+    query = problem.query
+    if query.device.type != "cpu":
+        return f"it computes on CPUs, and query is on {query.device.type}"
+    if library.WHY_ABSENT is not None:
+        return library.WHY_ABSENT
+    for name, dtype in (("query", query.dtype), ("output", problem.output_dtype)):
+        if dtype not in _DTYPES:
+            return f"its dtypes are float32, bfloat16 and float16, and {name} is {str(dtype)[6:]}"
+    if any(bias.dtype not in _DTYPES for bias in problem.biases):
+        return "its dtypes are float32, bfloat16 and float16, and a bias has another one"
+    widest = max(query.shape[-1], problem.value.shape[-1])
+    if widest > WIDEST:
+        return f"head dims go up to {WIDEST}, and this one is {widest}"
+    if problem.lo is not None and problem.lo.shape[0] > RANGES:
+        return f"a query row may see up to {RANGES} ranges of keys, and this mask has {problem.lo.shape[0]}"
+    return None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    query = problem.query
+    B, M, G, H, _ = query.shape
+    out = query.new_empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
+    lse = query.new_empty((B, G, H, M), dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    call = _Call(problem, out, lse)
+    call.run("forward", call.params())
+    return out, lse
+
+
+def backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    query, key, value = problem.query, problem.key, problem.value
+    B, M, G, H, _ = query.shape
+    out, lse = out.contiguous(), lse.contiguous()
+    if not lse.numel():
+        return _nothing(problem, needs)
+    call = _Call(problem, out, lse)
+    biases = list(zip(problem.biases, needs.biases, strict=True))
+    # A gradient that several batches or groups share, and that has a row for each query, is summed by one thread.
+    tall = [x for x, needed in biases if needed and x.shape[3] > 1 and x.shape[4] > 1]
+    folds = (any(x.shape[0] < B for x in tall), any(x.shape[1] < G for x in tall))
+    chunks = call.chunks(call.params(folds=folds))
+
+    paged = problem.block_table is not None
+    dq = torch.empty_like(query, memory_format=torch.contiguous_format) if needs.query else None
+    dk, dv = (
+        None
+        if not needed
+        else x.new_zeros(x.shape, dtype=torch.float32)  # shared pages are added to
+        if paged
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, needed in ((key, needs.key), (value, needs.value))
+    )
+    heads = (chunks, B, G, H)
+    dslopes = lse.new_zeros(heads) if needs.slopes else None
+    dtable = lse.new_zeros((*heads, problem.table.shape[-1])) if needs.table and problem.table is not None else None
+    dsinks = lse.new_zeros(heads) if needs.sinks else None
+    dbiases = [
+        # A row for each query belongs to one unit of work; what has none gets sums of its own for each unit and head.
+        None
+        if not needed
+        else lse.new_zeros((1, *(x.shape[:3] if x.shape[4] > 1 else (B, G, H)), M, x.shape[4]))
+        if x.shape[3] > 1
+        else lse.new_zeros((*heads, 1, x.shape[4]))
+        for x, needed in biases
+    ]
+    results = (dq, dk, dv, dslopes, dtable, dsinks)
+    call.run("backward", call.params(grad_out, grad_lse, results, dbiases, chunks, folds))
+
+    def like(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
+        """The sum over chunks, and over what `x` broadcasts, in the dtype of `x`."""
+        return None if x is None or grad is None else grad.sum(0).sum_to_size(x.shape).to(x.dtype)
+
+    return Gradients(
+        dq,
+        None if dk is None else dk.to(key.dtype),
+        None if dv is None else dv.to(value.dtype),
+        like(problem.slopes, dslopes),
+        like(problem.table, None if dtable is None else dtable.sum(1)),
+        like(problem.sinks, None if dsinks is None else dsinks.sum(1)),
+        [like(x, grad) for x, grad in zip(problem.biases, dbiases, strict=True)],
+    )
+
+
+def _nothing(problem: Problem, needs: Needs) -> Gradients:
+    """The gradients where there is no query."""
+    names = ("query", "key", "value", "slopes", "table", "sinks")
+    inputs = [getattr(problem, name) if getattr(needs, name) else None for name in names]
+    return Gradients(
+        *(None if x is None else torch.zeros_like(x) for x in inputs),
+        [torch.zeros_like(x) if needed else None for x, needed in zip(problem.biases, needs.biases, strict=True)],
+    )
+
+
+_NO_STRIDES = (0, 0, 0, 0, 0)
+_NO_RESULTS = (None,) * 6
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides in elements, 0 where a dimension broadcasts."""
+    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+
+
+class _Call:
+    """One problem as the library takes it. Holds what its pointers point to."""
+
+    def __init__(self, problem: Problem, out: Tensor, lse: Tensor):
+        self.problem, self.out, self.lse = problem, out, lse
+
+        def int32(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(torch.int32).contiguous()
+
+        def fp32(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().to(torch.float32).contiguous()
+
+        self.lo, self.hi, self.diagonal = int32(problem.lo), int32(problem.hi), int32(problem.diagonal)
+        self.sequence, self.block_table = int32(problem.sequence), int32(problem.block_table)
+        self.slopes, self.table, self.sinks = fp32(problem.slopes), fp32(problem.table), fp32(problem.sinks)
+        self.kept: list[object] = []
+
+    def _dense(self, terms: list[tuple[Tensor, Tensor | None]]) -> int:
+        """Address of an array of dense terms with their gradients."""
+        if not terms:
+            return 0
+        block = b"".join(
+            DENSE.pack(
+                x.data_ptr(),
+                _DTYPES.get(x.dtype, 0),
+                *_strides(x),
+                _pointer(grad),
+                *((0,) * 6 if grad is None else _strides(grad)),
+            )
+            for x, grad in terms
+        )
+        buffer = ctypes.create_string_buffer(block, len(block))
+        self.kept.append(buffer)
+        return ctypes.addressof(buffer)
+
+    def params(
+        self,
+        grad_out: Tensor | None = None,
+        grad_lse: Tensor | None = None,
+        results: tuple[Tensor | None, ...] = _NO_RESULTS,
+        dbiases: list[Tensor | None] | None = None,
+        chunks: int = 1,
+        folds: tuple[bool, bool] = (False, False),
+    ) -> list[int | float]:
+        """The fields of `Params`, without a workspace."""
+        problem = self.problem
+        query, key, value, lo = problem.query, problem.key, problem.value, self.lo
+        B, M, G, H, K = query.shape
+        grads = [None] * len(problem.biases) if dbiases is None else dbiases
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        self.kept.append(grad_lse)
+        table, sequences = self.table, self.block_table
+        return [
+            library.isa_number(), torch.get_num_threads(), _DTYPES[query.dtype], _DTYPES[problem.output_dtype],
+            B, M, key.shape[1], G, H, K, value.shape[-1],
+            query.data_ptr(), *query.stride(), key.data_ptr(), *key.stride(), value.data_ptr(), *value.stride(),
+            _pointer(lo), _pointer(self.hi), _pointer(self.diagonal),
+            1 if lo is None else lo.shape[0], 1 if lo is None else lo.shape[1],
+            _pointer(self.sequence), _pointer(sequences),
+            *((0, 0) if sequences is None else sequences.shape), problem.page_size,
+            0 if problem.dense is None else self._dense([(problem.dense, None)]),
+            self._dense(list(zip(problem.biases, grads, strict=True))), len(problem.biases),
+            _pointer(self.slopes), 0 if self.slopes is None else int(self.slopes.shape[0] > 1),
+            _pointer(table), 0 if table is None else table.shape[-1] // 2,
+            _pointer(self.sinks), _pointer(problem.seed),
+            problem.scale, problem.softcap, problem.dropout_p,
+            self.out.data_ptr(), self.lse.data_ptr(),
+            _pointer(grad_out), *(_NO_STRIDES if grad_out is None else grad_out.stride()), _pointer(grad_lse),
+            *(_pointer(x) for x in results),
+            chunks, *folds,
+        ]  # fmt: skip
+
+    def chunks(self, params: list[int | float]) -> int:
+        """How many runs of rows backward is cut into."""
+        return int(library.LIBRARY.saccade_backward_chunks(PARAMS.pack(*params, 0)))  # type: ignore[union-attr]
+
+    def run(self, name: str, params: list[int | float]) -> None:
+        """Forward or backward, with a workspace from torch's allocator."""
+        size = getattr(library.LIBRARY, f"saccade_{name}_plan")(PARAMS.pack(*params, 0))
+        workspace = torch.empty(size + 64, dtype=torch.uint8)
+        start = (workspace.data_ptr() + 63) // 64 * 64
+        getattr(library.LIBRARY, f"saccade_{name}")(PARAMS.pack(*params, start))
