@@ -179,7 +179,7 @@ INLINE void add_weighted_keys(const Plan &plan, const Tile &tile, int s, Span wi
 }
 
 template <class T>
-INLINE void backward_tile(const Plan &plan, Tile &tile, int64_t chunk, float *grad_keys, float *grad_values,
+INLINE void backward_tile(const Plan &plan, int64_t slot, Tile &tile, int64_t chunk, float *grad_keys, float *grad_values,
                           Arena arena) {
     const Params &p = *plan.params;
     Rows<T> queries = take_rows<T>(arena, plan.rows, plan.key_width);
@@ -217,10 +217,9 @@ INLINE void backward_tile(const Plan &plan, Tile &tile, int64_t chunk, float *gr
     load_rows(grads, tile, p.out_dtype, grad_rows, p.grad_out_stride[4], p.V);
     memset(dq, 0, (size_t)(tile.rows * plan.key_width * 4));
 
-    const int64_t index = tile.batch * p.G + tile.group;
-    const T *keys_by_dim = (const T *)(plan.keys_by_dim + index * plan.keys_by_dim_stride);
-    const T *values_by_dim = (const T *)(plan.values_by_dim + index * plan.values_by_dim_stride);
-    const T *key_rows = (const T *)(plan.key_rows + index * plan.key_rows_stride);
+    const T *keys_by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
+    const T *values_by_dim = (const T *)(plan.values_by_dim + slot * plan.values_by_dim_stride);
+    const T *key_rows = (const T *)(plan.key_rows + slot * plan.key_rows_stride);
     const bool odd = plan.odd_keys.load(std::memory_order_relaxed);
     for (int s = 0; s < p.S; s++) {
         int64_t begin, end;
@@ -313,8 +312,8 @@ void finish(const Plan &plan, int64_t b, int64_t g, const float *grad_keys, cons
 }
 
 template <class T>
-void backward(const Plan &plan, int64_t b, int64_t g, int64_t chunk, float *grad_keys, float *grad_values,
-              char *scratch) {
+void backward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chunk, float *grad_keys,
+              float *grad_values, char *scratch) {
     memset(grad_keys, 0, (size_t)(plan.packed_keys * plan.key_width * 4));
     memset(grad_values, 0, (size_t)(plan.packed_keys * plan.value_width * 4));
     Arena arena{scratch};
@@ -322,7 +321,7 @@ void backward(const Plan &plan, int64_t b, int64_t g, int64_t chunk, float *grad
     for (int64_t h = 0; h < plan.head_tiles; h++)
         for (int64_t m = plan.chunk_tiles[chunk]; m < plan.chunk_tiles[chunk + 1]; m++) {
             load_tile(plan, b, g, h, m, tile);
-            backward_tile<T>(plan, tile, chunk, grad_keys, grad_values, arena);
+            backward_tile<T>(plan, slot, tile, chunk, grad_keys, grad_values, arena);
         }
 }
 

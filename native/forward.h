@@ -140,7 +140,8 @@ INLINE void add_weighted_rows(const Plan &plan, const Tile &tile, int s, const S
 }
 
 template <class T>
-void forward(const Plan &plan, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile, char *scratch) {
+void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile,
+             char *scratch) {
     const Params &p = *plan.params;
     Arena arena{scratch};
     Tile &tile = *arena.take<Tile>(1);
@@ -155,9 +156,8 @@ void forward(const Plan &plan, int64_t b, int64_t g, int64_t head_tile, int64_t 
 
     load_queries(plan, tile, queries);
     start_rows(p, tile, out, plan.value_width);
-    const int64_t index = b * p.G + g;
-    const T *by_dim = (const T *)(plan.keys_by_dim + index * plan.keys_by_dim_stride);
-    const T *by_row = (const T *)(plan.value_rows + index * plan.value_rows_stride);
+    const T *by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
+    const T *by_row = (const T *)(plan.value_rows + slot * plan.value_rows_stride);
     const bool odd = plan.odd_values.load(std::memory_order_relaxed);
     for (int s = 0; s < p.S; s++) {
         int64_t begin, end;

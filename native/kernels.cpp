@@ -10,23 +10,24 @@ namespace saccade {
 namespace SACCADE_NAMESPACE {
 namespace {
 
-void pack_either(const Plan &plan, bool with_gradients, int64_t b, int64_t g, int64_t panel) {
+void pack_either(const Plan &plan, bool with_gradients, int64_t slot, int64_t b, int64_t g, int64_t panel) {
     if constexpr (HAS_PAIRS)
-        if (plan.pairs) return pack_keys<uint32_t>(plan, with_gradients, b, g, panel);
-    pack_keys<float>(plan, with_gradients, b, g, panel);
+        if (plan.pairs) return pack_keys<uint32_t>(plan, with_gradients, slot, b, g, panel);
+    pack_keys<float>(plan, with_gradients, slot, b, g, panel);
 }
 
-void forward_either(const Plan &plan, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile, char *scratch) {
+void forward_either(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile,
+                    char *scratch) {
     if constexpr (HAS_PAIRS)
-        if (plan.pairs) return forward<uint32_t>(plan, b, g, head_tile, query_tile, scratch);
-    forward<float>(plan, b, g, head_tile, query_tile, scratch);
+        if (plan.pairs) return forward<uint32_t>(plan, slot, b, g, head_tile, query_tile, scratch);
+    forward<float>(plan, slot, b, g, head_tile, query_tile, scratch);
 }
 
-void backward_either(const Plan &plan, int64_t b, int64_t g, int64_t chunk, float *grad_keys, float *grad_values,
-                     char *scratch) {
+void backward_either(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chunk, float *grad_keys,
+                     float *grad_values, char *scratch) {
     if constexpr (HAS_PAIRS)
-        if (plan.pairs) return backward<uint32_t>(plan, b, g, chunk, grad_keys, grad_values, scratch);
-    backward<float>(plan, b, g, chunk, grad_keys, grad_values, scratch);
+        if (plan.pairs) return backward<uint32_t>(plan, slot, b, g, chunk, grad_keys, grad_values, scratch);
+    backward<float>(plan, slot, b, g, chunk, grad_keys, grad_values, scratch);
 }
 
 }  // namespace

@@ -169,7 +169,7 @@ INLINE int64_t physical_key(const Params &p, int64_t s, int64_t j) {
 }
 
 template <class T>
-void pack_keys(const Plan &plan, bool backward, int64_t b, int64_t g, int64_t panel) {
+void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t g, int64_t panel) {
     const Params &p = *plan.params;
     const int64_t first = panel * PANEL;
     int64_t s = p.sequence || p.RB == 1 ? 0 : b;
@@ -186,13 +186,12 @@ void pack_keys(const Plan &plan, bool backward, int64_t b, int64_t g, int64_t pa
     }
     // In words of T: a panel has PANEL · dims of them, or half as many where they are pairs.
     constexpr int64_t per_word = PER_WORD<T>;
-    const int64_t index = b * p.G + g;
-    T *k_by_dim = (T *)(plan.keys_by_dim + index * plan.keys_by_dim_stride);
-    T *v_by_row = (T *)(plan.value_rows + index * plan.value_rows_stride);
+    T *k_by_dim = (T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
+    T *v_by_row = (T *)(plan.value_rows + slot * plan.value_rows_stride);
     T *k_by_row = nullptr, *v_by_dim = nullptr;
     if (backward) {
-        k_by_row = (T *)(plan.key_rows + index * plan.key_rows_stride) + first / per_word * plan.key_width;
-        v_by_dim = (T *)(plan.values_by_dim + index * plan.values_by_dim_stride) + first * words<T>(p.V);
+        k_by_row = (T *)(plan.key_rows + slot * plan.key_rows_stride) + first / per_word * plan.key_width;
+        v_by_dim = (T *)(plan.values_by_dim + slot * plan.values_by_dim_stride) + first * words<T>(p.V);
     }
     if (pack_panel(p.dtype, k_rows, count, p.K, p.k_stride[3], plan.key_width, k_by_dim + first * words<T>(p.K),
                    k_by_row))

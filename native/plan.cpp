@@ -200,6 +200,17 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
         plan.tile_heads = std::min<int64_t>(p.H, TILE_ROWS / plan.tile_queries);
         plan.splits = 1;
     }
+    // Smaller tiles where the threads would have too few of them.
+    const auto tiles = [&] {
+        return p.B * p.G * ((p.H + plan.tile_heads - 1) / plan.tile_heads) *
+               ((p.M + plan.tile_queries - 1) / plan.tile_queries);
+    };
+    while (!plan.decode && !backward && tiles() < 2 * p.threads && plan.tile_queries * plan.tile_heads > 12) {
+        if (plan.tile_heads > 1)
+            plan.tile_heads = (plan.tile_heads + 1) / 2;
+        else
+            plan.tile_queries = round_up((plan.tile_queries + 1) / 2, 6);
+    }
     plan.rows = plan.tile_queries * plan.tile_heads;
     plan.query_tiles = (p.M + plan.tile_queries - 1) / plan.tile_queries;
     plan.head_tiles = (p.H + plan.tile_heads - 1) / plan.tile_heads;
@@ -207,9 +218,16 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
 
     const int64_t word = plan.pairs ? 2 : 4, rows = plan.rows + 1;
     if (!plan.decode) {
+        // Forward packs as many (batch, group) at a time as stay in cache and keep the threads busy; backward packs
+        // one for each thread, or all where threads share one.
+        const int64_t widths = (round_up(p.K, 2) + plan.value_width) * (backward ? 2 : 1);
+        const int64_t fit = WAVE_BYTES / std::max<int64_t>(plan.packed_keys * widths * word, 1);
+        const int64_t busy = 4 * p.threads / (plan.query_tiles * plan.head_tiles) + 1;
+        plan.slots = std::min(p.B * p.G, std::max({fit, busy, (int64_t)1}));
+        if (backward) plan.slots = p.chunks == 1 ? p.threads : p.B * p.G;
         const auto take = [&](char *&at, int64_t &stride, int64_t width) {
             stride = round_up(plan.packed_keys * width * word, 64);
-            at = plan.part<char>(p.B * p.G * stride);
+            at = plan.part<char>(plan.slots * stride);
         };
         take(plan.keys_by_dim, plan.keys_by_dim_stride, round_up(p.K, 2));
         take(plan.value_rows, plan.value_rows_stride, plan.value_width);
@@ -244,13 +262,6 @@ int64_t worthwhile(const Params &p, const Layout &plan) {
     return work < 2e5 ? 1 : p.threads;
 }
 
-void pack_all(const Params &p, const Layout &plan, const Kernels &kernels, bool backward, int64_t threads) {
-    const int64_t panels = plan.packed_keys / PANEL;
-    share(threads, p.B * p.G * panels, [&](int64_t unit, int64_t) {
-        kernels.pack(plan, backward, unit / panels / p.G, unit / panels % p.G, unit % panels);
-    });
-}
-
 void run_decode(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
     const int64_t tiles = p.B * plan.query_tiles;
     share(threads, tiles * plan.splits, [&](int64_t unit, int64_t thread) {
@@ -266,26 +277,43 @@ void run_decode(const Params &p, const Layout &plan, const Kernels &kernels, int
 }
 
 void run_forward(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
-    pack_all(p, plan, kernels, false, threads);
-    // Largest tiles first: what is left at the end is small.
-    std::vector<int64_t> order(p.RB * plan.query_tiles);
-    for (size_t i = 0; i < order.size(); i++) order[i] = (int64_t)i;
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return plan.area[a] > plan.area[b]; });
-    // All heads of a group in turn, so that they find its keys in the cache.
-    const int64_t shared = p.RB == 1 ? p.B : 1, heads = plan.head_tiles, groups = shared * p.G;
-    const int64_t tiles = (int64_t)order.size();
-    share(threads, groups * tiles * heads, [&](int64_t unit, int64_t thread) {
-        const int64_t head = unit % heads, tile = order[unit / heads % tiles], group = unit / heads / tiles;
-        const int64_t batch = p.RB == 1 ? group / p.G : tile / plan.query_tiles;
-        kernels.forward(plan, batch, group % p.G, head, tile % plan.query_tiles,
-                        plan.scratch + thread * plan.scratch_stride);
-    });
+    struct Unit {
+        int64_t slot, batch, group, tile, area;
+    };
+    const int64_t panels = plan.packed_keys / PANEL, heads = plan.head_tiles;
+    std::vector<Unit> units;
+    for (int64_t first = 0; first < p.B * p.G; first += plan.slots) {
+        const int64_t slots = std::min(plan.slots, p.B * p.G - first);
+        share(threads, slots * panels, [&](int64_t unit, int64_t) {
+            const int64_t slot = unit / panels, index = first + slot;
+            kernels.pack(plan, false, slot, index / p.G, index % p.G, unit % panels);
+        });
+        units.clear();
+        for (int64_t slot = 0; slot < slots; slot++) {
+            const int64_t batch = (first + slot) / p.G, group = (first + slot) % p.G;
+            for (int64_t tile = 0; tile < plan.query_tiles; tile++)
+                units.push_back({slot, batch, group, tile, plan.area[(p.RB == 1 ? 0 : batch) * plan.query_tiles + tile]});
+        }
+        // Largest first: what is left at the end is small.
+        std::stable_sort(units.begin(), units.end(), [](const Unit &a, const Unit &b) { return a.area > b.area; });
+        share(threads, (int64_t)units.size() * heads, [&](int64_t i, int64_t thread) {
+            const Unit &unit = units[i / heads];
+            kernels.forward(plan, unit.slot, unit.batch, unit.group, i % heads, unit.tile,
+                            plan.scratch + thread * plan.scratch_stride);
+        });
+    }
 }
 
 void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
-    pack_all(p, plan, kernels, true, threads);
     const int64_t batches = p.fold_batch ? 1 : p.B, groups = p.fold_groups ? 1 : p.G;
+    const int64_t panels = plan.packed_keys / PANEL;
     const int64_t key_size = plan.packed_keys * plan.key_width, value_size = plan.packed_keys * plan.value_width;
+    const bool alone = p.chunks == 1;  // a thread has a (batch, group) to itself
+    if (!alone)
+        share(threads, p.B * p.G * panels, [&](int64_t unit, int64_t) {
+            const int64_t slot = unit / panels;
+            kernels.pack(plan, true, slot, slot / p.G, slot % p.G, unit % panels);
+        });
     std::vector<int64_t> order(batches), cost(batches, 0);
     for (int64_t b = 0; b < batches; b++) {
         order[b] = b;
@@ -297,14 +325,16 @@ void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, i
         const int64_t chunk = unit % p.chunks, b0 = order[unit / p.chunks / groups], g0 = unit / p.chunks % groups;
         for (int64_t b = p.fold_batch ? 0 : b0; b < (p.fold_batch ? p.B : b0 + 1); b++)
             for (int64_t g = p.fold_groups ? 0 : g0; g < (p.fold_groups ? p.G : g0 + 1); g++) {
-                const int64_t sums = p.chunks == 1 ? thread : (b * p.G + g) * p.chunks + chunk;
+                const int64_t slot = alone ? thread : b * p.G + g, sums = alone ? thread : slot * p.chunks + chunk;
+                if (alone)
+                    for (int64_t panel = 0; panel < panels; panel++) kernels.pack(plan, true, slot, b, g, panel);
                 float *grad_keys = plan.grad_keys + sums * key_size, *grad_values = plan.grad_values + sums * value_size;
-                kernels.backward(plan, b, g, chunk, grad_keys, grad_values,
+                kernels.backward(plan, slot, b, g, chunk, grad_keys, grad_values,
                                  plan.scratch + thread * plan.scratch_stride);
-                if (p.chunks == 1) kernels.finish(plan, b, g, grad_keys, grad_values, 1, 0, 0);
+                if (alone) kernels.finish(plan, b, g, grad_keys, grad_values, 1, 0, 0);
             }
     });
-    if (p.chunks == 1) return;
+    if (alone) return;
     share(threads, p.B * p.G, [&](int64_t unit, int64_t) {
         const int64_t first = unit * p.chunks;
         kernels.finish(plan, unit / p.G, unit % p.G, plan.grad_keys + first * key_size,

@@ -14,6 +14,7 @@ namespace saccade {
 constexpr int PANEL = 64;         // keys packed side by side
 constexpr int TILE_ROWS = 96;     // most rows (a query of a head each) of a tile; a multiple of 6 and of 2
 constexpr int BLOCK_KEYS = 256;   // most keys whose scores a tile holds; a multiple of PANEL
+constexpr int64_t WAVE_BYTES = 8 << 20;  // packed keys held at a time, so that they stay in cache
 constexpr int RANGES = 4;         // most ranges of a row
 constexpr int SPLIT_KEYS = 1024;  // keys of one unit of work when few queries read many keys
 
@@ -39,10 +40,11 @@ struct Plan {
     const Segment *segments;         // one for each batch entry, or sequence
     int64_t segment_count;
     const int64_t *chunk_tiles;  // backward: chunks + 1 boundaries of query tiles
-    // Packed keys and values of (batch, group), the last two for backward only; strides in bytes.
+    // Packed keys and values of one (batch, group) in each slot, the last two for backward only; strides in bytes.
+    int64_t slots;
     char *keys_by_dim, *value_rows, *key_rows, *values_by_dim;
     int64_t keys_by_dim_stride, value_rows_stride, key_rows_stride, values_by_dim_stride;
-    float *grad_keys, *grad_values;  // fp32 sums: for each thread, or for each (chunk, batch, group)
+    float *grad_keys, *grad_values;  // fp32 sums: for each thread, or for each (batch, group, chunk)
     float *partial;                  // decoding: [b, query tile, split, g, rows, value_width + 2]
     char *scratch;                   // of all threads
     int64_t scratch_stride;
@@ -62,12 +64,13 @@ struct Tile {
 };
 
 struct Kernels {
-    void (*pack)(const Plan &, bool backward, int64_t batch, int64_t group, int64_t panel);
-    void (*forward)(const Plan &, int64_t batch, int64_t group, int64_t head_tile, int64_t query_tile, char *scratch);
+    void (*pack)(const Plan &, bool backward, int64_t slot, int64_t batch, int64_t group, int64_t panel);
+    void (*forward)(const Plan &, int64_t slot, int64_t batch, int64_t group, int64_t head_tile, int64_t query_tile,
+                    char *scratch);
     void (*decode)(const Plan &, int64_t batch, int64_t query_tile, int64_t split, char *scratch);
     void (*combine)(const Plan &, int64_t batch, int64_t query_tile, char *scratch);
-    void (*backward)(const Plan &, int64_t batch, int64_t group, int64_t chunk, float *grad_keys, float *grad_values,
-                     char *scratch);
+    void (*backward)(const Plan &, int64_t slot, int64_t batch, int64_t group, int64_t chunk, float *grad_keys,
+                     float *grad_values, char *scratch);
     void (*finish)(const Plan &, int64_t batch, int64_t group, const float *grad_keys, const float *grad_values,
                    int64_t sums, int64_t key_stride, int64_t value_stride);
     bool has_pairs;
