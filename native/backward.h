@@ -199,6 +199,11 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, Tile &tile, int64_t ch
     for (int r = 0; r < tile.rows; r++) {
         query_rows[r] = query_row(p, tile, r);
         grad_rows[r] = grad_row(p, tile, r);
+        if (r + ROWS_AHEAD < tile.rows) {
+            fetch(query_row(p, tile, r + ROWS_AHEAD), p.K * size_of(p.dtype));
+            fetch(grad_row(p, tile, r + ROWS_AHEAD), p.V * size_of(p.out_dtype));
+            fetch(p.out + out_row(p, tile, r + ROWS_AHEAD) * p.V * size_of(p.out_dtype), p.V * size_of(p.out_dtype));
+        }
         const int64_t at = lse_row(p, tile, r);
         tile.lse[r] = p.lse[at] == -INF ? INF : p.lse[at] * LOG2E;
         alignas(64) float out[WIDEST], grad[WIDEST];

@@ -87,6 +87,7 @@ template <class T>
 INLINE void load_queries(const Plan &plan, const Tile &tile, T *queries) {
     const Params &p = *plan.params;
     for (int r = 0; r < tile.rows; r++) {
+        if (r + ROWS_AHEAD < tile.rows) fetch(query_row(p, tile, r + ROWS_AHEAD), p.K * size_of(p.dtype));
         if constexpr (PER_WORD<T> == 1)
             pack_row(p.dtype, query_row(p, tile, r), p.q_stride[4], p.K, plan.key_width,
                      queries + r * plan.key_width);
