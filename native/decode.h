@@ -8,7 +8,13 @@ namespace saccade {
 namespace SACCADE_NAMESPACE {
 namespace {
 
-constexpr int AHEAD = 8;  // keys that are fetched before they are needed
+constexpr int DECODE_KEYS = PANEL;  // keys of a block; the next block is fetched meanwhile
+
+// Rows of keys and values of a block for one group, and what to fetch for the next block.
+struct Block {
+    const char *keys[DECODE_KEYS], *values[DECODE_KEYS];
+    const char *next_keys[DECODE_KEYS], *next_values[DECODE_KEYS];
+};
 
 // How a row of keys or values is read: float, fp16, bf16 one by one, or bf16 in pairs.
 template <int KIND>
@@ -32,18 +38,21 @@ struct Row<PAIRS> {
 };
 
 template <int R, int KIND>
-void dots(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width, const char *const *keys,
-          const char *const *values, int64_t value_bytes, int begin, int end, float *scores) {
+void dots(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width, const Block &block,
+          int64_t value_bytes, bool fetch_next, int begin, int end, float *scores) {
     typedef Row<KIND> Kind;
     const int64_t key_bytes = dims * (KIND == F32 ? 4 : 2);
     for (int n = begin; n < end; n++) {
-        for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(keys[n + AHEAD] + i, 0, 3);
-        for (int64_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(values[n + AHEAD] + i, 0, 2);
+        // Into the second level of cache: the first cannot have so much under way.
+        if (fetch_next) {
+            for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(block.next_keys[n] + i, 0, 2);
+            for (int64_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(block.next_values[n] + i, 0, 2);
+        }
         vf acc[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) acc[r] = vf{};
         for (int64_t i = 0; i < dims; i += Kind::STEP) {
-            const auto key = Kind::read(keys[n], i);
+            const auto key = Kind::read(block.keys[n], i);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
                 acc[r] = multiply_add(acc[r], Kind::query(queries + r * width, i), key);
@@ -59,32 +68,44 @@ INLINE void weigh_columns(const float *weights, const char *const *values, int64
     vf acc[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) acc[r][c] = load(out + r * width + column + c * W);
     for (int n = begin; n < end; n++) {
         vf value[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) value[c] = Row<KIND>::read(values[n], column + c * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const vf weight = all(weights[r * BLOCK_KEYS + n]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < C; c++) acc[r][c] += weight * value[c];
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) store(out + r * width + column + c * W, acc[r][c]);
 }
 
+// Whole rows of values at a time, as they lie in memory; accumulators: two rows of eight vectors.
 template <int R, int KIND>
 void weigh(int64_t dims, const float *weights, const char *const *values, int begin, int end, float *out,
            int64_t width) {
-    int64_t v = 0;
-    for (; v + COLUMNS * W <= dims; v += COLUMNS * W)
-        weigh_columns<R, COLUMNS, KIND>(weights, values, v, begin, end, out, width);
-    for (; v < dims; v += W) weigh_columns<R, 1, KIND>(weights, values, v, begin, end, out, width);
+    constexpr int WIDE = 2 * COLUMNS, PAIR = R > 1 ? 2 : 1;
+    for (int r = 0; r < R; r += PAIR) {
+        int64_t v = 0;
+        const float *weight = weights + r * BLOCK_KEYS;
+        float *to = out + r * width;
+        if (r + PAIR <= R) {
+            for (; v + WIDE * W <= dims; v += WIDE * W)
+                weigh_columns<PAIR, WIDE, KIND>(weight, values, v, begin, end, to, width);
+            for (; v < dims; v += W) weigh_columns<PAIR, 1, KIND>(weight, values, v, begin, end, to, width);
+        } else {
+            for (; v + WIDE * W <= dims; v += WIDE * W)
+                weigh_columns<1, WIDE, KIND>(weight, values, v, begin, end, to, width);
+            for (; v < dims; v += W) weigh_columns<1, 1, KIND>(weight, values, v, begin, end, to, width);
+        }
+    }
 }
 
 #define SACCADE_BY_ROWS(rows, call)  \
@@ -107,7 +128,7 @@ void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split,
     float *out = arena.take<float>(p.G * plan.rows * plan.value_width);
     float *scores = arena.take<float>(plan.rows * BLOCK_KEYS);
     float *keep = arena.take<float>(BLOCK_KEYS);
-    const char *keys[BLOCK_KEYS + AHEAD], *values[BLOCK_KEYS + AHEAD];
+    Block block;
     const int64_t first_key = plan.first_key + split * SPLIT_KEYS, last_key = first_key + SPLIT_KEYS;
     const int64_t size = size_of(p.dtype), query_width = plan.key_width / PER_WORD<T>;
     for (int64_t g = 0; g < p.G; g++) {
@@ -122,17 +143,31 @@ void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split,
         tile_span(tiles[0], s, begin, end);
         begin = most(begin / PANEL * PANEL, first_key);
         end = least(end, last_key);
-        for (int64_t first = begin; first < end; first += BLOCK_KEYS) {
-            const int64_t last = least(first + BLOCK_KEYS, end);
+        // Blocks are fetched in the order in which they lie in memory, whichever of keys and groups is the outer one.
+        const bool keys_outer = p.k_stride[1] > p.k_stride[2];
+        for (int64_t first = begin; first < end; first += DECODE_KEYS) {
+            const int64_t last = least(first + DECODE_KEYS, end);
             for (int64_t g = 0; g < p.G; g++) {
                 Tile &tile = tiles[g];
                 float *out_g = out + g * plan.rows * plan.value_width;
                 const int64_t sequence = p.sequence ? p.sequence[tile.query[0]] : 0;
-                for (int64_t n = 0; n < last - first + AHEAD; n++) {
-                    const int64_t row = physical_key(p, sequence, least(first + n, last - 1));
-                    keys[n] = p.k + (b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2]) * size;
-                    values[n] = p.v + (b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2]) * size;
+                const auto key = [&](int64_t row, int64_t group) {
+                    return p.k + (b * p.k_stride[0] + row * p.k_stride[1] + group * p.k_stride[2]) * size;
+                };
+                const auto value = [&](int64_t row, int64_t group) {
+                    return p.v + (b * p.v_stride[0] + row * p.v_stride[1] + group * p.v_stride[2]) * size;
+                };
+                for (int64_t n = 0; n < last - first; n++) {
+                    const int64_t row = physical_key(p, sequence, first + n);
+                    block.keys[n] = key(row, g);
+                    block.values[n] = value(row, g);
+                    const int64_t at = g * DECODE_KEYS + n;
+                    const int64_t ahead = first + DECODE_KEYS + (keys_outer ? at / p.G : n);
+                    const int64_t next = physical_key(p, sequence, least(ahead, end - 1));
+                    block.next_keys[n] = key(next, keys_outer ? at % p.G : g);
+                    block.next_values[n] = value(next, keys_outer ? at % p.G : g);
                 }
+                const bool fetch_next = first + DECODE_KEYS < end;
                 for (int r0 = 0; r0 < tile.rows; r0 += ROWS) {
                     const int rows = least(ROWS, tile.rows - r0);
                     Span all{BLOCK_KEYS, 0}, span;
@@ -145,8 +180,8 @@ void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split,
                     }
                     if (all.begin >= all.end) continue;
 #define SACCADE_DOTS(R)                                                                                              \
-    dots<R, KIND>(p.K, queries + (g * plan.rows + r0) * query_width, query_width, keys, values, p.V *size, all.begin, \
-                  all.end, scores + r0 * BLOCK_KEYS)
+    dots<R, KIND>(p.K, queries + (g * plan.rows + r0) * query_width, query_width, block, p.V *size,          \
+                  fetch_next && r0 == 0, all.begin, all.end, scores + r0 * BLOCK_KEYS)
                     SACCADE_BY_ROWS(rows, SACCADE_DOTS)
                     for (int r = r0; r < r0 + rows; r++) {
                         span = row_span(tile, s, r, first, last);
@@ -154,11 +189,11 @@ void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split,
                         float *score = scores + r * BLOCK_KEYS, *out_r = out_g + r * plan.value_width;
                         soften_row(plan, tile, s, r, first, span, span, score, score, out_r, keep);
                         // What one row may not see must not reach it, not even times zero.
-                        if (!alike) weigh<1, VALUES>(p.V, score, values, span.begin, span.end, out_r, plan.value_width);
+                        if (!alike) weigh<1, VALUES>(p.V, score, block.values, span.begin, span.end, out_r, plan.value_width);
                     }
                     if (!alike) continue;
 #define SACCADE_WEIGH(R)                                                                             \
-    weigh<R, VALUES>(p.V, scores + r0 * BLOCK_KEYS, values, all.begin, all.end, out_g + r0 * plan.value_width, \
+    weigh<R, VALUES>(p.V, scores + r0 * BLOCK_KEYS, block.values, all.begin, all.end, out_g + r0 * plan.value_width, \
                      plan.value_width)
                     SACCADE_BY_ROWS(rows, SACCADE_WEIGH)
                 }
