@@ -169,6 +169,16 @@ def test_rope_padded_rescales_low_frequencies_as_llama():
         assert float(angle) == pytest.approx(math.remainder(3 * frequency, 2 * math.pi), abs=1e-6)
 
 
+def test_rope_padded_of_fp64_is_fp64():
+    bias = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1], 8, [8])
+    x, cache = random(1, 1, 2, 4), random(1, 8, 2, 4)
+    got = xops.rope_padded(x, x, x, cache, cache.clone(), bias, adjacents=False)
+    angle = 7 * torch.tensor([1.0, 0.01], dtype=torch.float64)
+    a, b = x.chunk(2, -1)
+    want = torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+    torch.testing.assert_close(got, want, **exact)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

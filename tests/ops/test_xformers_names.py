@@ -84,6 +84,11 @@ def test_what_is_left_out_says_so(module, name):
         getattr(found, name)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = found.nonsense
+    # An import statement drops the message of an AttributeError.
+    with pytest.raises(ImportError, match=rf"{module}\.{name} is left out of saccade: ."):
+        exec(f"from {module} import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        exec(f"from {module} import nonsense")
 
 
 def test_the_table_in_the_docs_is_current():

@@ -47,7 +47,7 @@ def rope_padded(
         out_q: where to write the result instead of a new tensor.
         first_seqpos: int `[sequences]`; seqpos: int `[T]`, the positions themselves.
         adjacents: whether component pairs are (2i, 2i + 1) or (i, i + K/2).
-        internal_dtype: "", "f32" or "f64", of the angles; the turning is fp32 always.
+        internal_dtype: "", "f32" or "f64", of the angles; the turning is fp32 (fp64 for fp64 queries).
 
     Returns:
         The turned queries, in xq's shape and dtype.
@@ -68,7 +68,8 @@ def rope_padded(
             lengths = attn_bias.q_seqinfo.runs()[1].long()
             seqpos = seqpos + torch.repeat_interleave(first_seqpos.to(lengths.device), lengths, output_size=T)
 
-    dtype = torch.float64 if internal_dtype == "f64" else torch.float32
+    wide = xq.dtype == torch.float64
+    dtype = torch.float64 if wide or internal_dtype == "f64" else torch.float32
     pair = torch.arange(0, xq.shape[-1], 2, device=xq.device, dtype=dtype)
     frequency = theta ** (-pair / xq.shape[-1]) / linear_scale
     if use_dynamic_scaling:
@@ -80,7 +81,9 @@ def rope_padded(
             dynamic_high_freq_factor,
         )
     angles = seqpos.to(dtype)[:, None] * frequency
-    table = angles.cos().float(), angles.sin().float()
+    table = angles.cos(), angles.sin()
+    if not wide:
+        table = table[0].float(), table[1].float()
     _write(cache_k, slot, rotate(xk, table, adjacents))
     _write(cache_v, slot, xv)
     turned = rotate(xq, table, adjacents)

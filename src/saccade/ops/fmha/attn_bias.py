@@ -7,7 +7,7 @@ A query sees only keys of its own block. `support.py` makes the table in the doc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -372,7 +372,10 @@ class BlockDiagonalPaddedKeysMask(_Blocks):
         """The same lengths, with the keys in pages; `paged_type` says which paged mask."""
         padding = block_tables.shape[1] * page_size
         q, k = _padded(self.q_seqinfo.runs()[1], padding, self.k_seqinfo.seqlen, self.q_seqinfo.seqstart.device)
-        return paged_type(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size)
+        # A window goes along where the paged mask has one.
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(paged_type)} - {"q_seqinfo", "k_seqinfo"}
+        more = {name: getattr(self, name) for name in shared}
+        return paged_type(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size, **more)
 
     def make_local_attention(self, window_left: int, window_right: int) -> BlockDiagonalLocalAttentionPaddedKeysMask:
         return BlockDiagonalLocalAttentionPaddedKeysMask(self.q_seqinfo, self.k_seqinfo, window_left, window_right)
