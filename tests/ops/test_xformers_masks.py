@@ -98,6 +98,25 @@ def test_a_tensor_bias_goes_with_every_mask_and_learns(cls, data):
         torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("cls", [c for c in KINDS if not issubclass(c, masks._PagedBlocks)], ids=lambda c: c.__name__)
+@some
+@given(data=st.data())
+def test_a_bool_tensor_hides_keys_with_every_mask(cls, data):
+    instance = data.draw(instances(cls))
+    mask, M, N, visible = instance.mask, instance.M, instance.N, instance.visible
+    torch.manual_seed(M + 10 * N)
+    q, k, v, bias = random(1, M, 2, 3), random(1, N, 2, 3), random(1, N, 2, 3), random(1, 2, M, N)
+    keep = torch.rand(2, 1, N) < 0.7
+    want, _ = dense_attention(q, k, v, visible & keep, bias)
+    # In either order with a floating one, and 5-D too.
+    for both in (mask.add_bias(keep).add_bias(bias), mask.add_bias(bias).add_bias(keep[:, 0, :].unsqueeze(1))):
+        torch.testing.assert_close(fmha.memory_efficient_attention(q, k, v, both), want, rtol=1e-12, atol=1e-12)
+        dense = torch.zeros(1, 2, M, N).masked_fill(~(visible & keep), -torch.inf) + bias.float()
+        assert torch.equal(both.materialize((1, 2, M, N)), dense)
+    grouped = fmha.memory_efficient_attention(*(x.unsqueeze(2) for x in (q, k, v)), mask.add_bias(keep))
+    torch.testing.assert_close(grouped[:, :, 0], dense_attention(q, k, v, visible & keep)[0], rtol=1e-12, atol=1e-12)
+
+
 def test_a_tensor_bias_on_paged_keys_counts_logical_keys():
     table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
     paged = masks.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([2, 1], [4, 3], table, 2)

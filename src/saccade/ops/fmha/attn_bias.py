@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar, cast
+from functools import reduce
+from operator import add, and_
+from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,9 +31,20 @@ class AttentionBias(ByValue):
         raise NotImplementedError(f"{type(self).__name__} defines no mask")
 
     @property
+    def terms(self) -> tuple[Tensor | Bias, ...]:
+        """What `add_bias` gave it besides."""
+        return ()
+
+    @property
     def added(self) -> Tensor | Bias | None:
-        """What is added to the scores besides: a tensor, `saccade.Alibi` or `saccade.RelativeBias`."""
-        return None
+        """The sum of the terms that are added to the scores, or None."""
+        floating = [term for term in self.terms if not _is_bool(term)]
+        return reduce(add, floating) if floating else None
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Where all bool terms are true, or None."""
+        return reduce(and_, found) if (found := [term for term in self.terms if _is_bool(term)]) else None
 
     @property
     def device(self) -> torch.device | None:
@@ -47,12 +60,23 @@ class AttentionBias(ByValue):
     ) -> Tensor:
         """A dense tensor of `shape` `[..., M, N]`: 0 where visible, −inf elsewhere; true and false for `torch.bool`."""
         visible = self.lower(1, shape[-2], shape[-1], device).materialize(shape[-1])[0].expand(*shape)
+        if self.visible is not None:
+            visible = visible & self.visible.to(device)
+        added = self.added
+        if added is not None and (not isinstance(added, Tensor) or dtype == torch.bool):
+            raise ValueError(
+                f"materialize: got {type(added).__name__} as {dtype}, want a tensor bias and a float dtype"
+            )
         if dtype == torch.bool:
             return visible.clone()
-        return torch.zeros(*shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+        dense = torch.zeros(*shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+        return dense if added is None else dense + added.to(dense)
 
     def add_bias(self, bias: Tensor | Bias) -> AttentionBias:
-        """The same mask and a bias on the scores: a broadcastable tensor, `saccade.Alibi` or `saccade.RelativeBias`."""
+        """The same mask and a bias on the scores: a broadcastable tensor, `saccade.Alibi` or `saccade.RelativeBias`.
+
+        A bool tensor hides keys: true = visible.
+        """
         return MaskWithBias(self, bias)
 
     def to(self, device: torch.device | str) -> AttentionBias:
@@ -74,8 +98,8 @@ class MaskWithBias(AttentionBias):
         return self.mask.product()
 
     @property
-    def added(self) -> Tensor | Bias | None:
-        return self.bias if self.mask.added is None else self.mask.added + self.bias
+    def terms(self) -> tuple[Tensor | Bias, ...]:
+        return (*self.mask.terms, self.bias)
 
     @property
     def device(self) -> torch.device | None:
@@ -83,11 +107,6 @@ class MaskWithBias(AttentionBias):
 
     def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
         return self.mask.lower(batch, M, N, device)
-
-    def materialize(
-        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        return _with_tensor(self.mask.materialize(shape, dtype, device), self.bias)
 
     def to(self, device: torch.device | str) -> AttentionBias:
         bias = self.bias.to(device) if isinstance(self.bias, Tensor) else self.bias
@@ -122,16 +141,11 @@ class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
         self._bias = bias
 
     @property
-    def added(self) -> Tensor | Bias | None:
-        return self._bias
-
-    def materialize(
-        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        return _with_tensor(super().materialize(shape, dtype, device), self._bias)
+    def terms(self) -> tuple[Tensor | Bias, ...]:
+        return (self._bias,)
 
     def add_bias(self, bias: Tensor | Bias) -> AttentionBias:
-        return LowerTriangularMaskWithTensorBias(self._bias + bias)
+        return MaskWithBias(self, bias)
 
     def to(self, device: torch.device | str) -> AttentionBias:
         return type(self)(self._bias.to(device)) if isinstance(self._bias, Tensor) else self
@@ -630,12 +644,8 @@ VARLEN_BIASES = (
 )
 
 
-def _with_tensor(dense: Tensor, bias: Tensor | Bias) -> Tensor:
-    if not isinstance(bias, Tensor) or dense.dtype == torch.bool:
-        raise ValueError(
-            f"materialize: got {type(bias).__name__} as {dense.dtype}, want a tensor bias and a float dtype"
-        )
-    return dense + bias.to(dense)
+def _is_bool(term: Tensor | Bias) -> TypeGuard[Tensor]:
+    return isinstance(term, Tensor) and term.dtype == torch.bool
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:

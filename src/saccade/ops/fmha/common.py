@@ -135,6 +135,8 @@ class Inputs:
             if given.device not in (None, self.device):
                 raise ValueError(f"attn_bias: got a mask on {given.device}, want {self.device} as query (mask.to(...))")
             ranges = given.lower(self.query.shape[0], self.query.shape[1], self.key.shape[1], self.device)
+            if given.visible is not None:
+                ranges = replace(ranges, dense=self._for_heads(given.visible))
             added = given.added
             return ranges, self._for_heads(added) if isinstance(added, Tensor) else added
         if isinstance(given, Tensor):
