@@ -88,6 +88,35 @@ AttentionMask = AttentionBias
 
 
 @dataclass(eq=False)
+class _Window:
+    """The two-sided window that some masks share, counted from the bottom right."""
+
+    window_left: int
+    window_right: int
+
+    def __post_init__(self) -> None:
+        for name in ("window_left", "window_right"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 0")
+
+    def visibility(self) -> Mask:
+        return Window(self.window_left, self.window_right, "bottom_right")
+
+
+@dataclass(eq=False)
+class _CausalWindow:
+    """The causal window that some masks share, counted from the bottom right."""
+
+    _window_size: int
+
+    def __post_init__(self) -> None:
+        _positive("window_size", self._window_size)
+
+    def visibility(self) -> Mask:
+        return BOTTOM_RIGHT & Window(self._window_size - 1)
+
+
+@dataclass(eq=False)
 class MaskWithBias(AttentionBias):
     """Any mask and a bias; what `add_bias` makes. (xFormers has it for `LowerTriangularMask` only.)"""
 
@@ -163,30 +192,19 @@ class LowerTriangularFromBottomRightMask(AttentionBias):
 
 
 @dataclass(eq=False)
-class LowerTriangularFromBottomRightLocalAttentionMask(LowerTriangularFromBottomRightMask):
+class LowerTriangularFromBottomRightLocalAttentionMask(_CausalWindow, LowerTriangularFromBottomRightMask):
     """i + s − w < j ≤ i + s"""
 
-    _window_size: int
-
-    def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
-
     def product(self) -> Mask:
-        return BOTTOM_RIGHT & Window(self._window_size - 1)
+        return self.visibility()
 
 
 @dataclass(eq=False)
-class LocalAttentionFromBottomRightMask(AttentionBias):
+class LocalAttentionFromBottomRightMask(_Window, AttentionBias):
     """i + s − wl ≤ j ≤ i + s + wr"""
 
-    window_left: int
-    window_right: int
-
-    def __post_init__(self) -> None:
-        _both_sides(self)
-
     def product(self) -> Mask:
-        return Window(self.window_left, self.window_right, "bottom_right")
+        return self.visibility()
 
 
 # Many blocks: queries packed, keys packed, padded, gappy or paged.
@@ -406,17 +424,8 @@ class BlockDiagonalCausalWithOffsetPaddedKeysMask(BlockDiagonalPaddedKeysMask):
 
 
 @dataclass(eq=False)
-class BlockDiagonalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+class BlockDiagonalLocalAttentionPaddedKeysMask(_Window, BlockDiagonalPaddedKeysMask):
     """i + s − wl ≤ j ≤ i + s + wr, keys in slots of `padding`"""
-
-    window_left: int
-    window_right: int
-
-    def __post_init__(self) -> None:
-        _both_sides(self)
-
-    def visibility(self) -> Mask | None:
-        return Window(self.window_left, self.window_right, "bottom_right")
 
     @classmethod
     def from_seqlens_local(
@@ -433,16 +442,8 @@ class BlockDiagonalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
 
 
 @dataclass(eq=False)
-class BlockDiagonalCausalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+class BlockDiagonalCausalLocalAttentionPaddedKeysMask(_CausalWindow, BlockDiagonalPaddedKeysMask):
     """i + s − w < j ≤ i + s, keys in slots of `padding`"""
-
-    _window_size: int
-
-    def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
-
-    def visibility(self) -> Mask | None:
-        return BOTTOM_RIGHT & Window(self._window_size - 1)
 
     @classmethod
     def from_seqlens_local(
@@ -489,17 +490,8 @@ class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
 
 
 @dataclass(eq=False)
-class BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask(BlockDiagonalGappyKeysMask):
+class BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask(_Window, BlockDiagonalGappyKeysMask):
     """i + s − wl ≤ j ≤ i + s + wr, keys of a block at any place, even shared"""
-
-    window_left: int
-    window_right: int
-
-    def __post_init__(self) -> None:
-        _both_sides(self)
-
-    def visibility(self) -> Mask | None:
-        return Window(self.window_left, self.window_right, "bottom_right")
 
     @classmethod
     def from_seqlens_local_gappy(
@@ -562,17 +554,10 @@ class PagedBlockDiagonalCausalWithOffsetPaddedKeysMask(PagedBlockDiagonalPaddedK
 
 
 @dataclass(eq=False)
-class PagedBlockDiagonalCausalLocalPaddedKeysMask(PagedBlockDiagonalPaddedKeysMask):
+class PagedBlockDiagonalCausalLocalPaddedKeysMask(_CausalWindow, PagedBlockDiagonalPaddedKeysMask):
     """i + s − w < j ≤ i + s, keys in pages"""
 
     _UNPAGED_TYPE = BlockDiagonalCausalLocalAttentionPaddedKeysMask
-    _window_size: int
-
-    def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
-
-    def visibility(self) -> Mask | None:
-        return BOTTOM_RIGHT & Window(self._window_size - 1)
 
     @classmethod
     def from_seqlens_local(
@@ -700,9 +685,3 @@ def _holds(name: str, info: _SeqLenInfo, size: int) -> None:
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name}: got {value}, want at least 1")
-
-
-def _both_sides(mask: Any) -> None:
-    for name in ("window_left", "window_right"):
-        if getattr(mask, name) < 0:
-            raise ValueError(f"{name}: got {getattr(mask, name)}, want at least 0")
