@@ -55,6 +55,11 @@ def rope_padded(
     T = xq.shape[1]
     if xq.dim() not in (4, 5) or xq.shape[0] != 1:
         raise ValueError(f"xq: got shape {list(xq.shape)}, want [1, T, H, K] or [1, T, G, H, K]")
+    if not isinstance(attn_bias, BlockDiagonalCausalWithOffsetPaddedKeysMask):
+        raise ValueError(
+            f"attn_bias: got {type(attn_bias).__name__}, want BlockDiagonalCausalWithOffsetPaddedKeysMask, whose slots "
+            "say where the new keys go"
+        )
     if first_seqpos is not None and seqpos is not None:
         raise ValueError("seqpos: got first_seqpos too, want at most one of them")
     if internal_dtype not in ("", "f32", "f64"):
