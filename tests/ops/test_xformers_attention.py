@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,18 +66,43 @@ def test_heads_are_shared_without_expand():
         torch.testing.assert_close(a, b, **exact)
 
 
-def test_packed_masks_on_a_batch():
-    mask = masks.BlockDiagonalMask.from_seqlens([2, 3]).make_causal()
-    x = random(3, 5, 2, 4)
+@pytest.mark.parametrize(
+    "shapes", [((6, 1), (6, 6)), ((6, 2), (6, 1)), ((2, 3), (1, 1), (1, 1)), ((2, 3), (1, 3), (2, 1))]
+)
+def test_a_size_of_one_among_the_heads_is_shared(shapes):
+    """Key and value may differ in it; for 5-D queries groups may be shared as well as heads."""
+    query, *others = shapes if len(shapes) == 3 else ((6,), *((h,) for h in shapes[0]))
+    key, value = others if len(shapes) == 3 else [(h,) for h in shapes[1]]
+    q, k, v = random(1, 4, *query, 3), random(1, 5, *key, 3), random(1, 5, *value, 2)
+    shared_in, expanded_in = leaves(q, k, v), leaves(q, k, v)
+    got = mea(*shared_in)
+    want = mea(expanded_in[0], *(x.expand(*x.shape[:2], *query, -1).clone() for x in expanded_in[1:]))
+    torch.testing.assert_close(got, want, **exact)
+    cotangent = torch.randn_like(got)
+    grads = (torch.autograd.grad(out, ins, cotangent) for out, ins in ((got, shared_in), (want, expanded_in)))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, **exact)
+
+
+@pytest.mark.parametrize("op", [fmha.flash.FwOp, fmha.cutlass.FwOp])
+def test_packed_masks_on_a_batch(op):
+    mask = masks.BlockDiagonalMask.from_seqlens([2, 1, 2]).make_causal()
+    (x,) = leaves(random(3, 5, 2, 4))  # as many entries as sequences: lse must not be taken for CUTLASS's form
     got = mea(x, x, x, mask)
     for b in range(3):
         torch.testing.assert_close(got[b : b + 1], mea(x[b : b + 1], x[b : b + 1], x[b : b + 1], mask), **exact)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(x, x, x, mask, op=op)
+    grad = torch.randn_like(out)
+    low = fmha.memory_efficient_attention_backward(grad, out, lse, x, x, x, mask)
+    torch.testing.assert_close(sum(low), torch.autograd.grad(got, x, grad)[0], **exact)
 
 
 def test_scale_and_positional_order():
     q, k, v = random(1, 3, 1, 4), random(1, 3, 1, 4), random(1, 3, 1, 4)
     want, _ = dense_attention(q, k, v, everything(3, 3).tril(), scale=0.3)
     torch.testing.assert_close(mea(q, k, v, TRIANGLE, 0.0, 0.3), want, **exact)
+    for scale in (np.float64(0.3), torch.tensor(0.3, dtype=torch.float64)):
+        assert torch.equal(mea(q, k, v, TRIANGLE, 0.0, scale), mea(q, k, v, TRIANGLE, 0.0, 0.3))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (1, 0, 5), (1, 3, 0)])
@@ -218,11 +244,37 @@ def test_low_level_dropout_drops_the_same_backward():
         fmha.memory_efficient_attention_backward(grad, out, lse.clone(), q, k, v, TRIANGLE, 0.4)
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.5])
+@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])
 def test_no_probability(p):
     x = random(1, 2, 1, 2)
     with pytest.raises(ValueError, match=r"p: got"):
         mea(x, x, x, p=p)
+    with pytest.raises(ValueError, match=r"p: got"):
+        fmha.memory_efficient_attention_backward(x, x, x[..., 0], x, x, x, p=p)
+
+
+def test_everything_dropped_is_zero():
+    """p = 1 is a probability too: as in torch's dropout the output is 0, whatever the values hold; lse stays."""
+    q, k, v = leaves(random(1, 3, 2, 4), random(1, 3, 2, 4), random(1, 3, 2, 4).fill_(math.nan))
+    out = mea(q, k, v, TRIANGLE, 1.0)
+    assert torch.equal(out, torch.zeros_like(out))
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in grads)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, TRIANGLE, 1.0)
+    assert torch.equal(lse, fmha.memory_efficient_attention_forward_requires_grad(q, k, k, TRIANGLE)[1])
+    low = fmha.memory_efficient_attention_backward(torch.ones_like(out), out, lse, q, k, v, TRIANGLE, 1.0)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in low)
+
+
+def test_asking_and_backward_draw_no_random_numbers():
+    x = random(1, 3, 2, 4)
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(x, x, x, p=0.3)
+    state = torch.get_rng_state()
+    assert fmha.flash.FwOp.supports(fmha.Inputs(x, x, x, p=0.3))
+    fmha.memory_efficient_attention_backward(x, out, lse, x, x, x, p=0.3)
+    assert torch.equal(torch.get_rng_state(), state)
+    mea(x, x, x, p=0.3)
+    assert not torch.equal(torch.get_rng_state(), state)
 
 
 # The low-level forms.
@@ -321,6 +373,19 @@ def test_dtypes_of_partial_and_merge():
     assert none is None
     with pytest.raises(ValueError, match="lse_split: got 1 parts, want 2"):
         fmha.merge_attentions(attn, lse[:1])
+    with pytest.raises(ValueError, match="attn_split: No partials"):
+        fmha.merge_attentions([], [])
+
+
+def test_merge_without_a_head_dimension():
+    q, k, v = random(2, 4, 5), random(2, 9, 5), random(2, 9, 3)
+    attn, lse = zip(*parts_of(q, k, v, [3, 4]), strict=True)
+    assert lse[0].shape == (2, 1, 4)
+    out, merged = fmha.merge_attentions(attn, lse)
+    torch.testing.assert_close(out, mea(q, k, v), **exact)
+    torch.testing.assert_close(merged, fmha.memory_efficient_attention_forward_requires_grad(q, k, v)[1], **exact)
+    partials = [merge_training.Partial(a, s) for a, s in zip(attn, lse, strict=True)]
+    assert torch.equal(merge_training.merge_attentions_autograd(*partials), out)
 
 
 def test_merge_training():
@@ -370,6 +435,58 @@ def test_operators_compute_when_applied():
     assert grads.db is None
 
 
+def test_cutlass_pads_lse_when_applied_too():
+    mask, x = masks.BlockDiagonalMask.from_seqlens([2, 3]), random(1, 5, 2, 4)
+    inputs, grad = fmha.Inputs(x, x, x, mask), random(1, 5, 2, 4)
+    context = fmha.cutlass.FwOp.apply(inputs, needs_gradient=True)[1]
+    assert context.lse.shape == (2, 2, 32)
+    packed = fmha.flash.FwOp.apply(inputs, needs_gradient=True)[1]
+    assert torch.equal(
+        fmha.cutlass.BwOp.apply(context, inputs, grad).dq, fmha.flash.BwOp.apply(packed, inputs, grad).dq
+    )
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_bias_gradient_through_the_backward_operator(wrapped):
+    q, k, v, grad = random(2, 3, 2, 4), random(2, 5, 2, 4), random(2, 5, 2, 4), random(2, 3, 2, 4)
+    (bias,) = leaves(random(2, 1, 5))
+    attn_bias = masks.LowerTriangularMaskWithTensorBias(bias) if wrapped else bias
+    inputs = fmha.Inputs(q, k, v, attn_bias)
+    context = fmha.cutlass.FwOp.apply(inputs, needs_gradient=True)[1]
+    (want,) = torch.autograd.grad(mea(q, k, v, attn_bias), bias, grad)
+    torch.testing.assert_close(fmha.cutlass.BwOp.apply(context, inputs, grad).db, want, **exact)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: mea(x, x, x, op=fmha.flash.FwOp),
+        lambda x: mea(x, x, x, op="flash"),
+        lambda x: mea(x, x, x, op=(fmha.flash.BwOp, None)),
+        lambda x: fmha.memory_efficient_attention_forward(x, x, x, op=fmha.flash.BwOp),
+        lambda x: fmha.memory_efficient_attention_forward_requires_grad(x, x, x, op=(fmha.flash.FwOp, None)),
+        lambda x: fmha.memory_efficient_attention_backward(x, x, x[..., 0], x, x, x, op=fmha.flash.FwOp),
+        lambda x: fmha.memory_efficient_attention_partial(x, x, x, op="flash"),
+    ],
+)
+def test_what_is_no_operator_is_named(call):
+    with pytest.raises(ValueError, match=r"op: got .*, want None or"):
+        call(random(1, 3, 2, 4))
+
+
+def test_backward_names_what_does_not_fit():
+    x = random(1, 4, 2, 3)
+    mask = masks.BlockDiagonalMask.from_seqlens([1, 3])
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(x, x, x, mask)
+    backward = fmha.memory_efficient_attention_backward
+    with pytest.raises(ValueError, match=r"grad: got shape \[1, 3, 2, 3\]"):
+        backward(x[:, :3], out, lse, x, x, x, mask)
+    with pytest.raises(ValueError, match=r"lse: got shape \[1, 2, 3\]"):
+        backward(x, out, lse[..., :3], x, x, x)
+    with pytest.raises(ValueError, match="lse: got 3 rows, want 1"):
+        backward(x, out, lse.expand(3, -1, -1), x, x, x, mask)
+
+
 def test_dispatch_gives_an_operator_or_the_reason():
     x = random(1, 3, 2, 4)
     assert fmha.dispatch._dispatch_fw(fmha.Inputs(x, x, x), needs_gradient=True).supports(fmha.Inputs(x, x, x))
@@ -409,6 +526,7 @@ def test_context_pads_lse():
 def test_the_autograd_function_under_its_old_name():
     x = random(1, 3, 2, 4)
     assert torch.equal(fmha._fMHA.apply(None, x, x, x, TRIANGLE, 0.0, None), mea(x, x, x, TRIANGLE))
+    assert fmha._fMHA.apply(None, x, x, x, TRIANGLE, 0.0, None, torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -428,6 +546,8 @@ def test_wrong_arguments_are_named(kwargs, message):
     x = random(1, 3, 2, 4)
     with pytest.raises(ValueError, match=message):
         mea(x, x, x, **kwargs)
+    with pytest.raises(ValueError, match="key: got list, want a tensor"):
+        mea(x, [1.0], x, TRIANGLE)
 
 
 def test_under_compile():

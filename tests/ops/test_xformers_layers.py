@@ -169,6 +169,16 @@ def test_rope_padded_rescales_low_frequencies_as_llama():
         assert float(angle) == pytest.approx(math.remainder(3 * frequency, 2 * math.pi), abs=1e-6)
 
 
+def test_rope_padded_of_fp64_is_fp64():
+    bias = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1], 8, [8])
+    x, cache = random(1, 1, 2, 4), random(1, 8, 2, 4)
+    got = xops.rope_padded(x, x, x, cache, cache.clone(), bias, adjacents=False)
+    angle = 7 * torch.tensor([1.0, 0.01], dtype=torch.float64)
+    a, b = x.chunk(2, -1)
+    want = torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+    torch.testing.assert_close(got, want, **exact)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -183,6 +193,8 @@ def test_rope_padded_names_what_is_wrong(more, message):
         xops.rope_padded(x, x, x, x, x, bias, **more)
     with pytest.raises(ValueError, match="xq: got shape"):
         xops.rope_padded(x[0], x, x, x, x, bias)
+    with pytest.raises(ValueError, match="attn_bias: got LowerTriangularMask"):
+        xops.rope_padded(x, x, x, x, x, masks.LowerTriangularMask())
 
 
 # Indexing and stacking.
@@ -230,6 +242,16 @@ def test_stacking_what_was_unbound_is_a_view(dim):
     assert torch.equal(xops.stack_or_none(parts, -1), torch.stack(parts, -1))
     assert xops.stack_or_none([part.clone() for part in parts], dim) is None
     assert xops.get_stack_strides([parts[0], parts[2], parts[1]], dim) is None
+
+
+@pytest.mark.parametrize("dim", [0, 2, -1])
+def test_a_stacked_view_hands_gradients_to_all_its_parts(dim):
+    (x,) = leaves(random(3, 4, 5))
+    cotangent = random(3, 4, 5).movedim(1, dim)
+    stacked = xops.stack_or_none(xops.unbind(x * 2, 1), dim)
+    assert stacked.shape == cotangent.shape
+    (grad,) = torch.autograd.grad(stacked, x, cotangent)
+    torch.testing.assert_close(grad, 2 * cotangent.movedim(dim, 1), **exact)
 
 
 def test_products_in_blocks_and_with_masks():

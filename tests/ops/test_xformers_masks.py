@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,25 @@ def test_a_tensor_bias_goes_with_every_mask_and_learns(cls, data):
     grads = zip(torch.autograd.grad(got, got_in, cotangent), torch.autograd.grad(want, want_in, cotangent), strict=True)
     for grad, expected in grads:
         torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("cls", [c for c in KINDS if not issubclass(c, masks._PagedBlocks)], ids=lambda c: c.__name__)
+@some
+@given(data=st.data())
+def test_a_bool_tensor_hides_keys_with_every_mask(cls, data):
+    instance = data.draw(instances(cls))
+    mask, M, N, visible = instance.mask, instance.M, instance.N, instance.visible
+    torch.manual_seed(M + 10 * N)
+    q, k, v, bias = random(1, M, 2, 3), random(1, N, 2, 3), random(1, N, 2, 3), random(1, 2, M, N)
+    keep = torch.rand(2, 1, N) < 0.7
+    want, _ = dense_attention(q, k, v, visible & keep, bias)
+    # In either order with a floating one, and 5-D too.
+    for both in (mask.add_bias(keep).add_bias(bias), mask.add_bias(bias).add_bias(keep[:, 0, :].unsqueeze(1))):
+        torch.testing.assert_close(fmha.memory_efficient_attention(q, k, v, both), want, rtol=1e-12, atol=1e-12)
+        dense = torch.zeros(1, 2, M, N).masked_fill(~(visible & keep), -torch.inf) + bias.float()
+        assert torch.equal(both.materialize((1, 2, M, N)), dense)
+    grouped = fmha.memory_efficient_attention(*(x.unsqueeze(2) for x in (q, k, v)), mask.add_bias(keep))
+    torch.testing.assert_close(grouped[:, :, 0], dense_attention(q, k, v, visible & keep)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_a_tensor_bias_on_paged_keys_counts_logical_keys():
@@ -289,10 +310,26 @@ def test_seq_infos_updated_in_place_are_read_anew():
     assert torch.equal(padded.materialize((2, 12)), want.materialize((2, 12)))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_infos_changed_by_hand_are_read_anew_and_stay_so_when_copied(mode):
+    with mode():
+        info = _SeqLenInfo.from_seqlens([2, 3], device="cpu")
+        assert info.starts == [0, 2, 5]
+        info.seqstart.copy_(torch.tensor([0, 1, 4]))
+        assert info.starts == [0, 1, 4]
+        for same in (copy.deepcopy(info), pickle.loads(pickle.dumps(info)), info.to("cpu")):
+            assert same.starts == [0, 1, 4]
+        # A buffer that the lengths no longer fill: the rows behind them see nothing.
+        mask = masks.BlockDiagonalMask.from_seqlens([3, 2], device="cpu")
+        mask.q_seqinfo.from_seqlens_inplace([1, 3])
+        x = random(1, 5, 1, 2)
+        assert torch.equal(fmha.memory_efficient_attention(x, x, x, mask)[0, 4], torch.zeros(1, 2).double())
+
+
 def test_gappy_info_of_paged_keys_holds_ends():
     info = _GappySeqInfo.from_seqlens_gappy([1, 0], [2, 3], True)
     assert info.seqlen.tolist() == [3, 3]
-    assert info.seqstart_py == [1, 0, -1]
+    assert info.seqstart_py == info.seqstart.tolist() == [1, 0, -1]
     assert list(info.intervals()) == [(1, 3), (0, 3)]
 
 
@@ -310,6 +347,14 @@ def test_make_paged_from_padded(paged_type):
     dense = torch.full((3, 12), -torch.inf)
     dense[:, physical] = unpaged.materialize((3, 12))
     assert torch.equal(paged.materialize((3, 12)), dense)
+
+
+def test_make_paged_keeps_the_window():
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    window = masks.BlockDiagonalCausalLocalAttentionPaddedKeysMask.from_seqlens_local([1, 2], 4, [3, 4], 2)
+    paged = window.make_paged(table, 2, masks.PagedBlockDiagonalCausalLocalPaddedKeysMask)
+    assert paged == masks.PagedBlockDiagonalCausalLocalPaddedKeysMask.from_seqlens_local([1, 2], [3, 4], table, 2, 2)
+    assert torch.equal(paged.materialize((3, 8)), window.materialize((3, 8)))
 
 
 def test_make_paged_from_gappy():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
+from saccade import ops
 from saccade.interop.xformers.support import table
 from saccade.ops import fmha
 from saccade.ops.left_out import LEFT_OUT
@@ -84,8 +86,28 @@ def test_what_is_left_out_says_so(module, name):
         getattr(found, name)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = found.nonsense
+    # An import statement drops the message of an AttributeError.
+    with pytest.raises(ImportError, match=rf"{module}\.{name} is left out of saccade: ."):
+        exec(f"from {module} import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        exec(f"from {module} import nonsense")
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "coming_from_xformers.md").read_text(encoding="utf-8")
 
 
 def test_the_table_in_the_docs_is_current():
-    docs = Path(__file__).parents[2] / "docs" / "coming_from_xformers.md"
-    assert table() in docs.read_text(encoding="utf-8"), "paste what `python -m saccade.interop.xformers.support` prints"
+    assert table() in DOCS, "paste what `python -m saccade.interop.xformers.support` prints"
+
+
+def test_the_docs_go_name_by_name():
+    names = {name for found in NAMES.values() for name in found.split()} | set(ops.__all__) | set(fmha.__all__)
+    own = {"parallel"}  # a module of saccade's own, whose names are there
+    assert sorted(name for name in names - own if f"`{name}`" not in DOCS) == []
+
+
+def test_the_code_in_the_docs_runs():
+    found = re.findall(r"```python\n(.*?)```", DOCS, re.S)
+    assert len(found) >= 2
+    for number, block in enumerate(found):
+        exec(compile(block, f"coming_from_xformers.md, block {number + 1}", "exec"), {})

@@ -52,19 +52,33 @@ bias = BlockDiagonalMask.from_seqlens([3, 4])
 out = memory_efficient_attention(q, k, v, attn_bias=bias, op=xops.MemoryEfficientAttentionFlashAttentionOp)
 torch.testing.assert_close(out, ref_attention(q, k, v, bias))
 
+for left_out in (
+    "import xformers.profiler",
+    "from xformers import profiler",
+    "from xformers.profiler import profiler",  # audiocraft, which then does without
+    "from xformers.ops import sparsify24",
+    "from xformers.ops.sp24 import Sparse24Tensor",
+    "import xformers.ops.fmha.small_k",
+):
+    try:
+        exec(left_out)
+    except ImportError as error:
+        assert "is left out of saccade: " in str(error), (left_out, error)
+    else:
+        raise AssertionError(left_out)
 try:
-    import xformers.profiler
-except ImportError as error:
-    assert "xformers.profiler" in str(error)
-else:
-    raise AssertionError("xformers.profiler should not be there")
+    import xformers.checkpoint_fairinternal
+except ModuleNotFoundError as error:
+    assert "No module named 'xformers.checkpoint_fairinternal'" in str(error)
 assert not hasattr(xops, "sparsify24")
+assert not hasattr(xformers, "profiler")
 print("done")
 """
 
 
 def run(code: list[str], *path: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    # The saccade of this checkout, whichever one is installed.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, Path(__file__).parents[2] / "src")))}
     return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=False)
 
 

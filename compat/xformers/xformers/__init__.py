@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from saccade.interop.xformers import _has_cpp_library, _is_triton_available
-from saccade.ops.left_out import refuse
+from saccade.ops.left_out import LEFT_OUT, refuse
 
 from .version import __version__
 
@@ -44,10 +44,15 @@ class _Alias(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if self._why_not(fullname) is not None:
+            return ModuleSpec(fullname, self)
         name = self._name(fullname)
         return ModuleSpec(fullname, self) if name is not None and find_spec(name) is not None else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        why = self._why_not(spec.name)
+        if why is not None:
+            raise ModuleNotFoundError(f"{spec.name} is left out of saccade: {why}", name=spec.name)
         name = self._name(spec.name)
         assert name is not None
         self._spec = find_spec(name)
@@ -56,6 +61,11 @@ class _Alias(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         # The import system has put the spec of the alias on the module; it is still the module it was.
         module.__spec__ = self._spec
+
+    @staticmethod
+    def _why_not(fullname: str) -> str | None:
+        package, _, name = fullname.rpartition(".")
+        return LEFT_OUT.get(name) if package in ("xformers", "xformers.ops", "xformers.ops.fmha") else None
 
     @staticmethod
     def _name(fullname: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,17 @@ LEFT_OUT = {
 
 
 def refuse(module: str) -> Callable[[str], Any]:
-    """A module's `__getattr__`: AttributeError, so that `hasattr` is False, with the reason for names left out."""
+    """A module's `__getattr__`: AttributeError, so that `hasattr` is False, with the reason for names left out.
+
+    `from package import name` drops an AttributeError's message, so there it is an ImportError that carries the reason.
+    """
 
     def __getattr__(name: str) -> Any:  # noqa: N807
-        if name in LEFT_OUT:
-            raise AttributeError(f"{module}.{name} is left out of saccade: {LEFT_OUT[name]}", name=name)
-        raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+        if name not in LEFT_OUT:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+        why = f"{module}.{name} is left out of saccade: {LEFT_OUT[name]}"
+        if sys._getframe(1).f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib"):
+            raise ImportError(why, name=f"{module}.{name}")
+        raise AttributeError(why, name=name)
 
     return __getattr__

@@ -47,7 +47,7 @@ def rope_padded(
         out_q: where to write the result instead of a new tensor.
         first_seqpos: int `[sequences]`; seqpos: int `[T]`, the positions themselves.
         adjacents: whether component pairs are (2i, 2i + 1) or (i, i + K/2).
-        internal_dtype: "", "f32" or "f64", of the angles; the turning is fp32 always.
+        internal_dtype: "", "f32" or "f64", of the angles; the turning is fp32 (fp64 for fp64 queries).
 
     Returns:
         The turned queries, in xq's shape and dtype.
@@ -55,6 +55,11 @@ def rope_padded(
     T = xq.shape[1]
     if xq.dim() not in (4, 5) or xq.shape[0] != 1:
         raise ValueError(f"xq: got shape {list(xq.shape)}, want [1, T, H, K] or [1, T, G, H, K]")
+    if not isinstance(attn_bias, BlockDiagonalCausalWithOffsetPaddedKeysMask):
+        raise ValueError(
+            f"attn_bias: got {type(attn_bias).__name__}, want BlockDiagonalCausalWithOffsetPaddedKeysMask, whose slots "
+            "say where the new keys go"
+        )
     if first_seqpos is not None and seqpos is not None:
         raise ValueError("seqpos: got first_seqpos too, want at most one of them")
     if internal_dtype not in ("", "f32", "f64"):
@@ -68,7 +73,8 @@ def rope_padded(
             lengths = attn_bias.q_seqinfo.runs()[1].long()
             seqpos = seqpos + torch.repeat_interleave(first_seqpos.to(lengths.device), lengths, output_size=T)
 
-    dtype = torch.float64 if internal_dtype == "f64" else torch.float32
+    wide = xq.dtype == torch.float64
+    dtype = torch.float64 if wide or internal_dtype == "f64" else torch.float32
     pair = torch.arange(0, xq.shape[-1], 2, device=xq.device, dtype=dtype)
     frequency = theta ** (-pair / xq.shape[-1]) / linear_scale
     if use_dynamic_scaling:
@@ -80,7 +86,9 @@ def rope_padded(
             dynamic_high_freq_factor,
         )
     angles = seqpos.to(dtype)[:, None] * frequency
-    table = angles.cos().float(), angles.sin().float()
+    table = angles.cos(), angles.sin()
+    if not wide:
+        table = table[0].float(), table[1].float()
     _write(cache_k, slot, rotate(xk, table, adjacents))
     _write(cache_v, slot, xv)
     turned = rotate(xq, table, adjacents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,21 @@ def stack_or_none(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
     strides = get_stack_strides(tensors, dim)
     if strides is None:
         return None
-    shape = list(tensors[0].shape)
-    shape.insert(dim + len(shape) + 1 if dim < 0 else dim, len(tensors))
-    return tensors[0].as_strided(shape, strides)
+    dim = dim + tensors[0].dim() + 1 if dim < 0 else dim
+    stacked: Tensor = _StackedView.apply(strides, dim, *tensors)  # type: ignore[no-untyped-call]
+    return stacked
+
+
+class _StackedView(torch.autograd.Function):
+    """A view by strides of the first tensor, which torch would take to depend on that one alone."""
+
+    @staticmethod
+    def forward(ctx: Any, strides: tuple[int, ...], dim: int, *tensors: Tensor) -> Tensor:
+        ctx.dim = dim
+        shape = list(tensors[0].shape)
+        shape.insert(dim, len(tensors))
+        return tensors[0].as_strided(shape, strides)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *grad.unbind(ctx.dim)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.core.merge import merge
 from saccade.ops.fmha import (
     attn_bias,
     ck,
@@ -32,7 +31,7 @@ from saccade.ops.fmha.common import (
     Context,
     Gradients,
     Inputs,
-    padded,
+    merged,
 )
 from saccade.ops.fmha.dispatch import _get_use_fa3, _set_use_fa3
 from saccade.ops.left_out import refuse
@@ -86,6 +85,7 @@ def memory_efficient_attention(
     Raises:
         ValueError: for a wrong argument, named in the message.
     """
+    _check_pair(op)
     return common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype))[0]
 
 
@@ -101,6 +101,7 @@ def memory_efficient_attention_forward(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`memory_efficient_attention` without autograd."""
+    _check_op(op, AttentionFwOpBase)
     with torch.no_grad():
         return common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype))[0]
 
@@ -122,11 +123,12 @@ def memory_efficient_attention_forward_requires_grad(
     inputs), −inf for rows that see no key. With `op=cutlass.FwOp` and a packed mask it is padded, one row a sequence.
     With dropout it carries the seed as an attribute, so hand on the same tensor.
     """
-    with torch.no_grad():
-        out, context = common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype))
-    lse = context.lse if op is None or op.VARLEN_LSE_PACKED else padded(context.lse, attn_bias)
-    lse.dropout_seed = context.rng_state  # type: ignore[attr-defined]
-    return out, lse
+    _check_op(op, AttentionFwOpBase)
+    inputs = Inputs(query, key, value, attn_bias, p, scale, output_dtype)
+    out, context = (op or AttentionFwOpBase).apply(inputs, needs_gradient=True)
+    assert context is not None
+    context.lse.dropout_seed = context.rng_state  # type: ignore[attr-defined]
+    return out, context.lse
 
 
 def memory_efficient_attention_backward(
@@ -142,7 +144,12 @@ def memory_efficient_attention_backward(
     *,
     op: type[AttentionBwOpBase] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from output and lse, packed or padded; both may be those of attention over more keys than these."""
+    """(dq, dk, dv) from output and lse, packed or padded; both may be those of attention over more keys than these.
+
+    The gradient of a bias tensor that requires one is `db` of what `op.apply(Context(lse, output), Inputs(...), grad)`
+    returns, for any of the operators' `BwOp`.
+    """
+    _check_op(op, AttentionBwOpBase)
     context = Context(lse, output, rng_state=getattr(lse, "dropout_seed", None))
     grads = common.backward(context, Inputs(query, key, value, attn_bias, p, scale), grad)
     return grads.dq, grads.dk, grads.dv
@@ -164,6 +171,7 @@ def memory_efficient_attention_partial(
     out is in `output_dtype`, by default the query's dtype, and fp32 with `op=triton_splitk.FwOp`, as in xFormers.
     """
     forward_op = op[0] if isinstance(op, tuple) else op
+    _check_op(forward_op, AttentionFwOpBase)
     if output_dtype is None and forward_op is not None and forward_op.PARTIAL_IN_FLOAT32:
         output_dtype = Inputs(query, key, value, is_partial=True).get_output_dtype()
     out, context = common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype, is_partial=True))
@@ -179,35 +187,39 @@ def merge_attentions(
     """(out, lse) over all keys from results over disjoint sets of them; differentiable in all of them.
 
     Args:
-        attn_split: a list of `[B, M, H, V]` or `[B, M, G, H, V]`, or all stacked along a first dimension.
-        lse_split: a list of `[B, H, M]` or `[B, G, H, M]`, or stacked. Parts with lse −inf count for nothing.
+        attn_split: a list of `[B, M, H, V]`, `[B, M, G, H, V]` or `[B, M, V]`, or all stacked along a first dimension.
+        lse_split: a list of `[B, H, M]`, `[B, G, H, M]` or `[B, 1, M]`, or stacked. Parts with lse −inf count
+            for nothing.
         write_lse: whether lse is returned too, or None.
         output_dtype: dtype of the output; `None` for that of `attn_split`.
     """
-    attn, lse = list(attn_split), list(lse_split)
-    if len(attn) != len(lse):
-        raise ValueError(f"lse_split: got {len(lse)} parts, want {len(attn)} as in attn_split")
-    dtype = output_dtype if output_dtype is not None or not attn else attn[0].dtype
-    # Weights and sums are in lse's dtype (fp32 or fp64); the result is rounded once.
-    out, merged = merge([(a.to(s.dtype), s) for a, s in zip(attn, lse, strict=True)])
-    return out.to(dtype), merged if write_lse else None
+    out, lse = merged(list(attn_split), list(lse_split), output_dtype)
+    return out, lse if write_lse else None
 
 
 class _fMHA:  # noqa: N801
     """The autograd function of xFormers, whose `apply` some call directly."""
 
     @staticmethod
-    def apply(
-        op: AttentionOp,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_bias: Biases = None,
-        p: float = 0.0,
-        scale: float | None = None,
-        *more: Any,
-    ) -> Tensor:
-        return memory_efficient_attention(query, key, value, attn_bias, p, scale, op=op)
+    def apply(op: AttentionOp, *inputs: Any) -> Tensor:
+        """Takes the fields of `Inputs` in their order."""
+        _check_pair(op)
+        return common.forward(Inputs(*inputs))[0]
+
+
+def _check_op(op: object, base: type[AttentionOpBase]) -> None:
+    if op is not None and not (isinstance(op, type) and issubclass(op, base)):
+        half = "FwOp" if base is AttentionFwOpBase else "BwOp"
+        raise ValueError(f"op: got {op!r}, want None or an operator's {half}")
+
+
+def _check_pair(op: object) -> None:
+    if op is None:
+        return
+    if not isinstance(op, (tuple, list)) or len(op) != 2:
+        raise ValueError(f"op: got {op!r}, want None or a pair (FwOp or None, BwOp or None)")
+    _check_op(op[0], AttentionFwOpBase)
+    _check_op(op[1], AttentionBwOpBase)
 
 
 __getattr__ = refuse(__name__)

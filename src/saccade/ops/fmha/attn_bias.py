@@ -7,8 +7,10 @@ A query sees only keys of its own block. `support.py` makes the table in the doc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar, cast
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from operator import add, and_
+from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,9 +31,20 @@ class AttentionBias(ByValue):
         raise NotImplementedError(f"{type(self).__name__} defines no mask")
 
     @property
+    def terms(self) -> tuple[Tensor | Bias, ...]:
+        """What `add_bias` gave it besides."""
+        return ()
+
+    @property
     def added(self) -> Tensor | Bias | None:
-        """What is added to the scores besides: a tensor, `saccade.Alibi` or `saccade.RelativeBias`."""
-        return None
+        """The sum of the terms that are added to the scores, or None."""
+        floating = [term for term in self.terms if not _is_bool(term)]
+        return reduce(add, floating) if floating else None
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Where all bool terms are true, or None."""
+        return reduce(and_, found) if (found := [term for term in self.terms if _is_bool(term)]) else None
 
     @property
     def device(self) -> torch.device | None:
@@ -47,12 +60,23 @@ class AttentionBias(ByValue):
     ) -> Tensor:
         """A dense tensor of `shape` `[..., M, N]`: 0 where visible, −inf elsewhere; true and false for `torch.bool`."""
         visible = self.lower(1, shape[-2], shape[-1], device).materialize(shape[-1])[0].expand(*shape)
+        if self.visible is not None:
+            visible = visible & self.visible.to(device)
+        added = self.added
+        if added is not None and (not isinstance(added, Tensor) or dtype == torch.bool):
+            raise ValueError(
+                f"materialize: got {type(added).__name__} as {dtype}, want a tensor bias and a float dtype"
+            )
         if dtype == torch.bool:
             return visible.clone()
-        return torch.zeros(*shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+        dense = torch.zeros(*shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+        return dense if added is None else dense + added.to(dense)
 
     def add_bias(self, bias: Tensor | Bias) -> AttentionBias:
-        """The same mask and a bias on the scores: a broadcastable tensor, `saccade.Alibi` or `saccade.RelativeBias`."""
+        """The same mask and a bias on the scores: a broadcastable tensor, `saccade.Alibi` or `saccade.RelativeBias`.
+
+        A bool tensor hides keys: true = visible.
+        """
         return MaskWithBias(self, bias)
 
     def to(self, device: torch.device | str) -> AttentionBias:
@@ -61,6 +85,35 @@ class AttentionBias(ByValue):
 
 
 AttentionMask = AttentionBias
+
+
+@dataclass(eq=False)
+class _Window:
+    """The two-sided window that some masks share, counted from the bottom right."""
+
+    window_left: int
+    window_right: int
+
+    def __post_init__(self) -> None:
+        for name in ("window_left", "window_right"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 0")
+
+    def visibility(self) -> Mask:
+        return Window(self.window_left, self.window_right, "bottom_right")
+
+
+@dataclass(eq=False)
+class _CausalWindow:
+    """The causal window that some masks share, counted from the bottom right."""
+
+    _window_size: int
+
+    def __post_init__(self) -> None:
+        _positive("window_size", self._window_size)
+
+    def visibility(self) -> Mask:
+        return BOTTOM_RIGHT & Window(self._window_size - 1)
 
 
 @dataclass(eq=False)
@@ -74,8 +127,8 @@ class MaskWithBias(AttentionBias):
         return self.mask.product()
 
     @property
-    def added(self) -> Tensor | Bias | None:
-        return self.bias if self.mask.added is None else self.mask.added + self.bias
+    def terms(self) -> tuple[Tensor | Bias, ...]:
+        return (*self.mask.terms, self.bias)
 
     @property
     def device(self) -> torch.device | None:
@@ -83,11 +136,6 @@ class MaskWithBias(AttentionBias):
 
     def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
         return self.mask.lower(batch, M, N, device)
-
-    def materialize(
-        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        return _with_tensor(self.mask.materialize(shape, dtype, device), self.bias)
 
     def to(self, device: torch.device | str) -> AttentionBias:
         bias = self.bias.to(device) if isinstance(self.bias, Tensor) else self.bias
@@ -122,16 +170,11 @@ class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
         self._bias = bias
 
     @property
-    def added(self) -> Tensor | Bias | None:
-        return self._bias
-
-    def materialize(
-        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        return _with_tensor(super().materialize(shape, dtype, device), self._bias)
+    def terms(self) -> tuple[Tensor | Bias, ...]:
+        return (self._bias,)
 
     def add_bias(self, bias: Tensor | Bias) -> AttentionBias:
-        return LowerTriangularMaskWithTensorBias(self._bias + bias)
+        return MaskWithBias(self, bias)
 
     def to(self, device: torch.device | str) -> AttentionBias:
         return type(self)(self._bias.to(device)) if isinstance(self._bias, Tensor) else self
@@ -149,30 +192,19 @@ class LowerTriangularFromBottomRightMask(AttentionBias):
 
 
 @dataclass(eq=False)
-class LowerTriangularFromBottomRightLocalAttentionMask(LowerTriangularFromBottomRightMask):
+class LowerTriangularFromBottomRightLocalAttentionMask(_CausalWindow, LowerTriangularFromBottomRightMask):
     """i + s − w < j ≤ i + s"""
 
-    _window_size: int
-
-    def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
-
     def product(self) -> Mask:
-        return BOTTOM_RIGHT & Window(self._window_size - 1)
+        return self.visibility()
 
 
 @dataclass(eq=False)
-class LocalAttentionFromBottomRightMask(AttentionBias):
+class LocalAttentionFromBottomRightMask(_Window, AttentionBias):
     """i + s − wl ≤ j ≤ i + s + wr"""
 
-    window_left: int
-    window_right: int
-
-    def __post_init__(self) -> None:
-        _both_sides(self)
-
     def product(self) -> Mask:
-        return Window(self.window_left, self.window_right, "bottom_right")
+        return self.visibility()
 
 
 # Many blocks: queries packed, keys packed, padded, gappy or paged.
@@ -372,7 +404,10 @@ class BlockDiagonalPaddedKeysMask(_Blocks):
         """The same lengths, with the keys in pages; `paged_type` says which paged mask."""
         padding = block_tables.shape[1] * page_size
         q, k = _padded(self.q_seqinfo.runs()[1], padding, self.k_seqinfo.seqlen, self.q_seqinfo.seqstart.device)
-        return paged_type(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size)
+        # A window goes along where the paged mask has one.
+        shared = {f.name for f in fields(self)} & {f.name for f in fields(paged_type)} - {"q_seqinfo", "k_seqinfo"}
+        more = {name: getattr(self, name) for name in shared}
+        return paged_type(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size, **more)
 
     def make_local_attention(self, window_left: int, window_right: int) -> BlockDiagonalLocalAttentionPaddedKeysMask:
         return BlockDiagonalLocalAttentionPaddedKeysMask(self.q_seqinfo, self.k_seqinfo, window_left, window_right)
@@ -389,17 +424,8 @@ class BlockDiagonalCausalWithOffsetPaddedKeysMask(BlockDiagonalPaddedKeysMask):
 
 
 @dataclass(eq=False)
-class BlockDiagonalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+class BlockDiagonalLocalAttentionPaddedKeysMask(_Window, BlockDiagonalPaddedKeysMask):
     """i + s − wl ≤ j ≤ i + s + wr, keys in slots of `padding`"""
-
-    window_left: int
-    window_right: int
-
-    def __post_init__(self) -> None:
-        _both_sides(self)
-
-    def visibility(self) -> Mask | None:
-        return Window(self.window_left, self.window_right, "bottom_right")
 
     @classmethod
     def from_seqlens_local(
@@ -416,16 +442,8 @@ class BlockDiagonalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
 
 
 @dataclass(eq=False)
-class BlockDiagonalCausalLocalAttentionPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+class BlockDiagonalCausalLocalAttentionPaddedKeysMask(_CausalWindow, BlockDiagonalPaddedKeysMask):
     """i + s − w < j ≤ i + s, keys in slots of `padding`"""
-
-    _window_size: int
-
-    def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
-
-    def visibility(self) -> Mask | None:
-        return BOTTOM_RIGHT & Window(self._window_size - 1)
 
     @classmethod
     def from_seqlens_local(
@@ -472,17 +490,8 @@ class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
 
 
 @dataclass(eq=False)
-class BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask(BlockDiagonalGappyKeysMask):
+class BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask(_Window, BlockDiagonalGappyKeysMask):
     """i + s − wl ≤ j ≤ i + s + wr, keys of a block at any place, even shared"""
-
-    window_left: int
-    window_right: int
-
-    def __post_init__(self) -> None:
-        _both_sides(self)
-
-    def visibility(self) -> Mask | None:
-        return Window(self.window_left, self.window_right, "bottom_right")
 
     @classmethod
     def from_seqlens_local_gappy(
@@ -545,17 +554,10 @@ class PagedBlockDiagonalCausalWithOffsetPaddedKeysMask(PagedBlockDiagonalPaddedK
 
 
 @dataclass(eq=False)
-class PagedBlockDiagonalCausalLocalPaddedKeysMask(PagedBlockDiagonalPaddedKeysMask):
+class PagedBlockDiagonalCausalLocalPaddedKeysMask(_CausalWindow, PagedBlockDiagonalPaddedKeysMask):
     """i + s − w < j ≤ i + s, keys in pages"""
 
     _UNPAGED_TYPE = BlockDiagonalCausalLocalAttentionPaddedKeysMask
-    _window_size: int
-
-    def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
-
-    def visibility(self) -> Mask | None:
-        return BOTTOM_RIGHT & Window(self._window_size - 1)
 
     @classmethod
     def from_seqlens_local(
@@ -627,12 +629,8 @@ VARLEN_BIASES = (
 )
 
 
-def _with_tensor(dense: Tensor, bias: Tensor | Bias) -> Tensor:
-    if not isinstance(bias, Tensor) or dense.dtype == torch.bool:
-        raise ValueError(
-            f"materialize: got {type(bias).__name__} as {dense.dtype}, want a tensor bias and a float dtype"
-        )
-    return dense + bias.to(dense)
+def _is_bool(term: Tensor | Bias) -> TypeGuard[Tensor]:
+    return isinstance(term, Tensor) and term.dtype == torch.bool
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:
@@ -687,9 +685,3 @@ def _holds(name: str, info: _SeqLenInfo, size: int) -> None:
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name}: got {value}, want at least 1")
-
-
-def _both_sides(mask: Any) -> None:
-    for name in ("window_left", "window_right"):
-        if getattr(mask, name) < 0:
-            raise ValueError(f"{name}: got {getattr(mask, name)}, want at least 0")

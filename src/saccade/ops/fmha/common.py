@@ -20,6 +20,7 @@ from saccade.core.api import autocast_inputs
 from saccade.core.biases import Bias
 from saccade.core.library import attend
 from saccade.core.masks import Mask
+from saccade.core.merge import merge
 from saccade.core.problem import DTYPES, Layout, Problem, make_problem
 from saccade.core.ranges import KeyRanges
 from saccade.ops.fmha import attn_bias as masks
@@ -89,13 +90,23 @@ class Inputs:
 
     def validate_inputs(self) -> None:
         """Raises ValueError naming what is wrong; shapes and dtypes of query, key and value are checked in the core."""
-        self.canonical()
+        self._check_dropout()
+        replace(self, p=0.0).canonical()  # no dropout, so that asking draws no random number
+
+    def _check_dropout(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p: got {self.p}, want a probability in [0, 1]")
 
     def canonical(self) -> tuple[Problem, Layout]:
         """The problem every backend of saccade takes, and how to give its results the user's layout."""
-        if not 0 <= self.p < 1:
-            raise ValueError(f"p: got {self.p}, want a probability in [0, 1)")
-        query, key, value = autocast_inputs(self.query, self.key, self.value)
+        self._check_dropout()
+        for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
+        query, key, value = autocast_inputs(self.query, self._with_heads(self.key), self._with_heads(self.value))
+        if self.p == 1:
+            # All weights are dropped: the output is 0, lse is not changed, and gradients are 0 but exist.
+            value = value.masked_fill(value.new_ones((), dtype=torch.bool), 0)
         mask, bias = self._mask_and_bias()
         return make_problem(
             query,
@@ -103,12 +114,20 @@ class Inputs:
             value,
             mask=mask,
             bias=bias,
-            scale=self.scale,
+            scale=None if self.scale is None else float(self.scale),
             softcap=None,
             sinks=None,
-            dropout_p=self.p,
+            dropout_p=float(self.p) % 1,
             output_dtype=self.output_dtype,
         )
+
+    def _with_heads(self, x: Tensor) -> Tensor:
+        """Key or value with a size of 1 among its heads expanded, where the other or the query's groups have more."""
+        if x.dim() == 4 and self.key.dim() == self.value.dim() == 4 and x.shape[2] == 1:
+            return x.expand(-1, -1, max(self.key.shape[2], self.value.shape[2]), -1)
+        if x.dim() == 5 and self.query.dim() == 5 and x.shape[2] == 1:
+            return x.expand(-1, -1, self.query.shape[2], -1, -1)
+        return x
 
     def _mask_and_bias(self) -> tuple[Mask | KeyRanges | Tensor | None, Bias | Tensor | None]:
         given = self.attn_bias
@@ -116,6 +135,8 @@ class Inputs:
             if given.device not in (None, self.device):
                 raise ValueError(f"attn_bias: got a mask on {given.device}, want {self.device} as query (mask.to(...))")
             ranges = given.lower(self.query.shape[0], self.query.shape[1], self.key.shape[1], self.device)
+            if given.visible is not None:
+                ranges = replace(ranges, dense=self._for_heads(given.visible))
             added = given.added
             return ranges, self._for_heads(added) if isinstance(added, Tensor) else added
         if isinstance(given, Tensor):
@@ -173,32 +194,64 @@ def forward(inp: Inputs) -> tuple[Tensor, Context]:
 
 
 def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
-    """Gradients of query, key, value from `ctx.out` and `ctx.lse`, which may be those of a merged attention.
+    """Gradients of query, key, value and a bias tensor that takes one, from `ctx.out` and `ctx.lse`.
 
-    `ctx.lse` is `[B, H, M]`, or for a packed mask `[sequences, H, padded M]` as CUTLASS has it.
+    These may be those of a merged attention. `ctx.lse` is `[B, H, M]`, or for a packed mask
+    `[sequences, H, padded M]` as CUTLASS has it.
     """
+    inp._check_dropout()
+    if ctx.out.shape != grad.shape or grad.shape[:-1] != inp.query.shape[:-1]:
+        raise ValueError(
+            f"grad: got shape {list(grad.shape)}, with output {list(ctx.out.shape)} and query {list(inp.query.shape)}, "
+            "want the output's shape, which is the query's but for the last dimension"
+        )
+    dropped = 0 < inp.p < 1
     with torch.enable_grad():
         q, k, v = leaves = [x.detach().requires_grad_() for x in (inp.query, inp.key, inp.value)]
-        problem, _ = replace(inp, query=q, key=k, value=v).canonical()
-    if inp.p:
+        problem, _ = replace(inp, query=q, key=k, value=v, p=0.0 if dropped else inp.p).canonical()
+    if dropped:
         if ctx.rng_state is None:
             raise ValueError("lse: got one without a dropout seed, want that of the forward with the same p")
-        problem = problem._replace(seed=ctx.rng_state)
+        problem = problem._replace(seed=ctx.rng_state, dropout_p=float(inp.p))
     B, M, G, H, _ = problem.query.shape
-    lse = unpadded(ctx.lse, inp.attn_bias, M).reshape(B, G, H, M).to(problem.compute_dtype)
+    lse = unpadded(ctx.lse, inp.attn_bias, B, M)
+    if lse.numel() != B * G * H * M:
+        raise ValueError(f"lse: got shape {list(ctx.lse.shape)}, want that of the forward of query {list(q.shape)}")
+    lse = lse.reshape(B, G, H, M).to(problem.compute_dtype)
     out, grad = (x.reshape(B, M, G, H, problem.value.shape[-1]) for x in (ctx.out, grad))
-    needs = [True, True, True, False, False, False] + [False] * len(problem.biases)
+    bias = inp.attn_bias.added if isinstance(inp.attn_bias, AttentionBias) else inp.attn_bias
+    dense = [bias] if isinstance(bias, Tensor) and bias.requires_grad else []
+    needs = [True, True, True, False, False, False] + [bool(dense)] * len(problem.biases)
     with torch.no_grad():
         grads = torch.ops.saccade.attention_backward(grad, None, out, lse, *problem, needs, choose(problem, None))
     # The views from the user's layout to the problem's are differentiated by torch.
-    canonical = [problem.query, problem.key, problem.value]
-    return Gradients(*torch.autograd.grad(canonical, leaves, grads[:3]))
+    canonical = [problem.query, problem.key, problem.value, *(problem.biases if dense else ())]
+    given = [*grads[:3], *(grads[6:] if dense else ())]
+    return Gradients(*torch.autograd.grad(canonical, [*leaves, *dense], given))
+
+
+def merged(attn: Sequence[Tensor], lse: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) over all keys from parts over disjoint sets of them, in xFormers' layouts; out in attn's dtype.
+
+    Weights and sums are in lse's dtype (fp32 or fp64); the result is rounded once.
+    """
+    if len(attn) != len(lse):
+        raise ValueError(f"lse_split: got {len(lse)} parts, want {len(attn)} as in attn_split")
+    if not attn:
+        raise ValueError("attn_split: No partials to merge")
+    one_head = attn[0].dim() == 3  # whose lse has a head all the same, [B, 1, M]
+    parts = [(a.unsqueeze(2) if one_head else a, s) for a, s in zip(attn, lse, strict=True)]
+    out, total = merge([(a.to(s.dtype), s) for a, s in parts])
+    return (out.squeeze(2) if one_head else out).to(dtype or attn[0].dtype), total
 
 
 def padded(lse: Tensor, attn_bias: Biases) -> Tensor:
-    """lse `[1, H, ΣM]` of a packed mask in CUTLASS's form: `[sequences, H, longest rounded up to 32]`, +inf behind."""
+    """lse `[1, H, ΣM]` of a packed mask in CUTLASS's form: `[sequences, H, longest rounded up to 32]`, +inf behind.
+
+    That form has no place for a batch: a batch of packed rows, which CUTLASS does not take, keeps its `[B, H, ΣM]`.
+    """
     starts = _starts(attn_bias)
-    if starts is None:
+    if starts is None or len(lse) != 1:
         return lse
     longest = max((end - start for start, end in pairwise(starts)), default=0)
     width = math.ceil(longest / 32) * 32
@@ -206,11 +259,13 @@ def padded(lse: Tensor, attn_bias: Biases) -> Tensor:
     return torch.stack(rows) if rows else lse[:0]
 
 
-def unpadded(lse: Tensor, attn_bias: Biases, M: int) -> Tensor:
+def unpadded(lse: Tensor, attn_bias: Biases, batch: int, M: int) -> Tensor:
     """The inverse of `padded`; an lse that is packed already stays as it is."""
     starts = _starts(attn_bias)
-    if starts is None or (lse.shape[0] == 1 and lse.shape[-1] == M):
+    if starts is None or batch != 1 or (len(lse) == 1 and lse.shape[-1] == M):
         return lse[..., :M]
+    if len(lse) != len(starts) - 1:
+        raise ValueError(f"lse: got {len(lse)} rows, want 1 (packed) or {len(starts) - 1}, one a sequence (padded)")
     return torch.cat([row[..., : b - a] for row, (a, b) in zip(lse, pairwise(starts), strict=True)], -1)[None]
 
 
@@ -282,6 +337,8 @@ class AttentionFwOpBase(AttentionOpBase):
     def apply(cls, inp: Inputs, needs_gradient: bool) -> tuple[Tensor, Context | None]:
         with torch.no_grad():
             out, context = forward(inp)
+        if not cls.VARLEN_LSE_PACKED:
+            context.lse = padded(context.lse, inp.attn_bias)
         return out, context if needs_gradient else None
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.core.merge import merge
-from saccade.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Biases, Inputs, forward
+from saccade.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Biases, Inputs, forward, merged
 
 
 @dataclass
@@ -48,4 +47,4 @@ def merge_attentions_autograd(*partials: Partial) -> Tensor:
     """Attention over all keys from partials over disjoint sets of them, differentiable."""
     if not partials:
         raise ValueError("No partials to merge")
-    return merge([(partial._attn, partial._lse) for partial in partials])[0]
+    return merged([partial._attn for partial in partials], [partial._lse for partial in partials])[0]

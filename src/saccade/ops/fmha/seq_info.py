@@ -45,14 +45,22 @@ class _SeqLenInfo(ByValue):
     seqstart_py: list[int] | None
 
     def __post_init__(self) -> None:
-        self._version = _version(self.seqstart)
+        self._version = None if torch.compiler.is_compiling() else _version(self.seqstart)
 
     @property
     def host(self) -> list[int] | None:
         """`seqstart_py` while it can be trusted: `seqstart` was not changed in place since it was given."""
-        if torch.compiler.is_compiling():  # lengths are data to a compiled program
+        if torch.compiler.is_compiling() or self._version is None:  # lengths are data to a compiled program
             return None
         return self.seqstart_py if _version(self.seqstart) == self._version else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensor counts its versions anew, so the list must not come along where it is out of date.
+        return {**self.__dict__, "seqstart_py": self.host}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def starts(self) -> list[int]:
@@ -92,6 +100,7 @@ class _SeqLenInfo(ByValue):
         self.seqstart_py = [0, *accumulate(lengths)]
         self.min_seqlen = min(lengths, default=0)
         self.seqstart.copy_(torch.tensor(self.seqstart_py, dtype=torch.int32))
+        self._version = None  # from here on the tensor is what counts, and may be shorter than what it is used with
 
     def _fits(self, lengths: list[int], longest: int) -> None:
         count = len(self.seqstart) - 1
@@ -166,8 +175,8 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
 class _GappySeqInfo(_SeqLenInfo):
     """Sequences anywhere, even overlapping: sequence b is at `[seqstart[b], seqstart[b] + seqlen[b])`.
 
-    For paged keys (`paged=True`) `seqstart` has no total at its end, counts in the sequence's own pages, and
-    `seqlen` holds the end, not the length.
+    For paged keys (`paged=True`) `seqstart` has −1 at its end instead of the total, counts in the sequence's own
+    pages, and `seqlen` holds the end, not the length.
     """
 
     seqlen: Tensor
@@ -177,9 +186,9 @@ class _GappySeqInfo(_SeqLenInfo):
         return self.seqstart[: len(self.seqlen)], self.seqlen
 
     def intervals(self) -> Iterator[tuple[int, int]]:
-        # As many starts as lengths stand for paged keys, whose `seqlen` is the end already.
-        paged = len(self.seqstart) == len(self.seqlen)
-        for start, length in zip(self.starts, self.seqlen.tolist(), strict=False):
+        starts = self.starts
+        paged = starts[-1] < 0  # then `seqlen` is the end already
+        for start, length in zip(starts, self.seqlen.tolist(), strict=False):
             yield start, (length if paged else start + length)
 
     @classmethod
@@ -198,7 +207,7 @@ class _GappySeqInfo(_SeqLenInfo):
         seqlen = [s + n for s, n in zip(starts, lengths, strict=True)] if paged else lengths
         longest, shortest = max(lengths, default=0), min(lengths, default=0)
         listed = [*starts, -1] if paged else starts
-        return cls(int_tensor(starts, device), longest, shortest, listed, int_tensor(seqlen, device), seqlen)
+        return cls(int_tensor(listed, device), longest, shortest, listed, int_tensor(seqlen, device), seqlen)
 
     def from_seqlens_inplace(self, seqlens: Iterable[int]) -> None:
         raise NotImplementedError("_GappySeqInfo.from_seqlens_inplace: assign to seqstart and seqlen in place")
@@ -222,8 +231,11 @@ def int_tensor(values: Sequence[int], device: Device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _version(x: Tensor) -> int | None:
+    """A number that changes when x is changed in place; None where there is none without waiting for a device."""
+    if not x.is_inference():
+        return x._version
+    return hash(tuple(x.tolist())) if x.device.type == "cpu" else None
 
 
 def _same(a: object, b: object) -> bool:
