@@ -157,10 +157,11 @@ def test_dropout_acts_in_training_only_and_follows_the_seed():
     torch.testing.assert_close(run(0), small()(tokens, LENGTHS))
 
 
-def test_initial_values():
-    model = small(layers=8, dim=96, tie_embeddings=False, vocab_size=200, hidden=None)
+@pytest.mark.parametrize("embedding", [0.02, 0.5])
+def test_initial_values(embedding):
+    model = small(layers=8, dim=96, tie_embeddings=False, vocab_size=200, hidden=None, embedding_std=embedding)
     std = (2 / (5 * 96)) ** 0.5
-    want = {"embedding.weight": 0.02, "head.weight": 0.02, "qkv.weight": std, "w12.weight": std}
+    want = {"embedding.weight": embedding, "head.weight": 0.02, "qkv.weight": std, "w12.weight": std}
     want |= {"out.weight": std / 4, "w3.weight": std / 4}  # sqrt(2 * 8) = 4
     for name, p in model.named_parameters():
         if p.ndim == 1:
@@ -211,6 +212,7 @@ def test_config_settles_what_was_left_open():
         ({"dropout": float("nan")}, "dropout: got nan"),
         ({"rope_theta": 0.0}, r"rope_theta: got 0\.0"),
         ({"norm_eps": float("inf")}, "norm_eps: got inf"),
+        ({"embedding_std": 0.0}, r"embedding_std: got 0\.0"),
     ],
 )
 def test_config_errors(change, message):

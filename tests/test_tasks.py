@@ -21,9 +21,17 @@ from saccade.training.data import (
 )
 from saccade.training.evaluate import evaluate
 from saccade.training.packing import IGNORE, Batch, pack
-from saccade.training.tasks import ALPHABET, HELD_OUT_PROBLEMS, PROBLEMS, SyntheticTask
+from saccade.training.tasks import HELD_OUT_PROBLEMS, PROBLEMS, SyntheticTask
 
 LONGEST = {"copy": 64, "reverse": 64, "sort": 24, "associative-recall": 16, "addition": 4}
+LOWER, UPPER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
+USED = {
+    "copy": LOWER + UPPER + DIGITS,
+    "reverse": LOWER + UPPER + DIGITS,
+    "sort": LOWER,
+    "associative-recall": LOWER + UPPER + DIGITS,
+    "addition": DIGITS + "+",
+}
 
 
 def solve(name: str, prompt: str) -> tuple[str, int]:
@@ -34,7 +42,7 @@ def solve(name: str, prompt: str) -> tuple[str, int]:
     if name == "reverse":
         return "".join(problem[-1 - i] for i in range(len(problem))) + ".", len(problem)
     if name == "sort":
-        return "".join(c * problem.count(c) for c in ALPHABET[:26]) + ".", len(problem)
+        return "".join(c * problem.count(c) for c in LOWER) + ".", len(problem)
     if name == "associative-recall":
         return problem[problem.index(asked) + 1] + ".", len(problem) // 2
     a, b = problem.split("+")
@@ -78,7 +86,7 @@ def problems_of(task: SyntheticTask, batch: Batch) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_answers_are_right_and_packing_loses_nothing(name):
     task = SyntheticTask(name, LONGEST[name])
-    lengths = set()
+    lengths, symbols = set(), set()
     for index in range(24):
         batch = task.train_batch(seed=1, index=index, tokens=2000)
         assert len(batch.tokens) == sum(batch.lengths) <= 2000
@@ -87,7 +95,9 @@ def test_answers_are_right_and_packing_loses_nothing(name):
             right, length = solve(name, prompt)
             assert answer == right, prompt
             lengths.add(length)
+            symbols |= set(prompt)
     assert lengths == set(range(1, LONGEST[name] + 1))
+    assert symbols == set(USED[name]) | {"="}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -136,7 +146,7 @@ def test_pack_by_hand():
         (lambda: SyntheticTask("divide", 4), "task: got 'divide', wanted one of copy"),
         (lambda: SyntheticTask("copy", 1), "max_length: got 1, wanted 2 to 512 for copy"),
         (lambda: SyntheticTask("associative-recall", 27), "max_length: got 27, wanted 2 to 26"),
-        (lambda: SyntheticTask("copy", 4).encode("aB="), "prompt: got 'B'"),
+        (lambda: SyntheticTask("copy", 4).encode("a!="), "prompt: got '!'"),
         (lambda: StandardLibrary(1), "max_length: got 1, wanted at least 2"),
     ],
 )

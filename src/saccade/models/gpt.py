@@ -38,6 +38,8 @@ class GPTConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     """Whether the output layer shares the embedding's weights."""
+    embedding_std: float = 0.02
+    """Standard deviation of the initial embeddings."""
     dropout: float = 0.0
     """Probability of dropping attention weights, outputs of attention and SwiGLU, and embeddings, in training."""
 
@@ -56,7 +58,7 @@ class GPTConfig:
             raise ValueError(f"dim: got {self.dim} / heads = {self.head_dim} per head, want an even number for rope")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}, want a probability in [0, 1)")
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "embedding_std"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a positive number")
         # What was left open is settled here, so that a saved configuration says all.
@@ -220,14 +222,19 @@ def initialize(model: GPT) -> None:
     Norms: 1. Matrices: normal. As in GPT-2 (Radford et al., 2019), the two that write to the residual stream in
     each block are smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth.
     The standard deviation is sqrt(2 / (5 * dim)) ("small init", Nguyen and Salazar, 2019): GPT-2's 0.02 at a width
-    of 1000, and more for narrow models, whose signals 0.02 would make vanish. Embeddings have 0.02 at every width:
-    they are normed before use, and, where tied, small logits make the first loss that of a uniform guess.
+    of 1000, and more for narrow models, whose signals 0.02 would make vanish. Embeddings have `embedding_std`, 0.02
+    unless told otherwise: they are normed before use, and, where tied, small logits make the first loss that of a
+    uniform guess. So small, though, they are lost in the stream under what the first block adds (a fifth, or so) until
+    training has made them grow; a larger value lets the second block see the tokens from the start. An output layer of
+    its own has 0.02.
     """
     std = math.sqrt(2 / (5 * model.config.dim))
     for name, p in model.named_parameters():
         if p.ndim < 2:
             nn.init.ones_(p)
-        elif name in ("embedding.weight", "head.weight"):
+        elif name == "embedding.weight":
+            nn.init.normal_(p, std=model.config.embedding_std)
+        elif name == "head.weight":
             nn.init.normal_(p, std=0.02)
         elif name.endswith(("attention.out.weight", "mlp.w3.weight")):
             nn.init.normal_(p, std=std / math.sqrt(2 * model.config.layers))

@@ -77,6 +77,7 @@ def make_model(config: TrainConfig, vocab_size: int) -> GPT:
         positions=config.positions,
         rope_theta=config.rope_theta,
         tie_embeddings=config.tie_embeddings,
+        embedding_std=config.embedding_std,
         dropout=config.dropout,
     )
     return GPT(sizes, backend=config.backend)
@@ -103,6 +104,26 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+def longest_problem(config: TrainConfig, step: int) -> int:
+    """The longest problem of step 0, 1, …: under a curriculum a line from an eighth of `max_length` up to all of it.
+
+    Short problems first, and short ones among the long ones ever after (Bengio et al., "Curriculum Learning", 2009;
+    Zaremba and Sutskever, "Learning to Execute", 2014).
+    """
+    until = config.curriculum * config.steps
+    if step >= until:
+        return config.max_length
+    return max(2, int(config.max_length * (1 + 7 * step / until) / 8))
+
+
+def train_batches(task: Task, config: TrainConfig, step: int) -> list[Batch]:
+    """The micro-batches of a step, a function of the configuration and the step alone."""
+    if isinstance(task, SyntheticTask):
+        task = replace(task, max_length=longest_problem(config, step))
+    first = step * config.accumulation
+    return [task.train_batch(config.seed, first + i, config.tokens) for i in range(config.accumulation)]
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
@@ -201,8 +222,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         saved = step
         while step < config.steps and final is None and not interrupted.is_set():
             start = time.perf_counter()
-            first = step * config.accumulation
-            batches = [task.train_batch(config.seed, first + i, config.tokens) for i in range(config.accumulation)]
+            batches = train_batches(task, config, step)
             lr = learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr

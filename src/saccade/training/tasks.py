@@ -6,10 +6,11 @@ A problem is a line of text: a prompt, and an answer that ends in `.`; one chara
     reverse              banana=ananab.
     sort                 banana=aaabnn.
     addition             957+68=5201.        957 + 68 = 1025, lowest digit first
-    associative-recall   k7q2a9=q2.a9.k7.    pairs of a letter and a digit, then each letter in turn and its digit
+    associative-recall   k7qBa9=qB.a9.k7.    pairs of a letter and its value, then each letter in turn and its value
 
-Recall asks for every pair, in random order (after Arora et al., "Zoology", 2023): the letters asked for are prompts,
-the digits are answers, and all of them must be right.
+The symbols of copy and reverse are letters of both cases and digits; those of sort, lower-case letters, in alphabetic
+order. Recall asks for every pair, in random order (after Arora et al., "Zoology", 2023): the lower-case letters asked
+for are prompts, their values, digits or capitals, are answers, and all of them must be right.
 
 Addition writes its answer lowest digit first, so that each digit depends on two digits and on the carry just made
 (a known aid: Lee et al., "Teaching Arithmetic to Small Transformers", 2023). Lengths are drawn uniformly from 1 to
@@ -24,14 +25,17 @@ import hashlib
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from random import Random
 
 from saccade.training.packing import Batch, pack
 
-SYMBOLS = string.ascii_lowercase
+LETTERS = string.ascii_lowercase
+VALUES = string.digits + string.ascii_uppercase
+SYMBOLS = LETTERS + VALUES
 STOP = "."
-ALPHABET = SYMBOLS + string.digits + "+=" + STOP
+ALPHABET = SYMBOLS + "+=" + STOP
 START = len(ALPHABET)
 HELD_OUT_ONE_IN = 16
 """One prompt in so many is held out."""
@@ -54,13 +58,13 @@ def _reverse(random: Random, length: int) -> Problem:
 
 
 def _sort(random: Random, length: int) -> Problem:
-    symbols = random.choices(SYMBOLS, k=length)
+    symbols = random.choices(LETTERS, k=length)
     return [("".join(symbols) + "=", "".join(sorted(symbols)) + STOP)]
 
 
 def _associative_recall(random: Random, length: int) -> Problem:
-    keys = random.sample(SYMBOLS, length)
-    values = random.choices(string.digits, k=length)
+    keys = random.sample(LETTERS, length)
+    values = random.choices(VALUES, k=length)
     pairs = list(zip(keys, values, strict=True))
     told = "".join(key + value for key, value in pairs) + "="
     random.shuffle(pairs)
@@ -79,7 +83,7 @@ PROBLEMS: dict[str, tuple[Callable[[Random, int], Problem], int]] = {
     "copy": (_copy, 512),
     "reverse": (_reverse, 512),
     "sort": (_sort, 512),
-    "associative-recall": (_associative_recall, len(SYMBOLS)),
+    "associative-recall": (_associative_recall, len(LETTERS)),
     "addition": (_addition, 512),
 }
 """Each task: what makes a problem of a given length, and the longest length that it can make."""
@@ -123,8 +127,8 @@ class SyntheticTask:
 
     def held_out(self, tokens: int, limit: int | None = None) -> list[Batch]:
         """The held-out problems in batches of at most `tokens` tokens; with `limit`, about the first so many tokens."""
-        problems = list(islice(self.problems(Random(f"held out {self.name}"), held_out=True), HELD_OUT_PROBLEMS))
         batches = []
+        problems = _held_out_problems(self, HELD_OUT_PROBLEMS)
         for batch in self._batches(iter(problems), tokens if limit is None else min(tokens, limit)):
             batches.append(batch)
             if limit is not None and (limit := limit - len(batch.tokens)) <= 0:
@@ -160,3 +164,9 @@ class SyntheticTask:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; `START` leaves nothing."""
         return "".join(ALPHABET[token] for token in tokens if token != START)
+
+
+@lru_cache(maxsize=8)
+def _held_out_problems(task: SyntheticTask, count: int) -> tuple[Problem, ...]:
+    # Kept, because most problems drawn are not held out: half a second for each of a run's evaluations.
+    return tuple(islice(task.problems(Random(f"held out {task.name}"), held_out=True), count))
