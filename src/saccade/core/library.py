@@ -33,16 +33,44 @@ _library.define(
 
 
 def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a problem through the registered op.
+    """(out, lse) of a problem: through the registered op, or, where nothing would see the op, without it.
 
     Raises:
         RuntimeError: under forward-mode differentiation, whose tangents the op would drop.
     """
+    if _unobserved(problem):
+        return load(backend).forward(problem)
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in _inputs(problem)
     ):
         raise RuntimeError("saccade.attention has no forward-mode derivative; use reverse mode")
     return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _unobserved(problem: Problem) -> bool:
+    """Whether no gradient, compiler, mode, transform, profiler or tensor subclass would notice the op.
+
+    Its dispatch costs as much as a small problem.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if (
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch.is_autocast_enabled(problem.query.device.type)
+    ):
+        return False
+    differentiated = torch.is_grad_enabled()
+    for x in (*problem[:_SAVED], *problem.biases):
+        if isinstance(x, Tensor) and (type(x) not in _PLAIN or (differentiated and x.requires_grad)):
+            return False
+    return True
 
 
 def _without_autocast(device: torch.device) -> torch.autocast:
