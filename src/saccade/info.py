@@ -28,6 +28,8 @@ def collect() -> dict[str, Any]:
     """Versions, devices, and for each backend why it cannot run here, or None."""
     import saccade
 
+    from saccade.backends.native import library  # loads it, which nothing should before it is asked for
+
     cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     problem, _ = make_problem(*(torch.zeros(1, 16, 1, 64) for _ in range(3)))
     return {
@@ -37,6 +39,11 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "native": {
+            "instructions": library.ISAS[library.isa_number()] if library.SUPPORTED else None,
+            "runs": list(library.SUPPORTED),
+            "threads": library.threading(),
+        },
         "cuda": cuda,
         "backends": {name: load(name).reason_against(problem) for name in BACKENDS},
     }
@@ -56,6 +63,9 @@ def main(json: bool = False) -> None:
     for name, reason in backends.items():
         chosen = "" if name in AUTOMATIC else " (when asked for by name)"
         print(f"{'attention.' + name:<30}{'available' + chosen if reason is None else 'unavailable: ' + reason}")
+    native = found.pop("native")
+    if native["runs"]:
+        print(f"{'native':<30}{native['instructions']} of {', '.join(native['runs'])}; {native['threads']}")
     for name, value in found.items():
         print(f"{name:<30}{value if value != [] else 'none'}")
 
