@@ -4,7 +4,8 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 
 #if defined(SACCADE_STD_THREADS)
@@ -259,7 +260,7 @@ int64_t worthwhile(const Params &p, const Layout &plan) {
     int64_t pairs = 0;
     for (const int64_t area : plan.area) pairs += area;
     const double work = (double)pairs * (double)(p.RB == 1 ? p.B : 1) * (double)(p.G * p.H * (p.K + p.V));
-    return work < 2e5 ? 1 : p.threads;
+    return work < 2e6 ? 1 : p.threads;
 }
 
 void run_decode(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
@@ -365,23 +366,35 @@ EXPORT const char *saccade_threading() {
 #endif
 }
 
-// Bytes of workspace that forward needs.
-EXPORT int64_t saccade_forward_plan(const Params *p) {
+// Computes the problem; or, where no workspace is given and the problem is no small one, says how many bytes it needs.
+template <class Run>
+int64_t with_workspace(const Params *p, bool backward, const Run &run) {
+    // Asking for memory would cost a small problem more than its work: each Python thread keeps some.
+    constexpr int64_t KEPT = 1 << 20;
+    thread_local std::unique_ptr<char[]> kept;
+    Params own = *p;
     Layout plan{};
-    make_plan(*p, false, plan);
-    return plan.bytes;
+    if (!own.workspace) {
+        make_plan(own, backward, plan);
+        if (plan.bytes + 64 > KEPT) return plan.bytes + 64;
+        if (!kept) kept.reset(new char[KEPT]);
+        own.workspace = kept.get();
+        plan.~Layout();
+        new (&plan) Layout{};
+    }
+    own.workspace = (char *)(((uintptr_t)own.workspace + 63) / 64 * 64);
+    make_plan(own, backward, plan);
+    run(own, plan, *kernels_of(own.isa), worthwhile(own, plan));
+    return 0;
 }
 
-EXPORT void saccade_forward(const Params *p) {
-    Layout plan{};
-    make_plan(*p, false, plan);
-    const Kernels &kernels = *kernels_of(p->isa);
-    const int64_t threads = worthwhile(*p, plan);
-    if (plan.decode)
-        run_decode(*p, plan, kernels, threads);
-    else
-        run_forward(*p, plan, kernels, threads);
+EXPORT int64_t saccade_forward(const Params *p) {
+    return with_workspace(p, false, [](const Params &own, const Layout &plan, const Kernels &kernels, int64_t threads) {
+        (plan.decode ? run_decode : run_forward)(own, plan, kernels, threads);
+    });
 }
+
+EXPORT int64_t saccade_backward(const Params *p) { return with_workspace(p, true, run_backward); }
 
 // Runs of rows that backward is cut into: how many sums the caller provides for.
 EXPORT int64_t saccade_backward_chunks(const Params *p) {
@@ -390,16 +403,4 @@ EXPORT int64_t saccade_backward_chunks(const Params *p) {
     Layout plan{};
     make_plan(one, true, plan);
     return worthwhile(one, plan) == 1 ? 1 : backward_chunks(one, plan);
-}
-
-EXPORT int64_t saccade_backward_plan(const Params *p) {
-    Layout plan{};
-    make_plan(*p, true, plan);
-    return plan.bytes;
-}
-
-EXPORT void saccade_backward(const Params *p) {
-    Layout plan{};
-    make_plan(*p, true, plan);
-    run_backward(*p, plan, *kernels_of(p->isa), worthwhile(*p, plan));
 }

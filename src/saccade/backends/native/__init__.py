@@ -211,8 +211,9 @@ class _Call:
         return int(library.LIBRARY.saccade_backward_chunks(PARAMS.pack(*params, 0)))  # type: ignore[union-attr]
 
     def run(self, name: str, params: list[int | float]) -> None:
-        """Forward or backward, with a workspace from torch's allocator."""
-        size = getattr(library.LIBRARY, f"saccade_{name}_plan")(PARAMS.pack(*params, 0))
-        workspace = torch.empty(size + 64, dtype=torch.uint8)
-        start = (workspace.data_ptr() + 63) // 64 * 64
-        getattr(library.LIBRARY, f"saccade_{name}")(PARAMS.pack(*params, start))
+        """Forward or backward, in a workspace from torch's allocator where the library has none large enough."""
+        function = getattr(library.LIBRARY, f"saccade_{name}")
+        size = function(PARAMS.pack(*params, 0))
+        if size:
+            workspace = torch.empty(size, dtype=torch.uint8)
+            function(PARAMS.pack(*params, workspace.data_ptr()))

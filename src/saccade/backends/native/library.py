@@ -40,12 +40,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the native library cannot be loaded: {error}"
     if sizes != (PARAMS.size, DENSE.size):
         return None, "the native library was built from another version of saccade: install saccade again"
-    for name in ("forward_plan", "backward_plan", "backward_chunks", "supports"):
+    for name in ("forward", "backward", "backward_chunks", "supports"):
         getattr(library, f"saccade_{name}").restype = ctypes.c_int64
     library.saccade_supports.argtypes = [ctypes.c_int64]
     library.saccade_threading.restype = ctypes.c_char_p
-    for name in ("forward", "backward"):
-        getattr(library, f"saccade_{name}").restype = None
     return library, None
 
 
