@@ -5,7 +5,8 @@
 Needs torch and triton of the machine and nothing else. Runs, in this order and as far as the budget goes: the cases of
 the tests against the fp64 reference on the CPU, each twice for bitwise equality (in parallel processes, for most of the
 time goes into compilation); the ceilings of the machine; forward and backward beside SDPA and compiled FlexAttention;
-decoding; the overhead of a call; one long sequence. Results are written as they come: check.jsonl, bench.json, bench.md.
+decoding; the overhead of a call; one long sequence. Results are written as they come: check.jsonl, bench.json, bench.md; at the end
+bench.png.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -331,6 +333,67 @@ class Board:
         self.rows.append(row)
         print(row.pop("line"), flush=True)
         (self.out / "bench.json").write_text(json.dumps({**self.head, "rows": self.rows}, indent=1))
+        (self.out / "bench.md").write_text(self.table())
+
+    def table(self) -> str:
+        """What was timed, as the documentation shows it."""
+        ceiling = self.head.get("matmul_tflops", math.nan)
+        lines = [", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.head.items()), "",
+                 "| work | pass | Saccade TFLOP/s | of GEMM | peers' TFLOP/s | best peer's time ÷ Saccade's | peak MiB |",
+                 "|---|---|--:|--:|---|--:|--:|"]  # fmt: skip
+        for row in self.rows:
+            if "tflops" in row and "direction" in row:
+                rates = dict(row["tflops"])
+                own = rates.pop("saccade", math.nan)
+                peers = ", ".join(f"{n} {r:.0f}" for n, r in rates.items()) or "–"
+                ratio = f"{row['ratio']:.2f} ({row['best_peer']})" if row["ratio"] else "–"
+                peak = f"{row['peak_mib']['saccade']:.0f}" if "saccade" in row["peak_mib"] else "–"
+                lines.append(f"| {label(row)} | {row['direction']} | {own:.0f} | {own / ceiling:.0%} | {peers} | {ratio} "
+                             f"| {peak} |")  # fmt: skip
+        lines += ["", "| decoding | TB/s of keys and values, read once | µs |", "|---|---|---|"]
+        for row in self.rows:
+            if row.get("decode"):
+                name = f"B{row['B']} N{row['N']} H{row['H']}/{row['G']} D{row['D']} "
+                name += f"pages of {row['page']}" if row["page"] else "contiguous"
+                rates = ", ".join(f"{n} {r:.2f}" for n, r in row["tb_per_s"].items())
+                spent = ", ".join(f"{n} {ms * 1e3:.0f}" for n, ms in row["ms"].items())
+                lines.append(f"| {name} | {rates} | {spent} |")
+        return "\n".join(lines) + "\n"
+
+    def plot(self) -> None:
+        """TFLOP/s against length, forward and backward, full and causal, of D = 128."""
+        try:
+            import matplotlib
+
+            matplotlib.use("Agg")
+            from matplotlib import pyplot
+        except ImportError:
+            return
+        figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True)
+        for (direction, kind), axis in zip(
+            ((d, k) for d in ("forward", "backward") for k in ("full", "causal")), axes.flat, strict=True
+        ):
+            rows = [r for r in self.rows if r.get("direction") == direction and r["kind"] == kind and r["D"] == 128]
+            rows = sorted((r for r in rows if r["H"] == r["G"]), key=lambda r: r["N"])
+            for name in ("saccade", "cudnn", "flash", "efficient", "flex"):
+                points = [(r["N"], r["tflops"][name]) for r in rows if name in r["tflops"]]
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == "saccade" else 1
+                    )
+            axis.set_title(f"{direction}, {kind}, D = 128, bf16")
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        for axis in axes[-1]:
+            axis.set_xlabel("tokens in a sequence (16384 in all)")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("TFLOP/s over the visible area")
+        axes[0, 0].legend()
+        figure.suptitle(f"{self.head['device']}, torch {self.head['torch']}, triton {self.head['triton']}")
+        figure.tight_layout()
+        figure.savefig(self.out / "bench.png", dpi=110)
+        pyplot.close(figure)
 
 
 def bench(board: Board, w: Work, chosen: dict[str, Callable[..., Any]], left: Callable[[], float]) -> None:
@@ -527,16 +590,20 @@ def ceilings(board: Board) -> None:
     print(f"ceilings: matmul {matmul:.0f} TFLOP/s, copy {copy:.2f} TB/s", flush=True)
 
 
-def warm(w: Work) -> dict[str, Any]:
-    """Compile what a bench row needs, in a process of its own."""
+def warm(w: Work, with_flex: bool) -> dict[str, Any]:
+    """Compile what a bench row needs, in a process of its own; torch and Triton keep it on disk."""
     B, H, G, N, D = (w[n] for n in "BHGND")
     q, k, v = (
         torch.randn(B, N, h, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for h in (H, G, G)
     )
     shape = {"alibi": (H,), "table": (H, 257)}.get(w["kind"])
     extra = None if shape is None else torch.rand(shape, device="cuda").requires_grad_(w["kind"] == "table")
-    out = ours(w, True)(q, k, v, extra)
-    torch.autograd.grad(out, [q, k, v] + ([extra] if w["kind"] == "table" else []), torch.randn_like(out))
+    for provider in (ours, flex) if with_flex else (ours,):
+        call = provider(w, True)
+        with torch.no_grad():
+            call(q, k, v, extra)
+        out = call(q, k, v, extra)
+        torch.autograd.grad(out, [q, k, v] + ([extra] if w["kind"] == "table" else []), torch.randn_like(out))
     torch.cuda.synchronize()
     return {}
 
@@ -549,7 +616,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="of the checks, every n-th")
     parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
     parser.add_argument("--peers", default="cudnn,flash,efficient,flex")
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--only", default="", help="regular expression: the shapes whose label it finds")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
 
@@ -564,9 +632,14 @@ def main() -> None:
     print(board.head, flush=True)
     if given.check:
         check_all(given.out, min(given.check, left() - 30), given.workers, given.every)
-    shapes = works(given.quick)
+    shapes = [w for w in works(given.quick) if re.search(given.only, label(w))]
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-        for found in pool.map(partial(guarded, warm), shapes[:11]):
+        with_flex = "flex" in given.peers.split(",")
+        one_head = {"B": 1, "H": 1, "G": 1, "N": 2**14, "D": 128, "kind": "causal"}
+        jobs = [pool.submit(guarded, warm, w, with_flex) for w in shapes] + [
+            pool.submit(guarded, warm, one_head, False)
+        ]
+        for found in (job.result() for job in jobs):
             if "error" in found:
                 print("BAD", found["name"], found["error"], flush=True)
     print(f"compiled after {time.time() - START:.0f} s", flush=True)
@@ -589,6 +662,7 @@ def main() -> None:
             guarded_print(decode, board, B, N, 32, 8, 128, None, left)
     if left() > 60 and not given.quick:
         guarded_print(long, board, 2**20)
+    board.plot()
     print(f"done after {time.time() - START:.0f} s", flush=True)
 
 

@@ -39,9 +39,9 @@ def family(capability: tuple[int, int], amd: bool = False) -> str:
 # Of 16-bit elements, by family and kernel: the tile for head dimensions up to 64, 128 and 256.
 _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
     "hopper": {
-        "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        "keys": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
-        "queries": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        "forward": (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        "keys": (Tile(32, 128, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        "queries": (Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
     },
     "blackwell": {
         "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -72,16 +72,25 @@ _SINGLE: dict[str, tuple[Tile, Tile, Tile]] = {
     "queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
 
+# Where every score reads something (a bias, a table, a dense mask), which the compiler stages in shared memory too.
+_LOADS: dict[str, tuple[Tile, Tile, Tile]] = {
+    "forward": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    "keys": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(32, 64, 8, 1)),
+    "queries": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+}
+
 # The rare kernels: small tiles everywhere.
 _RARE = (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1))
 
 
-def tile(kernel: str, itemsize: int, head_dim: int, family: str) -> Tile:
-    """The tile of a kernel for the larger of the two head dimensions."""
+def tile(kernel: str, itemsize: int, head_dim: int, family: str, loads: bool = False) -> Tile:
+    """The tile of a kernel for the larger of the two head dimensions; `loads` where every score reads a bias or mask."""
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if kernel == "decode":
         stages = 1 if family == "amd" else 3 if head_dim <= 128 and itemsize == 2 else 2
         return Tile(16, 64 if itemsize == 2 and head_dim <= 128 else 32, 4, stages)
     if kernel in ("bias", "table"):
         return _RARE[column] if itemsize == 2 else _RARE[2]
-    return _SINGLE[kernel][column] if itemsize == 4 else _HALF[family][kernel][column]
+    if itemsize == 4:
+        return _SINGLE[kernel][column]
+    return (_LOADS if loads and family in ("hopper", "blackwell") else _HALF[family])[kernel][column]
