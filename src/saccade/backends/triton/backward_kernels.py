@@ -162,7 +162,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
         lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
         slope = slope_of(a, b, g, h)
         raw = tl.dot(k, tl.trans(q), input_precision=C.precision)
-        p, unit = weights_of(raw, a, b, g, h, i_, j, lo, hi, diagonal, slope, lse2[None, :], MASKED, C)
+        p, unit = weights_of(raw, a, b, g, h, i_, j, n0, C.BN, lo, hi, diagonal, slope, lse2[None, :], MASKED, C)
         if C.descriptors:
             do = grad_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.V)
         else:
@@ -250,7 +250,7 @@ def _queries_walk(acc, dslope, reached, exact, q, do, lse2, delta, a, key, value
             k = load_keys(key, a.k_n, n, j0, last, MASKED, C.BN, C.K, C.k_dim, 0)
             v = load_keys(value, a.v_n, n, j0, last, MASKED, C.BN, C.V, C.v_dim, 0)
         raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-        p, unit = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None], slope,
+        p, unit = weights_of(raw, a, b, g, h, i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope,
                              lse2[:, None], MASKED, C)  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
         if a.seed is not None:
@@ -284,7 +284,7 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
     hi = tl.where(valid, hi, lo)
     raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
     j = (j0 + n)[None, :]
-    p, _ = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None], slope_of(a, b, g, h),
+    p, _ = weights_of(raw, a, b, g, h, i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope_of(a, b, g, h),
                       lse2[:, None], True, C)  # fmt: skip
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
     if a.seed is not None:

@@ -87,7 +87,7 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
                 # Splits end within a range: the next key belongs to the next split.
                 until = tl.minimum(hi, end)
                 raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-                p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None],
+                p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, j0, STEP, lo[:, None], until[:, None],
                                    diagonal[:, None], slope, lse2[:, None], True, C)  # fmt: skip
                 visible = visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None], C)
                 if a.seed is not None:
@@ -117,7 +117,7 @@ def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.conste
     hi = tl.where(i0 + n < a.M, tl.minimum(hi, end), lo)
     j = (j0 + n)[None, :]
     raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-    p, unit = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None],
+    p, unit = weights_of(raw, a, b, g, h, i[:, None], j, j0, STEP, lo[:, None], hi[:, None], diagonal[:, None],
                          slope_of(a, b, g, h), lse2[:, None], True, C)  # fmt: skip
     visible = visible_of(a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], C)
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)

@@ -383,7 +383,8 @@ def _splits(problem: Problem, programs: int, decode: bool) -> int:
 def _tile(kernel: str, problem: Problem) -> config.Tile:
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
     loads = bool(problem.biases) or problem.table is not None or problem.dense is not None
-    return config.tile(kernel, problem.query.element_size(), head_dim, _family(problem.query.device), loads)
+    terms = "loads" if loads else "slopes" if problem.slopes is not None else "plain"
+    return config.tile(kernel, problem.query.element_size(), head_dim, _family(problem.query.device), terms)
 
 
 def _family(device: torch.device) -> str:
