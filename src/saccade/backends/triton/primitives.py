@@ -254,7 +254,10 @@ def entries_of(a, g, h, j, j0, J: tl.constexpr, diagonal):
     nearest = j0 - tl.max(tl.max(diagonal, 1), 0)
     farthest = j0 + (J - 1) - tl.min(tl.min(diagonal, 1), 0)
     if (nearest >= a.reach) | (farthest <= -a.reach):
-        x = tl.load(table + tl.where(nearest >= a.reach, 2 * a.reach, 0)).to(tl.float32) + (j - diagonal).to(tl.float32) * 0.0
+        x = (
+            tl.load(table + tl.where(nearest >= a.reach, 2 * a.reach, 0)).to(tl.float32)
+            + (j - diagonal).to(tl.float32) * 0.0
+        )
     else:
         entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
         x = tl.load(table + entry).to(tl.float32)
