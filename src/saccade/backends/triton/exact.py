@@ -47,7 +47,8 @@ def exact_dot(weight, visible, x, acc, C: tl.constexpr):
 
 @triton.jit
 def any_nan(x):
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+    # As one dimension: reducing one after the other does not compile for tensor memory (Triton 3.6, sm_100).
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]], can_reorder=True), 0) > 0
 
 
 @triton.jit
