@@ -377,7 +377,7 @@ class Board:
         return "\n".join(lines) + "\n"
 
     def plot(self) -> None:
-        """TFLOP/s against length, forward and backward, full and causal, of D = 128."""
+        """TFLOP/s of every work and provider, forward and backward, as bars."""
         try:
             import matplotlib
 
@@ -385,30 +385,33 @@ class Board:
             from matplotlib import pyplot
         except ImportError:
             return
-        figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True)
-        for (direction, kind), axis in zip(
-            ((d, k) for d in ("forward", "backward") for k in ("full", "causal")), axes.flat, strict=True
-        ):
-            rows = [r for r in self.rows if r.get("direction") == direction and r["kind"] == kind and r["D"] == 128]
-            rows = sorted((r for r in rows if r["H"] == r["G"]), key=lambda r: r["N"])
-            for name in ("saccade", "cudnn", "flash", "efficient", "flex"):
-                points = [(r["N"], r["tflops"][name]) for r in rows if name in r["tflops"]]
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == "saccade" else 1
-                    )
-            axis.set_title(f"{direction}, {kind}, D = 128, bf16")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-        for axis in axes[-1]:
-            axis.set_xlabel("tokens in a sequence (16384 in all)")
-        for axis in axes[:, 0]:
-            axis.set_ylabel("TFLOP/s over the visible area")
-        axes[0, 0].legend()
+        timed = [row for row in self.rows if "direction" in row]
+        labels = list(dict.fromkeys(label(row) for row in timed))
+        names = [n for n in ("saccade", "cudnn", "flash", "efficient", "flex") if any(n in r["tflops"] for r in timed)]
+        if not labels:
+            return
+        figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.55 * len(labels)), sharex=True, sharey=True)
+        height = 0.8 / len(names)
+        for direction, axis in zip(("forward", "backward"), axes, strict=True):
+            for n, name in enumerate(names):
+                at, rates = [], []
+                for row in timed:
+                    if row["direction"] == direction and name in row["tflops"]:
+                        # Those that have a rate stand together.
+                        before = sum(x in row["tflops"] for x in names[:n])
+                        at.append(labels.index(label(row)) + (before + 0.5) * height - 0.4)
+                        rates.append(row["tflops"][name])
+                axis.barh(at, rates, height=height, label=name)
+            axis.axvline(self.head.get("matmul_tflops", 0), color="grey", linestyle="--", linewidth=1)
+            axis.set_title(f"{direction}, bf16")
+            axis.set_xlabel("TFLOP/s over the visible area (dashed: a large matrix product)")
+            axis.grid(axis="x", alpha=0.3)
+        axes[0].set_yticks(range(len(labels)), labels)
+        axes[0].invert_yaxis()
+        axes[1].legend(loc="lower right")
         figure.suptitle(f"{self.head['device']}, torch {self.head['torch']}, triton {self.head['triton']}")
         figure.tight_layout()
-        figure.savefig(self.out / "bench.png", dpi=110)
+        figure.savefig(self.out / "bench.png", dpi=100)
         pyplot.close(figure)
 
 
