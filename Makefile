@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test test-gpu-offline lint docs bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documentation (strict)"
 	@echo "make bench  attention benchmark against torch's own"
+	@echo "make gpu-check         on a machine with a GPU: is the Triton backend right there, and how fast"
+	@echo "make test-gpu-offline  every configuration of the GPU kernels compiled for four architectures, no GPU needed"
 
 # torch goes in first and pinned: an unpinned `torch` would pull gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard native/*)
@@ -27,6 +29,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+test-gpu-offline: $(READY)
+	SACCADE_GPU_TESTS=all $(BIN)/python -m pytest -n 2 tests/gpu
+
+# With the machine's own torch and triton, from the checkout: nothing is installed.
+gpu-check:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py --out runs/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def interpreted(monkeypatch):
 def small_tiles(monkeypatch):
     """The interpreter takes as long for a small tile as for a large one, and several tiles are wanted."""
 
-    def tile(kernel, itemsize, head_dim, family):
+    def tile(kernel, itemsize, head_dim, family, terms="plain"):
         return config.Tile(16, 16 if kernel == "keys" else 32, 1, 1)
 
     monkeypatch.setattr(config, "tile", tile)

@@ -1,14 +1,18 @@
 """Compiles what the launcher launches for an architecture that is not there, and reads what came out. Knows no test.
 
-Needs only the triton wheel (its ptxas, cuobjdump and nvdisasm), no GPU and no driver. Must not run in a process whose
-kernels are decorated for the interpreter.
+    python tests/gpu/offline.py sm_90 --all
+
+prints one JSON object per kernel. Needs only the triton wheel (its ptxas, cuobjdump and nvdisasm), no GPU and no driver.
+Must not run in a process whose kernels are decorated for the interpreter.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -69,6 +73,8 @@ def target(name: str) -> Any:
         family = config.family(capability or (9, 4), amd=capability is None)
         launch._family = lambda device: family
         launch._processors = lambda device: 132
+        if capability is None:
+            launch._precision = lambda: "ieee"
         launch._descriptors_allowed = lambda x: x.element_size() == 2 and family in ("hopper", "blackwell")
         results: list[Compiled] = []
 
@@ -105,3 +111,101 @@ def _read(name: str, made: Any, log: str) -> Compiled:
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
     return Compiled(name, made.metadata.shared, registers, spills, wgmma, mma, tma, re.findall(r"(C75\d\d)", log))
+
+
+class Work(NamedTuple):
+    """What is compiled: forward and backward of a problem of this kind."""
+
+    dtype: str
+    head_dim: int
+    kind: str
+    """causal, full, alibi, table, bias, decode, paged."""
+
+
+FEW = {
+    "sm_90": [("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 128, "table"),
+              ("bfloat16", 256, "full"), ("bfloat16", 128, "paged")],
+    "sm_80": [("bfloat16", 128, "causal")],
+    "sm_100": [("bfloat16", 128, "causal")],
+    "gfx942": [("bfloat16", 128, "causal")],
+}  # fmt: skip
+"""A few of all works, for every day."""
+
+
+def works(name: str, every: bool) -> list[Work]:
+    """What is compiled for an architecture."""
+    if not every:
+        return [Work(*work) for work in FEW[name]]
+    kinds = ("causal", "full", "alibi", "table", "bias")
+    found = [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in kinds]
+    found += [Work(dtype, 128, kind) for dtype in ("bfloat16", "float16") for kind in ("decode", "paged")]
+    return [*found, Work("float16", 128, "causal")]
+
+
+def problem_of(work: Work) -> Any:
+    """A problem of this kind; its sizes matter only where the launcher looks at them."""
+    import torch
+
+    import saccade
+    from saccade.core.problem import make_problem
+
+    M, N, G, H = 1024, 1024, 2, 1
+    mask: saccade.Mask | None = saccade.Causal()
+    bias: saccade.Bias | torch.Tensor | None = None
+    if work.kind == "full":
+        mask = None
+    elif work.kind == "alibi":
+        bias = saccade.Alibi(torch.rand(G))
+    elif work.kind == "table":
+        bias = saccade.RelativeBias(torch.rand(G, 257))
+    elif work.kind == "bias":
+        bias = torch.zeros(G, M, N)
+    elif work.kind == "decode":
+        M, H = 1, 4
+        mask = saccade.KeyLengths(torch.tensor([900])) & saccade.Causal("bottom_right")
+    elif work.kind == "paged":
+        M, H = 4, 4
+        pages = torch.arange(16, dtype=torch.int32).view(4, 4)
+        mask = saccade.PagedKeys([1] * 4, [200] * 4, pages, 64) & saccade.Causal("bottom_right")
+    dtype = getattr(torch, work.dtype)
+    q, k, v = (torch.zeros(1, n, h, work.head_dim, dtype=dtype) for n, h in ((M, G * H), (N, G), (N, G)))
+    return make_problem(q, k, v, mask=mask, bias=bias)[0]
+
+
+def _never(x):  # type: ignore[no-untyped-def]
+    return False
+
+
+def main(name: str, every: bool, plain: bool) -> None:
+    """Print what became of each kernel.
+
+    Args:
+        plain: forward of wide heads alone, without the path that is taken where a NaN came out. That path is inlined and
+            needs registers of its own; what every call runs is the rest.
+    """
+    import torch
+
+    from saccade.backends import Needs
+
+    with target(name) as results:
+        import triton
+
+        from saccade.backends.triton import forward_kernels, launch
+
+        todo = works(name, every)
+        if plain:
+            forward_kernels.any_nan = triton.jit(_never)
+            todo = [work for work in todo if work.head_dim == 256 and work.dtype != "float32"]
+        for work in todo:
+            problem = problem_of(work)
+            out, lse = launch.forward(problem)
+            if work.kind not in ("decode", "paged") and not plain:
+                needs = Needs(True, True, True, False, problem.table is not None, False, [True] * len(problem.biases))
+                launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
+            for result in results:
+                print(json.dumps({**work._asdict(), **result._asdict()}), flush=True)
+            results.clear()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--all" in sys.argv, "--plain" in sys.argv)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 BACKENDS = ("triton", "native", "chunked", "reference")
 """All backends, by name."""
 
-AUTOMATIC = ("native", "chunked")
-"""Those that `backend=None` tries, in this order. The last accepts every problem. `triton` has only run
-under its interpreter, on no GPU yet, so it is taken by name alone."""
+AUTOMATIC = ("triton", "native", "chunked")
+"""Those that `backend=None` tries, in this order. The last accepts every problem. On the CPU `triton` is an interpreter
+for tests, taken by name alone."""
 
 
 class Needs(NamedTuple):
@@ -95,7 +95,8 @@ def choose(problem: Problem, backend: str | None) -> str:
     """
     if backend is None:
         # The last one accepts everything, so there is always a first without a reason.
-        return next(name for name in AUTOMATIC if load(name).reason_against(problem) is None)
+        names = AUTOMATIC if problem.query.is_cuda else [name for name in AUTOMATIC if name != "triton"]
+        return next(name for name in names if load(name).reason_against(problem) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, want one of {', '.join(BACKENDS)} or None")
     reason = load(backend).reason_against(problem)

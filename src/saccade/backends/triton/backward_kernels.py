@@ -162,7 +162,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
         lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
         slope = slope_of(a, b, g, h)
         raw = tl.dot(k, tl.trans(q), input_precision=C.precision)
-        p, unit = weights_of(raw, a, b, g, h, i_, j, lo, hi, diagonal, slope, lse2[None, :], MASKED, C)
+        p, unit = weights_of(raw, a, b, g, h, i_, j, n0, C.BN, lo, hi, diagonal, slope, lse2[None, :], MASKED, C)
         if C.descriptors:
             do = grad_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.V)
         else:
@@ -181,7 +181,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
 
 
 @triton.jit
-def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslopes,
+def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, grad_lse, dq, dslopes,
                    C: tl.constexpr):  # fmt: skip
     """dq [B, M, G, H, K], and per row the slope's gradient [B, G, H, M] where asked for. Grid: (tiles · H · G · B)."""
     tiles = tl.cdiv(a.M, C.BM)
@@ -201,25 +201,32 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
     acc = tl.full([C.BM, C.K], 0.0, tl.float32)
+    # Of a row's slope: Σ ds · distance; and what corrects it for the rounding of `out` in delta: Σ p · distance, Σ p · dp.
     dslope = tl.full([C.BM], 0.0, tl.float32)
+    reached = dslope
+    exact = dslope
     for s in tl.static_range(max(C.S, 1)):
         lo, hi, diagonal = range_of(a, s, b, i, C)
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, 0, 1, C.BN)
         if a.dense is None:
-            acc, dslope = _queries_walk(acc, dslope, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
+            acc, dslope, reached, exact = _queries_walk(acc, dslope, reached, exact, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
                                         lo, hi, diagonal, dslopes, begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
-            acc, dslope = _queries_walk(acc, dslope, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
+            acc, dslope, reached, exact = _queries_walk(acc, dslope, reached, exact, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
                                         lo, hi, diagonal, dslopes, begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True,
                                         C)  # fmt: skip
         else:
-            acc, dslope = _queries_walk(acc, dslope, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
+            acc, dslope, reached, exact = _queries_walk(acc, dslope, reached, exact, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
                                         lo, hi, diagonal, dslopes, begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
     columns = tl.arange(0, C.K)
     row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
     tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),
              mask=valid[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
     if dslopes is not None:
+        true = exact
+        if grad_lse is not None:
+            true -= tl.load(grad_lse + stat)
+        dslope -= (delta_ - true) * reached
         tl.store(dslopes + stat, dslope, mask=valid)
     if any_nan(acc):
         tl.debug_barrier()
@@ -227,7 +234,7 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
 
 
 @triton.jit
-def _queries_walk(acc, dslope, q, do, lse2, delta, a, key, value, key_tiles, value_tiles, b, g, h, i, lo, hi, diagonal,
+def _queries_walk(acc, dslope, reached, exact, q, do, lse2, delta, a, key, value, key_tiles, value_tiles, b, g, h, i, lo, hi, diagonal,
                   dslopes, begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr,
                   C: tl.constexpr):  # fmt: skip
     """dq of one query tile over key blocks t0 … t1 − 1; blocks from `gap_at` on are counted `gap` further."""
@@ -243,17 +250,20 @@ def _queries_walk(acc, dslope, q, do, lse2, delta, a, key, value, key_tiles, val
             k = load_keys(key, a.k_n, n, j0, last, MASKED, C.BN, C.K, C.k_dim, 0)
             v = load_keys(value, a.v_n, n, j0, last, MASKED, C.BN, C.V, C.v_dim, 0)
         raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-        p, unit = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None], slope,
+        p, unit = weights_of(raw, a, b, g, h, i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope,
                              lse2[:, None], MASKED, C)  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
         if a.seed is not None:
             dp = tl.where(kept(a, b, i * 0 + g * C.H + h, i, j0, C.BM, C.BN, C), dp * a.keep_scale, 0.0)
         ds = score_gradient(p, dp, delta[:, None], MASKED)
         if dslopes is not None:
-            dslope -= tl.sum(ds * tl.abs(j - diagonal[:, None]).to(tl.float32), 1)
+            distance = tl.abs(j - diagonal[:, None]).to(tl.float32)
+            dslope -= tl.sum(ds * distance, 1)
+            reached += tl.sum(p * distance, 1)
+            exact += tl.sum(tl.where(p > 0, p * dp, 0.0), 1)
         ds = raw_gradient(ds, unit, C)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.precision)
-    return acc, dslope
+    return acc, dslope, reached, exact
 
 
 @triton.jit
@@ -274,7 +284,7 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
     hi = tl.where(valid, hi, lo)
     raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
     j = (j0 + n)[None, :]
-    p, _ = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None], slope_of(a, b, g, h),
+    p, _ = weights_of(raw, a, b, g, h, i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope_of(a, b, g, h),
                       lse2[:, None], True, C)  # fmt: skip
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
     if a.seed is not None:

@@ -1,6 +1,7 @@
 """Tile sizes, warps and stages by kernel, element size, head dimension and architecture. Knows no problem and no launch.
 
-The table is plain data, filled by benchmarks/gpu_tune.py; nothing is tuned at run time.
+The table is plain data; nothing is tuned at run time. What it says of `hopper` was the fastest on an H200 among what
+benchmarks/tune_triton.py tries; the other families were only compiled.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ def family(capability: tuple[int, int], amd: bool = False) -> str:
     return "ampere" if capability == (8, 0) else "small"
 
 
-# Of 16-bit elements, by family and kernel: the tile for head dimensions up to 64, 128 and 256.
-_HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
+Row = tuple[Tile, Tile, Tile]
+"""The tiles for head dimensions up to 64, 128 and 256."""
+
+# Of 16-bit elements, by family and kernel.
+_HALF: dict[str, dict[str, Row]] = {
     "hopper": {
-        "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        "keys": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
-        "queries": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        "forward": (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        "keys": (Tile(32, 128, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        "queries": (Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        "table": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
     },
     "blackwell": {
         "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -65,23 +70,53 @@ _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
     },
 }
 
-# Of fp32 elements, whose products run on the plain cores: one table for all.
-_SINGLE: dict[str, tuple[Tile, Tile, Tile]] = {
+# The same on hopper where ALiBi takes registers, and where every score reads something: a bias, a table, a dense mask.
+_HOPPER_TERMS: dict[str, dict[str, Row]] = {
+    "slopes": {
+        "forward": (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        "keys": (Tile(32, 128, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2)),
+    },
+    "loads": {
+        "forward": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)),
+        "keys": (Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 1)),
+        "queries": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
+    },
+}
+
+# Of fp32 elements; on hopper as tf32 products.
+_SINGLE: dict[str, Row] = {
     "forward": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
     "keys": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
     "queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
+_HOPPER_SINGLE: dict[str, Row] = {
+    "forward": (Tile(128, 64, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
+    "queries": (Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+}
 
-# The rare kernels: small tiles everywhere.
-_RARE = (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1))
+# Gradients of biases and tables: small tiles everywhere.
+_RARE: Row = (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1))
 
 
-def tile(kernel: str, itemsize: int, head_dim: int, family: str) -> Tile:
-    """The tile of a kernel for the larger of the two head dimensions."""
+def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "plain") -> Tile:
+    """The tile of a kernel for the larger of the two head dimensions.
+
+    Args:
+        terms: `loads` where every score reads a bias, a table or a dense mask; else `slopes` where there is ALiBi; else
+            `plain`.
+    """
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if kernel == "decode":
         stages = 1 if family == "amd" else 3 if head_dim <= 128 and itemsize == 2 else 2
         return Tile(16, 64 if itemsize == 2 and head_dim <= 128 else 32, 4, stages)
-    if kernel in ("bias", "table"):
-        return _RARE[column] if itemsize == 2 else _RARE[2]
-    return _SINGLE[kernel][column] if itemsize == 4 else _HALF[family][kernel][column]
+    hopper = family == "hopper"
+    tables: list[dict[str, Row]]
+    if itemsize == 4:
+        tables = [_HOPPER_SINGLE, _SINGLE] if hopper and terms != "loads" else [_SINGLE]
+    else:
+        tables = [_HOPPER_TERMS.get(terms, {}) if hopper else {}, _HALF[family]]
+    for table in tables:
+        if kernel in table:
+            return table[kernel][column]
+    # Of fp32 elements only the smallest fits everywhere.
+    return _RARE[column if itemsize == 2 else 2]

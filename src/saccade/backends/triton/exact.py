@@ -47,7 +47,8 @@ def exact_dot(weight, visible, x, acc, C: tl.constexpr):
 
 @triton.jit
 def any_nan(x):
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+    # As one dimension: reducing one after the other does not compile for tensor memory (Triton 3.6, sm_100).
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]], can_reorder=True), 0) > 0
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
                 # Splits end within a range: the next key belongs to the next split.
                 until = tl.minimum(hi, end)
                 raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-                p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None],
+                p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, j0, STEP, lo[:, None], until[:, None],
                                    diagonal[:, None], slope, lse2[:, None], True, C)  # fmt: skip
                 visible = visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None], C)
                 if a.seed is not None:
@@ -117,7 +118,7 @@ def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.conste
     hi = tl.where(i0 + n < a.M, tl.minimum(hi, end), lo)
     j = (j0 + n)[None, :]
     raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-    p, unit = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None],
+    p, unit = weights_of(raw, a, b, g, h, i[:, None], j, j0, STEP, lo[:, None], hi[:, None], diagonal[:, None],
                          slope_of(a, b, g, h), lse2[:, None], True, C)  # fmt: skip
     visible = visible_of(a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], C)
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)

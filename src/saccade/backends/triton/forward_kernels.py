@@ -113,7 +113,8 @@ def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope
         else:
             k = load_keys(key, a.k_n, slots, j0, last, MASKED, C.BN, C.K, C.k_dim, C.page)
         s, _ = capped(tl.dot(q, tl.trans(k), input_precision=C.precision), a, C)
-        s = biased(s, a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None], slope, MASKED, C)
+        s = biased(s, a, b, g, h[:, None], i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope,
+                   MASKED, C)  # fmt: skip
         if MASKED:
             s = tl.where(visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], C), s, -INFINITY)
         peak = tl.max(s, 1)

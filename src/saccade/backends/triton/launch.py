@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.backends import Gradients, Needs
-from saccade.backends.triton import config
+from saccade.backends.triton import config, plans
 from saccade.backends.triton.backward_kernels import (
     bias_kernel,
     bounds_kernel,
@@ -32,12 +32,18 @@ _LEAST_SPLIT = 256
 """Fewest keys worth a split."""
 
 
-def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> None:
-    """Launch a kernel. Every launch goes through here, so that tests can compile it for another architecture."""
-    kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> Any:
+    """Launch a kernel; returns it compiled. All launches go through here, so that tests can compile for another GPU."""
+    return kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    key = plans.key_of(problem)
+    plan = plans.find(key)
+    return _forward(problem, key) if plan is None else plan(problem)
+
+
+def _forward(problem: Problem, key: Any) -> tuple[Tensor, Tensor]:
     B, M, G, H, _ = problem.query.shape
     N, V = problem.key.shape[1], problem.value.shape[-1]
     query = problem.query
@@ -61,15 +67,23 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     bytes_per_head = max(1, N * (constants.K + constants.V) * query.element_size() // min(H, max(1, H // pack)))
     at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
     parts, part_lse = out, lse
+    like = [out, lse]
     if splits > 1:
         parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
         part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+        like += [parts, part_lse]
+    launches: list[Any] = [
+        (forward_kernel, (programs, splits),
+         [arguments, keys, values, parts, part_lse, at_once, splits, constants], tile),
+    ]  # fmt: skip
+    if splits > 1:
+        rows = B * M * G * H
+        of_split = [parts, part_lse, out, lse, rows, splits, M, G * H, constants.V, V, triton.next_power_of_2(splits)]
+        launches.append((combine_kernel, (rows,), of_split, config.Tile(0, 0, 2, 1)))
     with _on(query):
-        run(forward_kernel, (programs, splits), arguments, keys, values, parts, part_lse, at_once, splits, constants,
-            tile=tile)  # fmt: skip
-        if splits > 1:
-            run(combine_kernel, (B * M * G * H,), parts, part_lse, out, lse, B * M * G * H, splits, M, G * H,
-                constants.V, V, triton.next_power_of_2(splits), tile=config.Tile(0, 0, 2, 1))  # fmt: skip
+        calls = [(run(kernel, grid, *args, tile=tile), grid, args) for kernel, grid, args, tile in launches]
+    if key is not None:
+        plans.keep(key, problem, arguments, calls, like)
     return out, lse
 
 
@@ -87,13 +101,13 @@ def backward(
     delta = torch.empty_like(lse)
     arguments = _arguments(problem)
     lse = lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq = dk = dv = dslopes = dtable = dsinks = None
     dbiases: list[Tensor | None] = [None] * len(problem.biases)
     with _on(query):
         tile = config.Tile(32, 0, 4, 1)
         run(delta_kernel, (triton.cdiv(M, tile.BM), B * G * H), grad, *grad.stride()[:4], out.contiguous(),
-            None if grad_lse is None else grad_lse.contiguous(), delta, M, G, _constants(problem, tile, 1),
-            tile=tile)  # fmt: skip
+            grad_lse, delta, M, G, _constants(problem, tile, 1), tile=tile)  # fmt: skip
         stats = (grad, *grad.stride()[:4], lse, delta)
         if needs.key or needs.value:
             tile = _tile("keys", problem)
@@ -110,8 +124,8 @@ def backward(
             keys, values = _key_tiles(problem, constants)
             dq = query.new_empty((B, M, G, H, K))
             by_row = torch.empty_like(lse) if needs.slopes else None
-            run(queries_kernel, (triton.cdiv(M, tile.BM) * H * G * B,), arguments, keys, values, *stats, dq, by_row,
-                constants, tile=tile)  # fmt: skip
+            run(queries_kernel, (triton.cdiv(M, tile.BM) * H * G * B,), arguments, keys, values, *stats,
+                None if by_row is None else grad_lse, dq, by_row, constants, tile=tile)  # fmt: skip
             if by_row is not None and problem.slopes is not None:
                 dslopes = by_row.sum(-1).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
         if any(needs.biases):
@@ -299,7 +313,8 @@ def _descriptors_allowed(x: Tensor) -> bool:
 def _describable(problem: Problem) -> bool:
     """Whether TMA can read keys, values and queries: contiguous rows, everything else aligned to 16 bytes."""
     return all(
-        x.stride(-1) == 1
+        x.numel() > 0
+        and x.stride(-1) == 1
         and x.data_ptr() % 16 == 0
         and all(
             stride > 0 and stride * x.element_size() % 16 == 0
@@ -367,7 +382,9 @@ def _splits(problem: Problem, programs: int, decode: bool) -> int:
 
 def _tile(kernel: str, problem: Problem) -> config.Tile:
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
-    return config.tile(kernel, problem.query.element_size(), head_dim, _family(problem.query.device))
+    loads = bool(problem.biases) or problem.table is not None or problem.dense is not None
+    terms = "loads" if loads else "slopes" if problem.slopes is not None else "plain"
+    return config.tile(kernel, problem.query.element_size(), head_dim, _family(problem.query.device), terms)
 
 
 def _family(device: torch.device) -> str:

@@ -244,13 +244,34 @@ def capped(s, a, C: tl.constexpr):
 
 
 @triton.jit
-def biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED: tl.constexpr, C: tl.constexpr):
+def entries_of(a, g, h, j, j0, J: tl.constexpr, diagonal):
+    """The relative table's entries for keys j, which are j0 … j0 + J − 1, of rows at `diagonal`, in natural units.
+
+    Most tiles lie beyond the table's reach as a whole, where a single entry serves: a load per score costs more than
+    all else. Being inside a branch also keeps the compiler from staging such loads in shared memory.
+    """
+    table = a.table + g * a.table_g + h * a.table_h
+    nearest = j0 - tl.max(tl.max(diagonal, 1), 0)
+    farthest = j0 + (J - 1) - tl.min(tl.min(diagonal, 1), 0)
+    if (nearest >= a.reach) | (farthest <= -a.reach):
+        x = (
+            tl.load(table + tl.where(nearest >= a.reach, 2 * a.reach, 0)).to(tl.float32)
+            + (j - diagonal).to(tl.float32) * 0.0
+        )
+    else:
+        entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
+        x = tl.load(table + entry).to(tl.float32)
+    return x
+
+
+@triton.jit
+def biased(s, a, b, g, h, i, j, j0, J: tl.constexpr, lo, hi, diagonal, slope, MASKED: tl.constexpr,
+           C: tl.constexpr):  # fmt: skip
     """Scores plus all bias terms, in log₂; what is read for keys outside lo … hi − 1 does not matter."""
     if a.slopes is not None:
         s -= slope * tl.abs(j - diagonal).to(tl.float32)
     if a.table is not None:
-        entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
-        s += tl.load(a.table + g * a.table_g + h * a.table_h + entry).to(tl.float32) * LOG2E
+        s += entries_of(a, g, h, j, j0, J, diagonal) * LOG2E
     if a.bias is not None:
         column = j % a.period if C.periodic else j
         row = a.bias + b.to(tl.int64) * a.bias_b + g.to(tl.int64) * a.bias_g
@@ -296,10 +317,11 @@ def kept(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
-def weights_of(s, a, b, g, h, i, j, lo, hi, diagonal, slope, lse2, MASKED: tl.constexpr, C: tl.constexpr):
+def weights_of(s, a, b, g, h, i, j, j0, J: tl.constexpr, lo, hi, diagonal, slope, lse2, MASKED: tl.constexpr,
+               C: tl.constexpr):  # fmt: skip
     """Softmax weights from raw products and lse in log₂ (+inf for empty rows), and the softcap's tanh."""
     s, unit = capped(s, a, C)
-    s = biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED, C)
+    s = biased(s, a, b, g, h, i, j, j0, J, lo, hi, diagonal, slope, MASKED, C)
     p = tl.math.exp2(s * (a.scale2 if C.simple else 1.0) - lse2)
     if MASKED:
         p = tl.where(visible_of(a, b, g, h, i, j, lo, hi, C), p, 0.0)

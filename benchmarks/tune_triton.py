@@ -1,0 +1,268 @@
+"""Times tiles of the Triton kernels on the GPU at hand, for the table in backends/triton/config.py.
+
+    PYTHONPATH=src python benchmarks/tune_triton.py --out $OUT [--only forward,128] [--seconds 120]
+    PYTHONPATH=src python benchmarks/tune_triton.py --out $OUT --best tune.jsonl --kinds full,window,alibi,table
+
+Every candidate is compiled first, in parallel processes; then each is run, its result compared with that of the tile in
+the table, and timed: medians, two visits. Results go to tune.jsonl as they come, the best of each group to the output.
+The table itself is edited by hand: what is fastest on one shape is not always what one wants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import saccade
+from saccade.backends import Needs
+from saccade.backends.triton import config
+from saccade.core.problem import Problem, make_problem
+
+
+class Candidate(NamedTuple):
+    """One tile of one kernel on one kind of work."""
+
+    kernel: str
+    head_dim: int
+    dtype: str
+    kind: str
+    tile: tuple[int, int, int, int]
+
+
+SHARED = 227 * 1024
+
+
+def candidates() -> list[Candidate]:
+    """Tiles that may fit, for every group; those that do not compile or launch drop out."""
+    found = []
+    rows: dict[str, dict[int, Any]] = {
+        "forward": {
+            64: itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4)),
+            128: itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+            256: itertools.product((64, 128), (32, 64), (4, 8), (2, 3)),
+        },
+        "keys": {
+            64: itertools.product((32, 64, 128), (64, 128), (4, 8), (2, 3)),
+            128: itertools.product((32, 64), (64, 128), (4, 8), (1, 2, 3)),
+            256: itertools.product((16, 32, 64), (64,), (4, 8), (1, 2)),
+        },
+        "queries": {
+            64: itertools.product((64, 128), (64, 128), (4, 8), (2, 3)),
+            128: itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+            256: itertools.product((64, 128), (32, 64), (4, 8), (1, 2)),
+        },
+    }
+    for kernel, by_dim in rows.items():
+        for head_dim, tiles in by_dim.items():
+            for tile in tiles:
+                BM, BN, warps, stages = tile
+                # A thread holds its share of the accumulators; beyond this it spills.
+                held = {
+                    "forward": BM * (BN + head_dim),
+                    "keys": BN * 2 * (head_dim + BM),
+                    "queries": BM * (2 * BN + head_dim),
+                }
+                moved = {
+                    "forward": 2 * BN * stages + BM,
+                    "keys": 2 * (BM * stages + BN),
+                    "queries": 2 * (BN * stages + BM),
+                }
+                if held[kernel] / (32 * warps) <= 300 and moved[kernel] * head_dim * 2 <= SHARED and BM * BN >= 64 * 32:
+                    found += [Candidate(kernel, head_dim, "bfloat16", kind, tile) for kind in ("causal",)]
+    for kernel, head_dim in itertools.product(("forward", "keys", "queries"), (64, 128)):
+        for tile in itertools.product((32, 64, 128), (32, 64), (4, 8), (2,)):
+            BM, BN, warps, stages = tile
+            if 256 <= BM * BN / warps <= 1024 and (BM + BN * stages) * head_dim * 8 <= SHARED:
+                found.append(Candidate(kernel, head_dim, "float32", "causal", tile))
+    for kernel, head_dim in itertools.product(("table", "bias"), (64, 128)):
+        for tile in itertools.product((32, 64), (32, 64), (4, 8), (1, 2)):
+            found.append(Candidate(kernel, head_dim, "bfloat16", kernel, tile))
+    return found
+
+
+PROBLEMS: dict[Any, Problem] = {}
+
+
+DOCUMENTS = [4096, 512, 2048, 1024, 128, 3072, 256, 1536, 64, 768, 2048, 832]  # 16384 tokens
+
+
+def problem_of(c: Candidate) -> Problem:
+    """16384 tokens, 2048 / head_dim heads, in sequences of 8192; shorter where that would take too long."""
+    key = c[1:4]
+    if key not in PROBLEMS:
+        torch.manual_seed(0)
+        dtype = getattr(torch, c.dtype)
+        N = 16384 if c.kind == "packed" else 2048 if c.dtype == "float32" or c.kind == "bias" else 8192
+        H = 2048 // c.head_dim
+        q, k, v = (torch.randn(16384 // N, N, H, c.head_dim, device="cuda", dtype=dtype) for _ in range(3))
+        masks = {
+            "full": None,
+            "packed": saccade.Documents(DOCUMENTS) & saccade.Causal(),
+            "window": saccade.Causal() & saccade.Window(1023, 0),
+        }
+        bias: saccade.Bias | None = None
+        if c.kind == "alibi":
+            bias = saccade.Alibi(torch.rand(H, device="cuda"))
+        if c.kind == "table":
+            bias = saccade.RelativeBias(torch.rand(H, 257, device="cuda"))
+        if c.kind == "bias":
+            bias = saccade.DenseBias(torch.rand(1, H, N, N, device="cuda", dtype=dtype))
+        PROBLEMS[key] = make_problem(q, k, v, mask=masks.get(c.kind, saccade.Causal()), bias=bias)[0]
+    return PROBLEMS[key]
+
+
+class Ready(NamedTuple):
+    """What backward needs, made with the tiles of the table."""
+
+    grad: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+READY: dict[Any, Ready] = {}
+table = config.tile
+
+
+def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Tensor]:
+    """The results of the candidate's kernel, with this tile or the table's."""
+    from saccade.backends.triton import launch
+
+    problem = problem_of(c)
+    if c.kernel != "forward" and c[1:4] not in READY:
+        out, lse = launch._forward(problem, None)
+        READY[c[1:4]] = Ready(torch.randn_like(out), out, lse)
+    config.tile = lambda kernel, *a: config.Tile(*tile) if tile and kernel == c.kernel else table(kernel, *a)
+    try:
+        if c.kernel == "forward":
+            # Not by a plan of an earlier tile.
+            return list(launch._forward(problem, None))
+        ready = READY[c[1:4]]
+        keys, queries = c.kernel == "keys", c.kernel == "queries"
+        biases = [c.kernel == "bias"] * len(problem.biases)
+        needs = Needs(queries, keys, keys, False, c.kernel == "table", False, biases)
+        grads = launch.backward(problem, ready.grad, None, ready.out, ready.lse, needs)
+        return [x for x in (grads.query, grads.key, grads.value, grads.table, *grads.biases) if x is not None]
+    finally:
+        config.tile = table
+
+
+def flops(c: Candidate) -> float:
+    p = problem_of(c)
+    products = {"forward": 2, "keys": 4, "queries": 3, "table": 2, "bias": 2}[c.kernel]
+    return 2 * products * p.visible_pairs() * c.head_dim
+
+
+def compiled(c: Candidate) -> tuple[Candidate, str | None]:
+    """Compile in this process, into the cache on disk, by a launch: what is specialised must be as when it is timed."""
+    try:
+        call(c, c.tile)
+        torch.cuda.synchronize()
+    except Exception as error:  # a tile that does not fit is a result
+        return c, f"{type(error).__name__}: {error}"[:160].replace("\n", " ")
+    return c, None
+
+
+def timed(c: Candidate, tile: tuple[int, int, int, int] | None, rounds: int = 8) -> float:
+    """Median milliseconds."""
+    call(c, tile)
+    pairs = []
+    for _ in range(rounds):
+        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        pairs[-1][0].record()
+        call(c, tile)
+        pairs[-1][1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"))
+    parser.add_argument("--only", default="", help="kernel,head_dim,dtype; empty parts match all")
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--best", type=Path, help="an earlier tune.jsonl: its best tiles, on other kinds of work")
+    parser.add_argument("--kinds", default="full,window,alibi,table")
+    parser.add_argument("--most", type=int, default=5, help="of each group of --best")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    kernel, head_dim, dtype, *_ = [*given.only.split(","), "", "", ""]
+    wanted = [
+        c
+        for c in candidates()
+        if kernel in ("", c.kernel) and head_dim in ("", str(c.head_dim)) and dtype in ("", c.dtype)
+    ]
+    if given.best:
+        rows = [json.loads(line) for line in given.best.read_text().splitlines()]
+        rows.sort(key=lambda r: r["ms"])
+        groups = {(r["kernel"], r["head_dim"]): [] for r in rows}  # type: dict[Any, list[Any]]
+        for r in rows:
+            if r["dtype"] == "bfloat16" and r["kind"] == "causal":
+                groups[r["kernel"], r["head_dim"]].append(tuple(r["tile"]))
+        wanted = [
+            Candidate(k, d, "bfloat16", kind, t)
+            for (k, d), tiles in sorted(groups.items())
+            for kind in given.kinds.split(",")
+            for t in tiles[: given.most]
+            if kernel in ("", k) and head_dim in ("", str(d))
+        ]
+    good: list[Candidate] = []
+    pool = ProcessPoolExecutor(given.workers, mp_context=get_context("spawn"))
+    futures = [pool.submit(compiled, c) for c in wanted]
+    try:
+        for future in as_completed(futures, timeout=given.seconds * 0.6):
+            c, error = future.result()
+            if error is None:
+                good.append(c)
+            else:
+                print("no", *c, error, flush=True)
+    except TimeoutError:
+        print("not all were compiled", flush=True)
+    for future in futures:
+        future.cancel()
+    for process in list(pool._processes.values()):
+        process.terminate()
+    print(f"{len(good)} of {len(wanted)} compiled in {time.time() - began:.0f} s", flush=True)
+    good.sort(key=wanted.index)
+    with (given.out / "tune.jsonl").open("w") as log:
+        for group, members in itertools.groupby(good, key=lambda c: c[:4]):
+            rows = []
+            for c in members:
+                if time.time() - began > given.seconds:
+                    break
+                try:
+                    want, got = call(c, None), call(c, c.tile)
+                    off = max(
+                        float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(got, want, strict=True)
+                    )
+                    del want, got
+                    ms = min(timed(c, c.tile) for _ in range(2))
+                except Exception as error:
+                    print("no", *c, f"{type(error).__name__}: {error}"[:160].replace("\n", " "), flush=True)
+                    continue
+                rows.append((ms, c.tile, off))
+                found = {**c._asdict(), "ms": ms, "tflops": flops(c) / ms / 1e9, "difference": off}
+                log.write(json.dumps(found) + "\n")
+                log.flush()
+            rows.sort()
+            if rows:
+                c = Candidate(*group, rows[0][1])
+                now = flops(c) / timed(c, None) / 1e9
+                best = [f"{t} {flops(c) / ms / 1e9:.0f}{'' if off < 1e-2 else ' WRONG'}" for ms, t, off in rows[:7]]
+                print(*group, f"table {now:.0f}:", "  ".join(best), flush=True)
+            PROBLEMS.pop(group[1:], None) if group[0] == "queries" else None
+    print(f"done after {time.time() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the Triton kernels compile to, for architectures that are not there: no spills, no serialised wgmma, what fits.
+
+`SACCADE_GPU_TESTS=all` (`make test-gpu-offline`) takes every configuration instead of a few.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from offline import TARGETS
+
+EVERY = os.environ.get("SACCADE_GPU_TESTS") == "all"
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory a program may have."""
+SPILLS = {"forward_kernel": 0, "queries_kernel": 0, "keys_kernel": 140}
+"""Most local loads and stores on sm_90, of 16-bit elements with head dimensions up to 128. keys_kernel holds two
+accumulators; most of what it spills is in the path for a NaN."""
+
+pytestmark = pytest.mark.timeout(1500)
+
+
+@functools.cache
+def compiled(target: str, *options: str) -> list[dict[str, Any]]:
+    """All kernels of a target, compiled by a process of its own: here they are decorated for the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "offline.py"
+    source = Path(__file__).parent.parent.parent / "src"
+    run = subprocess.run(
+        [sys.executable, str(script), target, *(["--all"] if EVERY else []), *options],
+        env=environment | {"PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert found
+    return found
+
+
+def name_of(kernel: dict[str, Any]) -> str:
+    return f"{kernel['kernel']} of {kernel['dtype']} {kernel['head_dim']} {kernel['kind']}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target):
+    # One test per architecture: what is compiled is not shared between the processes that run tests.
+    kernels = compiled(target)
+    assert {"forward_kernel", "delta_kernel", "keys_kernel", "queries_kernel"} <= {k["kernel"] for k in kernels}
+    too_much_shared_memory = {name_of(k): k["shared"] for k in kernels if k["shared"] > SHARED[target]}
+    assert not too_much_shared_memory
+    half = [k for k in kernels if k["dtype"] != "float32"]
+    heavy = [k for k in half if k["kernel"] in ("forward_kernel", "keys_kernel", "queries_kernel")]
+    without_matrix_units = [name_of(k) for k in heavy if k["wgmma"] + k["mma"] == 0]
+    assert not without_matrix_units
+    if target != "sm_90":
+        return
+    without_wgmma_and_tma = [
+        name_of(k) for k in heavy if k["kind"] not in ("decode", "paged") and not (k["wgmma"] and k["tma"])
+    ]
+    assert not without_wgmma_and_tma
+    # C7519 notes an instruction put in so that registers can be read; it serialises nothing.
+    serialised = {name_of(k): k["serialised"] for k in kernels if set(k["serialised"]) - {"C7519"}}
+    assert not serialised
+    spilling = {name_of(k): k["spills"] for k in heavy if k["head_dim"] <= 128 and k["spills"] > SPILLS[k["kernel"]]}
+    assert not spilling
+
+
+def test_forward_of_wide_heads_spills_only_for_nan():
+    kernels = [k for k in compiled("sm_90", "--plain") if k["kernel"] == "forward_kernel"]
+    assert kernels
+    assert {name_of(k): k["spills"] for k in kernels if k["spills"]} == {}
