@@ -1,366 +1,190 @@
-"""Attention against what a user would pick instead: the same work, interleaved in one run, medians and ratios.
+"""Attention against what a user would pick instead: a table of named works, and a sweep over lengths, in one run.
 
-A provider whose result does not match the reference is shown as wrong, and no ratio is printed for it.
-Knows the public API only; `saccade bench attention` runs it.
+`saccade bench attention` runs it. Knows how to choose, print, write and plot; measuring is done in `measure`.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import statistics
-import time
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import saccade
-from saccade.bench.shapes import SHAPES, Shape
-from saccade.core.masks import Mask
-from saccade.testing import peak_memory
+from saccade.backends import load
+from saccade.bench import providers
+from saccade.bench.measure import Row, Yardstick, measure, yardstick
+from saccade.bench.shapes import SHAPES
+from saccade.bench.works import DTYPES, TABLE, Target, Work
+from saccade.core.problem import make_problem
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One piece of work: a packed row of documents (one document: an ordinary sequence), causal or not."""
-
-    name: str
-    lengths: tuple[int, ...]
-    shape: Shape
-    causal: bool = True
-    window: int | None = None
-    alibi: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    def mask(self) -> Mask | None:
-        parts: list[Mask] = [saccade.Documents(list(self.lengths))] if len(self.lengths) > 1 else []
-        parts += [saccade.Causal()] if self.causal else []
-        parts += [saccade.Window(self.window, 0)] if self.window is not None else []
-        mask = parts[0] if parts else None
-        for part in parts[1:]:
-            mask = mask & part if mask is not None else part
-        return mask
-
-    def slopes(self) -> Tensor:
-        heads = self.shape.heads
-        return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
-
-
-@dataclass
-class Row:
-    """What was measured of one provider on one work."""
-
-    work: str
-    provider: str
-    dtype: str
-    backward: bool
-    milliseconds: float | None = None
-    peak_mib: float | None = None
-    gflops: float | None = None
-    note: str = ""
-    ratio: float | None = None
-    """Time of this provider over that of Saccade's fastest backend: above 1, Saccade is faster."""
-
-
-Provider = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def works(lengths: tuple[int, ...], shape: Shape) -> list[Work]:
-    """The standard list: lengths full and causal, packed documents, a window, ALiBi."""
-    longest = max(lengths)
-    generator = torch.Generator().manual_seed(0)
-    short = torch.randint(16, 257, (64,), generator=generator).tolist()
-    return [
-        *(Work(f"causal {n}", (n,), shape) for n in lengths),
-        Work(f"full {longest}", (longest,), shape, causal=False),
-        Work("packed 64 × 16–256", tuple(short), shape),
-        Work("packed 5 × 72–2000", (72, 300, 700, 1100, 2000), shape),
-        Work(f"window 256 of {longest}", (longest,), shape, window=255),
-        Work(f"ALiBi causal {longest}", (longest,), shape, alibi=True),
-    ]
-
-
-def providers(work: Work, device: torch.device, flex: bool) -> dict[str, Provider]:
-    """Saccade's backends and every alternative that can do this work, as functions of q, k, v `[1, M, H, K]`."""
-    mask = work.mask()
-    ranges = None if mask is None else mask.lower(1, work.tokens, work.tokens, device)
-    slopes = work.slopes().to(device)
-    bias = saccade.Alibi(slopes) if work.alibi else None
-    found: dict[str, Provider] = {}
-    for name in saccade.BACKENDS:
-        if name != "reference":
-            found[f"saccade:{name}"] = partial(saccade.attention, mask=ranges, bias=bias, backend=name)
-    gqa = work.shape.heads != work.shape.kv_heads
-    dense: Tensor | None = None
-    if len(work.lengths) > 1 or work.window is not None or work.alibi:
-        visible = mask.materialize(work.tokens, work.tokens, device=device)[0] if mask is not None else None
-        dense = visible
-        if work.alibi and visible is not None:
-            row = torch.arange(work.tokens, device=device)
-            far = (row[:, None] - row).abs()
-            dense = torch.where(visible, -slopes[:, None, None] * far, -torch.inf)
-
-    def heads_first(x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plain = work.causal and dense is None
-        added = dense.to(q.dtype) if dense is not None and dense.dtype != torch.bool else dense
-        q, k, v = map(heads_first, (q, k, v))
-        return heads_first(F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=plain, enable_gqa=gqa))
-
-    def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        H, G = work.shape.heads, work.shape.kv_heads
-        q, k, v = map(heads_first, (q, k.repeat_interleave(H // G, 2), v.repeat_interleave(H // G, 2)))
-        score = (q @ k.transpose(-1, -2)).float() * work.shape.dim**-0.5
-        if dense is not None and dense.dtype != torch.bool:
-            score = score + dense
-        elif mask is not None:
-            seen = dense if dense is not None else torch.ones_like(score[0, 0], dtype=torch.bool).tril()
-            score = score.masked_fill(~seen, -torch.inf)
-        return heads_first(score.softmax(-1).to(v.dtype) @ v)
-
-    found["sdpa"] = sdpa
-    if work.tokens <= 4096:
-        found["dense softmax"] = softmax
-    if len(work.lengths) > 1:
-        found |= _by_document(work, gqa)
-    if flex:
-        found |= _flex(work, mask, device, gqa)
-    found |= _installed(work, device)
-    return found
-
-
-def _by_document(work: Work, gqa: bool) -> dict[str, Provider]:
-    """What users do who have no packing: one call per document, or a padded batch with a dense mask."""
-    lengths = list(work.lengths)
-    longest = max(lengths)
-
-    def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [
-            F.scaled_dot_product_attention(a, b, c, is_causal=work.causal, enable_gqa=gqa).transpose(1, 2)
-            for a, b, c in zip(*(x.transpose(1, 2).split(lengths, 2) for x in (q, k, v)), strict=True)
-        ]
-        return torch.cat(parts, 1)
-
-    def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (torch.nn.utils.rnn.pad_sequence(list(x[0].split(lengths)), batch_first=True) for x in (q, k, v))
-        # Padding stands behind the keys, so causality hides it from every real query.
-        keys = torch.arange(longest, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if work.causal else keys[:, None, None],
-            is_causal=work.causal,
-            enable_gqa=gqa,
-        ).transpose(1, 2)
-        return out[keys][None]
-
-    return {"sdpa per document": each, "sdpa padded": padded}
-
-
-def _flex(work: Work, mask: Mask | None, device: torch.device, gqa: bool) -> dict[str, Provider]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    n = work.tokens
-    document = torch.repeat_interleave(torch.arange(len(work.lengths)), torch.tensor(work.lengths), output_size=n).to(
-        device
-    )
-    slopes = work.slopes().to(device)
-
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        ok = document[i] == document[j]
-        if work.causal:
-            ok = ok & (j <= i)
-        return ok & (j >= i - work.window) if work.window is not None else ok
-
-    def alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - slopes[h] * (i - j).abs()
-
-    block = None if mask is None else create_block_mask(seen, None, None, n, n, device=str(device))
-    compiled = torch.compile(flex_attention, fullgraph=True)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        out = compiled(q, k, v, score_mod=alibi if work.alibi else None, block_mask=block, enable_gqa=gqa)
-        return out.transpose(1, 2)
-
-    return {"flex compiled": run}
-
-
-def _installed(work: Work, device: torch.device) -> dict[str, Provider]:
-    """Other attention libraries, where they are installed and the work is one they can do (they need a GPU)."""
-    found: dict[str, Provider] = {}
-    if device.type != "cuda" or work.alibi or work.shape.heads != work.shape.kv_heads:
-        return found
-    plain = len(work.lengths) == 1 and work.window is None
-    if find_spec("flash_attn") is not None and plain:
-        from flash_attn import flash_attn_func
-
-        found["flash_attn"] = lambda q, k, v: flash_attn_func(q, k, v, causal=work.causal)
-    if find_spec("xformers") is not None and plain:
-        from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
-        bias = LowerTriangularMask() if work.causal else None
-        found["xformers"] = lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=bias)
-    return found
-
-
-def measure(work: Work, dtype: str, backward: bool, device: torch.device, rounds: int, flex: bool) -> list[Row]:
-    """One row per provider: checked against the reference, then timed in turns, median over the rounds."""
-    generator = torch.Generator().manual_seed(1)
-    shape = work.shape
-
-    def random(heads: int) -> Tensor:
-        x = torch.randn((1, work.tokens, heads, shape.dim), generator=generator)
-        return x.to(device, DTYPES[dtype]).requires_grad_(backward)
-
-    q, k, v = random(shape.heads), random(shape.kv_heads), random(shape.kv_heads)
-    mask = work.mask()
-    ranges = None if mask is None else mask.lower(1, work.tokens, work.tokens, device)
-    area = work.tokens**2 if ranges is None else int((ranges.hi - ranges.lo).sum())
-    flops = 4 * area * shape.heads * shape.dim * (3.5 if backward else 1)
-    rows: dict[str, Row] = {}
-    runs: dict[str, Callable[[], Tensor]] = {}
-    exact = _sampled_reference(work, q, k, v)
-    for name, provider in providers(work, device, flex).items():
-        row = rows[name] = Row(work.name, name, dtype, backward)
-
-        def run(provider: Provider = provider) -> Tensor:
-            out = provider(q, k, v)
-            if backward:
-                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-            return out
-
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                out = run()
-        except Exception as error:
-            row.note = f"cannot: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
-            continue
-        difference = _sampled_error(out, exact)
-        if not difference < 0.02:
-            row.note = f"WRONG: differs from the reference by {difference:.2g}"
-            continue
-        row.peak_mib = peak_memory(run) / 2**20
-        runs[name] = run
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, measured in runs.items():
-            times[name].append(_timed(measured, device))
-    for name, seen in times.items():
-        rows[name].milliseconds = statistics.median(seen) * 1e3
-        rows[name].gflops = flops / statistics.median(seen) / 1e9
-    ours = [row.milliseconds for row in rows.values() if row.provider.startswith("saccade") and row.milliseconds]
-    for row in rows.values():
-        if ours and row.milliseconds is not None:
-            row.ratio = row.milliseconds / min(ours)
-    return list(rows.values())
-
-
-def _sampled_reference(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, out) of the reference in fp64 for rows spread over the work: the whole would need the whole matrix."""
-    rows = torch.linspace(0, work.tokens - 1, min(64, work.tokens)).long().unique().to(q.device)
-    q, k, v = (x.detach().double() for x in (q[:, rows], k, v))
-    mask = work.mask()
-    ranges = None if mask is None else mask.lower(1, work.tokens, work.tokens, q.device)
-    chosen = None
-    if ranges is not None:
-        chosen = saccade.KeyRanges(ranges.lo[..., rows], ranges.hi[..., rows], ranges.diagonal[..., rows])
-    bias = saccade.Alibi(work.slopes().double().to(q.device)) if work.alibi else None
-    return rows, saccade.attention(q, k, v, mask=chosen, bias=bias, backend="reference")
-
-
-def _sampled_error(out: Tensor, exact: tuple[Tensor, Tensor]) -> float:
-    rows, want = exact
-    return float((out.detach()[:, rows].double() - want).abs().max())
-
-
-def _timed(run: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+YARDSTICKS = ("sum", "gemm")
+NOTE = """Ratio: Saccade's rate over that of the best of the others named, both in GFLOP/s over the visible area (for
+`sum`: GB/s of keys and values read), medians of one run; above 1, Saccade is faster. A result that does not match
+the fp64 reference has no ratio. Masks are lowered, and dense masks, ALiBi's bias and flex's block masks are made,
+before the timing: a model makes them once per step. The row `overhead` has no mask: there the whole call is timed.
+`memory` compares the peak above the inputs with a bound: results, packed keys and values, fp32 sums of their gradients
+for each thread, and 2 MiB of tiles a thread; nothing in it grows with M·N."""
 
 
 @dataclass
 class Bench:
     """Time and peak memory of attention, beside what a user would pick instead."""
 
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """Sequence lengths, in tokens."""
-    shape: str = "small"
-    """Heads and head dim, by the name of a model."""
-    dtype: tuple[str, ...] = ("fp32",)
+    rows: tuple[str, ...] = tuple(TABLE)
+    """Rows of the table, by name; none: only the sweep."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
     """fp32, bf16, fp16."""
-    backward: tuple[bool, ...] = (False, True)
-    """Forward only, forward and backward, or both."""
-    rounds: int = 5
-    """Times that every provider is timed, in turns; the median counts."""
-    flex: bool = False
+    repeats: int = 7
+    """Times that every provider is timed, in turns; the median counts. Slow ones are timed less often."""
+    flex: bool = True
     """Include compiled flex_attention, which takes a C++ compiler and some 10 s a work."""
+    sweep: bool = True
+    """Also measure causal attention at several lengths, and plot time and memory against length."""
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    """Lengths of the sweep, in tokens."""
+    shape: str = "small"
+    """Heads and head dim of the sweep, by the name of a model."""
     device: str = "cpu"
     """cpu or cuda."""
+    quick: bool = False
+    """Tiny sizes, once: whether everything runs. The numbers say nothing."""
     out: Path = field(default_factory=lambda: Path("runs/bench-attention"))
     """Folder for results.json, results.md and results.png."""
 
 
 def main(options: Bench) -> list[Row]:
-    """Run the benchmark, print the table as it grows, and write the JSON, the table and the plot."""
+    """Run the benchmark, print what is measured as it comes, and write the JSON, the tables and the plot."""
+    for name in options.rows:
+        if name not in TABLE:
+            raise ValueError(f"rows: got {name!r}, want one of {', '.join(TABLE)}")
+    for name in options.dtypes:
+        if name not in DTYPES:
+            raise ValueError(f"dtypes: got {name!r}, want one of {', '.join(DTYPES)}")
     if options.shape not in SHAPES:
         raise ValueError(f"shape: got {options.shape!r}, want one of {', '.join(SHAPES)}")
-    for name in options.dtype:
-        if name not in DTYPES:
-            raise ValueError(f"dtype: got {name!r}, want one of {', '.join(DTYPES)}")
-    device = torch.device(options.device)
+    if options.repeats < 1:
+        raise ValueError(f"repeats: got {options.repeats}, want at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    table: list[Row] = []
+    sweep: list[Row] = []
+
+    def add(rows: list[Row], new: list[Row]) -> None:
+        rows += new
+        print("\n".join(map(line, new)), flush=True)
+        found = {"machine": machine(), "table": list(map(asdict, table)), "sweep": list(map(asdict, sweep))}
+        _write(options.out / "results.json", json.dumps(found, indent=1))
+
     print(HEADER)
-    for work in works(options.lengths, SHAPES[options.shape]):
-        for dtype in options.dtype:
-            for backward in options.backward:
-                new = measure(work, dtype, backward, device, options.rounds, options.flex)
-                rows += new
-                print("\n".join(map(line, new)), flush=True)
-                _write(
-                    options.out / "results.json", json.dumps({"machine": machine(), "rows": list(map(asdict, rows))})
-                )
-    _write(options.out / "results.md", "\n".join([HEADER, *map(line, rows)]) + "\n")
-    plot(rows, options.out / "results.png")
+    for name in options.rows:
+        for dtype in options.dtypes:
+            add(table, measure_target(name, TABLE[name], dtype, options))
+    if options.rows:
+        print(f"\n{summary(table, options.dtypes)}\n\n{NOTE}\n", flush=True)
+    if options.sweep:
+        print(HEADER)
+        for length in options.lengths:
+            for dtype in options.dtypes:
+                for backward in (False, True):
+                    add(sweep, measure_length(length, dtype, backward, options))
+        plot(sweep, options.out / "results.png")
+    parts = ["\n".join([HEADER, *map(line, rows)]) for rows in (table, sweep) if rows]
+    if table:
+        parts = [summary(table, options.dtypes), NOTE, *parts]
+    _write(options.out / "results.md", "\n\n".join(parts) + "\n")
     print(f"\nwritten: {options.out}")
+    return table + sweep
+
+
+def measure_target(name: str, target: Target, dtype: str, options: Bench) -> list[Row]:
+    """Measure one row of the table in one dtype."""
+    device = torch.device(options.device)
+    work = target.work.quick() if options.quick else target.work
+    memory = "bound" in target.against
+    left_out = (*YARDSTICKS, "bound", *(() if options.flex else ("flex compiled",)))
+    others = [x for x in target.against if x not in left_out]
+    others += [] if memory else providers.installed(work, device)
+    sticks = {x: yardstick(x, DTYPES[dtype], device, options.quick) for x in target.against if x in YARDSTICKS}
+    rows = _measure(name, work, dtype, ["saccade", *others], options, sticks, once=memory)
+    if memory:
+        limit = Row(name, work.title, "bound", dtype, work.backward)
+        limit.peak_mib = work.memory_bound(DTYPES[dtype], torch.get_num_threads()) / 2**20
+        peak = rows[0].peak_mib
+        limit.ratio = None if peak is None else limit.peak_mib / peak
+        rows.append(limit)
     return rows
 
 
-HEADER = (
-    "| work | dtype | pass | provider | ms | GFLOP/s | peak MiB | time ÷ Saccade's |\n|---|---|---|---|--:|--:|--:|--:|"
-)
+def measure_length(length: int, dtype: str, backward: bool, options: Bench) -> list[Row]:
+    """Measure one length of the sweep with every backend."""
+    device = torch.device(options.device)
+    work = Work((length,), SHAPES[options.shape], backward=backward)
+    work = work.quick() if options.quick else work
+    x = torch.empty(1, 1, 1, work.shape.dim, dtype=DTYPES[dtype], device=device)
+    problem, _ = make_problem(x, x, x)
+    able = [name for name in saccade.BACKENDS if load(name).reason_against(problem) is None]
+    names = [f"saccade:{name}" for name in able if name != "reference"]
+    names += ["sdpa", *providers.installed(work, device)]
+    names += ["dense softmax"] if work.N <= 4096 else []  # beyond, its score matrices take gigabytes
+    # On a CPU flex_attention has no backward, and compiles anew for each length, longer than all else here takes.
+    names += ["flex compiled"] if options.flex and device.type == "cuda" else []
+    return _measure(f"causal {work.N}", work, dtype, names, options, {})
+
+
+def _measure(
+    name: str,
+    work: Work,
+    dtype: str,
+    names: list[str],
+    options: Bench,
+    sticks: dict[str, Yardstick],
+    once: bool = False,
+) -> list[Row]:
+    device = torch.device(options.device)
+    makers = {x: partial(providers.make, x, work, DTYPES[dtype], device) for x in names}
+    repeats = 1 if once or options.quick else options.repeats
+    return measure(name, work, (dtype, DTYPES[dtype]), makers, sticks, device, repeats)
+
+
+HEADER = """| row | work | dtype | provider | ms | rate | peak MiB | Saccade's rate ÷ its |
+|---|---|---|---|--:|--:|--:|--:|"""
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
-    what = "fwd+bwd" if row.backward else "fwd"
-    if row.milliseconds is None or row.gflops is None or row.ratio is None:
-        return f"| {row.work} | {row.dtype} | {what} | {row.provider} | {row.note} | | | |"
-    numbers = f"{row.milliseconds:.1f} | {row.gflops:.0f} | {row.peak_mib:.1f} | {row.ratio:.2f}"
-    return f"| {row.work} | {row.dtype} | {what} | {row.provider} | {numbers} |"
+    """What was measured of one provider."""
+    time = row.note if row.milliseconds is None else f"{row.milliseconds:.3g}"
+    rate = "" if row.rate is None else f"{row.rate:.3g} {row.unit}"
+    peak = "" if row.peak_mib is None else f"{row.peak_mib:.1f}"
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    return f"| {row.row} | {row.work} | {row.dtype} | {row.provider} | {time} | {rate} | {peak} | {ratio} |"
+
+
+def summary(rows: list[Row], dtypes: tuple[str, ...]) -> str:
+    """The table: a line per named work, and per dtype the ratio to the best of the others, and what was wanted."""
+    lines = [
+        "| row | work | against | " + " | ".join(dtypes) + " |",
+        "|---|---|---|" + "--:|" * len(dtypes),
+    ]
+    for name in dict.fromkeys(row.row for row in rows):
+        cells = [verdict([r for r in rows if r.row == name and r.dtype == dtype], dtype) for dtype in dtypes]
+        work = next(row.work for row in rows if row.row == name)
+        lines.append(f"| {name} | {work} | {', '.join(TABLE[name].against)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict(rows: list[Row], dtype: str) -> str:
+    """One cell of the summary. Without a right result of Saccade and of another there is no ratio to show."""
+    others = [row for row in rows if row.provider != "saccade"]
+    ratios = [row.ratio for row in others if row.ratio is not None]
+    wrong = [f"{row.provider} {row.note}" for row in rows if row.note]
+    if not ratios:
+        return "; ".join(wrong) or "not measured"
+    best, wanted = min(ratios), TABLE[rows[0].row].wanted.get(dtype)
+    judged = "" if wanted is None else f" (wanted {wanted:.2f}: {'met' if best >= wanted else 'short'})"
+    return "; ".join([f"{best:.2f}{judged}", *wrong])
 
 
 def machine() -> dict[str, str | int]:
@@ -375,28 +199,31 @@ def machine() -> dict[str, str | int]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Two panels: time and peak memory of forward and backward against length, causal."""
+    """Two panels: time and peak memory of causal attention, forward and backward, against length."""
     from matplotlib.figure import Figure
 
-    chosen = [r for r in rows if r.work.startswith("causal") and r.milliseconds is not None]
-    chosen = [r for r in chosen if r.backward] or chosen
+    chosen = [row for row in rows if row.backward and row.dtype == rows[0].dtype and row.milliseconds is not None]
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for provider in dict.fromkeys(r.provider for r in chosen):
-        mine = [r for r in chosen if r.provider == provider and r.dtype == chosen[0].dtype]
-        x = [int(r.work.split()[1]) for r in mine]
-        for axes, y in zip(panels, ([r.milliseconds for r in mine], [r.peak_mib for r in mine]), strict=True):
-            axes.plot(x, y, marker="o", markersize=4, label=provider)
+    for provider in dict.fromkeys(row.provider for row in chosen):
+        mine = [row for row in chosen if row.provider == provider]
+        lengths = [_length(row) for row in mine]
+        for axes, y in zip(panels, ([row.milliseconds for row in mine], [row.peak_mib for row in mine]), strict=True):
+            axes.plot(lengths, y, marker="o", markersize=4, label=provider)
     for axes, title in zip(panels, ("time, ms", "peak extra memory, MiB"), strict=True):
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-        lengths = sorted({int(r.work.split()[1]) for r in chosen})
-        axes.set_xticks(lengths, [str(n) for n in lengths])
+        ticks = sorted({_length(row) for row in chosen})
+        axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
-    what = "forward + backward" if chosen and chosen[0].backward else "forward"
-    figure.suptitle(f"causal attention, {what}, {chosen[0].dtype if chosen else ''}")
+    if chosen:
+        panels[0].legend(frameon=False)
+        figure.suptitle(f"causal attention, forward + backward, {chosen[0].dtype}")
     figure.savefig(path, dpi=130)
+
+
+def _length(row: Row) -> int:
+    return int(row.row.split()[1])
 
 
 def _write(path: Path, text: str) -> None:

@@ -22,4 +22,8 @@ SHAPES = {
     "dinov2-base": Shape(12, 12, 64),
     "minilm-l6": Shape(12, 12, 32),
     "small": Shape(8, 8, 64),
+    "small-wide": Shape(4, 4, 128),
+    "two-wide": Shape(2, 2, 128),
+    "two": Shape(2, 2, 64),
+    "one": Shape(1, 1, 64),
 }

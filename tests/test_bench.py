@@ -1,0 +1,134 @@
+"""The benchmark: every row comes out at tiny sizes, a wrong provider gets no ratio, and nothing measured is lost."""
+
+import json
+
+import pytest
+import torch
+
+from saccade import cli
+from saccade.bench import attention, measure, providers
+from saccade.bench.attention import Bench, Row, main, summary, verdict
+from saccade.bench.works import DTYPES, TABLE
+
+CPU = torch.device("cpu")
+WORKS = {name: target.work.quick() for name, target in TABLE.items()}
+
+
+def measured(row, provider, dtype="fp32"):
+    """The rows of Saccade and of another provider on one work, tiny."""
+    work = WORKS[row]
+    makers = {"saccade": lambda: providers.make("saccade", work, DTYPES[dtype], CPU), "other": lambda: provider}
+    return measure.measure(row, work, (dtype, DTYPES[dtype]), makers, {}, CPU, repeats=1)
+
+
+def test_every_row_and_the_sweep_come_out(tmp_path, capsys):
+    words = f"bench attention --quick --no-flex --lengths 512 1024 --out {tmp_path}"
+    assert cli.main(words.split()) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    for name, target in TABLE.items():
+        for dtype in ("fp32", "bf16"):
+            rows = {r["provider"]: r for r in found["table"] if r["row"] == name and r["dtype"] == dtype}
+            assert list(rows)[-1:] == ["bound"] or set(rows) == {"saccade", *target.against} - {"flex compiled"}
+            for row in rows.values():
+                assert row["note"] == ""
+                assert row["ratio"] > 0
+                assert (row["milliseconds"] is None) == (row["provider"] == "bound")
+        assert f"| {name} | {target.work.quick().title} | {', '.join(target.against)} |" in shown
+    assert {r["row"] for r in found["sweep"]} == {"causal 8", "causal 16"}
+    assert {"saccade:chunked", "sdpa", "dense softmax"} <= {r["provider"] for r in found["sweep"]}
+    assert all(r["milliseconds"] > 0 and r["peak_mib"] > 0 for r in found["sweep"])
+    assert (tmp_path / "results.png").stat().st_size > 0
+    assert summary([Row(**r) for r in found["table"]], ("fp32", "bf16")) in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("row", "wrong", "name"),
+    [
+        ("causal", lambda x, out: out * 1.05, "out"),
+        ("causal-train", lambda x, out: out * 1.05, "out"),
+        ("causal-train", lambda x, out: out.detach() + 0 * x.query + 0 * x.key + 0 * x.value, "dquery"),
+        ("causal-train", lambda x, out: out.detach() + 1.05 * (out - out.detach()), "dquery"),
+        ("relative-train", lambda x, out: out + 0.05 * (x.table - x.table.detach()).sum(), "dtable"),
+    ],
+)
+def test_a_wrong_provider_is_refused(row, wrong, name, dtype):
+    right = providers.make("sdpa", WORKS[row], DTYPES[dtype], CPU)
+    ours, refused = measured(row, lambda x: wrong(x, right(x)), dtype)
+    assert refused.note.startswith(f"WRONG: {name} differs from the reference by ")
+    assert (refused.milliseconds, refused.rate, refused.ratio, refused.peak_mib) == (None, None, None, None)
+    assert verdict([ours, refused], dtype) == f"other {refused.note}"
+    _, accepted = measured(row, right, dtype)
+    assert accepted.note == ""
+    assert accepted.ratio > 0
+
+
+def test_nothing_is_compared_with_a_wrong_result_of_saccade(monkeypatch):
+    right = providers.make("sdpa", WORKS["full"], torch.float32, CPU)
+    monkeypatch.setattr("saccade.attention", lambda q, k, v, **_: q + 0 * (k.sum() + v.sum()))
+    ours, other = measured("full", right)
+    assert ours.note.startswith("WRONG: out")
+    assert other.milliseconds > 0
+    assert (ours.ratio, other.ratio) == (None, None)
+
+
+def test_a_provider_that_cannot_is_shown_with_its_reason():
+    def fails(x):
+        raise RuntimeError("no kernel\nfor this")
+
+    _, other = measured("full", fails)
+    assert other.note == "cannot: RuntimeError: no kernel"
+
+
+def test_the_best_of_the_others_counts():
+    def row(provider, ratio, note=""):
+        return Row("documents-train", "", provider, "fp32", True, ratio=ratio, note=note)
+
+    ours = row("saccade", 1.0)
+    assert verdict([ours, row("sdpa", 9.0), row("sdpa padded", 3.1)], "fp32") == "3.10 (wanted 3.00: met)"
+    assert verdict([ours, row("sdpa", 9.0), row("sdpa padded", 2.9)], "fp32") == "2.90 (wanted 3.00: short)"
+    assert verdict([ours, row("sdpa", 9.0), row("sdpa padded", None, "WRONG")], "fp32") == (
+        "9.00 (wanted 3.00: met); sdpa padded WRONG"
+    )
+    assert verdict([ours], "fp32") == "not measured"
+    assert verdict([ours, row("sdpa", 2.0)], "fp16") == "2.00"
+
+
+def test_what_was_measured_is_kept_when_stopped(tmp_path, monkeypatch):
+    real = attention.measure_target
+
+    def stopped(name, *rest):
+        if name == "overhead":
+            raise KeyboardInterrupt
+        return real(name, *rest)
+
+    monkeypatch.setattr(attention, "measure_target", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(Bench(rows=("full", "overhead"), dtypes=("fp32",), quick=True, sweep=False, out=tmp_path))
+    rows = json.loads((tmp_path / "results.json").read_text())["table"]
+    assert [(r["row"], r["provider"]) for r in rows] == [("full", "saccade"), ("full", "sdpa")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rows full fast", "rows: got 'fast', want one of full, causal, "),
+        ("--dtypes fp8", "dtypes: got 'fp8', want one of fp32, bf16, fp16"),
+        ("--shape huge", "shape: got 'huge', want one of gpt2, "),
+        ("--repeats 0", "repeats: got 0, want at least 1"),
+    ],
+)
+def test_wrong_options(capsys, tmp_path, options, message):
+    assert cli.main(["bench", "attention", "--out", str(tmp_path / "x"), *options.split()]) == 1
+    assert capsys.readouterr().err.startswith(f"saccade: {message}")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_bound_on_memory_is_linear():
+    for name in ("memory", "memory-train"):
+        work = TABLE[name].work
+        half = work.memory_bound(torch.float32, 2) - work.memory_bound(torch.float32, 0)
+        assert half == 2 * (2**21 + (2 * work.N * 64 * 4 if work.backward else 0))  # what two threads hold
+        assert work.memory_bound(torch.float32, 0) <= work.N * 64 * 4 * 11
