@@ -33,7 +33,7 @@ template <>
 struct Row<PAIRS> {
     static constexpr int STEP = 2 * W;
     typedef uint32_t Query;
-    static INLINE vu read(const char *p, int64_t i) { return load((const uint32_t *)p + i / 2); }
+    static INLINE vu read(const char *p, int64_t i) { return load_pairs((const uint16_t *)p + i); }
     static INLINE vu query(const uint32_t *q, int64_t i) { return load(q + i / 2); }
 };
 

@@ -43,6 +43,7 @@ typedef uint16_t vh __attribute__((vector_size(SACCADE_VECTOR / 2)));
 typedef float vf_any __attribute__((vector_size(SACCADE_VECTOR), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(SACCADE_VECTOR), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(SACCADE_VECTOR / 2), aligned(2), may_alias));
+typedef uint32_t vu_halves __attribute__((vector_size(SACCADE_VECTOR), aligned(2), may_alias));
 
 template <class T>
 INLINE T least(T a, T b) {
@@ -56,6 +57,7 @@ INLINE T most(T a, T b) {
 INLINE vf load(const float *p) { return *(const vf_any *)p; }
 INLINE void store(float *p, vf x) { *(vf_any *)p = x; }
 INLINE vu load(const uint32_t *p) { return *(const vu_any *)p; }
+INLINE vu load_pairs(const uint16_t *p) { return *(const vu_halves *)p; }
 INLINE void store(uint32_t *p, vu x) { *(vu_any *)p = x; }
 INLINE void store(uint16_t *p, vh x) { *(vh_any *)p = x; }
 INLINE vf all(float x) { return x - vf{}; }
