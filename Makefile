@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+<<<<<<< HEAD
 .PHONY: help demo test test-gpu-offline lint docs bench gpu-check clean
+=======
+.PHONY: help demo test lint docs bench sanitize clean
+>>>>>>> ntests
 .DEFAULT_GOAL := help
 
 help:
@@ -12,8 +16,12 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documentation (strict)"
 	@echo "make bench  attention benchmark against torch's own"
+<<<<<<< HEAD
 	@echo "make gpu-check         on a machine with a GPU: is the Triton backend right there, and how fast"
 	@echo "make test-gpu-offline  every configuration of the GPU kernels compiled for four architectures, no GPU needed"
+=======
+	@echo "make sanitize  the native backend's fuzz test under the address, undefined and thread sanitizers (2 minutes)"
+>>>>>>> ntests
 
 # torch goes in first and pinned: an unpinned `torch` would pull gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard native/*)
@@ -47,6 +55,23 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/saccade bench attention
+
+# Random problems on every instruction set of this machine, under ASan + UBSan and under TSan. After a failure,
+# `build/asan/fuzz 1 SEED` is that problem again; more of them: `build/asan/fuzz COUNT FIRST_SEED`. Needs g++ or clang++
+# with its sanitizers, no Python package. Threads are the standard library's under TSan, which cannot see into libgomp,
+# and TSan wants the addresses of a process not to be shuffled.
+ASAN := -O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+TSAN := -O1 -g1 -fsanitize=thread
+CXX ?= g++
+FUZZ = $(CXX) -std=c++17 -O2 native/tests/fuzz.cpp build/$(1)/libsaccade.* -Wl,-rpath,$(CURDIR)/build/$(1) -o build/$(1)/fuzz
+
+sanitize:
+	$(PYTHON) native/build.py build/asan --flags='$(ASAN)'
+	$(call FUZZ,asan) -fsanitize=address,undefined
+	build/asan/fuzz 200
+	$(PYTHON) native/build.py build/tsan --flags='$(TSAN)' --std-threads
+	$(call FUZZ,tsan) -fsanitize=thread
+	$(shell command -v setarch >/dev/null 2>&1 && echo setarch -R) build/tsan/fuzz 80 1000
 
 clean:
 	rm -rf .venv runs site build dist

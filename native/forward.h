@@ -13,7 +13,9 @@ struct Arena {
     template <class X>
     X *take(int64_t count) {
         X *here = (X *)next;
-        next += (count * (int64_t)sizeof(X) + 63) / 64 * 64;
+        const int64_t bytes = count * (int64_t)sizeof(X);
+        SACCADE_GUARD(here, bytes);
+        next += (bytes + 63) / 64 * 64 + GUARD;
         return here;
     }
 };

@@ -92,7 +92,8 @@ struct Layout : Plan {
     template <class X>
     X *part(int64_t size) {
         char *here = params->workspace ? params->workspace + bytes : nullptr;
-        bytes += round_up(size, 64);
+        bytes += round_up(size, 64) + GUARD;
+        if (here) SACCADE_GUARD(here, size);
         return (X *)here;
     }
 };
@@ -243,8 +244,10 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
     else
         scratch += sizeof(Tile) + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
                    rows * BLOCK_KEYS * (backward ? 16 : 6);
-    plan.scratch_stride = round_up(scratch, 4096);
+    plan.scratch_stride = round_up(scratch, GUARD ? 64 : 4096) + GUARD;
     plan.scratch = plan.part<char>(p.threads * plan.scratch_stride);
+    for (int64_t thread = 1; p.workspace && thread <= p.threads; thread++)
+        SACCADE_GUARD(plan.scratch + thread * plan.scratch_stride - GUARD, 0);
     if (plan.decode && plan.splits > 1)
         plan.partial = plan.part<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 2) * 4);
     if (backward) {

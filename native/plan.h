@@ -7,9 +7,24 @@
 #include <atomic>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "params.h"
 
 namespace saccade {
+
+// Under the address sanitizer a part of the workspace ends in bytes that may not be touched.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t GUARD = 64;
+#define SACCADE_GUARD(start, size)                                                                             \
+    (__asan_unpoison_memory_region(start, (size_t)(size)),                                                     \
+     __asan_poison_memory_region((char *)(start) + (size), (size_t)((63 - ((size) + 63) % 64) + GUARD)))
+#else
+constexpr int64_t GUARD = 0;
+#define SACCADE_GUARD(start, size) ((void)0)
+#endif
 
 constexpr int PANEL = 64;         // keys packed side by side
 constexpr int TILE_ROWS = 96;     // most rows (a query of a head each) of a tile; a multiple of 6 and of 2

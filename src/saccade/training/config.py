@@ -165,6 +165,8 @@ PRESETS: dict[TaskName, TrainConfig] = {
     "sort": replace(_SYNTHETIC, task="sort", max_length=24, layers=3, positions="none", steps=2000),
     "associative-recall": replace(_SYNTHETIC, task="associative-recall", max_length=16, steps=2000),
     "addition": replace(_SYNTHETIC, task="addition", max_length=4, layers=3, rope_theta=1000.0, steps=2200),
-    "stdlib": TrainConfig(task="stdlib", max_length=1024, steps=400, lr=3e-3, precision="bf16"),
+    "stdlib": TrainConfig(
+        task="stdlib", max_length=1024, steps=2000, lr=3e-3, embedding_std=0.09, precision="bf16", eval_every=200
+    ),
 }
 """The default run of each task."""
