@@ -3,11 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-<<<<<<< HEAD
-.PHONY: help demo test test-gpu-offline lint docs bench gpu-check clean
-=======
-.PHONY: help demo test lint docs bench sanitize clean
->>>>>>> ntests
+.PHONY: help demo test test-gpu-offline sanitize lint docs bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,12 +12,9 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documentation (strict)"
 	@echo "make bench  attention benchmark against torch's own"
-<<<<<<< HEAD
 	@echo "make gpu-check         on a machine with a GPU: is the Triton backend right there, and how fast"
 	@echo "make test-gpu-offline  every configuration of the GPU kernels compiled for four architectures, no GPU needed"
-=======
-	@echo "make sanitize  the native backend's fuzz test under the address, undefined and thread sanitizers (2 minutes)"
->>>>>>> ntests
+	@echo "make sanitize          the native backend's fuzz test under the address, undefined and thread sanitizers (2 minutes)"
 
 # torch goes in first and pinned: an unpinned `torch` would pull gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard native/*)
