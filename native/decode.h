@@ -37,6 +37,25 @@ struct Row<PAIRS> {
     static INLINE vu query(const uint32_t *q, int64_t i) { return load(q + i / 2); }
 };
 
+// Sums of each of R vectors.
+template <int R>
+INLINE void sums(const vf *x, float *to) {
+    int r = 0;
+#if SACCADE_VECTOR == 64
+    for (; r + 4 <= R; r += 4) {
+        // Four at once: rows become lanes while they are added up.
+        const __m512 a = (__m512)x[r], b = (__m512)x[r + 1], c = (__m512)x[r + 2], d = (__m512)x[r + 3];
+        const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        const __m512 lanes = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                           _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+        _mm_storeu_ps(to + r, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
+#endif
+    for (; r < R; r++) to[r] = sum(x[r]);
+}
+
 template <int R, int KIND>
 void dots(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width, const Block &block,
           int64_t value_bytes, bool fetch_next, int begin, int end, float *scores) {
@@ -57,8 +76,10 @@ void dots(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width,
             for (int r = 0; r < R; r++)
                 acc[r] = multiply_add(acc[r], Kind::query(queries + r * width, i), key);
         }
+        float total[R];
+        sums<R>(acc, total);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) scores[r * BLOCK_KEYS + n] = sum(acc[r]);
+        for (int r = 0; r < R; r++) scores[r * BLOCK_KEYS + n] = total[r];
     }
 }
 
@@ -87,6 +108,52 @@ INLINE void weigh_columns(const float *weights, const char *const *values, int64
         for (int c = 0; c < C; c++) store(out + r * width + column + c * W, acc[r][c]);
 }
 
+#if defined(SACCADE_AVX512BF16)
+// 128 columns of bf16 values, two keys at a time: the rows of a pair are interleaved, which leaves each accumulator with
+// every other run of four columns until the end.
+template <int R>
+INLINE void weigh_pairs(const float *weights, const char *const *values, int64_t column, int begin, int end, float *out,
+                        int64_t width) {
+    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const uint32_t nothing[4 * W] = {};
+    uint16_t narrow[R][DECODE_KEYS + W];
+    for (int r = 0; r < R; r++)
+        for (int n = begin; n < end; n += W) store(narrow[r] + n - begin, narrow_bf16(load(weights + r * BLOCK_KEYS + n)));
+    vf acc[R][8];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) acc[r][c] = vf{};
+    for (int n = begin; n < end; n += 2) {
+        const bool lone = n + 1 == end;
+        const char *first = values[n] + column * 2, *second = lone ? (const char *)nothing : values[n + 1] + column * 2;
+        vu pair[8];
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            const __m512i x = _mm512_loadu_si512(first + c * 64), y = _mm512_loadu_si512(second + c * 64);
+            pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
+            pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            uint32_t both_weights;
+            memcpy(&both_weights, narrow[r] + n - begin, 4);
+            const vu both = all(lone ? both_weights & 0xffff : both_weights);
+#pragma GCC unroll 8
+            for (int c = 0; c < 8; c++) acc[r][c] = multiply_add(acc[r][c], both, pair[c]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++) {
+            float *to = out + r * width + column + c * 2 * W;
+            const __m512 low = (__m512)acc[r][2 * c], high = (__m512)acc[r][2 * c + 1];
+            store(to, load(to) + (vf)_mm512_permutex2var_ps(low, front, high));
+            store(to + W, load(to + W) + (vf)_mm512_permutex2var_ps(low, back, high));
+        }
+}
+#endif
+
 // Whole rows of values at a time, as they lie in memory; accumulators: two rows of eight vectors.
 template <int R, int KIND>
 void weigh(int64_t dims, const float *weights, const char *const *values, int begin, int end, float *out,
@@ -96,6 +163,12 @@ void weigh(int64_t dims, const float *weights, const char *const *values, int be
         int64_t v = 0;
         const float *weight = weights + r * BLOCK_KEYS;
         float *to = out + r * width;
+#if defined(SACCADE_AVX512BF16)
+        if constexpr (KIND == BF16)
+            for (; v + 8 * W <= dims; v += 8 * W)
+                r + PAIR <= R ? weigh_pairs<PAIR>(weight, values, v, begin, end, to, width)
+                              : weigh_pairs<1>(weight, values, v, begin, end, to, width);
+#endif
         if (r + PAIR <= R) {
             for (; v + WIDE * W <= dims; v += WIDE * W)
                 weigh_columns<PAIR, WIDE, KIND>(weight, values, v, begin, end, to, width);
