@@ -30,7 +30,7 @@ class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]
             stale.unlink(missing_ok=True)
         try:
             made = build.build(ROOT / TARGET)
-        except build.CannotBuild as reason:
+        except build.CannotBuildError as reason:
             self.app.display_warning(f"saccade is installed without its native backend: {reason}")
             why_not.write_text(f"{reason}\n", encoding="utf-8")
             made = why_not

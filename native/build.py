@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wno-psabi -Wno-maybe-uninitialized"
+FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wno-psabi"
+FLAGS += " -Wno-maybe-uninitialized"  # GCC 12 warns of its own intrinsics
 X86 = {
     "AVX2": "-mavx2 -mfma -mf16c",
     "AVX512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
@@ -27,7 +28,7 @@ X86 = {
 X86["AVX512BF16"] = X86["AVX512"] + " -mavx512bf16"
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """Why there will be no library."""
 
 
@@ -38,7 +39,9 @@ def find_compiler() -> list[str]:
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
-    raise CannotBuild("no C++ compiler was found when saccade was installed (looked for $CXX, c++, g++ and clang++)")
+    raise CannotBuildError(
+        "no C++ compiler was found when saccade was installed (looked for $CXX, c++, g++ and clang++)"
+    )
 
 
 def library_name() -> str:
@@ -49,7 +52,7 @@ def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
     """Compile and link into `folder`; the library's path.
 
     Raises:
-        CannotBuild: where there is no compiler, or it fails.
+        CannotBuildError: where there is no compiler, or it fails.
     """
     compiler = find_compiler()
     common = [*shlex.split(FLAGS), *shlex.split(flags)]
@@ -87,7 +90,9 @@ def _accepts(compiler: list[str], options: list[str]) -> bool:
 def _run(command: list[str]) -> None:
     done = _call(command)
     if done.returncode:
-        raise CannotBuild(f"the C++ compiler failed when saccade was installed: {shlex.join(command)}\n{done.stderr}")
+        raise CannotBuildError(
+            f"the C++ compiler failed when saccade was installed: {shlex.join(command)}\n{done.stderr}"
+        )
     sys.stderr.write(done.stderr)
 
 
@@ -95,7 +100,7 @@ def _call(command: list[str], text: str = "") -> subprocess.CompletedProcess[str
     try:
         return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise CannotBuild(f"the C++ compiler could not be run when saccade was installed: {error}") from None
+        raise CannotBuildError(f"the C++ compiler could not be run when saccade was installed: {error}") from None
 
 
 if __name__ == "__main__":

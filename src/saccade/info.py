@@ -27,7 +27,6 @@ from saccade.core.ranges import KeyRanges
 def collect() -> dict[str, Any]:
     """Versions, devices, and for each backend why it cannot run here, or None."""
     import saccade
-
     from saccade.backends.native import library  # loads it, which nothing should before it is asked for
 
     cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]

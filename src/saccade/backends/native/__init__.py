@@ -46,8 +46,8 @@ def reason_against(problem: Problem) -> str | None:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     query = problem.query
     B, M, G, H, _ = query.shape
-    out = query.new_empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
-    lse = query.new_empty((B, G, H, M), dtype=torch.float32)
+    out = torch.empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
+    lse = torch.empty((B, G, H, M), dtype=torch.float32)
     if not lse.numel():
         return out, lse
     call = _Call(problem, out, lse)
@@ -113,11 +113,13 @@ def backward(
 
 def _nothing(problem: Problem, needs: Needs) -> Gradients:
     """The gradients where there is no query."""
-    names = ("query", "key", "value", "slopes", "table", "sinks")
-    inputs = [getattr(problem, name) if getattr(needs, name) else None for name in names]
+
+    def zeros(name: str) -> Tensor | None:
+        return torch.zeros_like(getattr(problem, name)) if getattr(needs, name) else None
+
+    dense = [torch.zeros_like(x) if needed else None for x, needed in zip(problem.biases, needs.biases, strict=True)]
     return Gradients(
-        *(None if x is None else torch.zeros_like(x) for x in inputs),
-        [torch.zeros_like(x) if needed else None for x, needed in zip(problem.biases, needs.biases, strict=True)],
+        zeros("query"), zeros("key"), zeros("value"), zeros("slopes"), zeros("table"), zeros("sinks"), dense
     )
 
 
@@ -127,6 +129,11 @@ _NO_RESULTS = (None,) * 6
 
 def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A contiguous tensor of this dtype."""
+    return None if x is None else x.detach().to(dtype).contiguous()
 
 
 def _strides(x: Tensor) -> list[int]:
@@ -139,16 +146,17 @@ class _Call:
 
     def __init__(self, problem: Problem, out: Tensor, lse: Tensor):
         self.problem, self.out, self.lse = problem, out, lse
-
-        def int32(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(torch.int32).contiguous()
-
-        def fp32(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().to(torch.float32).contiguous()
-
-        self.lo, self.hi, self.diagonal = int32(problem.lo), int32(problem.hi), int32(problem.diagonal)
-        self.sequence, self.block_table = int32(problem.sequence), int32(problem.block_table)
-        self.slopes, self.table, self.sinks = fp32(problem.slopes), fp32(problem.table), fp32(problem.sinks)
+        self.lo = self.hi = self.diagonal = self.sequence = self.block_table = None
+        self.slopes = self.table = self.sinks = None
+        if problem.lo is not None:
+            self.lo, self.hi, self.diagonal = (
+                _plain(x, torch.int32) for x in (problem.lo, problem.hi, problem.diagonal)
+            )
+            self.sequence, self.block_table = (_plain(x, torch.int32) for x in (problem.sequence, problem.block_table))
+        if problem.slopes is not None or problem.table is not None or problem.sinks is not None:
+            self.slopes, self.table, self.sinks = (
+                _plain(x, torch.float32) for x in (problem.slopes, problem.table, problem.sinks)
+            )
         self.kept: list[object] = []
 
     def _dense(self, terms: list[tuple[Tensor, Tensor | None]]) -> int:
@@ -212,7 +220,7 @@ class _Call:
 
     def run(self, name: str, params: list[int | float]) -> None:
         """Forward or backward, in a workspace from torch's allocator where the library has none large enough."""
-        function = getattr(library.LIBRARY, f"saccade_{name}")
+        function = library.FORWARD if name == "forward" else library.BACKWARD
         size = function(PARAMS.pack(*params, 0))
         if size:
             workspace = torch.empty(size, dtype=torch.uint8)

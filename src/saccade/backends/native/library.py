@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets, least first; each is a build of the same source."""
@@ -48,6 +49,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 LIBRARY, WHY_ABSENT = _load()
+FORWARD: Any = getattr(LIBRARY, "saccade_forward", None)
+BACKWARD: Any = getattr(LIBRARY, "saccade_backward", None)
 SUPPORTED = tuple(isa for number, isa in enumerate(ISAS) if LIBRARY is not None and LIBRARY.saccade_supports(number))
 """Those of `ISAS` that this machine runs."""
 
