@@ -117,6 +117,8 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
         tables = [_HOPPER_TERMS.get(terms, {}) if hopper else {}, _HALF[family]]
     for table in tables:
         if kernel in table:
-            return table[kernel][column]
+            found = table[kernel][column]
+            # What is read per score is staged as keys are; unstaged it fits beside them.
+            return found if hopper or terms != "loads" else found._replace(stages=1)
     # Of fp32 elements only the smallest fits everywhere.
     return _RARE[column if itemsize == 2 else 2]
