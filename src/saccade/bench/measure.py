@@ -104,7 +104,8 @@ class Checker:
             query = self.inputs.query.to(device).index_copy(1, rows, problem.query.flatten(2, 3).to(device))
             table = None if problem.table is None else problem.table.flatten(0, 1).to(device)
             found = provider(Inputs(query, problem.key.to(device), problem.value.to(device), table))
-            return found[:, rows].unflatten(2, (G, -1)).cpu()
+            chosen: Tensor = found[:, rows].unflatten(2, (G, -1))
+            return chosen.cpu()
 
         if not self.work.backward:
             with torch.no_grad():

@@ -98,7 +98,8 @@ def _dense_softmax(work: Work, dtype: torch.dtype, device: torch.device) -> Prov
             score = score.masked_fill(~dense, -torch.inf) if dense.dtype == torch.bool else score + dense
         elif hidden is not None:
             score = score.masked_fill(hidden, -torch.inf)
-        return (score.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+        out: Tensor = score.softmax(-1).to(v.dtype) @ v
+        return out.transpose(1, 2)
 
     return run
 
