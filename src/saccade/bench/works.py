@@ -176,7 +176,7 @@ TABLE = {
     "relative-train": Target(
         Work((2048,), _SMALL, causal=False, backward=True, reach=128), ("sdpa", "sdpa embedding"), _wanted(2, 3)
     ),
-    "decode": Target(_DECODE, _SDPA, _wanted(5, 20)),
+    "decode": Target(_DECODE, ("sdpa", "sdpa heads first"), _wanted(5, 20)),
     "decode-bandwidth": Target(_DECODE, ("sum",), _wanted(0.8, 0.8)),
     "gemm-share": Target(Work((8192,), SHAPES["two-wide"], causal=False), ("gemm",), _wanted(0.8, 0.75)),
     "overhead": Target(Work((16,), SHAPES["two"], causal=False, calls=200), _SDPA, _wanted(0.4, 0.4)),
