@@ -1,6 +1,7 @@
 """The benchmark: every row comes out at tiny sizes, a wrong provider gets no ratio, and nothing measured is lost."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_every_row_and_the_sweep_come_out(tmp_path, capsys):
     for name, target in TABLE.items():
         for dtype in ("fp32", "bf16"):
             rows = {r["provider"]: r for r in found["table"] if r["row"] == name and r["dtype"] == dtype}
-            assert list(rows)[-1:] == ["bound"] or set(rows) == {"saccade", *target.against} - {"flex compiled"}
+            assert set(rows) == {"saccade", *target.against} - {"flex compiled"}
             for row in rows.values():
                 assert row["note"] == ""
                 assert row["ratio"] > 0
@@ -129,6 +130,8 @@ def test_wrong_options(capsys, tmp_path, options, message):
 def test_the_bound_on_memory_is_linear():
     for name in ("memory", "memory-train"):
         work = TABLE[name].work
-        half = work.memory_bound(torch.float32, 2) - work.memory_bound(torch.float32, 0)
-        assert half == 2 * (2**21 + (2 * work.N * 64 * 4 if work.backward else 0))  # what two threads hold
-        assert work.memory_bound(torch.float32, 0) <= work.N * 64 * 4 * 11
+        tokens, threads = 32768, 2
+        longer = replace(work, lengths=(2 * tokens,))
+        tiles = threads * 2**21
+        once, twice = (w.memory_bound(torch.float32, threads) - tiles for w in (work, longer))
+        assert (work.M, work.N, twice) == (tokens, tokens, 2 * once)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,8 +27,8 @@ NOTE = """Ratio: Saccade's rate over that of the best of the others named, both 
 `sum`: GB/s of keys and values read), medians of one run; above 1, Saccade is faster. A result that does not match
 the fp64 reference has no ratio. Masks are lowered, and dense masks, ALiBi's bias and flex's block masks are made,
 before the timing: a model makes them once per step. The row `overhead` has no mask: there the whole call is timed.
-`memory` compares the peak above the inputs with a bound: results, packed keys and values, fp32 sums of their gradients
-for each thread, and 2 MiB of tiles a thread; nothing in it grows with M·N."""
+`memory` compares the peak above the inputs with a bound: results, packed keys and values, and for each thread
+two fp32 sums of their gradients (backward) and 2 MiB of tiles; nothing in it grows with M·N."""
 
 
 @dataclass
@@ -69,6 +70,7 @@ def main(options: Bench) -> list[Row]:
     if options.repeats < 1:
         raise ValueError(f"repeats: got {options.repeats}, want at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, which counts memory, would write on every start
     table: list[Row] = []
     sweep: list[Row] = []
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.bench.providers import Provider
+from saccade.bench.providers import Provider, laid_out
 from saccade.bench.works import Inputs, Work
 from saccade.core.biases import Alibi, Bias, RelativeBias
 from saccade.core.problem import Problem, make_problem
@@ -104,8 +104,8 @@ class Checker:
             query = self.inputs.query.to(device).index_copy(1, rows, problem.query.flatten(2, 3).to(device))
             table = None if problem.table is None else problem.table.flatten(0, 1).to(device)
             found = provider(Inputs(query, problem.key.to(device), problem.value.to(device), table))
-            wanted: Tensor = found[:, rows].unflatten(2, (G, -1))
-            return wanted.cpu()
+            chosen: Tensor = found[:, rows].unflatten(2, (G, -1))
+            return chosen.cpu()
 
         if not self.work.backward:
             with torch.no_grad():
@@ -137,7 +137,6 @@ def measure(
     """
     inputs = work.inputs(dtype[1])
     checker = Checker(work, inputs)
-    given = Inputs(*(None if x is None else x.to(device).requires_grad_(work.backward) for x in inputs))  # type: ignore[arg-type]
     unit = next((stick.unit for stick in yardsticks.values()), "GFLOP/s")
     amount = work.bytes(dtype[1]) if unit == "GB/s" else work.flops()
     rows = {name: Row(row, work.title, name, dtype[0], work.backward, unit=unit) for name in (*yardsticks, *providers)}
@@ -156,7 +155,7 @@ def measure(
         if complaint is not None:
             rows[name].note = complaint
             continue
-        runs[name] = (_pass(provider, given, work.backward), amount, work.calls)
+        runs[name] = (_pass(provider, laid_out(name, inputs), work.backward, device), amount, work.calls)
     for name, (run, _, calls) in runs.items():
         took: list[float] = []
         peak = peak_memory(lambda run=run, took=took: took.append(_timed(run, 1, device)))  # type: ignore[misc]
@@ -178,8 +177,11 @@ def measure(
     return list(rows.values())
 
 
-def _pass(provider: Provider, given: Inputs, backward: bool) -> Callable[[], object]:
-    inputs = [x for x in given if x is not None]
+def _pass(provider: Provider, x: Inputs, backward: bool, device: torch.device) -> Callable[[], object]:
+    query, key, value = (y.to(device).detach().requires_grad_(backward) for y in x[:3])
+    table = None if x.table is None else x.table.to(device).detach().requires_grad_(backward)
+    given = Inputs(query, key, value, table)
+    inputs = [y for y in given if y is not None]
 
     def run() -> object:
         out = provider(given)

@@ -33,6 +33,14 @@ def installed(work: Work, device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in ("flash_attn", "xformers") if find_spec(name) is not None)
 
 
+def laid_out(name: str, x: Inputs) -> Inputs:
+    """The inputs as a provider's user keeps them: a cache for torch's kernel has heads before keys in memory."""
+    if not name.endswith("heads first"):
+        return x
+    query, key, value = (y.contiguous().transpose(1, 2) for y in _heads_first(x))
+    return Inputs(query, key, value, x.table)
+
+
 def _saccade(work: Work, device: torch.device, backend: str | None) -> Provider:
     positions = work.mask() is not None or work.reach is not None
     ranges = work.ranges(device) if positions else None
@@ -54,7 +62,7 @@ def _dense_term(work: Work, dtype: torch.dtype, device: torch.device) -> Tensor 
         return visible
     row = torch.arange(work.N, device=device)
     bias = -work.slopes().to(device)[:, None, None] * (row[:, None] - row).abs()
-    return bias.masked_fill_(~visible, -torch.inf).to(dtype)
+    return bias.masked_fill_(~visible, -torch.inf).to(dtype)[None]  # in four dimensions: else torch is not fused
 
 
 def _distances(work: Work, device: torch.device) -> Tensor:
@@ -98,8 +106,8 @@ def _dense_softmax(work: Work, dtype: torch.dtype, device: torch.device) -> Prov
             score = score.masked_fill(~dense, -torch.inf) if dense.dtype == torch.bool else score + dense
         elif hidden is not None:
             score = score.masked_fill(hidden, -torch.inf)
-        out: Tensor = (score.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-        return out
+        out: Tensor = score.softmax(-1).to(v.dtype) @ v
+        return out.transpose(1, 2)
 
     return run
 
@@ -179,6 +187,7 @@ def _xformers(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
 _OTHERS: dict[str, Callable[[Work, torch.dtype, torch.device], Provider]] = {
     "sdpa": _sdpa,
     "sdpa embedding": lambda work, dtype, device: _sdpa(work, dtype, device, embedded=True),
+    "sdpa heads first": _sdpa,
     "sdpa per document": _per_document,
     "sdpa padded": _padded,
     "dense softmax": _dense_softmax,

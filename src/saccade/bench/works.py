@@ -114,18 +114,19 @@ class Work:
         return 2.0 * dtype.itemsize * dim * (self.N * kv_heads + self.M * heads)
 
     def memory_bound(self, dtype: torch.dtype, threads: int) -> float:
-        """Bytes that linear memory allows: results, packed keys, fp32 sums of a thread, and 2 MiB of tiles a thread.
+        """Bytes that linear memory allows: results, packed keys, and for each thread sums and 2 MiB of tiles.
 
-        Forward: out and lse, key and value packed once. Backward: also the gradients of output, query, key and value;
-        the key packed twice, and fp32 sums of the gradients of key and value for every thread.
+        Forward: out and lse; key and value packed. Backward: also the gradients of output, query, key and value; key
+        and value each packed by row and by dim; and fp32 sums of their gradients. Those are two for each thread:
+        where heads are few, threads share one, and its rows are cut into more runs than threads for balance.
         """
         heads, kv_heads, dim = self.shape
         q, k = self.M * heads * dim * dtype.itemsize, self.N * kv_heads * dim * dtype.itemsize
         lse, tiles = self.M * heads * 4, threads * 2**21
         if not self.backward:
             return q + lse + 2 * k + tiles
-        sums = threads * 2 * self.N * kv_heads * dim * 4
-        return (q + lse + q + q + 2 * k) + 3 * k + sums + tiles
+        sums = 2 * threads * 2 * self.N * kv_heads * dim * 4
+        return (q + lse + q + q + 2 * k) + 4 * k + sums + tiles
 
     def quick(self) -> Work:
         """The same work, tiny."""
@@ -175,7 +176,7 @@ TABLE = {
     "relative-train": Target(
         Work((2048,), _SMALL, causal=False, backward=True, reach=128), ("sdpa", "sdpa embedding"), _wanted(2, 3)
     ),
-    "decode": Target(_DECODE, _SDPA, _wanted(5, 20)),
+    "decode": Target(_DECODE, ("sdpa", "sdpa heads first"), _wanted(5, 20)),
     "decode-bandwidth": Target(_DECODE, ("sum",), _wanted(0.8, 0.8)),
     "gemm-share": Target(Work((8192,), SHAPES["two-wide"], causal=False), ("gemm",), _wanted(0.8, 0.75)),
     "overhead": Target(Work((16,), SHAPES["two"], causal=False, calls=200), _SDPA, _wanted(0.4, 0.4)),
