@@ -24,7 +24,8 @@ from saccade.core.problem import make_problem
 
 YARDSTICKS = ("sum", "gemm")
 NOTE = """Ratio: Saccade's rate over that of the best of the others named, both in GFLOP/s over the visible area (for
-`sum`: GB/s of keys and values read), medians of one run; above 1, Saccade is faster. A result that does not match
+`sum`: GB/s of keys and values read), medians of one run; above 1, Saccade is faster. Where
+the fastest timing is far below the median, other programs ran: measure that row again. A result that does not match
 the fp64 reference has no ratio. Masks are lowered, and dense masks, ALiBi's bias and flex's block masks are made,
 before the timing: a model makes them once per step. The row `overhead` has no mask: there the whole call is timed.
 `memory` compares the peak above the inputs with a bound: results, packed keys and values, and for each thread
@@ -151,17 +152,19 @@ def _measure(
     return measure(name, work, (dtype, DTYPES[dtype]), makers, sticks, device, repeats)
 
 
-HEADER = """| row | work | dtype | provider | ms | rate | peak MiB | Saccade's rate ÷ its |
-|---|---|---|---|--:|--:|--:|--:|"""
+HEADER = """| row | work | dtype | provider | ms | fastest | rate | peak MiB | Saccade's rate ÷ its |
+|---|---|---|---|--:|--:|--:|--:|--:|"""
 
 
 def line(row: Row) -> str:
     """What was measured of one provider."""
     time = row.note if row.milliseconds is None else f"{row.milliseconds:.3g}"
+    fastest = "" if row.fastest is None else f"{row.fastest:.3g}"
     rate = "" if row.rate is None else f"{row.rate:.3g} {row.unit}"
     peak = "" if row.peak_mib is None else f"{row.peak_mib:.1f}"
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-    return f"| {row.row} | {row.work} | {row.dtype} | {row.provider} | {time} | {rate} | {peak} | {ratio} |"
+    cells = (row.row, row.work, row.dtype, row.provider, time, fastest, rate, peak, ratio)
+    return f"| {' | '.join(cells)} |"
 
 
 def summary(rows: list[Row], dtypes: tuple[str, ...]) -> str:
