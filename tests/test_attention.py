@@ -449,6 +449,18 @@ def test_explain():
     assert saccade.explain(q, k, v, mask=saccade.Documents([256] * 4)).tiles == 4
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 7, 9), (1, 4, 1, 9), (7, 1), (7, 9)])
+def test_what_a_dense_mask_hides_is_not_counted(shape):
+    q, k, v = (torch.randn(2, n, h, 4) for n, h in ((7, 4), (9, 2), (9, 2)))
+    holes = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    causal = torch.ones(7, 9, dtype=torch.bool).tril()
+    visible = int((causal & holes).expand(2, 4, 7, 9).sum())
+    assert saccade.explain(q, k, v, mask=saccade.Causal() & holes).visible == visible
+    with FlopCounterMode(display=False) as counter:
+        saccade.attention(q, k, v, mask=saccade.Causal() & holes)
+    assert counter.get_total_flops() == 2 * visible * (4 + 4)
+
+
 def test_info_runs_with_torch_alone():
     """No module outside torch's own needs is imported by `import saccade` or `python -m saccade.info`."""
     code = (

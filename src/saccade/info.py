@@ -78,7 +78,7 @@ class Explanation:
     """By backend: why it cannot, or None."""
     shape: str
     visible: int
-    """Visible (query, key) pairs over batch and heads; what a dense mask hides inside the ranges counts as visible."""
+    """Visible (query, key) pairs over batch and heads."""
     pairs: int
     """All of them."""
     forward_flops: int

@@ -176,7 +176,7 @@ def backward_flops(problem: Problem) -> int:
 def visible_area(problem: Problem) -> int:
     """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing)."""
     if problem.lo is not None and type(problem.lo) is not Tensor:
-        return problem._replace(lo=None, hi=None, diagonal=None).visible_pairs()
+        return problem._replace(lo=None, hi=None, diagonal=None, dense=None).visible_pairs()
     return problem.visible_pairs()
 
 

@@ -93,12 +93,29 @@ class Problem(NamedTuple):
         return self.key.shape[1] if self.block_table is None else self.block_table.shape[0] * self.N
 
     def visible_pairs(self) -> int:
-        """How many (query, key) pairs the ranges make visible, over batch and all query heads. Reads the ranges."""
+        """How many (query, key) pairs are visible, over batch and all query heads. Reads the ranges and a dense mask."""
         B, M, G, H, _ = self.query.shape
+        if self.dense is not None:
+            return self._visible_in_dense(self.dense)
         if self.lo is None or self.hi is None:
             return B * G * H * M * self.N
         copies = B if self.lo.shape[1] == 1 else 1
         return G * H * copies * int((self.hi - self.lo).sum())
+
+    def _visible_in_dense(self, dense: Tensor, rows: int = 256) -> int:
+        """The same, counted pair by pair, some rows at a time."""
+        B, M, G, H, _ = self.query.shape
+        lo, hi, _ = self.ranges
+        j = torch.arange(self.row_length, device=dense.device)
+        if dense.shape[-1] > 1:
+            dense = dense[..., j % self.N]  # each sequence of paged keys has the same columns
+        pairs = 0
+        for first in range(0, M, rows):
+            part = slice(first, first + rows)
+            in_range = ((j >= lo[..., part, None]) & (j < hi[..., part, None])).any(0)[:, None, None]
+            visible = in_range & (dense[..., part, :] if dense.shape[3] > 1 else dense)
+            pairs += int(visible.sum()) * (B * G * H // math.prod(visible.shape[:3]))
+        return pairs
 
 
 class Layout(NamedTuple):
