@@ -116,7 +116,9 @@ INLINE void differentiate_row(const Plan &plan, const Tile &tile, int s, int r, 
     const vf m = all(multiplier), minus = all(-tile.lse[r]), delta = all(tile.delta[r]);
     for (int n = begin; n < end; n += W) {
         const vf score = load(weight + n);
-        const vf x = exp2<DEGREE>(score * m + minus);
+        const vi hidden = score == all(-INF);
+        // The row's lse may be NaN, and what is hidden as well.
+        const vf x = hidden ? vf{} : exp2<DEGREE>(score * m + minus);
         vf dx = load(grad + n);
         vf dropped = x;
         if (p.seed) {
@@ -125,8 +127,7 @@ INLINE void differentiate_row(const Plan &plan, const Tile &tile, int s, int r, 
             dx *= k;
         }
         dx = (dx - delta) * x;
-        // What is hidden may hold NaN.
-        dx = score == all(-INF) ? vf{} : dx;
+        dx = hidden ? vf{} : dx;
         store(weight + n, dropped);
         store(grad + n, dx);
     }
