@@ -226,7 +226,7 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, Tile &tile, int64_t ch
     const T *keys_by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *values_by_dim = (const T *)(plan.values_by_dim + slot * plan.values_by_dim_stride);
     const T *key_rows = (const T *)(plan.key_rows + slot * plan.key_rows_stride);
-    const bool odd = plan.odd_keys.load(std::memory_order_relaxed);
+    const bool odd = plan.odd_keys[slot].load(std::memory_order_relaxed);
     for (int s = 0; s < p.S; s++) {
         int64_t begin, end;
         tile_span(tile, s, begin, end);
