@@ -116,7 +116,9 @@ INLINE void differentiate_row(const Plan &plan, const Tile &tile, int s, int r, 
     const vf m = all(multiplier), minus = all(-tile.lse[r]), delta = all(tile.delta[r]);
     for (int n = begin; n < end; n += W) {
         const vf score = load(weight + n);
-        const vf x = exp2<DEGREE>(score * m + minus);
+        const vi hidden = score == all(-INF);
+        // The row's lse may be NaN, and what is hidden as well.
+        const vf x = hidden ? vf{} : exp2<DEGREE>(score * m + minus);
         vf dx = load(grad + n);
         vf dropped = x;
         if (p.seed) {
@@ -125,8 +127,7 @@ INLINE void differentiate_row(const Plan &plan, const Tile &tile, int s, int r, 
             dx *= k;
         }
         dx = (dx - delta) * x;
-        // What is hidden may hold NaN.
-        dx = score == all(-INF) ? vf{} : dx;
+        dx = hidden ? vf{} : dx;
         store(weight + n, dropped);
         store(grad + n, dx);
     }
@@ -225,7 +226,7 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, Tile &tile, int64_t ch
     const T *keys_by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *values_by_dim = (const T *)(plan.values_by_dim + slot * plan.values_by_dim_stride);
     const T *key_rows = (const T *)(plan.key_rows + slot * plan.key_rows_stride);
-    const bool odd = plan.odd_keys.load(std::memory_order_relaxed);
+    const bool odd = plan.odd_keys[slot].load(std::memory_order_relaxed);
     for (int s = 0; s < p.S; s++) {
         int64_t begin, end;
         tile_span(tile, s, begin, end);

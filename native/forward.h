@@ -161,7 +161,7 @@ void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t head_
     start_rows(p, tile, out, plan.value_width);
     const T *by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *by_row = (const T *)(plan.value_rows + slot * plan.value_rows_stride);
-    const bool odd = plan.odd_values.load(std::memory_order_relaxed);
+    const bool odd = plan.odd_values[slot].load(std::memory_order_relaxed);
     for (int s = 0; s < p.S; s++) {
         int64_t begin, end;
         tile_span(tile, s, begin, end);

@@ -206,10 +206,10 @@ void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t
     }
     if (pack_panel(p.dtype, k_rows, count, p.K, p.k_stride[3], plan.key_width, k_by_dim + first * words<T>(p.K),
                    k_by_row))
-        plan.odd_keys.store(1, std::memory_order_relaxed);
+        plan.odd_keys[slot].store(1, std::memory_order_relaxed);
     if (pack_panel(p.dtype, v_rows, count, p.V, p.v_stride[3], plan.value_width, v_by_dim,
                    v_by_row + first / per_word * plan.value_width))
-        plan.odd_values.store(1, std::memory_order_relaxed);
+        plan.odd_values[slot].store(1, std::memory_order_relaxed);
 }
 
 }  // namespace

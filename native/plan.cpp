@@ -85,6 +85,7 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 struct Layout : Plan {
     std::vector<Segment> segment_list;
     std::vector<int64_t> chunk_list;
+    std::vector<std::atomic<int>> odd_list;
     std::vector<int64_t> area;  // visible pairs of a head in each query tile of each batch entry that has ranges
     int64_t bytes = 0;
 
@@ -175,7 +176,6 @@ int64_t backward_chunks(const Params &p, const Layout &plan) {
 
 void make_plan(const Params &p, bool backward, Layout &plan) {
     plan.params = &p;
-    plan.odd_keys = plan.odd_values = 0;
     plan.logical_keys = p.sequence ? p.pages * p.page_size : p.N;
     plan.key_width = round_up(p.K, 16);
     plan.value_width = round_up(p.V, 16);
@@ -227,6 +227,10 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
         const int64_t busy = 4 * p.threads / (plan.query_tiles * plan.head_tiles) + 1;
         plan.slots = std::min(p.B * p.G, std::max({fit, busy, (int64_t)1}));
         if (backward) plan.slots = p.chunks == 1 ? p.threads : p.B * p.G;
+        plan.odd_list = std::vector<std::atomic<int>>((size_t)(2 * plan.slots));
+        plan.odd_keys = plan.odd_list.data();
+        plan.odd_values = plan.odd_keys + plan.slots;
+        for (auto &odd : plan.odd_list) odd = 0;
         const auto take = [&](char *&at, int64_t &stride, int64_t width) {
             stride = round_up(plan.packed_keys * width * word, 64);
             at = plan.part<char>(plan.slots * stride);
@@ -288,6 +292,7 @@ void run_forward(const Params &p, const Layout &plan, const Kernels &kernels, in
     std::vector<Unit> units;
     for (int64_t first = 0; first < p.B * p.G; first += plan.slots) {
         const int64_t slots = std::min(plan.slots, p.B * p.G - first);
+        for (int64_t slot = 0; slot < slots; slot++) plan.odd_keys[slot] = plan.odd_values[slot] = 0;
         share(threads, slots * panels, [&](int64_t unit, int64_t) {
             const int64_t slot = unit / panels, index = first + slot;
             kernels.pack(plan, false, slot, index / p.G, index % p.G, unit % panels);
@@ -330,8 +335,10 @@ void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, i
         for (int64_t b = p.fold_batch ? 0 : b0; b < (p.fold_batch ? p.B : b0 + 1); b++)
             for (int64_t g = p.fold_groups ? 0 : g0; g < (p.fold_groups ? p.G : g0 + 1); g++) {
                 const int64_t slot = alone ? thread : b * p.G + g, sums = alone ? thread : slot * p.chunks + chunk;
-                if (alone)
+                if (alone) {
+                    plan.odd_keys[slot] = plan.odd_values[slot] = 0;
                     for (int64_t panel = 0; panel < panels; panel++) kernels.pack(plan, true, slot, b, g, panel);
+                }
                 float *grad_keys = plan.grad_keys + sums * key_size, *grad_values = plan.grad_values + sums * value_size;
                 kernels.backward(plan, slot, b, g, chunk, grad_keys, grad_values,
                                  plan.scratch + thread * plan.scratch_stride);

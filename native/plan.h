@@ -63,7 +63,7 @@ struct Plan {
     float *partial;                  // decoding: [b, query tile, split, g, rows, value_width + 2]
     char *scratch;                   // of all threads
     int64_t scratch_stride;
-    mutable std::atomic<int> odd_keys, odd_values;  // some are infinite or NaN
+    std::atomic<int> *odd_keys, *odd_values;  // of each slot: some are infinite or NaN
 };
 
 // The rows of one tile: head by head, and in each head query by query.

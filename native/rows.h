@@ -93,7 +93,7 @@ INLINE int64_t head_index(const Params &p, const Tile &tile, int r) { return til
 
 // Whether a score is more than a product times a positive number, which leaves the largest the largest.
 INLINE bool has_terms(const Params &p) {
-    return p.softcap != 0 || p.bias_count || p.slopes || p.table || p.mask || !(p.scale > 0);
+    return p.softcap != 0 || p.bias_count || p.slopes || p.table || p.mask || !((float)p.scale > 0);
 }
 
 INLINE int64_t dense_row(const Dense &d, const Tile &tile, int r) {
@@ -175,8 +175,9 @@ INLINE float row_scores(const Plan &plan, const Tile &tile, int s, int r, int64_
 void fill_keep(const Params &p, const Tile &tile, int r, int64_t first, int count, float *keep) {
     const uint64_t seed = (uint64_t)*p.seed;
     const double threshold = __builtin_nearbyint(p.dropout_p * 4294967296.0);
-    const uint32_t least_kept = (uint32_t)threshold;
-    const float scale = (float)(1 / (1 - p.dropout_p));
+    const bool none = threshold >= 4294967296.0;  // p rounds to 1
+    const uint32_t least_kept = none ? 0 : (uint32_t)threshold;
+    const float scale = none ? 0 : (float)(1 / (1 - p.dropout_p));
     constexpr int COUNTERS = BLOCK_KEYS / 4;
     uint32_t c0[COUNTERS], c1[COUNTERS], c2[COUNTERS], c3[COUNTERS];
     const uint32_t block = (uint32_t)((first + tile.shift[r]) / 4);
