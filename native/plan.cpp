@@ -380,7 +380,7 @@ EXPORT const char *saccade_threading() {
 template <class Run>
 int64_t with_workspace(const Params *p, bool backward, const Run &run) {
     // Asking for memory would cost a small problem more than its work: each Python thread keeps some.
-    constexpr int64_t KEPT = 1 << 20;
+    constexpr int64_t KEPT = 1 << 18;
     thread_local std::unique_ptr<char[]> kept;
     Params own = *p;
     Layout plan{};

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import saccade
@@ -18,6 +18,7 @@ from saccade import info
 from saccade.backends import choose, native
 from saccade.backends.native import library, use_isa
 from saccade.core.library import attend
+from saccade.core.masks import Mask
 from saccade.core.problem import make_problem
 from saccade.testing import peak_memory, results, tolerances, worst
 
@@ -221,7 +222,10 @@ def test_what_is_hidden_does_not_leak(name, special, dtype):
             clean, spoilt = run(False), run(True)
         for x in clean:
             assert torch.isfinite(spoilt[x]).all(), f"{isa} {x}"
-            torch.testing.assert_close(spoilt[x], clean[x], msg=f"{isa} {x}")
+            # The careful path adds in another order: what `tolerances` allows for rounding.
+            largest = float(clean[x].detach().abs().max())
+            allowed = torch.finfo(dtype).eps * largest + 32 * torch.finfo(torch.float32).eps * (1 + largest)
+            assert worst(spoilt[x].detach(), clean[x].detach()) <= allowed, f"{isa} {x}"
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
@@ -230,8 +234,8 @@ def test_what_is_hidden_does_not_leak(name, special, dtype):
 @pytest.mark.parametrize(("B", "G"), [(1, 1), (1, 3), (3, 1), (2, 2)])
 def test_gradients_of_dense_biases_of_every_shape(B, G, monkeypatch):
     """Broadcast over batch, groups, heads, rows and keys, in each combination; rows cut into chunks for two threads."""
-    M, N = 100, 70
-    base = Case("biases", B=B, M=M, N=N, heads=2 * G, kv_heads=G, K=8, V=8, mask=lambda: END).problem(torch.float32)
+    M, N = 200, 140  # worth two threads
+    base = Case("biases", B=B, M=M, N=N, heads=2 * G, kv_heads=G, K=32, V=32, mask=lambda: END).problem(torch.float32)
     chunks = []
     count = native._Call.chunks
     monkeypatch.setattr(native._Call, "chunks", lambda *args: chunks.append(count(*args)) or chunks[-1])
@@ -501,7 +505,7 @@ def problems(draw):
     if isinstance(mask, torch.Tensor) and mask.dim() == 3:
         kv_heads, group = 2, 1
     Hq, dim = kv_heads * group, st.sampled_from([1, 8, 16, 19, 32, 48, 64])
-    paged = isinstance(mask, S.Mask) and any(isinstance(x, S.PagedKeys) for x in (mask, *mask.parts))
+    paged = isinstance(mask, Mask) and any(isinstance(x, S.PagedKeys) for x in (mask, *mask.parts))
     term = st.sampled_from([(), ((M, N),), ((Hq, 1, N), (M, 1)), ((B, Hq, M, N),), ((B, 1, 1, N),)])
     return Case(
         "fuzz", B=B, M=M, N=N, heads=Hq, kv_heads=kv_heads, K=draw(dim), V=draw(dim), mask=lambda: mask,
@@ -517,6 +521,8 @@ def problems(draw):
 @settings(max_examples=100, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 def test_any_problem(case, dtype, isa, count):
+    # With one key the scores' gradient is 0 but for the rounding of the bf16 output, which the textbook does not have.
+    assume(dtype != torch.bfloat16 or case.N > 1)
     problem = case.problem(dtype)
     with threads(count):
         check(problem, dtype, [isa], str(case))
