@@ -93,7 +93,7 @@ class Problem(NamedTuple):
         return self.key.shape[1] if self.block_table is None else self.block_table.shape[0] * self.N
 
     def visible_pairs(self) -> int:
-        """How many (query, key) pairs are visible, over batch and all query heads. Reads the ranges and a dense mask."""
+        """How many (query, key) pairs are visible, over batch and query heads. Reads the ranges and a dense mask."""
         B, M, G, H, _ = self.query.shape
         if self.dense is not None:
             return self._visible_in_dense(self.dense)
