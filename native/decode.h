@@ -1,6 +1,8 @@
 // Few queries against many keys: keys and values are read once, where they lie, so that memory sets the pace.
 //
-// A unit is a run of keys for all heads of some queries; units are combined in a fixed order. Knows no threads.
+// A unit is a run of keys for all heads of some queries; units are combined in a fixed order. The hardware fetches ahead
+// along several streams of addresses at once, and that holds none of the buffers in which a core waits for its own
+// misses; so a unit's keys are read as STREAMS runs side by side. Knows no threads.
 #pragma once
 #include "forward.h"
 
@@ -8,18 +10,43 @@ namespace saccade {
 namespace SACCADE_NAMESPACE {
 namespace {
 
-constexpr int DECODE_KEYS = PANEL;  // keys of a block; the next block is fetched meanwhile
+constexpr int BLOCK = STREAMS * RUN;          // keys whose scores are held at a time
+constexpr int SHARING = W == 16 ? 4 : 2;      // rows that share the load of a key
+constexpr int DEPTH = 2;                      // keys of a stream that are added up before sums go back to memory
+static_assert(RUN == SIDE && SHARING * STREAMS <= SIDE && RUN % DEPTH == 0, "scores of a block are one square");
 
-// Rows of keys and values of a block for one group, and what to fetch for the next block.
+// Rows of keys and values of the first group, null where a stream has ended, and what each row of queries sees of them.
 struct Block {
-    const char *keys[DECODE_KEYS], *values[DECODE_KEYS];
-    const char *next_keys[DECODE_KEYS], *next_values[DECODE_KEYS];
+    int64_t first[STREAMS];
+    int count[STREAMS];
+    const char *keys[RUN][STREAMS], *values[RUN][STREAMS];
+    Span seen[TILE_ROWS][STREAMS];
+};
+
+alignas(64) const float NOTHING[WIDEST] = {};
+
+// Rows of one group after the other; where a stream has none, zeros.
+template <int COUNT>
+struct GroupRows {
+    const char *at[COUNT];
+    int64_t next[COUNT];
+    INLINE GroupRows(const char *const *rows, int64_t offset, int64_t stride) {
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; i++) {
+            at[i] = rows[i] ? rows[i] + offset : (const char *)NOTHING;
+            next[i] = rows[i] ? stride : 0;
+        }
+    }
+    INLINE void step() {
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; i++) at[i] += next[i];
+    }
 };
 
 // How a row of keys or values is read: float, fp16, bf16 one by one, or bf16 in pairs.
 template <int KIND>
 struct Row {
-    static constexpr int STEP = W;
+    static constexpr int STEP = W, BYTES = KIND == F32 ? 4 : 2;
     typedef float Query;
     static INLINE vf read(const char *p, int64_t i) {
         if constexpr (KIND == F32) return load((const float *)p + i);
@@ -31,270 +58,379 @@ struct Row {
 constexpr int PAIRS = 3;
 template <>
 struct Row<PAIRS> {
-    static constexpr int STEP = 2 * W;
+    static constexpr int STEP = 2 * W, BYTES = 2;
     typedef uint32_t Query;
     static INLINE vu read(const char *p, int64_t i) { return load_pairs((const uint16_t *)p + i); }
     static INLINE vu query(const uint32_t *q, int64_t i) { return load(q + i / 2); }
 };
 
-// Sums of each of R vectors.
-template <int R>
+// One vector of a row that is read soon: into the second level of cache, for the first cannot have so much under way.
+INLINE void fetch_step(const char *p) { __builtin_prefetch(p, 0, 2); }
+
+// Sums of each of COUNT vectors, a multiple of four.
+template <int COUNT>
 INLINE void sums(const vf *x, float *to) {
-    int r = 0;
 #if SACCADE_VECTOR == 64
-    for (; r + 4 <= R; r += 4) {
-        // Four at once: rows become lanes while they are added up.
-        const __m512 a = (__m512)x[r], b = (__m512)x[r + 1], c = (__m512)x[r + 2], d = (__m512)x[r + 3];
+    // Four vectors at a time become one, whose lanes of four hold their partial sums; then lanes are added up.
+    __m512 four[COUNT / 4];
+    for (int i = 0; i < COUNT; i += 4) {
+        const __m512 a = (__m512)x[i], b = (__m512)x[i + 1], c = (__m512)x[i + 2], d = (__m512)x[i + 3];
         const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
         const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-        const __m512 lanes = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                                           _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        four[i / 4] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                    _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    if constexpr (COUNT == 16) {
+        const auto join = [](__m512 a, __m512 b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        };
+        _mm512_storeu_ps(to, join(join(four[0], four[1]), join(four[2], four[3])));
+        return;
+    }
+    for (int i = 0; i < COUNT; i += 4) {
+        const __m512 lanes = four[i / 4];
         const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
-        _mm_storeu_ps(to + r, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+        _mm_storeu_ps(to + i, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     }
+#else
+    for (int i = 0; i < COUNT; i++) to[i] = sum(x[i]);
 #endif
-    for (; r < R; r++) to[r] = sum(x[r]);
 }
 
+// to[r · STREAMS + stream] = query r · key of the stream; what lies `ahead` bytes on is fetched.
 template <int R, int KIND>
-void dots(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width, const Block &block,
-          int64_t value_bytes, bool fetch_next, int begin, int end, float *scores) {
+INLINE void dots(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width, const char *const *keys,
+                 int64_t ahead, float *to) {
     typedef Row<KIND> Kind;
-    const int64_t key_bytes = dims * (KIND == F32 ? 4 : 2);
-    for (int n = begin; n < end; n++) {
-        // Into the second level of cache: the first cannot have so much under way.
-        if (fetch_next) {
-            for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(block.next_keys[n] + i, 0, 2);
-            for (int64_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(block.next_values[n] + i, 0, 2);
-        }
-        vf acc[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r] = vf{};
-        for (int64_t i = 0; i < dims; i += Kind::STEP) {
-            const auto key = Kind::read(block.keys[n], i);
-#pragma GCC unroll 8
+    vf acc[R * STREAMS];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * STREAMS; i++) acc[i] = vf{};
+    for (int64_t i = 0; i < dims; i += Kind::STEP) {
+        decltype(Kind::query(queries, i)) query[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) query[r] = Kind::query(queries + r * width, i);
+#pragma GCC unroll 4
+        for (int stream = 0; stream < STREAMS; stream++) {
+            const auto key = Kind::read(keys[stream], i);
+            fetch_step(keys[stream] + ahead + i * Kind::BYTES);
+#pragma GCC unroll 4
             for (int r = 0; r < R; r++)
-                acc[r] = multiply_add(acc[r], Kind::query(queries + r * width, i), key);
+                acc[r * STREAMS + stream] = multiply_add(acc[r * STREAMS + stream], query[r], key);
         }
-        float total[R];
-        sums<R>(acc, total);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) scores[r * BLOCK_KEYS + n] = total[r];
     }
+    sums<R * STREAMS>(acc, to);
 }
 
+// out[r] += Σ weight · value over DEPTH keys of each stream; weights [R][BLOCK], of the first of these keys. What
+// lies `ahead` bytes on is fetched.
 template <int R, int C, int KIND>
-INLINE void weigh_columns(const float *weights, const char *const *values, int64_t column, int begin, int end,
+INLINE void weigh_columns(const float *weights, const char *const *values, int64_t ahead, int64_t column,
                           float *out, int64_t width) {
     vf acc[R][C];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int c = 0; c < C; c++) acc[r][c] = load(out + r * width + column + c * W);
-    for (int n = begin; n < end; n++) {
-        vf value[C];
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) value[c] = Row<KIND>::read(values[n], column + c * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const vf weight = all(weights[r * BLOCK_KEYS + n]);
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) acc[r][c] += weight * value[c];
+#pragma GCC unroll 2
+    for (int n = 0; n < DEPTH; n++)
+#pragma GCC unroll 4
+        for (int stream = 0; stream < STREAMS; stream++) {
+            vf value[C];
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) {
+                value[c] = Row<KIND>::read(values[n * STREAMS + stream], column + c * W);
+                fetch_step(values[n * STREAMS + stream] + ahead + (column + c * W) * Row<KIND>::BYTES);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const vf weight = all(weights[r * BLOCK + stream * RUN + n]);
+#pragma GCC unroll 4
+                for (int c = 0; c < C; c++) acc[r][c] += weight * value[c];
+            }
         }
-    }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int c = 0; c < C; c++) store(out + r * width + column + c * W, acc[r][c]);
 }
 
 #if defined(SACCADE_AVX512BF16)
-// 128 columns of bf16 values, two keys at a time: the rows of a pair are interleaved, which leaves each accumulator with
-// every other run of four columns until the end.
-template <int R>
-INLINE void weigh_pairs(const float *weights, const char *const *values, int64_t column, int begin, int end, float *out,
-                        int64_t width) {
+// The same for C · 32 columns of bf16 values: rows of two streams are interleaved, which leaves the columns of `out` in
+// another order until `straighten`; weights [R][STREAMS / 2][RUN] in pairs, in rows of BLOCK words.
+template <int R, int C>
+INLINE void weigh_pairs(const uint32_t *weights, const char *const *values, int64_t ahead, int64_t column,
+                        float *out, int64_t width) {
+    vf acc[R][2 * C];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * C; c++) acc[r][c] = load(out + r * width + column + c * W);
+#pragma GCC unroll 2
+    for (int n = 0; n < DEPTH; n++)
+#pragma GCC unroll 2
+        for (int two = 0; two < STREAMS / 2; two++) {
+            vu pair[2 * C];
+#pragma GCC unroll 2
+            for (int c = 0; c < C; c++) {
+                const int64_t at = (column + c * 2 * W) * 2;
+                const __m512i x = _mm512_loadu_si512(values[n * STREAMS + 2 * two] + at);
+                const __m512i y = _mm512_loadu_si512(values[n * STREAMS + 2 * two + 1] + at);
+                fetch_step(values[n * STREAMS + 2 * two] + ahead + at);
+                fetch_step(values[n * STREAMS + 2 * two + 1] + ahead + at);
+                pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
+                pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const vu both = all(weights[r * BLOCK + two * RUN + n]);
+#pragma GCC unroll 4
+                for (int c = 0; c < 2 * C; c++) acc[r][c] = multiply_add(acc[r][c], both, pair[c]);
+            }
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * C; c++) store(out + r * width + column + c * W, acc[r][c]);
+}
+#endif
+
+// The columns of a row that `weigh_pairs` has summed, in their order.
+INLINE void straighten(float *out, int64_t width) {
+#if SACCADE_VECTOR == 64
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    const uint32_t nothing[4 * W] = {};
-    uint16_t narrow[R][DECODE_KEYS + W];
-    for (int r = 0; r < R; r++)
-        for (int n = begin; n < end; n += W) store(narrow[r] + n - begin, narrow_bf16(load(weights + r * BLOCK_KEYS + n)));
-    vf acc[R][8];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < 8; c++) acc[r][c] = vf{};
-    for (int n = begin; n < end; n += 2) {
-        const bool lone = n + 1 == end;
-        const char *first = values[n] + column * 2, *second = lone ? (const char *)nothing : values[n + 1] + column * 2;
-        vu pair[8];
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) {
-            const __m512i x = _mm512_loadu_si512(first + c * 64), y = _mm512_loadu_si512(second + c * 64);
-            pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
-            pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            uint32_t both_weights;
-            memcpy(&both_weights, narrow[r] + n - begin, 4);
-            const vu both = all(lone ? both_weights & 0xffff : both_weights);
-#pragma GCC unroll 8
-            for (int c = 0; c < 8; c++) acc[r][c] = multiply_add(acc[r][c], both, pair[c]);
-        }
+    for (int64_t v = 0; v < width; v += 2 * W) {
+        const __m512 low = (__m512)load(out + v), high = (__m512)load(out + v + W);
+        store(out + v, (vf)_mm512_permutex2var_ps(low, front, high));
+        store(out + v + W, (vf)_mm512_permutex2var_ps(low, back, high));
     }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) {
-            float *to = out + r * width + column + c * 2 * W;
-            const __m512 low = (__m512)acc[r][2 * c], high = (__m512)acc[r][2 * c + 1];
-            store(to, load(to) + (vf)_mm512_permutex2var_ps(low, front, high));
-            store(to + W, load(to + W) + (vf)_mm512_permutex2var_ps(low, back, high));
-        }
-}
 #endif
+}
 
-// Whole rows of values at a time, as they lie in memory; accumulators: two rows of eight vectors.
 template <int R, int KIND>
-void weigh(int64_t dims, const float *weights, const char *const *values, int begin, int end, float *out,
-           int64_t width) {
-    constexpr int WIDE = 2 * COLUMNS, PAIR = R > 1 ? 2 : 1;
-    for (int r = 0; r < R; r += PAIR) {
-        int64_t v = 0;
-        const float *weight = weights + r * BLOCK_KEYS;
-        float *to = out + r * width;
+INLINE void weigh(int64_t dims, const float *weights, const char *const *values, int64_t ahead,
+                  float *out, int64_t width) {
+    int64_t v = 0;
 #if defined(SACCADE_AVX512BF16)
-        if constexpr (KIND == BF16)
-            for (; v + 8 * W <= dims; v += 8 * W)
-                r + PAIR <= R ? weigh_pairs<PAIR>(weight, values, v, begin, end, to, width)
-                              : weigh_pairs<1>(weight, values, v, begin, end, to, width);
+    if constexpr (KIND == PAIRS) {
+        const uint32_t *pairs = (const uint32_t *)weights;
+        for (; v + 4 * W <= dims; v += 4 * W) weigh_pairs<R, 2>(pairs, values, ahead, v, out, width);
+        if (v < dims) weigh_pairs<R, 1>(pairs, values, ahead, v, out, width);
+        return;
+    }
 #endif
-        if (r + PAIR <= R) {
-            for (; v + WIDE * W <= dims; v += WIDE * W)
-                weigh_columns<PAIR, WIDE, KIND>(weight, values, v, begin, end, to, width);
-            for (; v < dims; v += W) weigh_columns<PAIR, 1, KIND>(weight, values, v, begin, end, to, width);
-        } else {
-            for (; v + WIDE * W <= dims; v += WIDE * W)
-                weigh_columns<1, WIDE, KIND>(weight, values, v, begin, end, to, width);
-            for (; v < dims; v += W) weigh_columns<1, 1, KIND>(weight, values, v, begin, end, to, width);
-        }
+    if constexpr (KIND != PAIRS) {
+        for (; v + 4 * W <= dims; v += 4 * W) weigh_columns<R, 4, KIND>(weights, values, ahead, v, out, width);
+        for (; v < dims; v += W) weigh_columns<R, 1, KIND>(weights, values, ahead, v, out, width);
     }
 }
 
-#define SACCADE_BY_ROWS(rows, call)  \
-    switch (rows) {                  \
-    case 1: call(1); break;          \
-    case 2: call(2); break;          \
-    case 3: call(3); break;          \
-    case 4: call(4); break;          \
-    case 5: call(5); break;          \
-    default: call(6); break;         \
+#define SACCADE_BY_ROWS(rows, call)      \
+    switch (least(SHARING, rows)) {      \
+    case 1: call(1); break;              \
+    case 2: call(2); break;              \
+    case 3: call(SHARING - 1); break;    \
+    default: call(SHARING); break;       \
     }
+
+// One unit of work: a run of keys, a tile of queries, every group. A block of keys is gone through three times: products
+// with the keys, weights, sums of the values.
+template <int KIND, int VALUES>
+struct Unit {
+    typedef typename Row<KIND>::Query T;
+    const Plan &plan;
+    const Params &p;
+    const int64_t b, size;
+    Tile *tiles;  // of each group
+    T *queries;
+    float *out, *products, *scores, *keep;
+    int rows, shares;
+    int64_t sequence, query_width, keys_ahead, values_ahead;
+
+    Unit(const Plan &plan, int64_t b, int64_t query_tile, bool with_sinks, char *scratch)
+        : plan(plan), p(*plan.params), b(b), size(size_of(p.dtype)) {
+        const int most_shares = (int)((plan.rows + SHARING - 1) / SHARING);
+        query_width = plan.key_width / PER_WORD<T>;
+        Arena arena{scratch};
+        tiles = arena.take<Tile>(p.G);
+        queries = arena.take<T>(p.G * plan.rows * query_width);
+        out = arena.take<float>(p.G * plan.rows * plan.value_width);
+        products = arena.take<float>(p.G * most_shares * SIDE * SIDE);
+        scores = arena.take<float>(p.G * most_shares * SIDE * SIDE);
+        keep = arena.take<float>(BLOCK);
+        for (int64_t g = 0; g < p.G; g++) {
+            load_tile(plan, b, g, 0, query_tile, tiles[g]);
+            load_queries(plan, tiles[g], queries + g * plan.rows * query_width);
+            start_rows(p, tiles[g], out_row(g, 0), plan.value_width);
+            if (!with_sinks)
+                for (int r = 0; r < tiles[g].rows; r++) tiles[g].peak[r] = -INF, tiles[g].total[r] = 0;
+        }
+        rows = tiles[0].rows;
+        shares = (rows + SHARING - 1) / SHARING;
+        sequence = p.sequence ? p.sequence[tiles[0].query[0]] : 0;
+        keys_ahead = ahead(p.k_stride[1], 1, 2048);
+        values_ahead = ahead(p.v_stride[1], DEPTH, 4096);
+    }
+
+    // How far on to fetch: whole keys, so that it is something that will be read.
+    int64_t ahead(int64_t stride, int64_t keys, int64_t bytes) const {
+        return most<int64_t>(keys, bytes / most<int64_t>(1, stride * size)) * stride * size;
+    }
+
+    float *out_row(int64_t g, int r) const { return out + (g * plan.rows + r) * plan.value_width; }
+
+    // Of RUN rows of SIDE products, which become up to SHARING rows of BLOCK scores.
+    int64_t square(int64_t g, int share) const { return (g * shares + share) * SIDE * SIDE; }
+
+    // The block whose first stream begins at key `first`, streams `length` keys apart, none beyond `end`.
+    void find(int64_t first, int64_t length, int64_t end, Block &block) const {
+        for (int i = 0; i < STREAMS; i++, first += length) {
+            block.first[i] = first;
+            block.count[i] = (int)most<int64_t>(0, least<int64_t>(RUN, end - first));
+            for (int n = 0; n < RUN; n++) {
+                const bool there = n < block.count[i];
+                const int64_t row = there ? physical_key(p, sequence, first + n) : 0;
+                block.keys[n][i] = there ? p.k + (b * p.k_stride[0] + row * p.k_stride[1]) * size : nullptr;
+                block.values[n][i] = there ? p.v + (b * p.v_stride[0] + row * p.v_stride[1]) * size : nullptr;
+            }
+        }
+    }
+
+    // Products of all queries of groups g0 to g1 - 1 with the n-th keys.
+    INLINE void multiply(const Block &block, int n, int64_t g0, int64_t g1) {
+        const int64_t stride = p.k_stride[2] * size;
+        GroupRows<STREAMS> keys(block.keys[n], g0 * stride, stride);
+        for (int64_t g = g0; g < g1; g++, keys.step())
+            for (int share = 0; share < shares; share++) {
+                const T *first = queries + (g * plan.rows + share * SHARING) * query_width;
+                float *to = products + square(g, share) + n * SIDE;
+#define SACCADE_DOTS(R) dots<R, KIND>(p.K, first, query_width, keys.at, keys_ahead, to)
+                SACCADE_BY_ROWS(rows - share * SHARING, SACCADE_DOTS)
+            }
+    }
+
+    // Products to weights, in pairs of two streams' where values are read so.
+    void weights(Block &block, int s, int64_t g0, int64_t g1) {
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < STREAMS; i++)
+                block.seen[r][i] = row_span(tiles[0], s, r, block.first[i], block.first[i] + block.count[i]);
+        for (int64_t g = g0; g < g1; g++)
+            for (int share = 0; share < shares; share++) {
+                const int64_t at = square(g, share);
+                transpose_square((const uint32_t *)products + at, SIDE, (uint32_t *)scores + at, SIDE);
+                for (int r = share * SHARING; r < least(rows, (share + 1) * SHARING); r++)
+                    weights_of(block, s, g, r, scores + at + r % SHARING * BLOCK);
+            }
+    }
+
+    INLINE void weights_of(const Block &block, int s, int64_t g, int r, float *row) {
+        Tile &tile = tiles[g];
+        float multiplier = 0;
+        bool any = false;
+        for (int i = 0; i < STREAMS; i++) {
+            float *score = row + i * RUN;
+            const Span span = block.seen[r][i];
+            int begin = RUN, end = RUN;  // whole vectors with a key that is seen
+            if (span.begin < span.end) {
+                any = true;
+                begin = span.begin / W * W;
+                end = (span.end + W - 1) / W * W;
+                multiplier = row_scores(plan, tile, s, r, block.first[i], span, score, nullptr);
+            }
+            for (int n = 0; n < begin; n++) score[n] = -INF;
+            for (int n = end; n < RUN; n++) score[n] = -INF;
+            if (p.seed) fill_keep(p, tile, r, block.first[i], RUN, keep + i * RUN);
+        }
+        if (any)
+            soften(plan, tile, r, multiplier, 0, BLOCK, row, row, out_row(g, r), p.seed ? keep : nullptr);
+        else
+            memset(row, 0, BLOCK * 4);
+        if constexpr (VALUES == PAIRS)
+            for (int i = 0; i < STREAMS; i += 2)
+                for (int n = 0; n < RUN; n += W)
+                    store((uint32_t *)row + i / 2 * RUN + n,
+                          pairs_bf16(load(row + i * RUN + n), load(row + (i + 1) * RUN + n)));
+    }
+
+    // Values of the n-th and the next keys, DEPTH in all, added up by their weights.
+    INLINE void add(const Block &block, int s, int n, int64_t g0, int64_t g1) {
+        const Tile &tile = tiles[0];  // in what its rows see, every group's
+        const int64_t stride = p.v_stride[2] * size;
+        for (int r = 0, alike; r < rows; r += alike) {
+            // What one row may not see must not reach it, not even times zero: rows that see alike go together.
+            for (alike = 1; r + alike < rows && (r + alike) % SHARING != 0; alike++)
+                if (tile.lo[s][r + alike] != tile.lo[s][r] || tile.hi[s][r + alike] != tile.hi[s][r]) break;
+            const char *seen[DEPTH * STREAMS];
+            for (int i = 0; i < DEPTH * STREAMS; i++) {
+                const int stream = i % STREAMS, key = n + i / STREAMS;
+                const Span span = block.seen[r][stream];
+                seen[i] = key >= span.begin && key < span.end ? block.values[key][stream] : nullptr;
+            }
+            GroupRows<DEPTH * STREAMS> values(seen, g0 * stride, stride);
+            for (int64_t g = g0; g < g1; g++, values.step()) {
+                const float *first = scores + square(g, r / SHARING) + r % SHARING * BLOCK + n;
+#define SACCADE_WEIGH(R) \
+    weigh<R, VALUES>(p.V, first, values.at, values_ahead, out_row(g, r), plan.value_width)
+                SACCADE_BY_ROWS(alike, SACCADE_WEIGH)
+            }
+        }
+    }
+
+    // Keys first to last - 1, as far as range s of a row reaches.
+    void run(int s, int64_t first, int64_t last) {
+        int64_t begin, end;
+        tile_span(tiles[0], s, begin, end);
+        begin = most(begin / PANEL * PANEL, first);
+        end = least(end, last);
+        if (begin >= end) return;
+        const int64_t length = (end - begin + BLOCK - 1) / BLOCK * RUN;  // of a stream
+        // Groups that lie side by side are read together, others one after the other.
+        const int64_t together = p.k_stride[1] > p.k_stride[2] ? p.G : 1;
+        Block block;
+        for (int64_t g = 0; g < p.G; g += together)
+            for (int64_t at = 0; at < length; at += RUN) {
+                find(begin + at, length, end, block);
+                const int longest = block.count[0];
+                for (int n = 0; n < longest; n++) multiply(block, n, g, g + together);
+                weights(block, s, g, g + together);
+                for (int n = 0; n < longest; n += DEPTH) add(block, s, n, g, g + together);
+            }
+    }
+};
 
 template <int KIND, int VALUES>
 void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split, char *scratch) {
-    typedef typename Row<KIND>::Query T;
     const Params &p = *plan.params;
-    Arena arena{scratch};
-    Tile *tiles = arena.take<Tile>(p.G);
-    T *queries = arena.take<T>(p.G * plan.rows * plan.key_width);
-    float *out = arena.take<float>(p.G * plan.rows * plan.value_width);
-    float *scores = arena.take<float>(plan.rows * BLOCK_KEYS);
-    float *keep = arena.take<float>(BLOCK_KEYS);
-    Block block;
-    const int64_t first_key = plan.first_key + split * SPLIT_KEYS, last_key = first_key + SPLIT_KEYS;
-    const int64_t size = size_of(p.dtype), query_width = plan.key_width / PER_WORD<T>;
+    Unit<KIND, VALUES> unit(plan, b, query_tile, split == 0, scratch);  // a sink counts once
+    const int64_t first = plan.first_key + split * SPLIT_KEYS;
+    for (int s = 0; s < p.S; s++) unit.run(s, first, first + SPLIT_KEYS);
     for (int64_t g = 0; g < p.G; g++) {
-        load_tile(plan, b, g, 0, query_tile, tiles[g]);
-        load_queries(plan, tiles[g], queries + g * plan.rows * query_width);
-        start_rows(p, tiles[g], out + g * plan.rows * plan.value_width, plan.value_width);
-        if (split)  // a sink counts once
-            for (int r = 0; r < tiles[g].rows; r++) tiles[g].peak[r] = -INF, tiles[g].total[r] = 0;
-    }
-    for (int s = 0; s < p.S; s++) {
-        int64_t begin, end;
-        tile_span(tiles[0], s, begin, end);
-        begin = most(begin / PANEL * PANEL, first_key);
-        end = least(end, last_key);
-        // Blocks are fetched in the order in which they lie in memory, whichever of keys and groups is the outer one.
-        const bool keys_outer = p.k_stride[1] > p.k_stride[2];
-        for (int64_t first = begin; first < end; first += DECODE_KEYS) {
-            const int64_t last = least(first + DECODE_KEYS, end);
-            for (int64_t g = 0; g < p.G; g++) {
-                Tile &tile = tiles[g];
-                float *out_g = out + g * plan.rows * plan.value_width;
-                const int64_t sequence = p.sequence ? p.sequence[tile.query[0]] : 0;
-                const auto key = [&](int64_t row, int64_t group) {
-                    return p.k + (b * p.k_stride[0] + row * p.k_stride[1] + group * p.k_stride[2]) * size;
-                };
-                const auto value = [&](int64_t row, int64_t group) {
-                    return p.v + (b * p.v_stride[0] + row * p.v_stride[1] + group * p.v_stride[2]) * size;
-                };
-                for (int64_t n = 0; n < last - first; n++) {
-                    const int64_t row = physical_key(p, sequence, first + n);
-                    block.keys[n] = key(row, g);
-                    block.values[n] = value(row, g);
-                    const int64_t at = g * DECODE_KEYS + n;
-                    const int64_t ahead = first + DECODE_KEYS + (keys_outer ? at / p.G : n);
-                    const int64_t next = physical_key(p, sequence, least(ahead, end - 1));
-                    block.next_keys[n] = key(next, keys_outer ? at % p.G : g);
-                    block.next_values[n] = value(next, keys_outer ? at % p.G : g);
-                }
-                const bool fetch_next = first + DECODE_KEYS < end;
-                for (int r0 = 0; r0 < tile.rows; r0 += ROWS) {
-                    const int rows = least(ROWS, tile.rows - r0);
-                    Span all{BLOCK_KEYS, 0}, span;
-                    bool alike = true;
-                    for (int r = r0; r < r0 + rows; r++) {
-                        span = row_span(tile, s, r, first, last);
-                        alike = alike && tile.lo[s][r] == tile.lo[s][r0] && tile.hi[s][r] == tile.hi[s][r0];
-                        if (span.begin >= span.end) continue;
-                        all = Span{least(all.begin, span.begin), most(all.end, span.end)};
-                    }
-                    if (all.begin >= all.end) continue;
-#define SACCADE_DOTS(R)                                                                                              \
-    dots<R, KIND>(p.K, queries + (g * plan.rows + r0) * query_width, query_width, block, p.V *size,          \
-                  fetch_next && r0 == 0, all.begin, all.end, scores + r0 * BLOCK_KEYS)
-                    SACCADE_BY_ROWS(rows, SACCADE_DOTS)
-                    for (int r = r0; r < r0 + rows; r++) {
-                        span = row_span(tile, s, r, first, last);
-                        if (span.begin >= span.end) continue;
-                        float *score = scores + r * BLOCK_KEYS, *out_r = out_g + r * plan.value_width;
-                        soften_row(plan, tile, s, r, first, span, span, score, score, out_r, keep);
-                        // What one row may not see must not reach it, not even times zero.
-                        if (!alike) weigh<1, VALUES>(p.V, score, block.values, span.begin, span.end, out_r, plan.value_width);
-                    }
-                    if (!alike) continue;
-#define SACCADE_WEIGH(R)                                                                             \
-    weigh<R, VALUES>(p.V, scores + r0 * BLOCK_KEYS, block.values, all.begin, all.end, out_g + r0 * plan.value_width, \
-                     plan.value_width)
-                    SACCADE_BY_ROWS(rows, SACCADE_WEIGH)
-                }
-            }
-        }
-    }
-    for (int64_t g = 0; g < p.G; g++) {
-        float *out_g = out + g * plan.rows * plan.value_width;
-        for (int r = 0; r < tiles[g].rows; r++) {
+        const Tile &tile = unit.tiles[g];
+        for (int r = 0; r < tile.rows; r++) {
+            float *sums = unit.out_row(g, r);
+            if constexpr (VALUES == PAIRS) straighten(sums, p.V);
             if (plan.splits == 1) {
-                write_row(p, tiles[g], r, out_g + r * plan.value_width);
+                write_row(p, tile, r, sums);
                 continue;
             }
-            const int64_t unit = ((b * plan.query_tiles + query_tile) * plan.splits + split) * p.G + g;
-            float *to = plan.partial + (unit * plan.rows + r) * (plan.value_width + 2);
-            to[0] = tiles[g].peak[r];
-            to[1] = tiles[g].total[r];
-            memcpy(to + 2, out_g + r * plan.value_width, (size_t)plan.value_width * 4);
+            const int64_t part = ((b * plan.query_tiles + query_tile) * plan.splits + split) * p.G + g;
+            float *to = plan.partial + (part * plan.rows + r) * (plan.value_width + 2);
+            to[0] = tile.peak[r];
+            to[1] = tile.total[r];
+            memcpy(to + 2, sums, (size_t)plan.value_width * 4);
         }
     }
 }
 
 void decode(const Plan &plan, int64_t b, int64_t query_tile, int64_t split, char *scratch) {
-    const int64_t dtype = plan.params->dtype;
-    if (dtype == F32) return decode_kind<F32, F32>(plan, b, query_tile, split, scratch);
-    if (dtype == F16) return decode_kind<F16, F16>(plan, b, query_tile, split, scratch);
-    if constexpr (HAS_PAIRS)
-        if (plan.params->K % (2 * W) == 0) return decode_kind<PAIRS, BF16>(plan, b, query_tile, split, scratch);
+    const Params &p = *plan.params;
+    if (p.dtype == F32) return decode_kind<F32, F32>(plan, b, query_tile, split, scratch);
+    if (p.dtype == F16) return decode_kind<F16, F16>(plan, b, query_tile, split, scratch);
+    if constexpr (HAS_PAIRS) {
+        const bool keys = p.K % (2 * W) == 0, values = p.V % (2 * W) == 0;
+        if (keys && values) return decode_kind<PAIRS, PAIRS>(plan, b, query_tile, split, scratch);
+        if (keys) return decode_kind<PAIRS, BF16>(plan, b, query_tile, split, scratch);
+    }
     return decode_kind<BF16, BF16>(plan, b, query_tile, split, scratch);
 }
 

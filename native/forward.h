@@ -33,18 +33,18 @@ INLINE void start_rows(const Params &p, Tile &tile, float *out, int64_t width) {
     memset(out, 0, (size_t)(tile.rows * width * 4));
 }
 
-// Products of a row to weights, in place or as bf16; running peak and total move on, and `out` is scaled to the new
-// peak. Weights are written over the whole vectors of `group`, zero where the row does not see.
+constexpr float SLACK = 8;  // powers of two by which a score may exceed the peak that sums are relative to
+
+// Scores [begin, end) of a row, whole vectors, to weights, in place or as bf16; running peak and total move on, and `out`
+// is scaled to the new peak. `keep`, where given, is what dropout multiplies the weights by.
 template <class T>
-INLINE void soften_row(const Plan &plan, Tile &tile, int s, int r, int64_t first, Span span, Span group, float *score,
-                       T *weight, float *out, float *keep) {
-    const Params &p = *plan.params;
-    const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
-    const float multiplier = row_scores(plan, tile, s, r, first, span, score, nullptr);
+INLINE void soften(const Plan &plan, Tile &tile, int r, float multiplier, int begin, int end, const float *score,
+                   T *weight, float *out, const float *keep) {
     vf tops = load(score + begin);
     for (int n = begin + W; n < end; n += W) tops = largest(tops, load(score + n));
     const float top = highest(tops) * multiplier;
-    const float peak = most(tile.peak[r], top);
+    // What has been summed is scaled anew only where weights would grow by much: all are relative to the same number.
+    const float peak = top > tile.peak[r] + SLACK ? top : tile.peak[r];
     // Finite for rows that have seen nothing yet, so that no −inf − −inf arises.
     const float pivot = peak == -INF ? 0 : peak;
     if (peak != tile.peak[r]) {
@@ -53,20 +53,31 @@ INLINE void soften_row(const Plan &plan, Tile &tile, int s, int r, int64_t first
         for (int64_t v = 0; v < plan.value_width; v += W) store(out + v, load(out + v) * shrink);
         tile.peak[r] = peak;
     }
-    if (p.seed) fill_keep(p, tile, r, first + begin, end - begin, keep);
     vf totals{};
     const vf m = all(multiplier), minus = all(-pivot);
     constexpr int DEGREE = PER_WORD<T> == 1 ? 5 : 4;
     for (int n = begin; n < end; n += W) {
         vf x = exp2<DEGREE>(load(score + n) * m + minus);
         totals += x;
-        if (p.seed) x *= load(keep + n - begin);
+        if (keep) x *= load(keep + n - begin);
         if constexpr (PER_WORD<T> == 1)
             store(weight + n, x);
         else
             store((uint16_t *)weight + n, narrow_bf16(x));
     }
     tile.total[r] += sum(totals);
+}
+
+// Products of a row to weights as `soften` does; they are written over the whole vectors of `group`, zero where the row
+// does not see.
+template <class T>
+INLINE void soften_row(const Plan &plan, Tile &tile, int s, int r, int64_t first, Span span, Span group, float *score,
+                       T *weight, float *out, float *keep) {
+    const Params &p = *plan.params;
+    const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
+    const float multiplier = row_scores(plan, tile, s, r, first, span, score, nullptr);
+    if (p.seed) fill_keep(p, tile, r, first + begin, end - begin, keep);
+    soften(plan, tile, r, multiplier, begin, end, score, weight, out, p.seed ? keep : nullptr);
     for (int n = group.begin; n < begin; n += W) memset((char *)weight + n * 4 / PER_WORD<T>, 0, W * 4 / PER_WORD<T>);
     for (int n = end; n < group.end; n += W) memset((char *)weight + n * 4 / PER_WORD<T>, 0, W * 4 / PER_WORD<T>);
 }

@@ -102,40 +102,47 @@ INLINE void pair_rows(const uint16_t *a, const uint16_t *b, int64_t width, uint3
     for (int64_t i = 0; i < width; i++) to[i] = (uint32_t)a[i] | (uint32_t)b[i] << 16;
 }
 
+constexpr int SIDE = 16;
+
+// [SIDE][from_width] words to [SIDE][to_width].
+INLINE void transpose_square(const uint32_t *from, int64_t from_width, uint32_t *to, int64_t to_width) {
+#if SACCADE_VECTOR == 64
+    // Four rounds of exchanges between rows 1, 2, 4 and 8 apart.
+    __m512i x[SIDE], y[SIDE];
+    for (int i = 0; i < SIDE; i++) x[i] = _mm512_loadu_si512(from + i * from_width);
+    for (int i = 0; i < SIDE; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < SIDE; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+        y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+        y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+        y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + i * to_width, _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * to_width, _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 4) * to_width, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 12) * to_width, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd));
+    }
+#else
+    for (int k = 0; k < SIDE; k++)
+        for (int i = 0; i < SIDE; i++) to[k * to_width + i] = from[i * from_width + k];
+#endif
+}
+
 // [PANEL][width] words to [count][PANEL].
 INLINE void transpose(const uint32_t *from, int64_t width, int64_t count, uint32_t *to) {
-    constexpr int SIDE = 16;
     for (int64_t n = 0; n < PANEL; n += SIDE) {
         int64_t k = 0;
-#if SACCADE_VECTOR == 64
-        for (; k + SIDE <= count; k += SIDE) {
-            // Four rounds of exchanges between rows 1, 2, 4 and 8 apart.
-            __m512i x[SIDE], y[SIDE];
-            for (int i = 0; i < SIDE; i++) x[i] = _mm512_loadu_si512(from + (n + i) * width + k);
-            for (int i = 0; i < SIDE; i += 2) {
-                y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-                y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-            }
-            for (int i = 0; i < SIDE; i += 4) {
-                x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-                x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-                x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-                x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-            }
-            for (int i = 0; i < 4; i++) {
-                y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
-                y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-                y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-                y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-            }
-            for (int i = 0; i < 4; i++) {
-                _mm512_storeu_si512(to + (k + i) * PANEL + n, _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88));
-                _mm512_storeu_si512(to + (k + i + 8) * PANEL + n, _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd));
-                _mm512_storeu_si512(to + (k + i + 4) * PANEL + n, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88));
-                _mm512_storeu_si512(to + (k + i + 12) * PANEL + n, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd));
-            }
-        }
-#endif
+        for (; k + SIDE <= count; k += SIDE) transpose_square(from + n * width + k, width, to + k * PANEL + n, PANEL);
         for (; k < count; k++)
             for (int i = 0; i < SIDE; i++) to[k * PANEL + n + i] = from[(n + i) * width + k];
     }

@@ -54,7 +54,7 @@ struct Params {
     const float *grad_lse;
     char *dq, *dk, *dv;                // of dtype
     float *dslopes, *dtable, *dsinks;  // [chunks, B, G, H(, 2 reach + 1)]
-    int64_t chunks;                    // runs of rows, as `saccade_backward_plan` said
+    int64_t chunks;                    // runs of rows, as `saccade_backward_chunks` said
     int64_t fold_batch, fold_groups;   // a bias gradient is shared by all batches, or all groups
     char *workspace;
 };

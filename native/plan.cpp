@@ -244,7 +244,7 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
     }
     int64_t scratch = 64 * 32 + 8 * BLOCK_KEYS * 4;
     if (plan.decode)
-        scratch += p.G * (sizeof(Tile) + 64 + rows * (plan.key_width + plan.value_width) * 4) + rows * BLOCK_KEYS * 4;
+        scratch += p.G * (sizeof(Tile) + 64 + rows * (plan.key_width + plan.value_width) * 4 + rows * 2 * RUN * RUN * 4);
     else
         scratch += sizeof(Tile) + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
                    rows * BLOCK_KEYS * (backward ? 16 : 6);
@@ -379,8 +379,9 @@ EXPORT const char *saccade_threading() {
 // Computes the problem; or, where no workspace is given and the problem is no small one, says how many bytes it needs.
 template <class Run>
 int64_t with_workspace(const Params *p, bool backward, const Run &run) {
-    // Asking for memory would cost a small problem more than its work: each Python thread keeps some.
-    constexpr int64_t KEPT = 1 << 18;
+    // Asking for memory would cost a small problem more than its work: each Python thread keeps some. The address
+    // sanitizer is to see every problem in memory of its own.
+    constexpr int64_t KEPT = GUARD ? 0 : 1 << 18;
     thread_local std::unique_ptr<char[]> kept;
     Params own = *p;
     Layout plan{};

@@ -32,6 +32,8 @@ constexpr int BLOCK_KEYS = 256;   // most keys whose scores a tile holds; a mult
 constexpr int64_t WAVE_BYTES = 8 << 20;  // packed keys held at a time, so that they stay in cache
 constexpr int RANGES = 4;         // most ranges of a row
 constexpr int SPLIT_KEYS = 1024;  // keys of one unit of work when few queries read many keys
+constexpr int STREAMS = 4;        // runs of keys that such a unit reads side by side
+constexpr int RUN = 16;           // keys of each that it reads before it goes on to their values
 
 struct Segment {
     int64_t begin;   // first logical key, a multiple of PANEL

@@ -139,6 +139,7 @@ CASES = [
     Case("softcap", softcap=2.5, mask=lambda: S.Causal()),
     Case("learned sinks", sinks=True, mask=lambda: S.Window(0, 0)),
     Case("scale", scale=0.7),
+    Case("large scale, peaks that rise", M=40, N=300, scale=4.0),
     Case("negative scale", scale=-0.3, alibi=True),
     Case("dropout", B=2, dropout=0.4, heads=4, kv_heads=2, mask=lambda: S.Causal()),
     Case("everything", B=2, M=64, N=70, heads=4, kv_heads=2, alibi=True, reach=5, bias=((4, 64, 1),), softcap=4.0,

@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -514,6 +516,20 @@ def problems(draw):
         dropout=draw(st.sampled_from([0.0, 0.0, 0.3])), scale=draw(st.sampled_from([None, None, 0.5, -0.3])),
         strides=draw(st.sampled_from(["contiguous", "heads first", "last", "sliced", "expanded"])),
     )  # fmt: skip
+
+
+def test_the_fuzz_driver_that_sanitizers_run(tmp_path):
+    root = Path(__file__).parent.parent
+    libraries = sorted(Path(library.__file__).parent.glob("libsaccade.*"))
+    compiler = next((x for x in ("c++", "g++", "clang++") if shutil.which(x)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    driver = tmp_path / "fuzz"
+    command = [compiler, "-std=c++17", "-O1", root / "native/tests/fuzz.cpp", libraries[0], "-o", driver]
+    subprocess.run([*command, f"-Wl,-rpath,{libraries[0].parent}"], check=True, timeout=120)
+    done = subprocess.run([driver, "40"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "all right" in done.stderr
 
 
 @given(case=problems(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(library.SUPPORTED or [""]),
