@@ -296,10 +296,13 @@ def test_backward_from_given_output_and_lse(layout):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_cutlass_pads_lse_and_takes_it_back(grouped):
+def test_cutlass_pads_lse_and_takes_it_back(grouped, biased):
     heads = (2, 2) if grouped else (2,)
     mask = masks.BlockDiagonalMask.from_seqlens([2, 0, 40])
+    if biased:
+        mask = mask.add_bias(random(42)).add_bias(torch.rand(42, 42) < 0.9)
     q, k, v, grad = (random(1, 42, *heads, 4) for _ in range(4))
     out, packed = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask)
     same, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask, op=fmha.cutlass.FwOp)
@@ -403,6 +406,8 @@ def test_merge_training():
     grads = torch.autograd.grad(got, got_in, cotangent)
     for a, b in zip(grads, torch.autograd.grad(want, want_in, cotangent), strict=True):
         torch.testing.assert_close(a, b, **exact)
+    wide = partial(*(x.detach().bfloat16() for x in got_in), op=(fmha.triton_splitk.FwOp, None))
+    assert wide._attn.dtype == torch.float32
     with pytest.raises(ValueError, match="No partials to merge"):
         merge_training.merge_attentions_autograd()
 
@@ -467,6 +472,8 @@ def test_the_bias_gradient_through_the_backward_operator(wrapped):
         lambda x: fmha.memory_efficient_attention_forward_requires_grad(x, x, x, op=(fmha.flash.FwOp, None)),
         lambda x: fmha.memory_efficient_attention_backward(x, x, x[..., 0], x, x, x, op=fmha.flash.FwOp),
         lambda x: fmha.memory_efficient_attention_partial(x, x, x, op="flash"),
+        lambda x: fmha.memory_efficient_attention_partial(x, x, x, op=(None, fmha.flash.FwOp)),
+        lambda x: merge_training.memory_efficient_attention_partial_autograd(x, x, x, op="flash"),
     ],
 )
 def test_what_is_no_operator_is_named(call):
@@ -548,6 +555,8 @@ def test_wrong_arguments_are_named(kwargs, message):
         mea(x, x, x, **kwargs)
     with pytest.raises(ValueError, match="key: got list, want a tensor"):
         mea(x, [1.0], x, TRIANGLE)
+    with pytest.raises(ValueError, match=r"key: got torch\.int32: keys packed as int4 or fp8 are left out"):
+        mea(x, x.int(), x.int())
 
 
 def test_under_compile():

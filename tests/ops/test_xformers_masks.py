@@ -326,6 +326,13 @@ def test_infos_changed_by_hand_are_read_anew_and_stay_so_when_copied(mode):
         assert torch.equal(fmha.memory_efficient_attention(x, x, x, mask)[0, 4], torch.zeros(1, 2).double())
 
 
+def test_an_info_given_another_tensor_reads_that_one():
+    info = _SeqLenInfo.from_seqlens([2, 3], device="cpu")
+    info.seqstart = torch.tensor([0, 1, 4], dtype=torch.int32)
+    for same in (info, copy.deepcopy(info), pickle.loads(pickle.dumps(info))):
+        assert same.starts == [0, 1, 4]
+
+
 def test_gappy_info_of_paged_keys_holds_ends():
     info = _GappySeqInfo.from_seqlens_gappy([1, 0], [2, 3], True)
     assert info.seqlen.tolist() == [3, 3]

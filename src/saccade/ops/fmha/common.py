@@ -25,6 +25,7 @@ from saccade.core.problem import DTYPES, Layout, Problem, make_problem
 from saccade.core.ranges import KeyRanges
 from saccade.ops.fmha import attn_bias as masks
 from saccade.ops.fmha.attn_bias import AttentionBias
+from saccade.ops.left_out import LEFT_OUT
 
 Biases = AttentionBias | Mask | KeyRanges | Tensor | Bias | None
 
@@ -103,6 +104,8 @@ class Inputs:
         for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
             if not isinstance(x, Tensor):
                 raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
+            if x.dtype == torch.int32:  # xFormers' form of a quantised cache
+                raise ValueError(f"{name}: got {x.dtype}: {LEFT_OUT['InputsFp8']}")
         query, key, value = autocast_inputs(self.query, self._with_heads(self.key), self._with_heads(self.value))
         if self.p == 1:
             # All weights are dropped: the output is 0, lse is not changed, and gradients are 0 but exist.
@@ -193,6 +196,18 @@ def forward(inp: Inputs) -> tuple[Tensor, Context]:
     return context.out, context
 
 
+def partial(inp: Inputs, op: AttentionOp | FwOp) -> tuple[Tensor, Tensor]:
+    """(out, lse) over some of the keys (`inp.is_partial` is set); some operators give them in fp32, as in xFormers."""
+    if isinstance(op, tuple):
+        check_pair(op)
+        op = op[0]
+    check_op(op, AttentionFwOpBase)
+    if op is not None and op.PARTIAL_IN_FLOAT32:
+        inp = replace(inp, output_dtype=inp.get_output_dtype())
+    out, context = forward(inp)
+    return out, context.lse
+
+
 def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
     """Gradients of query, key, value and a bias tensor that takes one, from `ctx.out` and `ctx.lse`.
 
@@ -270,6 +285,8 @@ def unpadded(lse: Tensor, attn_bias: Biases, batch: int, M: int) -> Tensor:
 
 
 def _starts(attn_bias: Biases) -> Sequence[int] | None:
+    while isinstance(attn_bias, masks.MaskWithBias):
+        attn_bias = attn_bias.mask
     return attn_bias.q_seqinfo.starts if isinstance(attn_bias, masks.VARLEN_BIASES) else None
 
 
@@ -350,3 +367,24 @@ class AttentionBwOpBase(AttentionOpBase):
     @classmethod
     def apply(cls, ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
         return backward(ctx, inp, grad)
+
+
+AttentionOp = tuple[type[AttentionFwOpBase] | None, type[AttentionBwOpBase] | None] | None
+FwOp = type[AttentionFwOpBase] | None
+
+
+def check_op(op: object, base: type[AttentionOpBase]) -> None:
+    """ValueError for what is neither None nor an operator of this half."""
+    if op is not None and not (isinstance(op, type) and issubclass(op, base)):
+        half = "FwOp" if base is AttentionFwOpBase else "BwOp"
+        raise ValueError(f"op: got {op!r}, want None or an operator's {half}")
+
+
+def check_pair(op: object) -> None:
+    """ValueError for what is neither None nor a pair of operators' halves."""
+    if op is None:
+        return
+    if not isinstance(op, (tuple, list)) or len(op) != 2:
+        raise ValueError(f"op: got {op!r}, want None or a pair (FwOp or None, BwOp or None)")
+    check_op(op[0], AttentionFwOpBase)
+    check_op(op[1], AttentionBwOpBase)
