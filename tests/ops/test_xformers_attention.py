@@ -507,7 +507,7 @@ def test_inputs():
     inputs = fmha.Inputs(q, k, v, random(2, 3, 5))
     assert inputs.scale_float == 0.5
     assert inputs.device == q.device
-    assert inputs.nbytes == 8 * (24 + 40 + 60 + 30)
+    assert inputs.nbytes == 8 * (24 + 40 + 60)
     assert [tuple(x.shape) for x in inputs.get_qkv_in_bmghk()] == [(2, 3, 1, 1, 4), (2, 5, 1, 1, 4), (2, 5, 1, 1, 6)]
     want = mea(q, k, v, inputs.attn_bias)
     assert inputs.normalize_bmhk() == (2, 3, 6)
@@ -525,7 +525,8 @@ def test_context_pads_lse():
     assert torch.equal(padded[..., :5], lse)
     assert bool((padded[..., 5:] == torch.inf).all())
     assert padded.shape == (1, 2, 8)
-    forced = context.get_padded_lse(4, force_pad_inf=True)
+    assert torch.equal(context.get_padded_lse(4, force_pad_inf=True), lse[..., :4])
+    forced = context.get_padded_lse(5, force_pad_inf=True)
     assert torch.equal(forced[..., :4], lse[..., :4])
     assert bool((forced[..., 4:] == torch.inf).all())
 

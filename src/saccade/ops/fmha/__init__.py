@@ -37,7 +37,7 @@ from saccade.ops.fmha.common import (
     check_pair,
     merged,
 )
-from saccade.ops.fmha.dispatch import _get_use_fa3, _set_use_fa3
+from saccade.ops.fmha.dispatch import _dispatch_bw, _dispatch_fw, _get_use_fa3, _set_use_fa3
 from saccade.ops.left_out import refuse
 
 MemoryEfficientAttentionCutlassOp = (cutlass.FwOp, cutlass.BwOp)
@@ -231,6 +231,8 @@ __all__ = [
     "MemoryEfficientAttentionFlashAttentionOp",
     "MemoryEfficientAttentionCkOp",
     "MemoryEfficientAttentionSplitKCkOp",
+    "_dispatch_bw",
+    "_dispatch_fw",
     "_get_use_fa3",
     "_set_use_fa3",
     "_OPS_LOOKUP",

@@ -63,9 +63,8 @@ class Inputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of query, key, value and a tensor bias."""
-        bias = [self.attn_bias] if isinstance(self.attn_bias, Tensor) else []
-        return sum(x.untyped_storage().nbytes() for x in (self.query, self.key, self.value, *bias))
+        """Bytes of query, key and value, without the bias."""
+        return sum(x.untyped_storage().nbytes() for x in (self.query, self.key, self.value))
 
     def get_output_dtype(self) -> torch.dtype:
         if self.output_dtype is not None:
@@ -171,9 +170,11 @@ class Context:
 
     def get_padded_lse(self, pad_to: int, force_pad_inf: bool = False) -> Tensor:
         """lse with M rounded up to a multiple of `pad_to`, +inf behind; with `force_pad_inf` behind the output's M."""
-        lse = self.lse
+        lse, M = self.lse, self.out.shape[1]
         if force_pad_inf:
-            lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= self.out.shape[1], math.inf)
+            # What is a multiple already keeps its size, as in xFormers.
+            lse = lse[..., :M] if lse.shape[-1] % pad_to else lse
+            lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= M, math.inf)
         return pad(lse, (0, -lse.shape[-1] % pad_to), value=math.inf)
 
 
