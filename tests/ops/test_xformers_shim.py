@@ -44,7 +44,7 @@ import saccade.ops
 assert __version__ == xformers.version.__version__ == version("xformers")
 assert same_checkpoint is checkpoint
 assert xformers._has_cpp_library
-assert xformers._is_triton_available() in (True, False)
+assert torch.cuda.is_available() or not xformers._is_triton_available()
 # One module under two names: one class, so isinstance holds across both.
 assert xops is saccade.ops and fmha is again is saccade.ops.fmha
 assert xops.fmha.attn_bias.BlockDiagonalMask is BlockDiagonalMask is saccade.ops.fmha.BlockDiagonalMask
