@@ -381,6 +381,9 @@ def test_gappy_info_of_paged_keys_holds_ends():
     assert info.seqlen.tolist() == [3, 3]
     assert info.seqstart_py == info.seqstart.tolist() == [1, 0, -1]
     assert list(info.intervals()) == [(1, 3), (0, 3)]
+    assert info == _GappySeqInfo.from_seqlens_gappy([1, 0, 8], [2, 3], True)  # as xFormers wants it
+    with pytest.raises(ValueError, match="seqstarts: got 1 entries, want 2 or 3"):
+        _GappySeqInfo.from_seqlens_gappy([1], [2, 3], True)
 
 
 @pytest.mark.parametrize(

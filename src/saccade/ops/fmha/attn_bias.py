@@ -602,7 +602,7 @@ class PagedBlockDiagonalGappyKeysMask(_PagedBlocks):
         *,
         device: Device = None,
     ) -> PagedBlockDiagonalGappyKeysMask:
-        """`kv_seqstarts` has one entry per block: where its keys begin in its own pages."""
+        """`kv_seqstarts` has one entry per block, where its keys begin in its own pages; one more is not read."""
         q, k = _gappy(q_seqlen, kv_seqstarts, kv_seqlen, True, device)
         return cls(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size)
 

@@ -201,11 +201,13 @@ class _GappySeqInfo(_SeqLenInfo):
     def from_seqlens_gappy(
         cls, seqstarts: Sequence[int], seqlens: Sequence[int], paged: bool, *, device: Device = None
     ) -> _GappySeqInfo:
-        """From starts and lengths; `seqstarts` has one entry more than `seqlens`, the total, unless paged."""
+        """From starts and lengths; `seqstarts` has one entry more than `seqlens`, the total; paged ones need not."""
         lengths, starts = lengths_of("seqlens", seqlens), lengths_of("seqstarts", seqstarts)
-        want = len(lengths) if paged else len(lengths) + 1
-        if len(starts) != want:
-            raise ValueError(f"seqstarts: got {len(starts)} entries, want {want} for {len(lengths)} sequences")
+        count = len(lengths)
+        if len(starts) != count + 1 and not (paged and len(starts) == count):
+            wanted = f"{count} or {count + 1}" if paged else f"{count + 1}"
+            raise ValueError(f"seqstarts: got {len(starts)} entries, want {wanted} for {count} sequences")
+        starts = starts[:count] if paged else starts
         seqlen = [s + n for s, n in zip(starts, lengths, strict=True)] if paged else lengths
         longest, shortest = max(lengths, default=0), min(lengths, default=0)
         listed = [*starts, -1] if paged else starts
