@@ -560,6 +560,18 @@ def test_wrong_arguments_are_named(kwargs, message):
         mea(x, x.int(), x.int())
 
 
+def test_shapes_on_the_meta_device():
+    q, k = (torch.empty(1, n, 2, 8, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (5, 7))
+    packed = masks.BlockDiagonalMask.from_seqlens([2, 3], [3, 4], device="meta")
+    for mask in (None, TRIANGLE, packed, packed.add_bias(torch.empty(2, 5, 7, device="meta"))):
+        out = mea(q, k, k, mask, output_dtype=torch.float32)
+        assert (out.shape, out.dtype, out.device.type) == ((1, 5, 2, 8), torch.float32, "meta")
+        assert torch.autograd.grad(out.sum(), k)[0].shape == k.shape
+    assert fmha.memory_efficient_attention_forward_requires_grad(q, k, k, packed)[1].shape == (1, 2, 5)
+    with torch.inference_mode():
+        assert mea(q, k, k, packed).shape == q.shape
+
+
 def test_under_compile():
     mask = masks.BlockDiagonalMask.from_seqlens([3, 4]).make_causal()
     x = leaves(random(1, 7, 2, 8, dtype=torch.float32))[0]
