@@ -188,6 +188,31 @@ def test_five_dimensional_queries_take_four_dimensional_biases():
     torch.testing.assert_close(mea(q, k, v, bias[:, :1]).flatten(2, 3), shared, **exact)
 
 
+def test_a_users_own_bias_is_what_it_materializes():
+    """xFormers' base class asks for `materialize` alone; here that is enough, also on top of a mask."""
+    (slope,) = leaves(random(1))
+
+    class Distance(masks.AttentionBias):
+        def materialize(self, shape, dtype=torch.float32, device="cpu"):
+            i, j = (torch.arange(n, device=device, dtype=dtype) for n in shape[-2:])
+            return (-slope.to(dtype) * (i[:, None] - j).abs()).expand(shape)
+
+    class CausalDistance(masks.LowerTriangularMask):
+        def materialize(self, shape, dtype=torch.float32, device="cpu"):
+            return super().materialize(shape, dtype, device) + Distance().materialize(shape, dtype, device)
+
+    distance = (torch.arange(4)[:, None] - torch.arange(6)).abs()
+    for mask, visible in ((Distance(), everything(4, 6)), (CausalDistance(), everything(4, 6).tril())):
+        for heads in ((), (2,), (2, 3)):
+            q, k = random(2, 4, *heads, 5), random(2, 6, *heads, 5)
+            got = mea(q, k, k, mask).reshape(2, 4, -1, 5)
+            flat = [x.reshape(*x.shape[:2], -1, 5) for x in (q, k, k)]
+            want, _ = dense_attention(*flat, visible, -slope * distance)
+            torch.testing.assert_close(got, want, **exact)
+            (grad,), (expected,) = (torch.autograd.grad(x.square().sum(), slope) for x in (got, want))
+            torch.testing.assert_close(grad, expected, **exact)
+
+
 # dtypes.
 
 

@@ -24,7 +24,10 @@ BOTTOM_RIGHT = Causal("bottom_right")
 
 
 class AttentionBias(ByValue):
-    """What all masks can do. A mask says `product()`; the rest follows."""
+    """What all masks can do. A mask says `product()`; the rest follows.
+
+    A subclass of a user's that says `materialize` itself, as xFormers' base class asks, is taken as that dense tensor.
+    """
 
     def product(self) -> Mask:
         """The mask as layout & visibility, as `saccade.attention(mask=...)` takes it."""

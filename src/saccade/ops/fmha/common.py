@@ -133,6 +133,9 @@ class Inputs:
 
     def _mask_and_bias(self) -> tuple[Mask | KeyRanges | Tensor | None, Bias | Tensor | None]:
         given = self.attn_bias
+        if isinstance(given, AttentionBias) and type(given).materialize is not AttentionBias.materialize:
+            B, M, *heads, _ = self.query.shape
+            given = given.materialize((B, *heads, M, self.key.shape[1]), self.query.dtype, self.device)
         if isinstance(given, AttentionBias):
             if given.device not in (None, self.device):
                 raise ValueError(f"attn_bias: got a mask on {given.device}, want {self.device} as query (mask.to(...))")
