@@ -40,3 +40,31 @@ def test_unpadded_embeddings_are_the_padded_ones(example):
     a, b, c = encoder.unpadded(example.tokenise(folder, said, 64))
     assert float(a @ b) > 0.6
     assert float(a @ c) < 0.3
+
+
+def test_the_three_ways_are_counted_and_compared(example):
+    folder = example.model_folder()
+    encoder = example.Encoder(folder)
+    ids = example.tokenise(folder, example.english(20), 32)
+    lengths = [len(sentence) for sentence in ids]
+
+    def padded(order):
+        return sum(len(order[i : i + 8]) * max(order[i : i + 8]) for i in range(0, 20, 8))
+
+    with torch.inference_mode():
+        seconds, tokens, difference = example.compare(encoder, ids, batch=8)
+        assert tokens == {
+            "unpadded": sum(lengths), "padded": padded(lengths), "padded, sorted": padded(sorted(lengths)),
+        }  # fmt: skip
+        assert difference < 1e-5
+        assert min(seconds.values()) > 0
+        # A sentence that comes out differently is noticed, in either order.
+        right = encoder.padded
+        for wrong_lengths in (lengths[:8], sorted(lengths)[:8]):
+
+            def wrong(sentences, wrong_lengths=wrong_lengths):
+                out = right(sentences)
+                return -out if [len(sentence) for sentence in sentences] == wrong_lengths else out
+
+            encoder.padded = wrong
+            assert example.compare(encoder, ids, batch=8)[2] > 0.1

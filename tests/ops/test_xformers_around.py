@@ -183,7 +183,7 @@ def test_a_cache_in_pages_is_the_same_cache():
 def test_version_and_info(capsys):
     assert Version(xformers.__version__) >= Version("0.0.35")
     assert xformers._has_cpp_library
-    assert xformers._is_triton_available() in (True, False)
+    assert not xformers._is_triton_available()  # there is no GPU in these tests
     _register_extensions()
     info.print_info()
     printed = capsys.readouterr().out

@@ -188,6 +188,31 @@ def test_five_dimensional_queries_take_four_dimensional_biases():
     torch.testing.assert_close(mea(q, k, v, bias[:, :1]).flatten(2, 3), shared, **exact)
 
 
+def test_a_users_own_bias_is_what_it_materializes():
+    """xFormers' base class asks for `materialize` alone; here that is enough, also on top of a mask."""
+    (slope,) = leaves(random(1))
+
+    class Distance(masks.AttentionBias):
+        def materialize(self, shape, dtype=torch.float32, device="cpu"):
+            i, j = (torch.arange(n, device=device, dtype=dtype) for n in shape[-2:])
+            return (-slope.to(dtype) * (i[:, None] - j).abs()).expand(shape)
+
+    class CausalDistance(masks.LowerTriangularMask):
+        def materialize(self, shape, dtype=torch.float32, device="cpu"):
+            return super().materialize(shape, dtype, device) + Distance().materialize(shape, dtype, device)
+
+    distance = (torch.arange(4)[:, None] - torch.arange(6)).abs()
+    for mask, visible in ((Distance(), everything(4, 6)), (CausalDistance(), everything(4, 6).tril())):
+        for heads in ((), (2,), (2, 3)):
+            q, k = random(2, 4, *heads, 5), random(2, 6, *heads, 5)
+            got = mea(q, k, k, mask).reshape(2, 4, -1, 5)
+            flat = [x.reshape(*x.shape[:2], -1, 5) for x in (q, k, k)]
+            want, _ = dense_attention(*flat, visible, -slope * distance)
+            torch.testing.assert_close(got, want, **exact)
+            (grad,), (expected,) = (torch.autograd.grad(x.square().sum(), slope) for x in (got, want))
+            torch.testing.assert_close(grad, expected, **exact)
+
+
 # dtypes.
 
 
@@ -296,10 +321,13 @@ def test_backward_from_given_output_and_lse(layout):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_cutlass_pads_lse_and_takes_it_back(grouped):
+def test_cutlass_pads_lse_and_takes_it_back(grouped, biased):
     heads = (2, 2) if grouped else (2,)
     mask = masks.BlockDiagonalMask.from_seqlens([2, 0, 40])
+    if biased:
+        mask = mask.add_bias(random(42)).add_bias(torch.rand(42, 42) < 0.9)
     q, k, v, grad = (random(1, 42, *heads, 4) for _ in range(4))
     out, packed = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask)
     same, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, mask, op=fmha.cutlass.FwOp)
@@ -403,6 +431,8 @@ def test_merge_training():
     grads = torch.autograd.grad(got, got_in, cotangent)
     for a, b in zip(grads, torch.autograd.grad(want, want_in, cotangent), strict=True):
         torch.testing.assert_close(a, b, **exact)
+    wide = partial(*(x.detach().bfloat16() for x in got_in), op=(fmha.triton_splitk.FwOp, None))
+    assert wide._attn.dtype == torch.float32
     with pytest.raises(ValueError, match="No partials to merge"):
         merge_training.merge_attentions_autograd()
 
@@ -467,6 +497,8 @@ def test_the_bias_gradient_through_the_backward_operator(wrapped):
         lambda x: fmha.memory_efficient_attention_forward_requires_grad(x, x, x, op=(fmha.flash.FwOp, None)),
         lambda x: fmha.memory_efficient_attention_backward(x, x, x[..., 0], x, x, x, op=fmha.flash.FwOp),
         lambda x: fmha.memory_efficient_attention_partial(x, x, x, op="flash"),
+        lambda x: fmha.memory_efficient_attention_partial(x, x, x, op=(None, fmha.flash.FwOp)),
+        lambda x: merge_training.memory_efficient_attention_partial_autograd(x, x, x, op="flash"),
     ],
 )
 def test_what_is_no_operator_is_named(call):
@@ -500,7 +532,7 @@ def test_inputs():
     inputs = fmha.Inputs(q, k, v, random(2, 3, 5))
     assert inputs.scale_float == 0.5
     assert inputs.device == q.device
-    assert inputs.nbytes == 8 * (24 + 40 + 60 + 30)
+    assert inputs.nbytes == 8 * (24 + 40 + 60)
     assert [tuple(x.shape) for x in inputs.get_qkv_in_bmghk()] == [(2, 3, 1, 1, 4), (2, 5, 1, 1, 4), (2, 5, 1, 1, 6)]
     want = mea(q, k, v, inputs.attn_bias)
     assert inputs.normalize_bmhk() == (2, 3, 6)
@@ -518,7 +550,8 @@ def test_context_pads_lse():
     assert torch.equal(padded[..., :5], lse)
     assert bool((padded[..., 5:] == torch.inf).all())
     assert padded.shape == (1, 2, 8)
-    forced = context.get_padded_lse(4, force_pad_inf=True)
+    assert torch.equal(context.get_padded_lse(4, force_pad_inf=True), lse[..., :4])
+    forced = context.get_padded_lse(5, force_pad_inf=True)
     assert torch.equal(forced[..., :4], lse[..., :4])
     assert bool((forced[..., 4:] == torch.inf).all())
 
@@ -548,6 +581,20 @@ def test_wrong_arguments_are_named(kwargs, message):
         mea(x, x, x, **kwargs)
     with pytest.raises(ValueError, match="key: got list, want a tensor"):
         mea(x, [1.0], x, TRIANGLE)
+    with pytest.raises(ValueError, match=r"key: got torch\.int32: keys packed as int4 or fp8 are left out"):
+        mea(x, x.int(), x.int())
+
+
+def test_shapes_on_the_meta_device():
+    q, k = (torch.empty(1, n, 2, 8, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (5, 7))
+    packed = masks.BlockDiagonalMask.from_seqlens([2, 3], [3, 4], device="meta")
+    for mask in (None, TRIANGLE, packed, packed.add_bias(torch.empty(2, 5, 7, device="meta"))):
+        out = mea(q, k, k, mask, output_dtype=torch.float32)
+        assert (out.shape, out.dtype, out.device.type) == ((1, 5, 2, 8), torch.float32, "meta")
+        assert torch.autograd.grad(out.sum(), k)[0].shape == k.shape
+    assert fmha.memory_efficient_attention_forward_requires_grad(q, k, k, packed)[1].shape == (1, 2, 5)
+    with torch.inference_mode():
+        assert mea(q, k, k, packed).shape == q.shape
 
 
 def test_under_compile():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -297,4 +295,3 @@ def test_ring_attention():
     window = full(M, M).tril() & ~full(M, M).tril(-W)
     got = fmha.memory_efficient_attention(q, k, v, local)
     torch.testing.assert_close(got, dense_attention(q, k, v, window)[0], **exact)
-    assert math.isfinite(float(got.sum()))

@@ -65,6 +65,22 @@ def test_swiglu_functions_agree():
         xops.swiglu_packed(x, w1, None, w3, None)
 
 
+def test_the_implementation_of_swiglu_as_an_object():
+    layer, x = xops.SwiGLU(5, 7).double(), random(3, 5)
+    params = layer._ordered_params()
+    chosen = xops.SwiGLUOpDispatch.from_arguments(x, *params)
+    assert chosen == xops.SwiGLUOpDispatch(x.device, torch.float64, torch.float64, True, True)
+    assert chosen.op.supports(chosen)
+    assert torch.equal(chosen.op(x, *params), layer(x))
+    assert torch.equal(xops.swiglu(x, *params, op=xops.SwiGLUEagerOp), layer(x))
+    assert isinstance(xops.SwiGLUEagerOp, xops.SwiGLUOp)
+    apart = xops.SwiGLUOpDispatch.from_arguments(x, params[0].clone(), None, *params[2:])
+    assert not apart.packed_weights
+    assert not apart.bias_enabled
+    with torch.autocast("cpu", torch.bfloat16):
+        assert xops.SwiGLUOpDispatch.from_arguments(x, *params).dtype_autocast_gpu == torch.bfloat16
+
+
 # RMSNorm.
 
 

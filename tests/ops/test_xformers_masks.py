@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from xformers_definitions import KINDS, dense_attention, instances, leaves, random
 
 from saccade import Alibi, attention
+from saccade.backends import choose
+from saccade.backends.native import library
 from saccade.ops import fmha
 from saccade.ops.fmha import attn_bias as masks
 from saccade.ops.fmha.seq_info import _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo
+from saccade.testing import results, tolerances, worst
 
 classes = pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
 many = settings(max_examples=60, deadline=None, derandomize=True)
@@ -78,6 +81,46 @@ def test_attention_is_the_dense_formula(cls, data):
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
     low = fmha.memory_efficient_attention_backward(cotangent, out, lse, q, k, v, mask)
     assert all(torch.equal(a, b) for a, b in zip(low, grads, strict=True))
+
+
+@classes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@some
+@given(data=st.data())
+def test_attention_in_the_dtypes_of_users(cls, dtype, data):
+    """fp64 above is computed by the plain backend; these go to the one that users of a CPU get."""
+    instance = data.draw(instances(cls))
+    mask, M, N, unused = instance.mask, instance.M, instance.N, instance.unused
+    torch.manual_seed(M * 100 + N)
+    inputs = (random(1, M, 4, 3, dtype=dtype), random(1, N, 2, 3, dtype=dtype), random(1, N, 2, 5, dtype=dtype))
+    problem, _ = fmha.Inputs(*inputs, mask).canonical()
+    if library.SUPPORTED:
+        assert choose(problem, None) == "native"
+
+    def by_definition(times):
+        def dense(p):
+            out, lse = dense_attention(p.query.flatten(2, 3), p.key, p.value, times > 0, times.clamp(min=1).log())
+            return out.view(1, M, 2, 2, 5), lse.view(1, 2, 2, M)
+
+        return dense
+
+    def by_saccade(p):
+        k, v = p.key.clone(), p.value.clone()
+        k[:, unused], v[:, unused] = torch.nan, torch.nan
+        out, lse = fmha.memory_efficient_attention_partial(p.query.flatten(2, 3), k, v, mask)
+        return out.view(1, M, 2, 2, 5), lse.view(1, 2, 2, M)
+
+    want = results(by_definition(instance.times), problem, torch.float64)
+    got, again = results(by_saccade, problem, dtype), results(by_saccade, problem, dtype)
+    allowed = tolerances(problem, dtype, want)
+    for name, x in want.items():
+        assert worst(got[name], x) <= allowed[name], name
+        assert torch.equal(got[name], again[name])
+    for i, j in instance.visible.nonzero()[-1:].tolist():  # a mask wrong by one key would be noticed
+        fewer = instance.times.clone()
+        fewer[i, j] = 0
+        wrong = results(by_definition(fewer), problem, torch.float64)
+        assert any(worst(wrong[name], x) > allowed[name] for name, x in want.items())
 
 
 @pytest.mark.parametrize("cls", [c for c in KINDS if not issubclass(c, masks._PagedBlocks)], ids=lambda c: c.__name__)
@@ -326,11 +369,21 @@ def test_infos_changed_by_hand_are_read_anew_and_stay_so_when_copied(mode):
         assert torch.equal(fmha.memory_efficient_attention(x, x, x, mask)[0, 4], torch.zeros(1, 2).double())
 
 
+def test_an_info_given_another_tensor_reads_that_one():
+    info = _SeqLenInfo.from_seqlens([2, 3], device="cpu")
+    info.seqstart = torch.tensor([0, 1, 4], dtype=torch.int32)
+    for same in (info, copy.deepcopy(info), pickle.loads(pickle.dumps(info))):
+        assert same.starts == [0, 1, 4]
+
+
 def test_gappy_info_of_paged_keys_holds_ends():
     info = _GappySeqInfo.from_seqlens_gappy([1, 0], [2, 3], True)
     assert info.seqlen.tolist() == [3, 3]
     assert info.seqstart_py == info.seqstart.tolist() == [1, 0, -1]
     assert list(info.intervals()) == [(1, 3), (0, 3)]
+    assert info == _GappySeqInfo.from_seqlens_gappy([1, 0, 8], [2, 3], True)  # as xFormers wants it
+    with pytest.raises(ValueError, match="seqstarts: got 1 entries, want 2 or 3"):
+        _GappySeqInfo.from_seqlens_gappy([1], [2, 3], True)
 
 
 @pytest.mark.parametrize(

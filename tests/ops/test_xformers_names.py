@@ -27,9 +27,9 @@ NAMES = {
         memory_efficient_attention_forward_requires_grad memory_efficient_attention_backward
         memory_efficient_attention_partial merge_attentions BlockDiagonalMask LowerTriangularMask AttentionBias
         VARLEN_BIASES Inputs Context Gradients AttentionOp AttentionOpBase AttentionFwOpBase AttentionBwOpBase
-        ALL_FW_OPS ALL_BW_OPS _get_use_fa3 _set_use_fa3 _OPS_LOOKUP _fMHA MemoryEfficientAttentionCutlassBlackwellOp
-        attn_bias common dispatch cutlass cutlass_blackwell flash flash3 triton_splitk ck ck_splitk merge_training
-        torch_attention_compat""",
+        ALL_FW_OPS ALL_BW_OPS _get_use_fa3 _set_use_fa3 _OPS_LOOKUP _fMHA _dispatch_fw _dispatch_bw
+        MemoryEfficientAttentionCutlassBlackwellOp attn_bias common dispatch cutlass cutlass_blackwell flash
+        flash3 triton_splitk ck ck_splitk merge_training torch_attention_compat""",
     "saccade.ops.fmha.attn_bias": """AttentionBias LowerTriangularMask LowerTriangularMaskWithTensorBias
         LowerTriangularFromBottomRightMask LowerTriangularFromBottomRightLocalAttentionMask
         LocalAttentionFromBottomRightMask BlockDiagonalMask BlockDiagonalCausalMask

@@ -83,6 +83,24 @@ for _other in _real_xformers():
 if not any(type(finder).__name__ == _Alias.__name__ for finder in sys.meta_path):
     sys.meta_path.insert(0, _Alias())
 
+# Behind the finder, which finds them. As in xFormers, the name `checkpoint` here is the function, not the module.
+from . import _cpp_lib  # noqa: E402
+from .checkpoint import (  # noqa: E402
+    checkpoint,
+    get_optimal_checkpoint_policy,
+    list_operators,
+    selective_checkpoint_wrapper,
+)
+
 __getattr__ = refuse(__name__)
 
-__all__ = ["__version__", "_has_cpp_library", "_is_triton_available"]
+__all__ = [
+    "__version__",
+    "_cpp_lib",
+    "_has_cpp_library",
+    "_is_triton_available",
+    "checkpoint",
+    "get_optimal_checkpoint_policy",
+    "list_operators",
+    "selective_checkpoint_wrapper",
+]

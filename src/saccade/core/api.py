@@ -121,7 +121,9 @@ def attention(
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Floating tensors in the autocast dtype where autocast is on; fp64 is left alone, as torch does."""
-    if not all(isinstance(x, Tensor) for x in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
+    if not all(isinstance(x, Tensor) for x in tensors) or tensors[0].is_meta:  # of which torch knows no autocast
+        return tensors
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -55,7 +55,7 @@ def _unobserved(problem: Problem) -> bool:
 
     Its dispatch costs as much as a small problem.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or problem.query.is_meta:  # without values only the op's shapes are to be had
         return False
     if (
         forward_ad._current_level >= 0

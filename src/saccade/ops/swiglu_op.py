@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from saccade import layers
+from saccade.ops.unbind import get_stack_strides
 
 
 class SwiGLUOp:
-    """An implementation of SwiGLU by name; saccade has one, which keeps only x and the pre-activation."""
+    """An implementation of SwiGLU, which `op=` hints at; saccade has one, which keeps only x and the pre-activation."""
 
     NAME = "saccade"
-    PACKED_WEIGHTS = True
+    PACKED_WEIGHTS = False
 
-    @classmethod
-    def is_available(cls) -> bool:
+    def supports(self, op: SwiGLUOpDispatch) -> bool:
         return True
 
-    @classmethod
-    def supports(cls, op: SwiGLUOpDispatch) -> bool:
-        return True
+    def __call__(self, *args: Tensor | None) -> Tensor:
+        """`swiglu` of the arguments (x, w1, b1, w2, b2, w3, b3)."""
+        return swiglu(*args)  # type: ignore[arg-type]
 
 
-SwiGLUEagerOp = SwiGLUOp
+SwiGLUEagerOp = SwiGLUOp()
 
 
+@dataclass
 class SwiGLUOpDispatch:
-    """What xFormers chooses an implementation by; there is one, so `op` is always that."""
+    """What xFormers chooses an implementation by; there is one, so `op` is always that.
 
-    op = SwiGLUOp
+    Attributes:
+        device: of x; dtype: of x; dtype_autocast_gpu: autocast's where that is on, else x's.
+        packed_weights: whether w1 and w2 lie side by side, as `swiglu_packed` takes them.
+        bias_enabled: whether all three linears have a bias.
+    """
 
-    @classmethod
-    def from_arguments(cls, *args: object) -> SwiGLUOpDispatch:
-        return cls()
+    device: torch.device | str
+    dtype: torch.dtype
+    dtype_autocast_gpu: torch.dtype | None
+    packed_weights: bool
+    bias_enabled: bool
+
+    @property
+    def op(self) -> SwiGLUOp:
+        return SwiGLUEagerOp
+
+    @staticmethod
+    def from_arguments(
+        x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, w3: Tensor, b3: Tensor | None
+    ) -> SwiGLUOpDispatch:
+        on = torch.is_autocast_enabled(x.device.type)
+        return SwiGLUOpDispatch(
+            device=x.device,
+            dtype=x.dtype,
+            dtype_autocast_gpu=torch.get_autocast_dtype(x.device.type) if on else x.dtype,
+            packed_weights=get_stack_strides((w1, w2), 0) is not None,
+            bias_enabled=all(b is not None for b in (b1, b2, b3)),
+        )
 
 
 def swiglu(
@@ -50,6 +76,7 @@ def swiglu(
     """`linear(silu(linear(x, w1, b1)) · linear(x, w2, b2), w3, b3)`.
 
     x `[..., I]`, w1 and w2 `[H, I]`, b1 and b2 `[H]` or None, w3 `[O, H]`, b3 `[O]` or None -> `[..., O]`.
+    `op` is a hint.
     """
     if w1.shape != w2.shape:
         raise ValueError(f"w2: got shape {list(w2.shape)}, want {list(w1.shape)} as w1")

@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """`torch.unbind`. (xFormers' spares a copy in backward for kernels that write all gradients into one tensor.)"""
+    """`torch.unbind`, whose backward stacks.
+
+    xFormers spares that copy where a kernel wrote all gradients into one tensor; here they are the results of one
+    registered operator, which may not share their memory.
+    """
     return torch.unbind(x, dim)
 
 

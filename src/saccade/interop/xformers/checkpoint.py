@@ -168,9 +168,9 @@ class SelectiveCheckpointWrapper(ActivationWrapper):
     """A module under `checkpoint`; its state dict has the names of the module inside."""
 
     def __init__(
-        self, module: nn.Module, memory_budget: float | None = None, policy_fn: Sequence[Any] | Policy | None = None
+        self, mod: nn.Module, memory_budget: float | None = None, policy_fn: Sequence[Any] | Policy | None = None
     ) -> None:
-        super().__init__(module)  # type: ignore[no-untyped-call]
+        super().__init__(mod)  # type: ignore[no-untyped-call]
         if (memory_budget is None) == (policy_fn is None):
             raise ValueError("memory_budget: want either it or policy_fn, and not both")
         self.memory_budget = memory_budget

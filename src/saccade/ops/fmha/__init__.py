@@ -26,18 +26,19 @@ from saccade.ops.fmha.attn_bias import VARLEN_BIASES, AttentionBias, BlockDiagon
 from saccade.ops.fmha.common import (
     AttentionBwOpBase,
     AttentionFwOpBase,
+    AttentionOp,
     AttentionOpBase,
     Biases,
     Context,
+    FwOp,
     Gradients,
     Inputs,
+    check_op,
+    check_pair,
     merged,
 )
-from saccade.ops.fmha.dispatch import _get_use_fa3, _set_use_fa3
+from saccade.ops.fmha.dispatch import _dispatch_bw, _dispatch_fw, _get_use_fa3, _set_use_fa3
 from saccade.ops.left_out import refuse
-
-AttentionOp = tuple[type[AttentionFwOpBase] | None, type[AttentionBwOpBase] | None] | None
-FwOp = type[AttentionFwOpBase] | None
 
 MemoryEfficientAttentionCutlassOp = (cutlass.FwOp, cutlass.BwOp)
 MemoryEfficientAttentionCutlassFwdFlashBwOp = (cutlass.FwOp, flash.BwOp)
@@ -85,7 +86,7 @@ def memory_efficient_attention(
     Raises:
         ValueError: for a wrong argument, named in the message.
     """
-    _check_pair(op)
+    check_pair(op)
     return common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype))[0]
 
 
@@ -101,7 +102,7 @@ def memory_efficient_attention_forward(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`memory_efficient_attention` without autograd."""
-    _check_op(op, AttentionFwOpBase)
+    check_op(op, AttentionFwOpBase)
     with torch.no_grad():
         return common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype))[0]
 
@@ -123,7 +124,7 @@ def memory_efficient_attention_forward_requires_grad(
     inputs), −inf for rows that see no key. With `op=cutlass.FwOp` and a packed mask it is padded, one row a sequence.
     With dropout it carries the seed as an attribute, so hand on the same tensor.
     """
-    _check_op(op, AttentionFwOpBase)
+    check_op(op, AttentionFwOpBase)
     inputs = Inputs(query, key, value, attn_bias, p, scale, output_dtype)
     out, context = (op or AttentionFwOpBase).apply(inputs, needs_gradient=True)
     assert context is not None
@@ -149,7 +150,7 @@ def memory_efficient_attention_backward(
     The gradient of a bias tensor that requires one is `db` of what `op.apply(Context(lse, output), Inputs(...), grad)`
     returns, for any of the operators' `BwOp`.
     """
-    _check_op(op, AttentionBwOpBase)
+    check_op(op, AttentionBwOpBase)
     context = Context(lse, output, rng_state=getattr(lse, "dropout_seed", None))
     grads = common.backward(context, Inputs(query, key, value, attn_bias, p, scale), grad)
     return grads.dq, grads.dk, grads.dv
@@ -170,12 +171,7 @@ def memory_efficient_attention_partial(
 
     out is in `output_dtype`, by default the query's dtype, and fp32 with `op=triton_splitk.FwOp`, as in xFormers.
     """
-    forward_op = op[0] if isinstance(op, tuple) else op
-    _check_op(forward_op, AttentionFwOpBase)
-    if output_dtype is None and forward_op is not None and forward_op.PARTIAL_IN_FLOAT32:
-        output_dtype = Inputs(query, key, value, is_partial=True).get_output_dtype()
-    out, context = common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype, is_partial=True))
-    return out, context.lse
+    return common.partial(Inputs(query, key, value, attn_bias, p, scale, output_dtype, is_partial=True), op)
 
 
 def merge_attentions(
@@ -203,23 +199,8 @@ class _fMHA:  # noqa: N801
     @staticmethod
     def apply(op: AttentionOp, *inputs: Any) -> Tensor:
         """Takes the fields of `Inputs` in their order."""
-        _check_pair(op)
+        check_pair(op)
         return common.forward(Inputs(*inputs))[0]
-
-
-def _check_op(op: object, base: type[AttentionOpBase]) -> None:
-    if op is not None and not (isinstance(op, type) and issubclass(op, base)):
-        half = "FwOp" if base is AttentionFwOpBase else "BwOp"
-        raise ValueError(f"op: got {op!r}, want None or an operator's {half}")
-
-
-def _check_pair(op: object) -> None:
-    if op is None:
-        return
-    if not isinstance(op, (tuple, list)) or len(op) != 2:
-        raise ValueError(f"op: got {op!r}, want None or a pair (FwOp or None, BwOp or None)")
-    _check_op(op[0], AttentionFwOpBase)
-    _check_op(op[1], AttentionBwOpBase)
 
 
 __getattr__ = refuse(__name__)
@@ -250,6 +231,8 @@ __all__ = [
     "MemoryEfficientAttentionFlashAttentionOp",
     "MemoryEfficientAttentionCkOp",
     "MemoryEfficientAttentionSplitKCkOp",
+    "_dispatch_bw",
+    "_dispatch_fw",
     "_get_use_fa3",
     "_set_use_fa3",
     "_OPS_LOOKUP",

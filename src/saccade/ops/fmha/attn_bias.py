@@ -24,7 +24,10 @@ BOTTOM_RIGHT = Causal("bottom_right")
 
 
 class AttentionBias(ByValue):
-    """What all masks can do. A mask says `product()`; the rest follows."""
+    """What all masks can do. A mask says `product()`; the rest follows.
+
+    A subclass of a user's that says `materialize` itself, as xFormers' base class asks, is taken as that dense tensor.
+    """
 
     def product(self) -> Mask:
         """The mask as layout & visibility, as `saccade.attention(mask=...)` takes it."""
@@ -602,7 +605,7 @@ class PagedBlockDiagonalGappyKeysMask(_PagedBlocks):
         *,
         device: Device = None,
     ) -> PagedBlockDiagonalGappyKeysMask:
-        """`kv_seqstarts` has one entry per block: where its keys begin in its own pages."""
+        """`kv_seqstarts` has one entry per block, where its keys begin in its own pages; one more is not read."""
         q, k = _gappy(q_seqlen, kv_seqstarts, kv_seqlen, True, device)
         return cls(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size)
 

@@ -25,6 +25,7 @@ from saccade.core.problem import DTYPES, Layout, Problem, make_problem
 from saccade.core.ranges import KeyRanges
 from saccade.ops.fmha import attn_bias as masks
 from saccade.ops.fmha.attn_bias import AttentionBias
+from saccade.ops.left_out import LEFT_OUT
 
 Biases = AttentionBias | Mask | KeyRanges | Tensor | Bias | None
 
@@ -62,9 +63,8 @@ class Inputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of query, key, value and a tensor bias."""
-        bias = [self.attn_bias] if isinstance(self.attn_bias, Tensor) else []
-        return sum(x.untyped_storage().nbytes() for x in (self.query, self.key, self.value, *bias))
+        """Bytes of query, key and value, without the bias."""
+        return sum(x.untyped_storage().nbytes() for x in (self.query, self.key, self.value))
 
     def get_output_dtype(self) -> torch.dtype:
         if self.output_dtype is not None:
@@ -103,6 +103,8 @@ class Inputs:
         for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
             if not isinstance(x, Tensor):
                 raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
+            if x.dtype == torch.int32:  # xFormers' form of a quantised cache
+                raise ValueError(f"{name}: got {x.dtype}: {LEFT_OUT['InputsFp8']}")
         query, key, value = autocast_inputs(self.query, self._with_heads(self.key), self._with_heads(self.value))
         if self.p == 1:
             # All weights are dropped: the output is 0, lse is not changed, and gradients are 0 but exist.
@@ -131,6 +133,9 @@ class Inputs:
 
     def _mask_and_bias(self) -> tuple[Mask | KeyRanges | Tensor | None, Bias | Tensor | None]:
         given = self.attn_bias
+        if isinstance(given, AttentionBias) and type(given).materialize is not AttentionBias.materialize:
+            B, M, *heads, _ = self.query.shape
+            given = given.materialize((B, *heads, M, self.key.shape[1]), self.query.dtype, self.device)
         if isinstance(given, AttentionBias):
             if given.device not in (None, self.device):
                 raise ValueError(f"attn_bias: got a mask on {given.device}, want {self.device} as query (mask.to(...))")
@@ -168,9 +173,11 @@ class Context:
 
     def get_padded_lse(self, pad_to: int, force_pad_inf: bool = False) -> Tensor:
         """lse with M rounded up to a multiple of `pad_to`, +inf behind; with `force_pad_inf` behind the output's M."""
-        lse = self.lse
+        lse, M = self.lse, self.out.shape[1]
         if force_pad_inf:
-            lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= self.out.shape[1], math.inf)
+            # What is a multiple already keeps its size, as in xFormers.
+            lse = lse[..., :M] if lse.shape[-1] % pad_to else lse
+            lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= M, math.inf)
         return pad(lse, (0, -lse.shape[-1] % pad_to), value=math.inf)
 
 
@@ -191,6 +198,18 @@ def forward(inp: Inputs) -> tuple[Tensor, Context]:
     lse = layout.lse(lse)
     context = Context(lse[:, None] if layout.dims == 3 else lse, layout.output(out), rng_state=problem.seed)
     return context.out, context
+
+
+def partial(inp: Inputs, op: AttentionOp | FwOp) -> tuple[Tensor, Tensor]:
+    """(out, lse) over some of the keys (`inp.is_partial` is set); some operators give them in fp32, as in xFormers."""
+    if isinstance(op, tuple):
+        check_pair(op)
+        op = op[0]
+    check_op(op, AttentionFwOpBase)
+    if op is not None and op.PARTIAL_IN_FLOAT32:
+        inp = replace(inp, output_dtype=inp.get_output_dtype())
+    out, context = forward(inp)
+    return out, context.lse
 
 
 def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
@@ -270,6 +289,8 @@ def unpadded(lse: Tensor, attn_bias: Biases, batch: int, M: int) -> Tensor:
 
 
 def _starts(attn_bias: Biases) -> Sequence[int] | None:
+    while isinstance(attn_bias, masks.MaskWithBias):
+        attn_bias = attn_bias.mask
     return attn_bias.q_seqinfo.starts if isinstance(attn_bias, masks.VARLEN_BIASES) else None
 
 
@@ -350,3 +371,24 @@ class AttentionBwOpBase(AttentionOpBase):
     @classmethod
     def apply(cls, ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
         return backward(ctx, inp, grad)
+
+
+AttentionOp = tuple[type[AttentionFwOpBase] | None, type[AttentionBwOpBase] | None] | None
+FwOp = type[AttentionFwOpBase] | None
+
+
+def check_op(op: object, base: type[AttentionOpBase]) -> None:
+    """ValueError for what is neither None nor an operator of this half."""
+    if op is not None and not (isinstance(op, type) and issubclass(op, base)):
+        half = "FwOp" if base is AttentionFwOpBase else "BwOp"
+        raise ValueError(f"op: got {op!r}, want None or an operator's {half}")
+
+
+def check_pair(op: object) -> None:
+    """ValueError for what is neither None nor a pair of operators' halves."""
+    if op is None:
+        return
+    if not isinstance(op, (tuple, list)) or len(op) != 2:
+        raise ValueError(f"op: got {op!r}, want None or a pair (FwOp or None, BwOp or None)")
+    check_op(op[0], AttentionFwOpBase)
+    check_op(op[1], AttentionBwOpBase)

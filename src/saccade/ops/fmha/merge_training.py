@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Biases, Inputs, forward, merged
+from saccade.ops.fmha.common import AttentionOp, Biases, FwOp, Inputs, merged, partial
 
 
 @dataclass
@@ -35,12 +35,11 @@ def memory_efficient_attention_partial_autograd(
     p: float = 0.0,
     scale: float | None = None,
     *,
-    op: type[AttentionFwOpBase] | tuple[type[AttentionFwOpBase] | None, type[AttentionBwOpBase] | None] | None = None,
+    op: AttentionOp | FwOp = None,
     output_dtype: torch.dtype | None = None,
 ) -> Partial:
-    """Attention over some of the keys, to be merged; differentiable in query, key, value and bias."""
-    out, context = forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype, is_partial=True))
-    return Partial(out, context.lse)
+    """`memory_efficient_attention_partial` as a `Partial`, to be merged; differentiable as that is."""
+    return Partial(*partial(Inputs(query, key, value, attn_bias, p, scale, output_dtype, is_partial=True), op))
 
 
 def merge_attentions_autograd(*partials: Partial) -> Tensor:

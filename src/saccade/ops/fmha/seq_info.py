@@ -45,14 +45,16 @@ class _SeqLenInfo(ByValue):
     seqstart_py: list[int] | None
 
     def __post_init__(self) -> None:
-        self._version = None if torch.compiler.is_compiling() else _version(self.seqstart)
+        self._given = None if torch.compiler.is_compiling() else (self.seqstart, _version(self.seqstart))
 
     @property
     def host(self) -> list[int] | None:
-        """`seqstart_py` while it can be trusted: `seqstart` was not changed in place since it was given."""
-        if torch.compiler.is_compiling() or self._version is None:  # lengths are data to a compiled program
+        """`seqstart_py` while it can be trusted: `seqstart` is the tensor it was given with, not changed in place."""
+        if torch.compiler.is_compiling() or self._given is None:  # lengths are data to a compiled program
             return None
-        return self.seqstart_py if _version(self.seqstart) == self._version else None
+        tensor, version = self._given
+        same = tensor is self.seqstart and version is not None and version == _version(tensor)
+        return self.seqstart_py if same else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensor counts its versions anew, so the list must not come along where it is out of date.
@@ -100,7 +102,7 @@ class _SeqLenInfo(ByValue):
         self.seqstart_py = [0, *accumulate(lengths)]
         self.min_seqlen = min(lengths, default=0)
         self.seqstart.copy_(torch.tensor(self.seqstart_py, dtype=torch.int32))
-        self._version = None  # from here on the tensor is what counts, and may be shorter than what it is used with
+        self._given = None  # from here on the tensor is what counts, and may be shorter than what it is used with
 
     def _fits(self, lengths: list[int], longest: int) -> None:
         count = len(self.seqstart) - 1
@@ -199,11 +201,13 @@ class _GappySeqInfo(_SeqLenInfo):
     def from_seqlens_gappy(
         cls, seqstarts: Sequence[int], seqlens: Sequence[int], paged: bool, *, device: Device = None
     ) -> _GappySeqInfo:
-        """From starts and lengths; `seqstarts` has one entry more than `seqlens`, the total, unless paged."""
+        """From starts and lengths; `seqstarts` has one entry more than `seqlens`, the total; paged ones need not."""
         lengths, starts = lengths_of("seqlens", seqlens), lengths_of("seqstarts", seqstarts)
-        want = len(lengths) if paged else len(lengths) + 1
-        if len(starts) != want:
-            raise ValueError(f"seqstarts: got {len(starts)} entries, want {want} for {len(lengths)} sequences")
+        count = len(lengths)
+        if len(starts) != count + 1 and not (paged and len(starts) == count):
+            wanted = f"{count} or {count + 1}" if paged else f"{count + 1}"
+            raise ValueError(f"seqstarts: got {len(starts)} entries, want {wanted} for {count} sequences")
+        starts = starts[:count] if paged else starts
         seqlen = [s + n for s, n in zip(starts, lengths, strict=True)] if paged else lengths
         longest, shortest = max(lengths, default=0), min(lengths, default=0)
         listed = [*starts, -1] if paged else starts
