@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <vector>
 
 #if defined(SACCADE_STD_THREADS)
@@ -381,20 +380,15 @@ template <class Run>
 int64_t with_workspace(const Params *p, bool backward, const Run &run) {
     // Asking for memory would cost a small problem more than its work: each Python thread keeps some. The address
     // sanitizer is to see every problem in memory of its own.
-    constexpr int64_t KEPT = GUARD ? 0 : 1 << 18;
+    constexpr int64_t ALIGNED = 64, KEPT = GUARD ? 0 : 1 << 18;
     thread_local std::unique_ptr<char[]> kept;
+    if (KEPT && !kept) kept.reset(new char[KEPT + ALIGNED]);
     Params own = *p;
+    if (!own.workspace) own.workspace = kept.get();
+    own.workspace = (char *)(((uintptr_t)own.workspace + ALIGNED - 1) / ALIGNED * ALIGNED);
     Layout plan{};
-    if (!own.workspace) {
-        make_plan(own, backward, plan);
-        if (plan.bytes + 64 > KEPT) return plan.bytes + 64;
-        if (!kept) kept.reset(new char[KEPT]);
-        own.workspace = kept.get();
-        plan.~Layout();
-        new (&plan) Layout{};
-    }
-    own.workspace = (char *)(((uintptr_t)own.workspace + 63) / 64 * 64);
     make_plan(own, backward, plan);
+    if (!p->workspace && plan.bytes > KEPT) return plan.bytes + ALIGNED;
     run(own, plan, *kernels_of(own.isa), worthwhile(own, plan));
     return 0;
 }

@@ -391,7 +391,7 @@ def wide(dim):
         (plain(torch.float64), "its dtypes are float32, bfloat16 and float16, and query is float64"),
         (plain(output_dtype=torch.float64), "its dtypes are float32, bfloat16 and float16, and output is float64"),
         (plain(biases=[torch.zeros(1, 1, 1, 33, 47).double()]),
-         "its dtypes are float32, bfloat16 and float16, and a bias has another one"),
+         "its dtypes are float32, bfloat16 and float16, and a bias is float64"),
         (plain(value=wide(257)), "head dims go up to 256, and this one is 257"),
         (plain(query=torch.zeros(1, 33, 2, 1, 300), key=wide(300)), "head dims go up to 256, and this one is 300"),
         (plain(**dict.fromkeys(("lo", "hi", "diagonal"), torch.zeros(5, 1, 33, dtype=torch.int32))),

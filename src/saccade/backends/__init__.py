@@ -94,9 +94,10 @@ def choose(problem: Problem, backend: str | None) -> str:
         NotImplementedError: where the backend asked for by name cannot; it is never replaced by another.
     """
     if backend is None:
-        # The last one accepts everything, so there is always a first without a reason.
-        names = AUTOMATIC if problem.query.is_cuda else [name for name in AUTOMATIC if name != "triton"]
-        return next(name for name in names if load(name).reason_against(problem) is None)
+        for name in AUTOMATIC[:-1]:
+            if (name != "triton" or problem.query.is_cuda) and load(name).reason_against(problem) is None:
+                return name
+        return AUTOMATIC[-1]
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, want one of {', '.join(BACKENDS)} or None")
     reason = load(backend).reason_against(problem)

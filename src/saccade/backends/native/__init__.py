@@ -30,11 +30,13 @@ def reason_against(problem: Problem) -> str | None:
         return f"it computes on CPUs, and query is on {query.device.type}"
     if library.WHY_ABSENT is not None:
         return library.WHY_ABSENT
-    for name, dtype in (("query", query.dtype), ("output", problem.output_dtype)):
-        if dtype not in _DTYPES:
-            return f"its dtypes are float32, bfloat16 and float16, and {name} is {str(dtype)[6:]}"
-    if any(bias.dtype not in _DTYPES for bias in problem.biases):
-        return "its dtypes are float32, bfloat16 and float16, and a bias has another one"
+    if query.dtype not in _DTYPES:
+        return f"its dtypes are float32, bfloat16 and float16, and query is {str(query.dtype)[6:]}"
+    if problem.output_dtype not in _DTYPES:
+        return f"its dtypes are float32, bfloat16 and float16, and output is {str(problem.output_dtype)[6:]}"
+    for bias in problem.biases:
+        if bias.dtype not in _DTYPES:
+            return f"its dtypes are float32, bfloat16 and float16, and a bias is {str(bias.dtype)[6:]}"
     widest = max(query.shape[-1], problem.value.shape[-1])
     if widest > WIDEST:
         return f"head dims go up to {WIDEST}, and this one is {widest}"
