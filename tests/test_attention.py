@@ -324,6 +324,26 @@ def test_compile_fullgraph_without_recompiling_for_new_lengths():
     assert counter.frame_count == 1
 
 
+def test_masks_and_biases_meet_tensors_inside_a_compiled_function():
+    """`&` and `+` with a tensor on either side; no recompile for other values."""
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    q, k, v = qkv(M=9, N=9, B=1)
+
+    def f(lengths, holes, slopes, dense):
+        masks = (saccade.Documents(lengths) & saccade.Causal() & holes, holes & saccade.Window(3))
+        biases = (saccade.Alibi(slopes) + dense, dense + saccade.Alibi(slopes), sum([saccade.Alibi(slopes), dense]))
+        return [saccade.attention(q, k, v, mask=mask, bias=bias) for mask in masks for bias in biases]
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for lengths in ([5, 4], [1, 8]):
+        given = torch.tensor(lengths), torch.rand(9, 9) < 0.7, torch.rand(4), torch.randn(4, 9, 9)
+        for got, want in zip(compiled(*given), f(*given), strict=True):
+            assert torch.equal(got, want)
+    assert counter.frame_count == 1
+
+
 def test_flop_counter_counts_the_visible_area():
     q, k, v = (x.requires_grad_() for x in qkv(M=64, N=64, B=1))
     for mask, area in ((None, 64 * 64), (saccade.Causal(), 64 * 65 // 2), (saccade.Documents([32, 32]), 2 * 32 * 32)):
@@ -495,7 +515,15 @@ def test_sums_begin_at_zero_and_foreign_operands_are_refused():
         saccade.attention(q, k, v, bias=sum(terms)),
         saccade.attention(q, k, v, bias=terms[0] + terms[1] + terms[2]),
     )
-    for wrong in (lambda: 1.0 + terms[0], lambda: None & saccade.Causal(), lambda: saccade.Causal() & 1):
+    tensor = torch.ones(5, 7, dtype=torch.bool)
+    for wrong in (
+        lambda: 1.0 + terms[0],
+        lambda: None & saccade.Causal(),
+        lambda: saccade.Causal() & 1,
+        lambda: tensor | saccade.Causal(),
+        lambda: terms[2] - terms[0],
+        lambda: torch.relu(saccade.Causal()),
+    ):
         with pytest.raises(TypeError):
             wrong()
 

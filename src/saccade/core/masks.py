@@ -22,6 +22,7 @@ from saccade.core.ranges import KeyRanges
 
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 Lengths: TypeAlias = Sequence[int] | Tensor
+_AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and)
 _UNBOUNDED = 2**30
 """Longer than any sequence; small enough that positions and it add up in int32."""
 
@@ -52,8 +53,12 @@ class Mask:
             return NotImplemented
         return Combined((*self.parts, *as_mask(other).parts))
 
-    def __rand__(self, other: Tensor) -> Mask:
-        return as_mask(other) & self if isinstance(other, Tensor) else NotImplemented
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Mask:
+        """`tensor & mask`: torch asks here; its compiler does for `mask & tensor` too, which it turns round."""
+        return as_mask(args[0]) & as_mask(args[1]) if func in _AND else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
