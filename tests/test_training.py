@@ -20,7 +20,6 @@ from saccade.training.loop import (
     find_device,
     learning_rate,
     load_run,
-    longest_problem,
     make_model,
     make_optimizer,
     make_scaler,
@@ -28,7 +27,6 @@ from saccade.training.loop import (
     read_config,
     take_step,
     train,
-    train_batches,
 )
 from saccade.training.packing import Batch
 from saccade.training.report import read_metrics
@@ -80,28 +78,6 @@ def test_schedule_by_hand():
     assert rates[12:] == pytest.approx([0.05, 0.05])
     assert learning_rate(replace(config, warmup=0), 0) == 0.5
     assert learning_rate(replace(config, warmup=100), 11) == pytest.approx(0.5 * 12 / 100)
-
-
-def test_curriculum_by_hand():
-    config = replace(TINY, max_length=64, steps=100, curriculum=0.5)
-    longest = [longest_problem(config, step) for step in range(100)]
-    assert longest[0] == 8
-    assert longest[25] == (8 + 64) / 2
-    assert longest == sorted(longest)
-    assert longest[49] < 64
-    assert set(longest[50:]) == {64}
-    assert longest_problem(replace(config, curriculum=0.0), 0) == 64
-    assert longest_problem(replace(config, max_length=6), 0) == 2  # the shortest that a task may have
-
-
-def test_curriculum_bounds_the_problems_and_ends_in_the_task_itself():
-    config = replace(TINY, max_length=40, tokens=2000, steps=100, curriculum=0.5, accumulation=2)
-    task = make_task(config)
-    for step in (0, 10, 30):
-        longest = max(max(batch.lengths) for batch in train_batches(task, config, step))
-        assert longest == 2 * longest_problem(config, step) + 2  # START, the symbols, =, and the symbols again
-    for batch, index in zip(train_batches(task, config, 60), (120, 121), strict=True):
-        assert torch.equal(batch.tokens, task.train_batch(config.seed, index, config.tokens).tokens)
 
 
 def test_decay_reaches_matrices_only():
@@ -162,7 +138,7 @@ def test_chunked_and_reference_train_alike(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_continues_bit_for_bit(tmp_path, precision):
-    config = replace(TINY, precision=precision, dropout=0.2, accumulation=2, curriculum=0.75, out=tmp_path / "whole")
+    config = replace(TINY, precision=precision, dropout=0.2, accumulation=2, out=tmp_path / "whole")
     train(config, quiet=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000012")
@@ -397,8 +373,6 @@ def test_config_round_trip(task):
         ({"lr": math.nan}, "lr: got nan"),
         ({"lr_end": 1.5}, "lr_end: got 1.5"),
         ({"beta2": 1.0}, "beta2: got 1.0"),
-        ({"curriculum": 1.5}, "curriculum: got 1.5 for reverse"),
-        ({"curriculum": 0.5, "task": "stdlib", "stop_at": None}, "curriculum: got 0.5 for stdlib"),
         ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
         ({"clip": 0.0}, "clip: got 0.0"),
         ({"stop_at": 0.0}, "stop_at: got 0.0"),

@@ -62,9 +62,6 @@ class TrainConfig:
     """AdamW's decay of the squared gradients' average (that of the gradients' is 0.9)."""
     weight_decay: float = 0.1
     """AdamW's weight decay; on matrices only."""
-    curriculum: float = 0.0
-    """Share of the steps over which the longest problem grows from an eighth of `max_length` to all of it; 0: problems
-    of all lengths from the start (not for stdlib)."""
     clip: float = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -111,11 +108,6 @@ class TrainConfig:
             raise ValueError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
         if not self.clip > 0:
             raise ValueError(f"clip: got {self.clip}, wanted a positive number (inf for none)")
-        if not 0 <= self.curriculum <= 1 or (self.task == "stdlib" and self.curriculum):
-            raise ValueError(
-                f"curriculum: got {self.curriculum} for {self.task}, wanted a share of the steps, 0 to 1, of a "
-                "synthetic task (0 for stdlib)"
-            )
         if self.stop_at is not None and (self.task == "stdlib" or not 0 < self.stop_at <= 1):
             raise ValueError(
                 f"stop_at: got {self.stop_at} for {self.task}, wanted a share in (0, 1] of a synthetic task"

@@ -106,22 +106,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def longest_problem(config: TrainConfig, step: int) -> int:
-    """The longest problem of step 0, 1, …: under a curriculum a line from an eighth of `max_length` up to all of it.
-
-    Short problems first, and short ones among the long ones ever after (Bengio et al., "Curriculum Learning", 2009;
-    Zaremba and Sutskever, "Learning to Execute", 2014).
-    """
-    until = config.curriculum * config.steps
-    if step >= until:
-        return config.max_length
-    return max(2, int(config.max_length * (1 + 7 * step / until) / 8))
-
-
 def train_batches(task: Task, config: TrainConfig, step: int) -> list[Batch]:
     """The micro-batches of a step, a function of the configuration and the step alone."""
-    if isinstance(task, SyntheticTask):
-        task = replace(task, max_length=longest_problem(config, step))
     first = step * config.accumulation
     return [task.train_batch(config.seed, first + i, config.tokens) for i in range(config.accumulation)]
 
