@@ -196,6 +196,7 @@ CONSTRUCTORS = [
     (lambda: saccade.Documents([1]) & saccade.KeyLengths([1]), "mask", "Documents & KeyLengths"),
     (lambda: saccade.Sinks(1) & saccade.Sinks(2), "mask", "Sinks & Sinks"),
     (lambda: saccade.Causal().draw(), "M", "None"),
+    (lambda: saccade.Causal().draw(-1, 3), "M", "-1"),
     (lambda: saccade.Alibi([0.5]), "slopes", "list"),
     (lambda: saccade.RelativeBias(torch.ones(2, 4)), "table", r"\[2, 4\]"),
 ]
@@ -233,8 +234,7 @@ def test_autocast(dtype):
     bias = torch.randn(5, 7, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         out, lse = saccade.attention(q, k, v.to(dtype), bias=bias, return_lse=True)
-        # The same op outside of autocast on inputs that were cast by hand.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):  # inputs cast by hand
         want, want_lse = saccade.attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, return_lse=True)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
@@ -393,6 +393,8 @@ def test_merge_edges():
     torch.testing.assert_close(saccade.merge([five, five])[0], five[0])
     with pytest.raises(ValueError, match="parts: got none"):
         saccade.merge([])
+    with pytest.raises(ValueError, match=r"parts\[0\]: got Tensor, want a pair"):
+        saccade.merge([three])
     with pytest.raises(ValueError, match=r"parts\[1\]: got out"):
         saccade.merge([other, (torch.ones(1, 3, 1, 3), torch.ones(1, 1, 3))])
 
@@ -534,6 +536,27 @@ def test_forward_mode_is_refused_not_zero():
         torch.func.jvp(lambda x: saccade.attention(x, k, v), (q,), (torch.ones_like(q),))
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev, torch.func.grad])
+def test_function_transforms_are_refused_in_words(transform):
+    q, k, v = qkv()
+    with pytest.raises(RuntimeError, match=r"no rule for torch\.func.*torch\.autograd"):
+        transform(lambda x: saccade.attention(x, k, v).sum())(q[None] if transform is torch.func.vmap else q)
+
+
+def test_shapes_without_values():
+    """On the meta device, which has neither values nor autocast, a call gives the shapes and dtypes of its results."""
+    shapes = []
+    for device in ("cpu", "meta"):
+        q, k, v = (x.to(device).requires_grad_() for x in qkv())
+        mask = saccade.KeyLengths(torch.tensor([5, 7], device=device)) & saccade.Window(3)
+        out, lse = saccade.attention(q, k, v, mask=mask, return_lse=True)
+        (out.sum() + lse.sum()).backward()
+        shapes.append([(x.shape, x.dtype) for x in (out, lse, q.grad, k.grad, v.grad)])
+        with torch.no_grad():
+            assert saccade.attention(q, k, v, mask=mask).device.type == device
+    assert shapes[0] == shapes[1]
+
+
 def test_wide_block_tables_do_not_overflow():
     """Sequences × pages × page size past 2³¹, with a cache of three pages."""
     table = torch.zeros(3, 2**20, dtype=torch.int32)
@@ -550,3 +573,5 @@ def test_explain_draws_nothing():
     state = torch.get_rng_state()
     saccade.explain(*tensors, dropout_p=0.5, return_lse=True)
     assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match=r"dropout_p: got 1\.5, want"):
+        saccade.explain(*tensors, dropout_p=1.5)

@@ -20,7 +20,7 @@ from saccade.core.api import autocast_inputs
 from saccade.core.biases import Alibi, Bias
 from saccade.core.library import backward_flops, forward_flops, visible_area
 from saccade.core.masks import Causal, Documents, Mask, Window
-from saccade.core.problem import make_problem
+from saccade.core.problem import check_dropout, make_problem
 from saccade.core.ranges import KeyRanges
 
 
@@ -130,7 +130,7 @@ def explain(
     Returns:
         The backend chosen, each other one's reason, visible area, FLOPs, bytes and tiles. Printable.
     """
-    state = torch.random.get_rng_state()  # a problem with dropout draws its seed
+    check_dropout(dropout_p)
     problem, _ = make_problem(
         *autocast_inputs(query, key, value),
         mask=mask,
@@ -138,10 +138,9 @@ def explain(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
-        dropout_p=dropout_p,
         output_dtype=output_dtype,
     )
-    torch.random.set_rng_state(state)
+    problem = problem._replace(dropout_p=float(dropout_p))  # given only now, because making it draws a seed
     B, M, G, H, K = problem.query.shape
     V, N = problem.value.shape[-1], problem.N
     lo, hi, _ = problem.ranges

@@ -36,15 +36,28 @@ def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem: through the registered op, or, where nothing would see the op, without it.
 
     Raises:
-        RuntimeError: under forward-mode differentiation, whose tangents the op would drop.
+        RuntimeError: under forward-mode differentiation, whose tangents the op would drop, and inside `torch.func`.
     """
     if _unobserved(problem):
         return load(backend).forward(problem)
+    _refuse_transforms(problem)
+    return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
+
+
+def _refuse_transforms(problem: Problem) -> None:
+    """For what torch would drop in silence, or would refuse in words about its own registration."""
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in _inputs(problem)
     ):
         raise RuntimeError("saccade.attention has no forward-mode derivative; use reverse mode")
-    return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+        return
+    tensors = (x for x in (*problem[:_SAVED], *problem.biases) if isinstance(x, Tensor))
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        raise RuntimeError(
+            "saccade.attention has no rule for torch.func (vmap, grad, jacrev, …); give it the batch as B, and "
+            "differentiate with torch.autograd"
+        )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -58,12 +71,13 @@ def _unobserved(problem: Problem) -> bool:
     if torch.compiler.is_compiling():
         return False
     if (
-        forward_ad._current_level >= 0
+        problem.query.is_meta  # where the op's fake is all there is to run
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._autograd._profiler_enabled()
-        or torch.is_autocast_enabled(problem.query.device.type)
+        or autocast_is_on(problem.query.device)
     ):
         return False
     differentiated = torch.is_grad_enabled()
@@ -71,6 +85,11 @@ def _unobserved(problem: Problem) -> bool:
         if isinstance(x, Tensor) and (type(x) not in _PLAIN or (differentiated and x.requires_grad)):
             return False
     return True
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on for this device; some, such as `meta`, have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _without_autocast(device: torch.device) -> torch.autocast:

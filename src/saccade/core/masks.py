@@ -761,6 +761,8 @@ def _sizes(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int | N
     if B is None or M is None or N is None:
         missing = [name for name, size in (("batch", B), ("M", M), ("N", N)) if size is None]
         raise ValueError(f"{missing[0]}: got None, want a size: {' & '.join(map(_name, parts))} does not tell it")
+    for name, size in (("batch", B), ("M", M), ("N", N)):
+        _nonnegative(name, size)
     return B, M, N
 
 
