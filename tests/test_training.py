@@ -13,11 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saccade.info import find_device
 from saccade.training import checkpoint
 from saccade.training.config import PRESETS, TrainConfig
 from saccade.training.data import is_held_out
 from saccade.training.loop import (
-    find_device,
     learning_rate,
     load_run,
     make_model,
@@ -377,6 +377,8 @@ def test_config_round_trip(task):
         ({"clip": 0.0}, "clip: got 0.0"),
         ({"stop_at": 0.0}, "stop_at: got 0.0"),
         ({"task": "stdlib", "stop_at": 0.5}, "stop_at: got 0.5 for stdlib"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"seed": 2**63}, "seed: got 9223372036854775808"),
     ],
 )
 def test_bad_options(change, message):

@@ -24,6 +24,19 @@ from saccade.core.problem import check_dropout, make_problem
 from saccade.core.ranges import KeyRanges
 
 
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the accelerator where there is one, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {name!r}, wanted auto or a torch device that is here ({error})") from None
+    return device
+
+
 def collect() -> dict[str, Any]:
     """Versions, devices, and for each backend why it cannot run here, or None."""
     import saccade
@@ -178,20 +191,27 @@ class Explain:
     keys: int | None = None
     """Keys (N); as many as queries by default."""
     batch: int = 1
+    """Batch size (B)."""
     heads: int = 8
+    """Query heads."""
     kv_heads: int | None = None
     """Key/value heads; as many as query heads by default."""
     dim: int = 64
     """Head dim of queries, keys and values."""
     dtype: str = "float32"
+    """Dtype of queries, keys and values."""
     causal: bool = False
+    """Query i sees the keys up to its own position."""
     window: int | None = None
     """Keys before its own that a query sees."""
     documents: tuple[int, ...] = ()
     """Lengths of packed documents; they must add up to the queries."""
     alibi: bool = False
+    """Add ALiBi's bias."""
     device: str = "cpu"
+    """auto (an accelerator where there is one, else the CPU), or a torch device."""
     json: bool = False
+    """Print JSON."""
 
 
 def explain_main(options: Explain) -> None:
@@ -199,12 +219,19 @@ def explain_main(options: Explain) -> None:
     dtype = getattr(torch, options.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype: got {options.dtype!r}, want the name of a torch dtype, e.g. bfloat16")
+    for name in ("queries", "keys", "batch"):
+        if (size := getattr(options, name)) is not None and size < 0:
+            raise ValueError(f"{name}: got {size}, want 0 or more")
+    for name in ("heads", "kv_heads", "dim"):
+        if (size := getattr(options, name)) is not None and size < 1:
+            raise ValueError(f"{name}: got {size}, want at least 1")
+    device = find_device(options.device)
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
     keys = options.queries if options.keys is None else options.keys
 
     def zeros(length: int, heads: int) -> Tensor:
         # One number, expanded: only sizes matter here.
-        return torch.zeros((), dtype=dtype, device=options.device).expand(options.batch, length, heads, options.dim)
+        return torch.zeros((), dtype=dtype, device=device).expand(options.batch, length, heads, options.dim)
 
     parts: list[Mask] = [Documents(list(options.documents))] if options.documents else []
     parts += [Causal()] if options.causal else []
@@ -212,7 +239,7 @@ def explain_main(options: Explain) -> None:
     mask = parts[0] if parts else None
     for part in parts[1:]:
         mask = part if mask is None else mask & part
-    bias = Alibi(torch.ones(options.heads, device=options.device)) if options.alibi else None
+    bias = Alibi(torch.ones(options.heads, device=device)) if options.alibi else None
     query, key = zeros(options.queries, options.heads), zeros(keys, kv_heads)
     found = explain(query, key, key, mask=mask, bias=bias)
     print(json_module.dumps(asdict(found), indent=2) if options.json else found)

@@ -108,6 +108,8 @@ class TrainConfig:
             raise ValueError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
         if not self.clip > 0:
             raise ValueError(f"clip: got {self.clip}, wanted a positive number (inf for none)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, wanted 0 … 2⁶³ − 1")
         if self.stop_at is not None and (self.task == "stdlib" or not 0 < self.stop_at <= 1):
             raise ValueError(
                 f"stop_at: got {self.stop_at} for {self.task}, wanted a share in (0, 1] of a synthetic task"

@@ -25,6 +25,7 @@ from types import FrameType
 import torch
 from torch import nn
 
+from saccade.info import find_device
 from saccade.models.gpt import GPT, GPTConfig
 from saccade.training import checkpoint
 from saccade.training.checkpoint import Progress, write_file
@@ -116,19 +117,6 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """The precision of a configuration as a context manager."""
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=config.precision != "fp32")
-
-
-def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the accelerator where there is one, else the CPU."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {name!r}, wanted auto or a torch device that is here ({error})") from None
-    return device
 
 
 def take_step(
