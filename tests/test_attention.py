@@ -355,6 +355,23 @@ def test_flop_counter_counts_the_visible_area():
         assert counter.get_total_flops() == 2 * 4 * area * (3 * 8 + 2 * 6)
 
 
+@pytest.mark.parametrize("order", [("saccade", "torch.utils.flop_counter"), ("torch.utils.flop_counter", "saccade")])
+def test_flops_are_counted_whichever_is_imported_first(order):
+    """In a fresh process, with the counter made before the first call."""
+    code = f"""
+import sys, torch, {order[0]}
+assert ("torch.utils.flop_counter" in sys.modules) == (sys.argv[1] == "torch.utils.flop_counter")
+import {order[1]}
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    saccade.attention(*(torch.zeros(1, 3, 1, 4) for _ in "qkv"))
+assert counter.get_total_flops() == 2 * 3 * 3 * (4 + 4)
+loader = torch.utils.flop_counter.__spec__.loader
+assert loader.get_source("torch.utils.flop_counter").startswith("# mypy")  # torch's own, as if nobody had looked
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, order[0]], check=True)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 2**31))
 def test_merge_of_parts_is_the_whole(cuts, seed):
@@ -486,8 +503,7 @@ def test_what_a_dense_mask_hides_is_not_counted(shape):
 def test_info_runs_with_torch_alone():
     """No module outside torch's own needs is imported by `import saccade` or `python -m saccade.info`."""
     code = (
-        "import sys, torch.utils.flop_counter; torchs = set(sys.modules); "  # which imports triton where there is one
-        "import saccade, saccade.info; "
+        "import sys, torch; torchs = set(sys.modules); import saccade, saccade.info; "
         "bad = {'tyro', 'rich', 'matplotlib', 'safetensors', 'triton', 'xformers'} & (set(sys.modules) - torchs); "
         "assert not bad, bad"
     )

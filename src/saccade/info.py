@@ -18,7 +18,7 @@ from saccade.backends import AUTOMATIC, BACKENDS, choose, load
 from saccade.backends.schedule import tiles
 from saccade.core.api import autocast_inputs
 from saccade.core.biases import Alibi, Bias
-from saccade.core.library import backward_flops, forward_flops, visible_area
+from saccade.core.flops import backward_flops, forward_flops, visible_area
 from saccade.core.masks import Causal, Documents, Mask, Window
 from saccade.core.problem import check_dropout, make_problem
 from saccade.core.ranges import KeyRanges

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from saccade.backends import Gradients, Needs, load
+from saccade.core.flops import register_when_imported
 from saccade.core.problem import Problem
 
 _PROBLEM = (
@@ -181,29 +181,4 @@ for _name, _body, _fake, _gradient, _context in (
     torch.library.register_fake(f"saccade::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"saccade::{_name}", _gradient, setup_context=_context, lib=_library)
 
-
-def forward_flops(problem: Problem) -> int:
-    """FLOPs of the forward pass over the visible area: two products."""
-    return 2 * visible_area(problem) * (problem.query.shape[-1] + problem.value.shape[-1])
-
-
-def backward_flops(problem: Problem) -> int:
-    """FLOPs of the backward pass over the visible area: five products, the recomputed scores among them."""
-    return 2 * visible_area(problem) * (3 * problem.query.shape[-1] + 2 * problem.value.shape[-1])
-
-
-def visible_area(problem: Problem) -> int:
-    """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing)."""
-    if problem.lo is not None and type(problem.lo) is not Tensor:
-        return problem._replace(lo=None, hi=None, diagonal=None, dense=None).visible_pairs()
-    return problem.visible_pairs()
-
-
-@register_flop_formula(torch.ops.saccade.attention_forward, get_raw=True)
-def _count_forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return forward_flops(Problem(*args[: len(Problem._fields)]))
-
-
-@register_flop_formula(torch.ops.saccade.attention_backward, get_raw=True)
-def _count_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return backward_flops(Problem(*args[4 : 4 + len(Problem._fields)]))
+register_when_imported()
