@@ -2,6 +2,7 @@
 
 import doctest
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,3 +217,5 @@ def test_draw_writes_a_picture(tmp_path):
     assert text.splitlines()[5] == "■ · · ■ ■ ■"
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
     assert saccade.KeyLengths([1, 2]).draw(1, 2).split("\n\n") == ["■ ·", "■ ■"]
+    with pytest.raises(ValueError, match=r"path: got a mask of shape \[1, 0, 0\], want at least one key"):
+        saccade.Documents([]).draw(path=tmp_path / "nothing.png")

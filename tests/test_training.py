@@ -301,6 +301,20 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     assert [number for number, _ in losses(run)] == list(range(1, step + 3))
 
 
+def test_ctrl_c_in_the_last_evaluation_ends_a_run_that_is_done(tmp_path, monkeypatch):
+    from saccade.training import loop
+
+    def evaluate(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return loop.evaluate.__wrapped__(*arguments)
+
+    evaluate.__wrapped__ = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    result = train(replace(TINY, steps=2, out=tmp_path / "run"), quiet=True)
+    assert (result.step, result.interrupted) == (2, False)
+    assert result.held_out is not None
+
+
 def test_ctrl_c_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)

@@ -227,7 +227,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
             checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
         if final is None and not interrupted.is_set():
             final = held_out(None)
-    result = Result(str(run), step, seconds, interrupted.is_set(), task.metric, final, task.baselines())
+    result = Result(str(run), step, seconds, final is None, task.metric, final, task.baselines())
     write_file(run / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
     plot(run, task.metric, result.baselines)
     return result
