@@ -358,6 +358,16 @@ def test_a_broken_line_of_metrics_is_left_behind(tmp_path):
     assert (7, 1.0) not in losses(run)
 
 
+@pytest.mark.parametrize("line", [b"hello\n", b"\xff\n", b"3\n", b'{"loss": 1.0}\n'])
+def test_foreign_metrics_are_named(tmp_path, line):
+    run = tmp_path / "run"
+    train(replace(TINY, steps=2, out=run), quiet=True)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 4 is not the record of a step: got "):
+        train(replace(read_config(run), resume=run, steps=3), quiet=True)
+
+
 def test_find_device():
     assert find_device("cpu") == CPU
     assert find_device("auto") == (torch.accelerator.current_accelerator() or CPU)
@@ -422,7 +432,12 @@ def test_bad_options_that_others_check(tmp_path, change, message):
         ("{", "run/config.json: not a training configuration"),
         ("3", "run/config.json: not a training configuration"),
         ('{"stepz": 3}', "run/config.json: unknown option stepz"),
-        ('{"steps": "many"}', "run/config.json: "),
+        ("[1]", "run/config.json: not a training configuration"),
+        ('{"steps": "many"}', "run/config.json: steps: got 'many', wanted int"),
+        ('{"dim": null}', "run/config.json: dim: got None, wanted int"),
+        ('{"hidden": true}', "run/config.json: hidden: got True, wanted int or null"),
+        ('{"positions": "polar"}', "run/config.json: positions: got 'polar', wanted one of rope, alibi, none"),
+        ('{"out": 3}', "run/config.json: out: got 3, wanted a path or null"),
         ('{"steps": 0}', "run/config.json: steps: got 0"),
     ],
 )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib"]
 
@@ -124,18 +124,44 @@ class TrainConfig:
         """The configuration in JSON text; `source` names it in a ValueError about what is wrong."""
         try:
             values: dict[str, Any] = json.loads(text)
-            unknown = set(values) - {field.name for field in fields(cls)}
-        except (json.JSONDecodeError, TypeError) as error:
+        except json.JSONDecodeError as error:
             raise ValueError(f"{source}: not a training configuration ({error})") from None
-        if unknown:
-            raise ValueError(f"{source}: unknown option {', '.join(sorted(unknown))}")
-        for name in ("out", "resume"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: not a training configuration (a JSON {type(values).__name__})")
+        types = get_type_hints(cls)
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{source}: unknown option {name}")
+            if not _is_a(value, types[name]):
+                raise ValueError(f"{source}: {name}: got {value!r}, wanted {_words(types[name])}")
+            if value is not None and Path in get_args(types[name]):
+                values[name] = Path(value)
         try:
             return cls(**values)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value read from JSON is of the type that a field is declared with."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):  # a union
+        return any(_is_a(value, one) for one in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    written: dict[Any, Any] = {float: (int, float), Path: str}
+    return isinstance(value, written.get(kind, kind))
+
+
+def _words(kind: Any) -> str:
+    """The same type for a reader."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_args(kind):
+        return " or ".join(map(_words, get_args(kind)))
+    words: dict[Any, str] = {type(None): "null", Path: "a path"}
+    return words.get(kind, str(kind.__name__))
 
 
 _SYNTHETIC = TrainConfig(

@@ -247,7 +247,7 @@ def read_config(run: Path) -> TrainConfig:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run}: holds no config.json; wanted the folder of a training run")
-    return TrainConfig.from_json(path.read_text(), str(path))
+    return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 def _run_folder(config: TrainConfig) -> Path:
