@@ -181,7 +181,7 @@ _REPEAT = replace(_SYNTHETIC, max_length=64, lr=4e-3, tie_embeddings=False, embe
 
 PRESETS: dict[TaskName, TrainConfig] = {
     "copy": replace(_REPEAT, task="copy", steps=3000),
-    "reverse": replace(_REPEAT, task="reverse", steps=4000),
+    "reverse": replace(_REPEAT, task="reverse", steps=6500, lr_end=0.02),
     "sort": replace(_SYNTHETIC, task="sort", max_length=24, layers=3, positions="none", steps=2000),
     "associative-recall": replace(_SYNTHETIC, task="associative-recall", max_length=16, steps=2000),
     "addition": replace(_SYNTHETIC, task="addition", max_length=4, layers=3, rope_theta=1000.0, steps=2200),
