@@ -519,6 +519,20 @@ def test_info_runs_with_torch_alone():
     assert "available" in text
 
 
+def test_info_asks_each_backend_about_every_device(monkeypatch):
+    """A backend for the accelerator alone is available on a machine that has one."""
+    from saccade import info
+    from saccade.backends import chunked
+
+    assert info.collect()["devices"][0] == "cpu"
+    monkeypatch.setattr(info, "find_device", lambda name: torch.device("meta" if name == "auto" else name))
+    monkeypatch.setattr(chunked, "reason_against", lambda problem: None if problem.query.is_meta else "not here")
+    found = info.collect()
+    assert found["devices"] == ["cpu", "meta"]
+    assert found["backends"]["chunked"] is None
+    assert found["backends"]["native"] is None or "meta" in found["backends"]["native"]
+
+
 def test_ranges_made_by_hand_are_cut_off_at_the_keys():
     q, k, v = qkv(M=5, N=7)
     wide = torch.full((1, 1, 5), 10**6, dtype=torch.int32)

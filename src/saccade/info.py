@@ -20,7 +20,7 @@ from saccade.core.api import autocast_inputs
 from saccade.core.biases import Alibi, Bias
 from saccade.core.flops import backward_flops, forward_flops, visible_area
 from saccade.core.masks import Causal, Documents, Mask, Window
-from saccade.core.problem import check_dropout, make_problem
+from saccade.core.problem import Problem, check_dropout, make_problem
 from saccade.core.ranges import KeyRanges
 
 
@@ -43,7 +43,8 @@ def collect() -> dict[str, Any]:
     from saccade.backends.native import library  # loads it, which nothing should before it is asked for
 
     cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    problem, _ = make_problem(*(torch.zeros(1, 16, 1, 64) for _ in range(3)))
+    devices = list(dict.fromkeys([find_device("cpu"), find_device("auto")]))
+    problems = [make_problem(*(torch.zeros(1, 16, 1, 64, device=device) for _ in range(3)))[0] for device in devices]
     return {
         "saccade": saccade.__version__,
         "torch": torch.__version__,
@@ -56,9 +57,16 @@ def collect() -> dict[str, Any]:
             "runs": list(library.SUPPORTED),
             "threads": library.threading(),
         },
+        "devices": list(map(str, devices)),
         "cuda": cuda,
-        "backends": {name: load(name).reason_against(problem) for name in BACKENDS},
+        "backends": {name: _reason_everywhere(name, problems) for name in BACKENDS},
     }
+
+
+def _reason_everywhere(name: str, problems: list[Problem]) -> str | None:
+    """Why a backend can compute none of these problems, one for each device; None where it can one."""
+    reasons = [load(name).reason_against(problem) for problem in problems]
+    return None if None in reasons else reasons[-1]
 
 
 def main(json: bool = False) -> None:
@@ -79,7 +87,7 @@ def main(json: bool = False) -> None:
     if native["runs"]:
         print(f"{'native':<30}{native['instructions']} of {', '.join(native['runs'])}; {native['threads']}")
     for name, value in found.items():
-        print(f"{name:<30}{value if value != [] else 'none'}")
+        print(f"{name:<30}{(', '.join(value) or 'none') if isinstance(value, list) else value}")
 
 
 @dataclass(frozen=True)
