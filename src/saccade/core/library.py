@@ -100,7 +100,8 @@ def _without_autocast(device: torch.device) -> torch.autocast:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     problem, backend = Problem(*args[:-1]), args[-1]
     with _without_autocast(problem.query.device):
-        return load(backend).forward(problem)
+        out, lse = load(backend).forward(problem)
+    return out.contiguous(), lse.contiguous()  # as the fake says: compiled code relies on the strides
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
             problem, grad_out, grad_lse, out, lse, Needs._make([*needs[:first], list(needs[first:])])
         )
     # The op returns tensors only: an empty one stands for a gradient nobody asked for.
-    return [lse.new_empty(0) if grad is None else grad for grad in _inputs(grads)]
+    return [lse.new_empty(0) if grad is None else grad.contiguous() for grad in _inputs(grads)]
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
