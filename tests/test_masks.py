@@ -225,7 +225,7 @@ def test_draw_writes_a_picture(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(visibility(), st.lists(st.tuples(st.integers(4, 6), st.lists(st.integers(0, 4), max_size=3)), max_size=3))
 def test_shared_prompt_by_its_definition(vis, groups):
-    """Each answer sees what it would see alone behind its prompt. Prompts have 4 keys and more: the parts may name 4."""
+    """Each answer sees what it would see alone behind its prompt. Prompts have 4 keys or more: parts may name 4."""
     parts, _ = vis
     parts = [replace(part, align=None) if isinstance(part, saccade.Window) else part for part in parts]
     parts = [part for part in parts if not isinstance(part, saccade.Causal)]
