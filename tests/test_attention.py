@@ -349,6 +349,20 @@ def test_masks_and_biases_meet_tensors_inside_a_compiled_function():
         for got, want in zip(compiled(*given), f(*given), strict=True):
             assert torch.equal(got, want)
     assert counter.frame_count == 1
+    exported = torch.export.export(Calls(f), given, strict=True).module()
+    for got, want in zip(exported(*given), f(*given), strict=True):
+        assert torch.equal(got, want)
+
+
+class Calls(torch.nn.Module):
+    """A function as the module that `torch.export` asks for."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
 
 
 def test_flop_counter_counts_the_visible_area():

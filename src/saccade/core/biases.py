@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_ADD = (Tensor.__add__, Tensor.__radd__, Tensor.add)
+_ADD = (Tensor.__add__, Tensor.__radd__, Tensor.add, operator.add)
+"""What torch calls `+`: when it runs, compiles and exports."""
 
 
 class Bias:

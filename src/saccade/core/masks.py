@@ -10,6 +10,7 @@ In the pictures below rows are queries, columns are keys, `■` is visible.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from saccade.core.ranges import KeyRanges
 
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 Lengths: TypeAlias = Sequence[int] | Tensor
-_AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and)
+_AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and, operator.and_)
+"""What torch calls `&`: when it runs, compiles and exports."""
 _UNBOUNDED = 2**30
 """Longer than any sequence; small enough that positions and it add up in int32."""
 
