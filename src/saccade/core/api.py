@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.backends import choose
 from saccade.core.biases import Bias
-from saccade.core.library import attend, autocast_is_on
+from saccade.core.library import attend
 from saccade.core.masks import Mask
 from saccade.core.problem import make_problem
 from saccade.core.ranges import KeyRanges
@@ -121,7 +121,9 @@ def attention(
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Floating tensors in the autocast dtype where autocast is on; fp64 is left alone, as torch does."""
-    if not all(isinstance(x, Tensor) for x in tensors) or not autocast_is_on(tensors[0].device):
+    if not all(isinstance(x, Tensor) for x in tensors) or tensors[0].is_meta:  # of which torch knows no autocast
+        return tensors
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -68,16 +68,15 @@ def _unobserved(problem: Problem) -> bool:
 
     Its dispatch costs as much as a small problem.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or problem.query.is_meta:  # without values only the op's shapes are to be had
         return False
     if (
-        problem.query.is_meta  # where the op's fake is all there is to run
-        or forward_ad._current_level >= 0
+        forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._autograd._profiler_enabled()
-        or autocast_is_on(problem.query.device)
+        or torch.is_autocast_enabled(problem.query.device.type)
     ):
         return False
     differentiated = torch.is_grad_enabled()
@@ -85,11 +84,6 @@ def _unobserved(problem: Problem) -> bool:
         if isinstance(x, Tensor) and (type(x) not in _PLAIN or (differentiated and x.requires_grad)):
             return False
     return True
-
-
-def autocast_is_on(device: torch.device) -> bool:
-    """Whether autocast is on for this device; some, such as `meta`, have none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _without_autocast(device: torch.device) -> torch.autocast:
