@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import saccade
+from saccade.backends import load
 from saccade.core.problem import make_problem
 from saccade.testing import differentiable, results, tolerances, with_inputs, worst
 
@@ -196,6 +197,7 @@ CONSTRUCTORS = [
     (lambda: saccade.Documents([1]) & saccade.KeyLengths([1]), "mask", "Documents & KeyLengths"),
     (lambda: saccade.Sinks(1) & saccade.Sinks(2), "mask", "Sinks & Sinks"),
     (lambda: saccade.Causal().draw(), "M", "None"),
+    (lambda: saccade.Causal().draw(-1, 3), "M", "-1"),
     (lambda: saccade.Alibi([0.5]), "slopes", "list"),
     (lambda: saccade.RelativeBias(torch.ones(2, 4)), "table", r"\[2, 4\]"),
 ]
@@ -233,8 +235,7 @@ def test_autocast(dtype):
     bias = torch.randn(5, 7, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         out, lse = saccade.attention(q, k, v.to(dtype), bias=bias, return_lse=True)
-        # The same op outside of autocast on inputs that were cast by hand.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):  # inputs cast by hand
         want, want_lse = saccade.attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, return_lse=True)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
@@ -269,8 +270,12 @@ def test_activation_checkpointing_with_dropout():
 
 
 @pytest.mark.parametrize("terms", ["plain", "all", "paged"])
-def test_opcheck(terms):
-    q, k, v = (x.requires_grad_() for x in qkv(M=6, N=8, B=1))
+@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
+def test_opcheck(backend, terms):
+    q, k, v = qkv(M=6, N=8, B=1)
+    if terms == "plain":  # of another order in memory, which that of the results does not follow
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     kw = dict(mask=saccade.Causal("bottom_right"))
     if terms == "all":
         tensors = [torch.randn(s, requires_grad=True) for s in ((4,), (4, 5), (4, 1, 8), (6, 1), (4,))]
@@ -281,11 +286,13 @@ def test_opcheck(terms):
     else:
         kw = {}
     problem, _ = make_problem(q, k, v, **kw)
+    if (reason := load(backend).reason_against(problem)) is not None:
+        pytest.skip(reason)
     # Leaves: opcheck reads `.grad` of what it is given.
     leaves = {name: x.detach().requires_grad_() for name, x in differentiable(problem).items()}
     problem = with_inputs(problem, leaves)
-    torch.library.opcheck(torch.ops.saccade.attention_forward.default, (*problem, "chunked"))
-    out, lse = torch.ops.saccade.attention_forward(*problem, "chunked")
+    torch.library.opcheck(torch.ops.saccade.attention_forward.default, (*problem, backend))
+    out, lse = torch.ops.saccade.attention_forward(*problem, backend)
     needs = [
         True,
         True,
@@ -297,7 +304,7 @@ def test_opcheck(terms):
     ]
     plain = problem._make(x.detach() if isinstance(x, torch.Tensor) else x for x in problem)
     plain = plain._replace(biases=[x.detach() for x in problem.biases])
-    args = (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), *plain, needs, "chunked")
+    args = (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), *plain, needs, backend)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.saccade.attention_backward.default, args, test_utils=utils)
 
@@ -324,6 +331,40 @@ def test_compile_fullgraph_without_recompiling_for_new_lengths():
     assert counter.frame_count == 1
 
 
+def test_masks_and_biases_meet_tensors_inside_a_compiled_function():
+    """`&` and `+` with a tensor on either side; no recompile for other values."""
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    q, k, v = qkv(M=9, N=9, B=1)
+
+    def f(lengths, holes, slopes, dense):
+        masks = (saccade.Documents(lengths) & saccade.Causal() & holes, holes & saccade.Window(3))
+        biases = (saccade.Alibi(slopes) + dense, dense + saccade.Alibi(slopes), sum([saccade.Alibi(slopes), dense]))
+        return [saccade.attention(q, k, v, mask=mask, bias=bias) for mask in masks for bias in biases]
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for lengths in ([5, 4], [1, 8]):
+        given = torch.tensor(lengths), torch.rand(9, 9) < 0.7, torch.rand(4), torch.randn(4, 9, 9)
+        for got, want in zip(compiled(*given), f(*given), strict=True):
+            assert torch.equal(got, want)
+    assert counter.frame_count == 1
+    exported = torch.export.export(Calls(f), given, strict=True).module()
+    for got, want in zip(exported(*given), f(*given), strict=True):
+        assert torch.equal(got, want)
+
+
+class Calls(torch.nn.Module):
+    """A function as the module that `torch.export` asks for."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
 def test_flop_counter_counts_the_visible_area():
     q, k, v = (x.requires_grad_() for x in qkv(M=64, N=64, B=1))
     for mask, area in ((None, 64 * 64), (saccade.Causal(), 64 * 65 // 2), (saccade.Documents([32, 32]), 2 * 32 * 32)):
@@ -333,6 +374,23 @@ def test_flop_counter_counts_the_visible_area():
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
         assert counter.get_total_flops() == 2 * 4 * area * (3 * 8 + 2 * 6)
+
+
+@pytest.mark.parametrize("order", [("saccade", "torch.utils.flop_counter"), ("torch.utils.flop_counter", "saccade")])
+def test_flops_are_counted_whichever_is_imported_first(order):
+    """In a fresh process, with the counter made before the first call."""
+    code = f"""
+import sys, torch, {order[0]}
+assert ("torch.utils.flop_counter" in sys.modules) == (sys.argv[1] == "torch.utils.flop_counter")
+import {order[1]}
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    saccade.attention(*(torch.zeros(1, 3, 1, 4) for _ in "qkv"))
+assert counter.get_total_flops() == 2 * 3 * 3 * (4 + 4)
+loader = torch.utils.flop_counter.__spec__.loader
+assert loader.get_source("torch.utils.flop_counter").startswith("# mypy")  # torch's own, as if nobody had looked
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, order[0]], check=True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -373,6 +431,8 @@ def test_merge_edges():
     torch.testing.assert_close(saccade.merge([five, five])[0], five[0])
     with pytest.raises(ValueError, match="parts: got none"):
         saccade.merge([])
+    with pytest.raises(ValueError, match=r"parts\[0\]: got Tensor, want a pair"):
+        saccade.merge([three])
     with pytest.raises(ValueError, match=r"parts\[1\]: got out"):
         saccade.merge([other, (torch.ones(1, 3, 1, 3), torch.ones(1, 1, 3))])
 
@@ -464,8 +524,7 @@ def test_what_a_dense_mask_hides_is_not_counted(shape):
 def test_info_runs_with_torch_alone():
     """No module outside torch's own needs is imported by `import saccade` or `python -m saccade.info`."""
     code = (
-        "import sys, torch.utils.flop_counter; torchs = set(sys.modules); "  # which imports triton where there is one
-        "import saccade, saccade.info; "
+        "import sys, torch; torchs = set(sys.modules); import saccade, saccade.info; "
         "bad = {'tyro', 'rich', 'matplotlib', 'safetensors', 'triton', 'xformers'} & (set(sys.modules) - torchs); "
         "assert not bad, bad"
     )
@@ -479,6 +538,20 @@ def test_info_runs_with_torch_alone():
     text = subprocess.run([sys.executable, "-m", "saccade.info"], check=True, capture_output=True, text=True).stdout
     assert "attention.chunked" in text
     assert "available" in text
+
+
+def test_info_asks_each_backend_about_every_device(monkeypatch):
+    """A backend for the accelerator alone is available on a machine that has one."""
+    from saccade import info
+    from saccade.backends import chunked
+
+    assert info.collect()["devices"][0] == "cpu"
+    monkeypatch.setattr(info, "find_device", lambda name: torch.device("meta" if name == "auto" else name))
+    monkeypatch.setattr(chunked, "reason_against", lambda problem: None if problem.query.is_meta else "not here")
+    found = info.collect()
+    assert found["devices"] == ["cpu", "meta"]
+    assert found["backends"]["chunked"] is None
+    assert found["backends"]["native"] is None or "meta" in found["backends"]["native"]
 
 
 def test_ranges_made_by_hand_are_cut_off_at_the_keys():
@@ -495,7 +568,15 @@ def test_sums_begin_at_zero_and_foreign_operands_are_refused():
         saccade.attention(q, k, v, bias=sum(terms)),
         saccade.attention(q, k, v, bias=terms[0] + terms[1] + terms[2]),
     )
-    for wrong in (lambda: 1.0 + terms[0], lambda: None & saccade.Causal(), lambda: saccade.Causal() & 1):
+    tensor = torch.ones(5, 7, dtype=torch.bool)
+    for wrong in (
+        lambda: 1.0 + terms[0],
+        lambda: None & saccade.Causal(),
+        lambda: saccade.Causal() & 1,
+        lambda: tensor | saccade.Causal(),
+        lambda: terms[2] - terms[0],
+        lambda: torch.relu(saccade.Causal()),
+    ):
         with pytest.raises(TypeError):
             wrong()
 
@@ -504,6 +585,27 @@ def test_forward_mode_is_refused_not_zero():
     q, k, v = qkv()
     with pytest.raises((RuntimeError, NotImplementedError), match=r"forward-mode|not implemented"):
         torch.func.jvp(lambda x: saccade.attention(x, k, v), (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev, torch.func.grad])
+def test_function_transforms_are_refused_in_words(transform):
+    q, k, v = qkv()
+    with pytest.raises(RuntimeError, match=r"no rule for torch\.func.*torch\.autograd"):
+        transform(lambda x: saccade.attention(x, k, v).sum())(q[None] if transform is torch.func.vmap else q)
+
+
+def test_shapes_without_values():
+    """On the meta device, which has neither values nor autocast, a call gives the shapes and dtypes of its results."""
+    shapes = []
+    for device in ("cpu", "meta"):
+        q, k, v = (x.to(device).requires_grad_() for x in qkv())
+        mask = saccade.KeyLengths(torch.tensor([5, 7], device=device)) & saccade.Window(3)
+        out, lse = saccade.attention(q, k, v, mask=mask, return_lse=True)
+        (out.sum() + lse.sum()).backward()
+        shapes.append([(x.shape, x.dtype) for x in (out, lse, q.grad, k.grad, v.grad)])
+        with torch.no_grad():
+            assert saccade.attention(q, k, v, mask=mask).device.type == device
+    assert shapes[0] == shapes[1]
 
 
 def test_wide_block_tables_do_not_overflow():
@@ -522,3 +624,5 @@ def test_explain_draws_nothing():
     state = torch.get_rng_state()
     saccade.explain(*tensors, dropout_p=0.5, return_lse=True)
     assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match=r"dropout_p: got 1\.5, want"):
+        saccade.explain(*tensors, dropout_p=1.5)

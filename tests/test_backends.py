@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import saccade
-from cases import CASES, SHORT
+from cases import CASES, SHORT, Case
+from saccade import Causal
 from saccade.backends import load
+from saccade.bench.shapes import SHAPES
 from saccade.core.library import attend
 from saccade.testing import results, textbook, tolerances, worst
 
@@ -38,7 +40,7 @@ def test_reference_is_the_textbook(case):
     problem = case.problem()
     want = results(lambda p: textbook(p, torch.float64), problem, torch.float64)
     got = results(lambda p: attend(p, "reference"), problem, torch.float64)
-    check(got, want, {name: 1e-11 * max(1.0, float(x.nan_to_num(0, 0, 0).abs().sum())) for name, x in want.items()})
+    check(got, want, tolerances(problem, torch.float64, want))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), TYPED, ids=str)
@@ -48,6 +50,18 @@ def test_backend_agrees_with_reference(case, backend, dtype):
     want = results(lambda p: attend(p, "reference"), problem, torch.float64)
     got = results(lambda p: attend(p, backend), problem, dtype)
     check(got, want, tolerances(problem, dtype, want))
+
+
+@pytest.mark.parametrize("backend", TESTED)
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_real_models(name, backend):
+    """The heads and head dims that the benchmarks measure."""
+    heads, kv_heads, dim = SHAPES[name]
+    case = Case(name, M=20, N=29, heads=heads, kv_heads=kv_heads, K=dim, V=dim, mask=lambda: Causal("bottom_right"))
+    problem = case.problem(torch.float32)
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    got = results(lambda p: attend(p, backend), problem, torch.float32)
+    check(got, want, tolerances(problem, torch.float32, want))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -101,6 +101,17 @@ def test_only_the_last_are_kept_and_the_newest_is_found(tmp_path):
         checkpoint.latest(tmp_path / "elsewhere")
 
 
+def test_what_others_put_beside_checkpoints_is_left_alone(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / ".DS_Store").write_text("a file")
+    (folder / ".hidden").mkdir()
+    (folder / "step-zero").write_text("notes")
+    saved = checkpoint.save(tmp_path, Progress(1, 0.0), *make(steps=1))
+    assert checkpoint.latest(tmp_path) == saved
+    assert {path.name for path in folder.iterdir()} == {".DS_Store", ".hidden", "step-zero", "step-00000001"}
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call):
     """Whatever fails, and when: what is then found is the old checkpoint or the new one, never a mixture or none."""

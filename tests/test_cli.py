@@ -60,13 +60,30 @@ def test_help_names_every_option_and_the_preset(capsys):
     assert f"the learning rate's schedule spans them. (default: {PRESETS['addition'].steps})" in plain
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_says_what_each_option_is_for(capsys, command):
+    """An option that is not described shows its default alone."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    text = re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().out)
+    options = re.findall(r" (--[a-z][\w-]*)(.*?)\(default: ", text)
+    assert options
+    for name, shown in options:
+        # Less its other name, the values it may take and their types.
+        assert re.sub(r"--[\w-]+|\{[^}]*\}|\b[A-Z]+\b|\W", "", shown), name
+
+
 @pytest.mark.parametrize(
     ("words", "status", "stream"),
     [([], 2, "err"), (["-h"], 0, "out"), (["--help"], 0, "out"), (["fly"], 2, "err"), (["bench"], 2, "err")],
 )
 def test_usage(capsys, words, status, stream):
     assert cli.main(words) == status
-    shown = getattr(capsys.readouterr(), stream)
+    found = capsys.readouterr()
+    shown = getattr(found, stream)
+    if words and status:
+        assert f"saccade: command: got {words[0]!r}" in found.err
     assert shown.startswith("usage: saccade COMMAND")
     for command in ("train", "generate", "demo", "info", "explain", "bench attention"):
         assert f"\n  {command} " in shown
@@ -79,6 +96,13 @@ def test_usage(capsys, words, status, stream):
         ("train --task copy --device toaster", "device: got 'toaster'"),
         ("train --resume nowhere", "nowhere: holds no config.json"),
         ("generate nowhere", "nowhere: holds no config.json"),
+        ("generate nowhere --seed -1", "seed: got -1"),
+        ("explain --queries -1", "queries: got -1"),
+        ("explain --heads 0", "heads: got 0"),
+        ("explain --device toaster", "device: got 'toaster'"),
+        ("bench attention --lengths 4 -4", "lengths: got -4"),
+        ("bench attention --device toaster", "device: got 'toaster'"),
+        ("bench attention --out /dev/null/run", "[Errno"),
     ],
 )
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, message):

@@ -12,8 +12,8 @@ import saccade
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+def blocks(path: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/tutorial.md"])
@@ -27,13 +27,15 @@ def test_code_runs(name, capsys):
 
 def test_pictures_of_masks():
     path = ROOT / "docs" / "masks.md"
-    text = path.read_text(encoding="utf-8").replace("```", "")
+    # An empty line between pictures would end what doctest expects.
+    examples = "\n".join(block.replace("\n\n", "\n<BLANKLINE>\n") for block in blocks(path, "pycon"))
     names = {"saccade": saccade, "torch": torch}
-    test = doctest.DocTestParser().get_doctest(text, names, "masks.md", str(path), 0)
+    test = doctest.DocTestParser().get_doctest(examples, names, "masks.md", str(path), 0)
     runner = doctest.DocTestRunner()
     runner.run(test)
     assert runner.failures == 0
     assert runner.tries >= 15
+    text = path.read_text(encoding="utf-8")
     for name in saccade.__all__:
         if isinstance(getattr(saccade, name), type) and issubclass(getattr(saccade, name), saccade.core.masks.Mask):
             assert f"### `{name}`" in text

@@ -1,7 +1,9 @@
 """Masks against their definition by brute force, their pictures, and how they combine."""
 
 import doctest
+from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,3 +218,29 @@ def test_draw_writes_a_picture(tmp_path):
     assert text.splitlines()[5] == "■ · · ■ ■ ■"
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
     assert saccade.KeyLengths([1, 2]).draw(1, 2).split("\n\n") == ["■ ·", "■ ■"]
+    with pytest.raises(ValueError, match=r"path: got a mask of shape \[1, 0, 0\], want at least one key"):
+        saccade.Documents([]).draw(path=tmp_path / "nothing.png")
+
+
+@settings(max_examples=100, deadline=None)
+@given(visibility(), st.lists(st.tuples(st.integers(4, 6), st.lists(st.integers(0, 4), max_size=3)), max_size=3))
+def test_shared_prompt_by_its_definition(vis, groups):
+    """Each answer sees what it would see alone behind its prompt. Prompts have 4 keys or more: parts may name 4."""
+    parts, _ = vis
+    parts = [replace(part, align=None) if isinstance(part, saccade.Window) else part for part in parts]
+    parts = [part for part in parts if not isinstance(part, saccade.Causal)]
+    prompts, answers = [p for p, _ in groups], [a for _, a in groups]
+    T = sum(p + sum(a) for p, a in groups)
+    got = combined([saccade.SharedPrompt(prompts, answers), *parts]).materialize(T, T)[0]
+    want = torch.zeros(T, T, dtype=torch.bool)
+    at = 0
+    for p, a in groups:
+        begin = at
+        at += p
+        for n in [0, *a]:
+            rows = torch.tensor([*range(begin, begin + p), *range(at, at + n)])
+            alone = combined([saccade.Causal(), *parts]).materialize(p + n, p + n)[0]
+            want[rows[p:, None], rows] = alone[p:]
+            want[rows[:p, None], rows[:p]] = alone[:p, :p]
+            at += n
+    assert torch.equal(got, want)

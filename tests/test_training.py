@@ -13,14 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saccade.info import find_device
 from saccade.training import checkpoint
 from saccade.training.config import PRESETS, TrainConfig
 from saccade.training.data import is_held_out
 from saccade.training.loop import (
-    find_device,
     learning_rate,
     load_run,
-    longest_problem,
     make_model,
     make_optimizer,
     make_scaler,
@@ -28,7 +27,6 @@ from saccade.training.loop import (
     read_config,
     take_step,
     train,
-    train_batches,
 )
 from saccade.training.packing import Batch
 from saccade.training.report import read_metrics
@@ -80,28 +78,6 @@ def test_schedule_by_hand():
     assert rates[12:] == pytest.approx([0.05, 0.05])
     assert learning_rate(replace(config, warmup=0), 0) == 0.5
     assert learning_rate(replace(config, warmup=100), 11) == pytest.approx(0.5 * 12 / 100)
-
-
-def test_curriculum_by_hand():
-    config = replace(TINY, max_length=64, steps=100, curriculum=0.5)
-    longest = [longest_problem(config, step) for step in range(100)]
-    assert longest[0] == 8
-    assert longest[25] == (8 + 64) / 2
-    assert longest == sorted(longest)
-    assert longest[49] < 64
-    assert set(longest[50:]) == {64}
-    assert longest_problem(replace(config, curriculum=0.0), 0) == 64
-    assert longest_problem(replace(config, max_length=6), 0) == 2  # the shortest that a task may have
-
-
-def test_curriculum_bounds_the_problems_and_ends_in_the_task_itself():
-    config = replace(TINY, max_length=40, tokens=2000, steps=100, curriculum=0.5, accumulation=2)
-    task = make_task(config)
-    for step in (0, 10, 30):
-        longest = max(max(batch.lengths) for batch in train_batches(task, config, step))
-        assert longest == 2 * longest_problem(config, step) + 2  # START, the symbols, =, and the symbols again
-    for batch, index in zip(train_batches(task, config, 60), (120, 121), strict=True):
-        assert torch.equal(batch.tokens, task.train_batch(config.seed, index, config.tokens).tokens)
 
 
 def test_decay_reaches_matrices_only():
@@ -162,7 +138,7 @@ def test_chunked_and_reference_train_alike(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_continues_bit_for_bit(tmp_path, precision):
-    config = replace(TINY, precision=precision, dropout=0.2, accumulation=2, curriculum=0.75, out=tmp_path / "whole")
+    config = replace(TINY, precision=precision, dropout=0.2, accumulation=2, out=tmp_path / "whole")
     train(config, quiet=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000012")
@@ -325,6 +301,20 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     assert [number for number, _ in losses(run)] == list(range(1, step + 3))
 
 
+def test_ctrl_c_in_the_last_evaluation_ends_a_run_that_is_done(tmp_path, monkeypatch):
+    from saccade.training import loop
+
+    def evaluate(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return loop.evaluate.__wrapped__(*arguments)
+
+    evaluate.__wrapped__ = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    result = train(replace(TINY, steps=2, out=tmp_path / "run"), quiet=True)
+    assert (result.step, result.interrupted) == (2, False)
+    assert result.held_out is not None
+
+
 def test_ctrl_c_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)
@@ -368,6 +358,16 @@ def test_a_broken_line_of_metrics_is_left_behind(tmp_path):
     assert (7, 1.0) not in losses(run)
 
 
+@pytest.mark.parametrize("line", [b"hello\n", b"\xff\n", b"3\n", b'{"loss": 1.0}\n'])
+def test_foreign_metrics_are_named(tmp_path, line):
+    run = tmp_path / "run"
+    train(replace(TINY, steps=2, out=run), quiet=True)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 4 is not the record of a step: got "):
+        train(replace(read_config(run), resume=run, steps=3), quiet=True)
+
+
 def test_find_device():
     assert find_device("cpu") == CPU
     assert find_device("auto") == (torch.accelerator.current_accelerator() or CPU)
@@ -397,12 +397,12 @@ def test_config_round_trip(task):
         ({"lr": math.nan}, "lr: got nan"),
         ({"lr_end": 1.5}, "lr_end: got 1.5"),
         ({"beta2": 1.0}, "beta2: got 1.0"),
-        ({"curriculum": 1.5}, "curriculum: got 1.5 for reverse"),
-        ({"curriculum": 0.5, "task": "stdlib", "stop_at": None}, "curriculum: got 0.5 for stdlib"),
         ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
         ({"clip": 0.0}, "clip: got 0.0"),
         ({"stop_at": 0.0}, "stop_at: got 0.0"),
         ({"task": "stdlib", "stop_at": 0.5}, "stop_at: got 0.5 for stdlib"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"seed": 2**63}, "seed: got 9223372036854775808"),
     ],
 )
 def test_bad_options(change, message):
@@ -432,7 +432,12 @@ def test_bad_options_that_others_check(tmp_path, change, message):
         ("{", "run/config.json: not a training configuration"),
         ("3", "run/config.json: not a training configuration"),
         ('{"stepz": 3}', "run/config.json: unknown option stepz"),
-        ('{"steps": "many"}', "run/config.json: "),
+        ("[1]", "run/config.json: not a training configuration"),
+        ('{"steps": "many"}', "run/config.json: steps: got 'many', wanted int"),
+        ('{"dim": null}', "run/config.json: dim: got None, wanted int"),
+        ('{"hidden": true}', "run/config.json: hidden: got True, wanted int or null"),
+        ('{"positions": "polar"}', "run/config.json: positions: got 'polar', wanted one of rope, alibi, none"),
+        ('{"out": 3}', "run/config.json: out: got 3, wanted a path or null"),
         ('{"steps": 0}', "run/config.json: steps: got 0"),
     ],
 )

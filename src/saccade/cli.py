@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not known:
         asked_for_help = words[:1] in (["-h"], ["--help"])
         print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
+        if words and not asked_for_help:
+            _fail(f"command: got {words[0]!r}, want one of those above")
         return 0 if asked_for_help else 2
     run, _ = COMMANDS[known[0]]
     try:
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in EXTRAS:
             raise
         return _fail(f"{known[0]} needs {error.name}: pip install 'saccade[train]'")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
@@ -135,8 +137,9 @@ def generate(
         run: Folder of a training run.
         prompt: Text to continue: source code (stdlib), or a problem such as "banana=" (synthetic tasks).
         max_tokens: Most tokens to generate; a token is a byte or a character.
-        temperature: 0 takes the likeliest token each time; higher is wilder. By default 0.8 for stdlib, 0 for the
-        others. top_p: Draw only from the likeliest tokens whose probabilities sum to this. seed: Fixes the draws.
+        temperature: 0 takes the likeliest token each time; higher is wilder. By default 0.8 for stdlib, else 0.
+        top_p: Draw only from the likeliest tokens whose probabilities sum to this. By default from all.
+        seed: Fixes the draws.
         device: auto (an accelerator where there is one, else the CPU), or a torch device.
     """
     import torch
@@ -144,6 +147,8 @@ def generate(
     from saccade.inference.generate import generate as continue_prompts
     from saccade.training.loop import load_run
 
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, want 0 … 2⁶³ − 1")
     config, task, model = load_run(run, device)
     if temperature is None:
         temperature = 0.8 if config.task == "stdlib" else 0.0

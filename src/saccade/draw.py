@@ -20,17 +20,19 @@ def mask_picture(visible: Tensor, path: str | Path, title: str = "") -> None:
     """Write `visible` `[..., M, N]` as a PNG, one panel per leading entry.
 
     Raises:
-        ValueError: where matplotlib is not installed.
+        ValueError: where matplotlib is not installed, and for no query, no key or no batch.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("path: a picture needs matplotlib, which `pip install 'saccade[plot]'` brings") from None
+    if not visible.numel():
+        raise ValueError(f"path: got a mask of shape {list(visible.shape)}, want at least one key to draw")
     panels = visible.reshape(-1, *visible.shape[-2:])
     M, N = panels.shape[-2:]
     side = min(0.32, 6 / max(M, N, 1))
     width = max(N * side, 2.0)
-    figure = Figure(figsize=(len(panels) * (width + 0.6) + 0.4, max(M * side, 1.0) + 1.1), layout="constrained")
+    figure = Figure(figsize=(len(panels) * (width + 0.6) + 0.4, max(M * side, 1.0) + 1.2), layout="constrained")
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), index + 1)
         axes.imshow(panel.int().tolist(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="equal")

@@ -18,10 +18,23 @@ from saccade.backends import AUTOMATIC, BACKENDS, choose, load
 from saccade.backends.schedule import tiles
 from saccade.core.api import autocast_inputs
 from saccade.core.biases import Alibi, Bias
-from saccade.core.library import backward_flops, forward_flops, visible_area
+from saccade.core.flops import backward_flops, forward_flops, visible_area
 from saccade.core.masks import Causal, Documents, Mask, Window
-from saccade.core.problem import make_problem
+from saccade.core.problem import Problem, check_dropout, make_problem
 from saccade.core.ranges import KeyRanges
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the accelerator where there is one, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {name!r}, wanted auto or a torch device that is here ({error})") from None
+    return device
 
 
 def collect() -> dict[str, Any]:
@@ -30,7 +43,8 @@ def collect() -> dict[str, Any]:
     from saccade.backends.native import library  # loads it, which nothing should before it is asked for
 
     cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    problem, _ = make_problem(*(torch.zeros(1, 16, 1, 64) for _ in range(3)))
+    devices = list(dict.fromkeys([find_device("cpu"), find_device("auto")]))
+    problems = [make_problem(*(torch.zeros(1, 16, 1, 64, device=device) for _ in range(3)))[0] for device in devices]
     return {
         "saccade": saccade.__version__,
         "torch": torch.__version__,
@@ -43,9 +57,16 @@ def collect() -> dict[str, Any]:
             "runs": list(library.SUPPORTED),
             "threads": library.threading(),
         },
+        "devices": list(map(str, devices)),
         "cuda": cuda,
-        "backends": {name: load(name).reason_against(problem) for name in BACKENDS},
+        "backends": {name: _reason_everywhere(name, problems) for name in BACKENDS},
     }
+
+
+def _reason_everywhere(name: str, problems: list[Problem]) -> str | None:
+    """Why a backend can compute none of these problems, one for each device; None where it can one."""
+    reasons = [load(name).reason_against(problem) for problem in problems]
+    return None if None in reasons else reasons[-1]
 
 
 def main(json: bool = False) -> None:
@@ -66,7 +87,7 @@ def main(json: bool = False) -> None:
     if native["runs"]:
         print(f"{'native':<30}{native['instructions']} of {', '.join(native['runs'])}; {native['threads']}")
     for name, value in found.items():
-        print(f"{name:<30}{value if value != [] else 'none'}")
+        print(f"{name:<30}{(', '.join(value) or 'none') if isinstance(value, list) else value}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +151,7 @@ def explain(
     Returns:
         The backend chosen, each other one's reason, visible area, FLOPs, bytes and tiles. Printable.
     """
-    state = torch.random.get_rng_state()  # a problem with dropout draws its seed
+    check_dropout(dropout_p)
     problem, _ = make_problem(
         *autocast_inputs(query, key, value),
         mask=mask,
@@ -138,10 +159,9 @@ def explain(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
-        dropout_p=dropout_p,
         output_dtype=output_dtype,
     )
-    torch.random.set_rng_state(state)
+    problem = problem._replace(dropout_p=float(dropout_p))  # given only now, because making it draws a seed
     B, M, G, H, K = problem.query.shape
     V, N = problem.value.shape[-1], problem.N
     lo, hi, _ = problem.ranges
@@ -179,20 +199,27 @@ class Explain:
     keys: int | None = None
     """Keys (N); as many as queries by default."""
     batch: int = 1
+    """Batch size (B)."""
     heads: int = 8
+    """Query heads."""
     kv_heads: int | None = None
     """Key/value heads; as many as query heads by default."""
     dim: int = 64
     """Head dim of queries, keys and values."""
     dtype: str = "float32"
+    """Dtype of queries, keys and values."""
     causal: bool = False
+    """Query i sees the keys up to its own position."""
     window: int | None = None
     """Keys before its own that a query sees."""
     documents: tuple[int, ...] = ()
     """Lengths of packed documents; they must add up to the queries."""
     alibi: bool = False
+    """Add ALiBi's bias."""
     device: str = "cpu"
+    """auto (an accelerator where there is one, else the CPU), or a torch device."""
     json: bool = False
+    """Print JSON."""
 
 
 def explain_main(options: Explain) -> None:
@@ -200,12 +227,19 @@ def explain_main(options: Explain) -> None:
     dtype = getattr(torch, options.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype: got {options.dtype!r}, want the name of a torch dtype, e.g. bfloat16")
+    for name in ("queries", "keys", "batch"):
+        if (size := getattr(options, name)) is not None and size < 0:
+            raise ValueError(f"{name}: got {size}, want 0 or more")
+    for name in ("heads", "kv_heads", "dim"):
+        if (size := getattr(options, name)) is not None and size < 1:
+            raise ValueError(f"{name}: got {size}, want at least 1")
+    device = find_device(options.device)
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
     keys = options.queries if options.keys is None else options.keys
 
     def zeros(length: int, heads: int) -> Tensor:
         # One number, expanded: only sizes matter here.
-        return torch.zeros((), dtype=dtype, device=options.device).expand(options.batch, length, heads, options.dim)
+        return torch.zeros((), dtype=dtype, device=device).expand(options.batch, length, heads, options.dim)
 
     parts: list[Mask] = [Documents(list(options.documents))] if options.documents else []
     parts += [Causal()] if options.causal else []
@@ -213,7 +247,7 @@ def explain_main(options: Explain) -> None:
     mask = parts[0] if parts else None
     for part in parts[1:]:
         mask = part if mask is None else mask & part
-    bias = Alibi(torch.ones(options.heads, device=options.device)) if options.alibi else None
+    bias = Alibi(torch.ones(options.heads, device=device)) if options.alibi else None
     query, key = zeros(options.queries, options.heads), zeros(keys, kv_heads)
     found = explain(query, key, key, mask=mask, bias=bias)
     print(json_module.dumps(asdict(found), indent=2) if options.json else found)

@@ -108,28 +108,49 @@ def results(
     """
     inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in differentiable(problem).items()}
     out, lse = function(with_inputs(problem, inputs)._replace(output_dtype=dtype))
-    generator = torch.Generator().manual_seed(7)
-    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    grad_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64)
-    grad_lse = torch.where(lse == -torch.inf, 0, grad_lse)
+    grad_out, grad_lse = _cotangents(out, lse)
     cotangents = (grad_out.to(out.dtype), grad_lse.to(lse.dtype))
     grads = torch.autograd.grad((out, lse), list(inputs.values()), cotangents, materialize_grads=True)
     found = {"out": out, "lse": lse} | {f"d{name}": g for name, g in zip(inputs, grads, strict=True)}
     return {name: x.detach().double() for name, x in found.items()}
 
 
+def _cotangents(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    grad_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64)
+    return grad_out, torch.where(lse == -torch.inf, 0, grad_lse)
+
+
+def _of_rounded_output(problem: Problem, dtype: torch.dtype) -> dict[str, float]:
+    """How far the gradients move, by name, where backward starts from an output that was stored in `dtype`.
+
+    It takes the sum of output times its gradient, over V, off each row's gradient of a weight. What rounding adds to
+    that sum acts as a gradient of lse, with the sign turned.
+    """
+    inputs = {name: x.detach().double().requires_grad_() for name, x in differentiable(problem).items()}
+    out, lse = textbook(with_inputs(problem, inputs), torch.float64)
+    rounding = (out.to(dtype).double() - out).detach().nan_to_num(0, 0, 0)
+    added = (_cotangents(out, lse)[0] * rounding).sum(-1).movedim(1, -1)
+    moved = torch.autograd.grad(lse, list(inputs.values()), added, materialize_grads=True)
+    return {f"d{name}": float(x.abs().max()) if x.numel() else 0.0 for name, x in zip(inputs, moved, strict=True)}
+
+
 def tolerances(problem: Problem, dtype: torch.dtype, exact: dict[str, Tensor]) -> dict[str, float]:
     """How far from `exact` a result in `dtype` may be, by name.
 
-    Three times the error of the textbook form in that dtype; and for where the textbook happens to be lucky, one
-    rounding of the largest value to `dtype` and 32 to the dtype that backends compute in.
+    Three times the error of the textbook form in that dtype, and three times what storing the output in it does to a
+    gradient; and for where the textbook happens to be lucky, one rounding of the largest value to `dtype` and 32 to
+    the dtype that backends compute in.
     """
     dense = results(lambda p: textbook(p, dtype), problem, dtype)
+    stored_output = _of_rounded_output(problem, dtype) if exact.keys() - {"out", "lse"} else {}
     stored, computed = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     allowed = {}
     for name, x in exact.items():
         largest = float(x.nan_to_num(0, 0, 0).abs().max()) if x.numel() else 0.0
-        allowed[name] = 3 * worst(dense[name], x) + stored * largest + 32 * computed * (1 + largest)
+        error = worst(dense[name], x) + stored_output.get(name, 0.0)
+        allowed[name] = 3 * error + stored * largest + 32 * computed * (1 + largest)
     return allowed
 
 

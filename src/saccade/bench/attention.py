@@ -21,6 +21,7 @@ from saccade.bench.measure import Row, Yardstick, measure, yardstick
 from saccade.bench.shapes import SHAPES
 from saccade.bench.works import DTYPES, TABLE, Target, Work
 from saccade.core.problem import make_problem
+from saccade.info import find_device
 
 YARDSTICKS = ("sum", "gemm")
 NOTE = """Ratio: Saccade's rate over that of the best of the others named, both in GFLOP/s over the visible area (for
@@ -51,7 +52,7 @@ class Bench:
     shape: str = "small"
     """Heads and head dim of the sweep, by the name of a model."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """auto (an accelerator where there is one, else the CPU), or a torch device."""
     quick: bool = False
     """Tiny sizes, once: whether everything runs. The numbers say nothing."""
     out: Path = field(default_factory=lambda: Path("runs/bench-attention"))
@@ -68,6 +69,9 @@ def main(options: Bench) -> list[Row]:
             raise ValueError(f"dtypes: got {name!r}, want one of {', '.join(DTYPES)}")
     if options.shape not in SHAPES:
         raise ValueError(f"shape: got {options.shape!r}, want one of {', '.join(SHAPES)}")
+    if any(length < 1 for length in options.lengths):
+        raise ValueError(f"lengths: got {min(options.lengths)}, want at least 1 token")
+    find_device(options.device)  # before anything is timed
     if options.repeats < 1:
         raise ValueError(f"repeats: got {options.repeats}, want at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +108,7 @@ def main(options: Bench) -> list[Row]:
 
 def measure_target(name: str, target: Target, dtype: str, options: Bench) -> list[Row]:
     """Measure one row of the table in one dtype."""
-    device = torch.device(options.device)
+    device = find_device(options.device)
     work = target.work.quick() if options.quick else target.work
     memory = "bound" in target.against
     left_out = (*YARDSTICKS, "bound", *(() if options.flex else ("flex compiled",)))
@@ -123,7 +127,7 @@ def measure_target(name: str, target: Target, dtype: str, options: Bench) -> lis
 
 def measure_length(length: int, dtype: str, backward: bool, options: Bench) -> list[Row]:
     """Measure one length of the sweep with every backend."""
-    device = torch.device(options.device)
+    device = find_device(options.device)
     work = Work((length,), SHAPES[options.shape], backward=backward)
     work = work.quick() if options.quick else work
     x = torch.empty(1, 1, 1, work.shape.dim, dtype=DTYPES[dtype], device=device)
@@ -146,7 +150,7 @@ def _measure(
     sticks: dict[str, Yardstick],
     once: bool = False,
 ) -> list[Row]:
-    device = torch.device(options.device)
+    device = find_device(options.device)
     makers = {x: partial(providers.make, x, work, DTYPES[dtype], device) for x in names}
     repeats = 1 if once or options.quick else options.repeats
     return measure(name, work, (dtype, DTYPES[dtype]), makers, sticks, device, repeats)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_ADD = (Tensor.__add__, Tensor.__radd__, Tensor.add, operator.add)
+"""What torch calls `+`: when it runs, compiles and exports."""
 
 
 class Bias:
@@ -20,10 +25,15 @@ class Bias:
             return NotImplemented
         return BiasSum((*self.terms, *as_bias(other).terms))
 
-    def __radd__(self, other: Tensor | int) -> Bias:
-        if isinstance(other, Tensor):
-            return as_bias(other) + self
+    def __radd__(self, other: int) -> Bias:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # 0: where sum() begins
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Bias:
+        """`tensor + bias`: torch asks here; its compiler does for `bias + tensor` too, which it turns round."""
+        return as_bias(args[0]) + as_bias(args[1]) if func in _ADD else NotImplemented
 
 
 @dataclass(frozen=True, eq=False)

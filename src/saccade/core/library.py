@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from saccade.backends import Gradients, Needs, load
+from saccade.core.flops import register_when_imported
 from saccade.core.problem import Problem
 
 _PROBLEM = (
@@ -36,15 +36,28 @@ def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem: through the registered op, or, where nothing would see the op, without it.
 
     Raises:
-        RuntimeError: under forward-mode differentiation, whose tangents the op would drop.
+        RuntimeError: under forward-mode differentiation, whose tangents the op would drop, and inside `torch.func`.
     """
     if _unobserved(problem):
         return load(backend).forward(problem)
+    _refuse_transforms(problem)
+    return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
+
+
+def _refuse_transforms(problem: Problem) -> None:
+    """For what torch would drop in silence, or would refuse in words about its own registration."""
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in _inputs(problem)
     ):
         raise RuntimeError("saccade.attention has no forward-mode derivative; use reverse mode")
-    return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+        return
+    tensors = (x for x in (*problem[:_SAVED], *problem.biases) if isinstance(x, Tensor))
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        raise RuntimeError(
+            "saccade.attention has no rule for torch.func (vmap, grad, jacrev, …); give it the batch as B, and "
+            "differentiate with torch.autograd"
+        )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -81,7 +94,8 @@ def _without_autocast(device: torch.device) -> torch.autocast:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     problem, backend = Problem(*args[:-1]), args[-1]
     with _without_autocast(problem.query.device):
-        return load(backend).forward(problem)
+        out, lse = load(backend).forward(problem)
+    return out.contiguous(), lse.contiguous()  # as the fake says: compiled code relies on the strides
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -105,7 +119,7 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
             problem, grad_out, grad_lse, out, lse, Needs._make([*needs[:first], list(needs[first:])])
         )
     # The op returns tensors only: an empty one stands for a gradient nobody asked for.
-    return [lse.new_empty(0) if grad is None else grad for grad in _inputs(grads)]
+    return [lse.new_empty(0) if grad is None else grad.contiguous() for grad in _inputs(grads)]
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
@@ -162,29 +176,4 @@ for _name, _body, _fake, _gradient, _context in (
     torch.library.register_fake(f"saccade::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"saccade::{_name}", _gradient, setup_context=_context, lib=_library)
 
-
-def forward_flops(problem: Problem) -> int:
-    """FLOPs of the forward pass over the visible area: two products."""
-    return 2 * visible_area(problem) * (problem.query.shape[-1] + problem.value.shape[-1])
-
-
-def backward_flops(problem: Problem) -> int:
-    """FLOPs of the backward pass over the visible area: five products, the recomputed scores among them."""
-    return 2 * visible_area(problem) * (3 * problem.query.shape[-1] + 2 * problem.value.shape[-1])
-
-
-def visible_area(problem: Problem) -> int:
-    """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing)."""
-    if problem.lo is not None and type(problem.lo) is not Tensor:
-        return problem._replace(lo=None, hi=None, diagonal=None, dense=None).visible_pairs()
-    return problem.visible_pairs()
-
-
-@register_flop_formula(torch.ops.saccade.attention_forward, get_raw=True)
-def _count_forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return forward_flops(Problem(*args[: len(Problem._fields)]))
-
-
-@register_flop_formula(torch.ops.saccade.attention_backward, get_raw=True)
-def _count_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return backward_flops(Problem(*args[4 : 4 + len(Problem._fields)]))
+register_when_imported()

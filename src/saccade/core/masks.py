@@ -10,6 +10,7 @@ In the pictures below rows are queries, columns are keys, `■` is visible.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from saccade.core.ranges import KeyRanges
 
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 Lengths: TypeAlias = Sequence[int] | Tensor
+_AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and, operator.and_)
+"""What torch calls `&`: when it runs, compiles and exports."""
 _UNBOUNDED = 2**30
 """Longer than any sequence; small enough that positions and it add up in int32."""
 
@@ -52,8 +55,12 @@ class Mask:
             return NotImplemented
         return Combined((*self.parts, *as_mask(other).parts))
 
-    def __rand__(self, other: Tensor) -> Mask:
-        return as_mask(other) & self if isinstance(other, Tensor) else NotImplemented
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Mask:
+        """`tensor & mask`: torch asks here; its compiler does for `mask & tensor` too, which it turns round."""
+        return as_mask(args[0]) & as_mask(args[1]) if func in _AND else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -756,6 +763,8 @@ def _sizes(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int | N
     if B is None or M is None or N is None:
         missing = [name for name, size in (("batch", B), ("M", M), ("N", N)) if size is None]
         raise ValueError(f"{missing[0]}: got None, want a size: {' & '.join(map(_name, parts))} does not tell it")
+    for name, size in (("batch", B), ("M", M), ("N", N)):
+        _nonnegative(name, size)
     return B, M, N
 
 

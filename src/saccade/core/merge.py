@@ -28,6 +28,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     parts = list(parts)
     if not parts:
         raise ValueError("parts: got none, want at least one (out, lse)")
+    for index, part in enumerate(parts):
+        if not isinstance(part, (tuple, list)) or len(part) != 2:
+            raise ValueError(f"parts[{index}]: got {type(part).__name__}, want a pair (out, lse)")
     out, lse = parts[0]
     want = (out.shape[0], *out.shape[2:-1], out.shape[1]) if out.dim() >= 3 else None
     for index, (o, s) in enumerate(parts):

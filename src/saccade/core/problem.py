@@ -390,9 +390,14 @@ def _softcap(softcap: float | None) -> float:
     return float(softcap)
 
 
-def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+def check_dropout(dropout_p: float) -> None:
+    """A ValueError for what is no probability in [0, 1)."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p!r}, want a probability in [0, 1)")
+
+
+def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    check_dropout(dropout_p)
     return torch.randint(2**62, (1,), device=device, dtype=torch.int64) if dropout_p else None
 
 

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 FORMAT = "saccade checkpoint 1"
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+NAME = "step-" + 8 * "[0-9]"
+"""What the folders of checkpoints are called, as a pattern; with a dot before it, while they are written."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW remembers of each parameter."""
 
@@ -68,7 +70,7 @@ def save(
     if final.exists():
         raise ValueError(f"progress: {final} is written already; wanted a later step")
     parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(".*"):
+    for leftover in parent.glob(f".{NAME}"):
         shutil.rmtree(leftover)
     temporary = parent / f".{final.name}"
     temporary.mkdir()
@@ -146,7 +148,7 @@ def load(
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted(folder for folder in (run / "checkpoints").glob(NAME) if folder.is_dir())
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib"]
 
@@ -62,9 +62,6 @@ class TrainConfig:
     """AdamW's decay of the squared gradients' average (that of the gradients' is 0.9)."""
     weight_decay: float = 0.1
     """AdamW's weight decay; on matrices only."""
-    curriculum: float = 0.0
-    """Share of the steps over which the longest problem grows from an eighth of `max_length` to all of it; 0: problems
-    of all lengths from the start (not for stdlib)."""
     clip: float = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -111,11 +108,8 @@ class TrainConfig:
             raise ValueError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
         if not self.clip > 0:
             raise ValueError(f"clip: got {self.clip}, wanted a positive number (inf for none)")
-        if not 0 <= self.curriculum <= 1 or (self.task == "stdlib" and self.curriculum):
-            raise ValueError(
-                f"curriculum: got {self.curriculum} for {self.task}, wanted a share of the steps, 0 to 1, of a "
-                "synthetic task (0 for stdlib)"
-            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, wanted 0 … 2⁶³ − 1")
         if self.stop_at is not None and (self.task == "stdlib" or not 0 < self.stop_at <= 1):
             raise ValueError(
                 f"stop_at: got {self.stop_at} for {self.task}, wanted a share in (0, 1] of a synthetic task"
@@ -130,18 +124,44 @@ class TrainConfig:
         """The configuration in JSON text; `source` names it in a ValueError about what is wrong."""
         try:
             values: dict[str, Any] = json.loads(text)
-            unknown = set(values) - {field.name for field in fields(cls)}
-        except (json.JSONDecodeError, TypeError) as error:
+        except json.JSONDecodeError as error:
             raise ValueError(f"{source}: not a training configuration ({error})") from None
-        if unknown:
-            raise ValueError(f"{source}: unknown option {', '.join(sorted(unknown))}")
-        for name in ("out", "resume"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: not a training configuration (a JSON {type(values).__name__})")
+        types = get_type_hints(cls)
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{source}: unknown option {name}")
+            if not _is_a(value, types[name]):
+                raise ValueError(f"{source}: {name}: got {value!r}, wanted {_words(types[name])}")
+            if value is not None and Path in get_args(types[name]):
+                values[name] = Path(value)
         try:
             return cls(**values)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value read from JSON is of the type that a field is declared with."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):  # a union
+        return any(_is_a(value, one) for one in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    written: dict[Any, Any] = {float: (int, float), Path: str}
+    return isinstance(value, written.get(kind, kind))
+
+
+def _words(kind: Any) -> str:
+    """The same type for a reader."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_args(kind):
+        return " or ".join(map(_words, get_args(kind)))
+    words: dict[Any, str] = {type(None): "null", Path: "a path"}
+    return words.get(kind, str(kind.__name__))
 
 
 _SYNTHETIC = TrainConfig(
@@ -161,7 +181,7 @@ _REPEAT = replace(_SYNTHETIC, max_length=64, lr=4e-3, tie_embeddings=False, embe
 
 PRESETS: dict[TaskName, TrainConfig] = {
     "copy": replace(_REPEAT, task="copy", steps=3000),
-    "reverse": replace(_REPEAT, task="reverse", steps=4000),
+    "reverse": replace(_REPEAT, task="reverse", steps=6500, lr_end=0.02),
     "sort": replace(_SYNTHETIC, task="sort", max_length=24, layers=3, positions="none", steps=2000),
     "associative-recall": replace(_SYNTHETIC, task="associative-recall", max_length=16, steps=2000),
     "addition": replace(_SYNTHETIC, task="addition", max_length=4, layers=3, rope_theta=1000.0, steps=2200),

@@ -25,6 +25,7 @@ from types import FrameType
 import torch
 from torch import nn
 
+from saccade.info import find_device
 from saccade.models.gpt import GPT, GPTConfig
 from saccade.training import checkpoint
 from saccade.training.checkpoint import Progress, write_file
@@ -106,22 +107,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def longest_problem(config: TrainConfig, step: int) -> int:
-    """The longest problem of step 0, 1, …: under a curriculum a line from an eighth of `max_length` up to all of it.
-
-    Short problems first, and short ones among the long ones ever after (Bengio et al., "Curriculum Learning", 2009;
-    Zaremba and Sutskever, "Learning to Execute", 2014).
-    """
-    until = config.curriculum * config.steps
-    if step >= until:
-        return config.max_length
-    return max(2, int(config.max_length * (1 + 7 * step / until) / 8))
-
-
 def train_batches(task: Task, config: TrainConfig, step: int) -> list[Batch]:
     """The micro-batches of a step, a function of the configuration and the step alone."""
-    if isinstance(task, SyntheticTask):
-        task = replace(task, max_length=longest_problem(config, step))
     first = step * config.accumulation
     return [task.train_batch(config.seed, first + i, config.tokens) for i in range(config.accumulation)]
 
@@ -130,19 +117,6 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """The precision of a configuration as a context manager."""
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=config.precision != "fp32")
-
-
-def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the accelerator where there is one, else the CPU."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {name!r}, wanted auto or a torch device that is here ({error})") from None
-    return device
 
 
 def take_step(
@@ -253,7 +227,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
             checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
         if final is None and not interrupted.is_set():
             final = held_out(None)
-    result = Result(str(run), step, seconds, interrupted.is_set(), task.metric, final, task.baselines())
+    result = Result(str(run), step, seconds, final is None, task.metric, final, task.baselines())
     write_file(run / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
     plot(run, task.metric, result.baselines)
     return result
@@ -273,7 +247,7 @@ def read_config(run: Path) -> TrainConfig:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run}: holds no config.json; wanted the folder of a training run")
-    return TrainConfig.from_json(path.read_text(), str(path))
+    return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 def _run_folder(config: TrainConfig) -> Path:

@@ -28,7 +28,7 @@ class Report:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         path = run / METRICS
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line, record in _records(path) if record["step"] <= step] if step else []
         write_file(path, "".join(kept).encode())
         self._file = path.open("a", buffering=1)
         self._progress = Progress(
@@ -74,15 +74,26 @@ class Report:
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
 
 
-def _lines(path: Path) -> list[str]:
-    """The complete lines of a file; a crash may have left half a line at its end."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The complete lines of a file, each with what it says; a crash may have left half a line at its end."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    records = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}: line {number} is not the record of a step: got {line[:40]!r}")
+        records.append((line, record))
+    return records
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run, in the order in which they were written."""
-    return [json.loads(line) for line in _lines(run / METRICS)]
+    return [record for _, record in _records(run / METRICS)]
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
