@@ -31,6 +31,8 @@ class Compiled(NamedTuple):
     spills: int
     """Local loads and stores in the machine code."""
     wgmma: int
+    wgmma8: int
+    """Those of fp8 operands."""
     mma: int
     tma: int
     serialised: list[str]
@@ -75,7 +77,7 @@ def target(name: str) -> Any:
         launch._processors = lambda device: 132
         if capability is None:
             launch._precision = lambda: "ieee"
-        launch._descriptors_allowed = lambda x: x.element_size() == 2 and family in ("hopper", "blackwell")
+        launch._descriptors_allowed = lambda x: x.element_size() <= 2 and family in ("hopper", "blackwell")
         results: list[Compiled] = []
 
         def run(kernel: Any, grid: Any, *args: Any, tile: Any) -> None:
@@ -89,7 +91,7 @@ def target(name: str) -> Any:
 
 
 def _read(name: str, made: Any, log: str) -> Compiled:
-    registers = spills = wgmma = mma = tma = 0
+    registers = spills = wgmma = wgmma8 = mma = tma = 0
     if "cubin" in made.asm:
         import triton
 
@@ -103,14 +105,15 @@ def _read(name: str, made: Any, log: str) -> Compiled:
             code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
         registers = int((re.search(r"REG:(\d+)", usage) or [0, "0"])[1])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-        wgmma = len(re.findall(r"\bHGMMA", code))
-        mma = len(re.findall(r"\bHMMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
+        wgmma, wgmma8 = (len(re.findall(rf"\b{letter}GMMA", code)) for letter in "HQ")
+        mma = len(re.findall(r"\b[HQ]MMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
         tma = len(re.findall(r"\bUTMALDG", code))
     elif "amdgcn" in made.asm:
         mma = len(re.findall(r"v_mfma", made.asm["amdgcn"]))
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
-    return Compiled(name, made.metadata.shared, registers, spills, wgmma, mma, tma, re.findall(r"(C75\d\d)", log))
+    serialised = re.findall(r"(C75\d\d)", log)
+    return Compiled(name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, tma, serialised)
 
 
 class Work(NamedTuple):
@@ -120,6 +123,9 @@ class Work(NamedTuple):
     head_dim: int
     kind: str
     """causal, full, alibi, table, bias, decode, paged."""
+    stored: str = ""
+    """What keys and values are stored as where that is not `dtype`: with a scale per page of paged keys, else per head.
+    A query of 8 bits has one for each row."""
 
 
 FEW = {
@@ -147,7 +153,7 @@ def problem_of(work: Work) -> Any:
     import torch
 
     import saccade
-    from saccade.core.problem import make_problem
+    from saccade.core.problem import STORED, make_problem
 
     M, N, G, H = 1024, 1024, 2, 1
     mask: saccade.Mask | None = saccade.Causal()
@@ -168,8 +174,17 @@ def problem_of(work: Work) -> Any:
         pages = torch.arange(16, dtype=torch.int32).view(4, 4)
         mask = saccade.PagedKeys([1] * 4, [200] * 4, pages, 64) & saccade.Causal("bottom_right")
     dtype = getattr(torch, work.dtype)
-    q, k, v = (torch.zeros(1, n, h, work.head_dim, dtype=dtype) for n, h in ((M, G * H), (N, G), (N, G)))
-    return make_problem(q, k, v, mask=mask, bias=bias)[0]
+    stored = getattr(torch, work.stored or work.dtype)
+    q, k, v = (
+        torch.zeros(1, n, h, work.head_dim, dtype=t) for n, h, t in ((M, G * H, dtype), (N, G, stored), (N, G, stored))
+    )
+    scales = {}
+    if stored in STORED:
+        scale = torch.ones(1, 16 if work.kind == "paged" else 1, G)
+        scales = {"key_scale": scale, "value_scale": scale}
+    if dtype in STORED:
+        scales["query_scale"] = torch.ones(1, M, G * H)
+    return make_problem(q, k, v, mask=mask, bias=bias, **scales)[0]
 
 
 def _never(x):  # type: ignore[no-untyped-def]
@@ -199,7 +214,7 @@ def main(name: str, every: bool, plain: bool) -> None:
         for work in todo:
             problem = problem_of(work)
             out, lse = launch.forward(problem)
-            if work.kind not in ("decode", "paged") and not plain:
+            if work.kind not in ("decode", "paged") and not problem.quantized and not plain:
                 needs = Needs(True, True, True, False, problem.table is not None, False, [True] * len(problem.biases))
                 launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
             for result in results:

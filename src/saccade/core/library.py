@@ -18,7 +18,8 @@ from saccade.core.problem import Problem
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? diagonal, Tensor? sequence, "
     "Tensor? block_table, Tensor? dense, Tensor[] biases, Tensor? slopes, Tensor? table, Tensor? sinks, "
-    "Tensor? seed, int page_size, float scale, float softcap, float dropout_p, ScalarType output_dtype"
+    "Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, Tensor? seed, int page_size, float scale, "
+    "float softcap, float dropout_p, ScalarType output_dtype"
 )
 _DIFFERENTIABLE = ("query", "key", "value", "slopes", "table", "sinks")
 _SAVED = Problem._fields.index("page_size")

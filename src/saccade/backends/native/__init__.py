@@ -30,7 +30,7 @@ def reason_against(problem: Problem) -> str | None:
         return f"it computes on CPUs, and query is on {query.device.type}"
     if library.WHY_ABSENT is not None:
         return library.WHY_ABSENT
-    for name, dtype in (("query", query.dtype), ("output", problem.output_dtype)):
+    for name, dtype in (("query", query.dtype), ("key", problem.key.dtype), ("output", problem.output_dtype)):
         if dtype not in _DTYPES:
             return f"its dtypes are float32, bfloat16 and float16, and {name} is {str(dtype)[6:]}"
     if any(bias.dtype not in _DTYPES for bias in problem.biases):

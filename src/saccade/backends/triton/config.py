@@ -107,8 +107,8 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
     """
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if kernel == "decode":
-        stages = 1 if family == "amd" else 3 if head_dim <= 128 and itemsize == 2 else 2
-        return Tile(16, 64 if itemsize == 2 and head_dim <= 128 else 32, 4, stages)
+        stages = 1 if family == "amd" else 3 if head_dim <= 128 and itemsize <= 2 else 2
+        return Tile(16, 64 if itemsize <= 2 and head_dim <= 128 else 32, 4, stages)
     hopper = family == "hopper"
     tables: list[dict[str, Row]]
     if itemsize == 4:
@@ -121,4 +121,4 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
             # What is read per score is staged as keys are; unstaged it fits beside them.
             return found if hopper or terms != "loads" else found._replace(stages=1)
     # Of fp32 elements only the smallest fits everywhere.
-    return _RARE[column if itemsize == 2 else 2]
+    return _RARE[column if itemsize <= 2 else 2]

@@ -14,17 +14,20 @@ from saccade.backends.triton.primitives import (
     blocks_of,
     bounds_of,
     kept,
+    key_scales,
     load_keys,
     load_stats,
     load_tile,
     range_of,
     raw_gradient,
+    row_scale,
     rows_of,
     score_gradient,
     slope_of,
     slots_of,
     visible_of,
     weights_of,
+    widened,
 )
 
 STEP = tl.constexpr(16)
@@ -87,7 +90,17 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
                 j = (j0 + n)[None, :]
                 # Splits end within a range: the next key belongs to the next split.
                 until = tl.minimum(hi, end)
-                raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
+                raw = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=C.precision)
+                if C.scaled:
+                    raw *= row_scale(a, b, g, h, i, C)[:, None]
+                if C.key_run > 0:
+                    raw *= key_scales(a, a.key_scale, a.key_scale_b, a.key_scale_c, a.key_scale_g, b, g, slots, j0 + n,
+                                      end, C.key_run, C)[None, :]  # fmt: skip
+                if a.value_scale is not None:
+                    # A scale may be what is not finite.
+                    v = v.to(tl.float32) * key_scales(a, a.value_scale, a.value_scale_b, a.value_scale_c,
+                                                      a.value_scale_g, b, g, slots, j0 + n, end, C.value_run, C)[:, None]  # fmt: skip
+                v = widened(v, q, C)
                 p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, j0, STEP, lo[:, None], until[:, None],
                                    diagonal[:, None], slope, lse2[:, None], True, C)  # fmt: skip
                 visible = visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None], C)

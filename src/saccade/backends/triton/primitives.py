@@ -82,6 +82,19 @@ class Arguments(NamedTuple):
     """1 / (1 − p)."""
     threshold: int
     """A weight is kept where its 32 random bits, as a signed number, are at least this."""
+    query_scale: Any
+    query_scale_b: Any
+    query_scale_c: Any
+    query_scale_g: Any
+    query_scale_h: Any
+    key_scale: Any
+    key_scale_b: Any
+    key_scale_c: Any
+    key_scale_g: Any
+    value_scale: Any
+    value_scale_b: Any
+    value_scale_c: Any
+    value_scale_g: Any
 
 
 class Constants(NamedTuple):
@@ -110,6 +123,12 @@ class Constants(NamedTuple):
     """Tiles of a plain layout come by TMA."""
     precision: str
     """Of products of fp32 tiles: ieee, tf32x3 or tf32."""
+    scaled: bool
+    """Products of a row are to be multiplied by `row_scale`."""
+    query_run: int
+    """Rows that share an entry of the query's scale; 0 where all of a batch entry and head do."""
+    key_run: int
+    value_run: int
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -217,6 +236,42 @@ def load_keys(x, stride, slots, j0, last, MASKED: tl.constexpr, BN: tl.constexpr
     else:
         tile = load_tile(x + j0.to(tl.int64) * stride, n, stride, last - j0, MASKED, D, dim)
     return tile
+
+
+@triton.jit
+def row_scale(a, b, g, h, i, C: tl.constexpr):
+    """What products with the stored query of rows i, heads h are to be multiplied by, but for scales of single keys."""
+    scale = tl.full([i.shape[0]], 1.0, tl.float32)
+    if a.query_scale is not None:
+        at = a.query_scale + b * a.query_scale_b + g * a.query_scale_g + h * a.query_scale_h
+        if C.query_run > 0:
+            at += i // C.query_run * a.query_scale_c
+        scale = tl.load(at).to(tl.float32)
+    if a.key_scale is not None and C.key_run == 0:
+        scale *= tl.load(a.key_scale + b * a.key_scale_b + g * a.key_scale_g).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def key_scales(a, x, x_b, x_c, x_g, b, g, slots, j, last, run: tl.constexpr, C: tl.constexpr):
+    """The scales of keys or values j, [n]; `slots` says where paged keys lie, `run` how many share one, 0 for all. 0 from
+    `last` on."""
+    where = slots if C.page > 0 else j
+    at = x + b * x_b + g * x_g + (where // run * x_c if run > 0 else where * 0)
+    return tl.load(at, mask=j < last, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def widened(v, q, C: tl.constexpr):
+    """Values in the dtype of the product with weights: that of the query, or for one of 8 bits, which would hold weights
+    too coarsely, fp16; or bf16, where weights are multiplied by scales that fp16 has no range for."""
+    if q.dtype != tl.float8e4nv:
+        wide = v.to(q.dtype)
+    elif C.value_run == 0:
+        wide = v.to(tl.float16)
+    else:
+        wide = v.to(tl.bfloat16)
+    return wide
 
 
 @triton.jit
