@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
     wgmma8: int
     """Those of fp8 operands."""
     mma: int
+    mma8: int
     tma: int
     serialised: list[str]
     """ptxas's C75xx notes: wgmma that waits for itself."""
@@ -77,6 +78,7 @@ def target(name: str) -> Any:
         launch._processors = lambda device: 132
         if capability is None:
             launch._precision = lambda: "ieee"
+        launch._takes_assembly = lambda x: capability is not None
         launch._descriptors_allowed = lambda x: x.element_size() <= 2 and family in ("hopper", "blackwell")
         results: list[Compiled] = []
 
@@ -91,7 +93,7 @@ def target(name: str) -> Any:
 
 
 def _read(name: str, made: Any, log: str) -> Compiled:
-    registers = spills = wgmma = wgmma8 = mma = tma = 0
+    registers = spills = wgmma = wgmma8 = mma = mma8 = tma = 0
     if "cubin" in made.asm:
         import triton
 
@@ -106,14 +108,15 @@ def _read(name: str, made: Any, log: str) -> Compiled:
         registers = int((re.search(r"REG:(\d+)", usage) or [0, "0"])[1])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
         wgmma, wgmma8 = (len(re.findall(rf"\b{letter}GMMA", code)) for letter in "HQ")
-        mma = len(re.findall(r"\b[HQ]MMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
+        mma8 = len(re.findall(r"\bQMMA", code))
+        mma = len(re.findall(r"\bHMMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
         tma = len(re.findall(r"\bUTMALDG", code))
     elif "amdgcn" in made.asm:
         mma = len(re.findall(r"v_mfma", made.asm["amdgcn"]))
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
     serialised = re.findall(r"(C75\d\d)", log)
-    return Compiled(name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, tma, serialised)
+    return Compiled(name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, mma8, tma, serialised)
 
 
 class Work(NamedTuple):
@@ -130,10 +133,11 @@ class Work(NamedTuple):
 
 FEW = {
     "sm_90": [("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 128, "table"),
-              ("bfloat16", 256, "full"), ("bfloat16", 128, "paged")],
-    "sm_80": [("bfloat16", 128, "causal")],
-    "sm_100": [("bfloat16", 128, "causal")],
-    "gfx942": [("bfloat16", 128, "causal")],
+              ("bfloat16", 256, "full"), ("bfloat16", 128, "paged"), ("float8_e4m3fn", 128, "causal"),
+              ("bfloat16", 128, "decode", "int8"), ("bfloat16", 128, "paged", "float8_e4m3fn")],
+    "sm_80": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
+    "sm_100": [("bfloat16", 128, "causal"), ("float8_e4m3fn", 128, "causal")],
+    "gfx942": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
 }  # fmt: skip
 """A few of all works, for every day."""
 
@@ -145,7 +149,16 @@ def works(name: str, every: bool) -> list[Work]:
     kinds = ("causal", "full", "alibi", "table", "bias")
     found = [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in kinds]
     found += [Work(dtype, 128, kind) for dtype in ("bfloat16", "float16") for kind in ("decode", "paged")]
-    return [*found, Work("float16", 128, "causal")]
+    found += [Work("float16", 128, "causal")]
+    stored = ("int8",) if name == "sm_80" else ("int8", "float8_e4m3fn")
+    found += [Work(dtype, D, kind, s) for s in stored for dtype, D, kind in (
+        ("bfloat16", 128, "decode"), ("bfloat16", 128, "paged"), ("bfloat16", 64, "paged"), ("bfloat16", 256, "paged"),
+        ("float16", 128, "paged"), ("bfloat16", 128, "causal"), ("bfloat16", 64, "causal"), ("bfloat16", 128, "bias"),
+        ("float32", 128, "causal"))]  # fmt: skip
+    if name != "sm_80":  # which has no e4m3
+        found += [Work("float8_e4m3fn", D, kind) for D in (64, 128, 256) for kind in kinds]
+        found += [Work("float8_e4m3fn", 128, kind) for kind in ("decode", "paged")]
+    return found
 
 
 def problem_of(work: Work) -> Any:

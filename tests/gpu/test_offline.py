@@ -45,7 +45,7 @@ def compiled(target: str, *options: str) -> list[dict[str, Any]]:
 
 
 def name_of(kernel: dict[str, Any]) -> str:
-    return f"{kernel['kernel']} of {kernel['dtype']} {kernel['head_dim']} {kernel['kind']}"
+    return f"{kernel['kernel']} of {kernel['dtype']} {kernel['head_dim']} {kernel['kind']} {kernel['stored']}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -65,6 +65,8 @@ def test_compiles(target):
         name_of(k) for k in heavy if k["kind"] not in ("decode", "paged") and not (k["wgmma"] and k["tma"])
     ]
     assert not without_wgmma_and_tma
+    without_fp8_products = [name_of(k) for k in heavy if k["dtype"] == "float8_e4m3fn" and not k["wgmma8"] + k["mma8"]]
+    assert not without_fp8_products
     # C7519 notes an instruction put in so that registers can be read; it serialises nothing.
     serialised = {name_of(k): k["serialised"] for k in kernels if set(k["serialised"]) - {"C7519"}}
     assert not serialised

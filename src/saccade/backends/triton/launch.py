@@ -299,7 +299,10 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
         periodic=problem.page_size > 0,
         descriptors=not paged and _descriptors_allowed(problem.query) and _describable(problem),
         precision=_precision(),
-        scaled=problem.query_scale is not None or (problem.key_scale is not None and problem.key_scale.shape[1] == 1),
+        assembly=_takes_assembly(problem.query),
+        scaled=problem.query_scale is not None
+        or (problem.key_scale is not None and problem.key_scale.shape[1] == 1)
+        or (problem.quantized and problem.query.dtype == torch.bfloat16),
         query_run=_run(problem.query_scale, problem.query.shape[1]),
         key_run=_run(problem.key_scale, problem.key.shape[1]),
         value_run=_run(problem.value_scale, problem.key.shape[1]),
@@ -316,6 +319,10 @@ def _precision() -> str:
     if torch.version.hip is not None:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _takes_assembly(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
 
 
 def _descriptors_allowed(x: Tensor) -> bool:
@@ -396,7 +403,8 @@ def _splits(problem: Problem, programs: int, decode: bool) -> int:
 def _tile(kernel: str, problem: Problem) -> config.Tile:
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
     loads = bool(problem.biases) or problem.table is not None or problem.dense is not None
-    terms = "loads" if loads else "slopes" if problem.slopes is not None else "plain"
+    stored = problem.quantized and problem.query.element_size() > 1
+    terms = "loads" if loads else "slopes" if problem.slopes is not None else "stored" if stored else "plain"
     itemsize = problem.query.element_size()
     if itemsize <= 2:
         itemsize = problem.key.element_size()

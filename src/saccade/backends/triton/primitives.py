@@ -123,8 +123,10 @@ class Constants(NamedTuple):
     """Tiles of a plain layout come by TMA."""
     precision: str
     """Of products of fp32 tiles: ieee, tf32x3 or tf32."""
+    assembly: bool
+    """The compiler takes NVIDIA's."""
     scaled: bool
-    """Products of a row are to be multiplied by `row_scale`."""
+    """Rows of the query are brought into a form with a factor of its own each, see `scaled_query`."""
     query_run: int
     """Rows that share an entry of the query's scale; 0 where all of a batch entry and head do."""
     key_run: int
@@ -240,7 +242,7 @@ def load_keys(x, stride, slots, j0, last, MASKED: tl.constexpr, BN: tl.constexpr
 
 @triton.jit
 def row_scale(a, b, g, h, i, C: tl.constexpr):
-    """What products with the stored query of rows i, heads h are to be multiplied by, but for scales of single keys."""
+    """What products with the stored query of rows i, heads h are to be multiplied by, but for scales of runs of keys."""
     scale = tl.full([i.shape[0]], 1.0, tl.float32)
     if a.query_scale is not None:
         at = a.query_scale + b * a.query_scale_b + g * a.query_scale_g + h * a.query_scale_h
@@ -253,24 +255,64 @@ def row_scale(a, b, g, h, i, C: tl.constexpr):
 
 
 @triton.jit
+def scaled_query(q, a, b, g, h, i, C: tl.constexpr):
+    """The query as the product with stored keys takes it, and what is left of `row_scale`, [rows]: positive, since the
+    largest of a row's products is found before they are multiplied. The sign goes to the query."""
+    factor = row_scale(a, b, g, h, i, C)
+    sign = tl.where(factor > 0, 1.0, tl.where(factor < 0, -1.0, factor))
+    wide = q.to(tl.float32) * sign[:, None]
+    factor = tl.where(factor == 0, 1.0, tl.abs(factor))
+    if q.dtype == tl.bfloat16:
+        # fp16 has the bits but not the range, so rows are divided by a power of two near their largest number.
+        size = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        size = tl.where(size == 0, 1.0, size)
+        wide = (wide / size[:, None]).to(tl.float16)
+        factor *= size
+    else:
+        wide = wide.to(q.dtype)
+    return wide, factor
+
+
+@triton.jit
 def key_scales(a, x, x_b, x_c, x_g, b, g, slots, j, last, run: tl.constexpr, C: tl.constexpr):
     """The scales of keys or values j, [n]; `slots` says where paged keys lie, `run` how many share one, 0 for all. 0 from
     `last` on."""
-    where = slots if C.page > 0 else j
+    where = (slots if C.page > 0 else j).to(tl.uint64)
     at = x + b * x_b + g * x_g + (where // run * x_c if run > 0 else where * 0)
     return tl.load(at, mask=j < last, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def widened(v, q, C: tl.constexpr):
-    """Values in the dtype of the product with weights: that of the query, or for one of 8 bits, which would hold weights
-    too coarsely, fp16; or bf16, where weights are multiplied by scales that fp16 has no range for."""
-    if q.dtype != tl.float8e4nv:
-        wide = v.to(q.dtype)
-    elif C.value_run == 0:
-        wide = v.to(tl.float16)
+def widened(x, q, C: tl.constexpr):
+    """Keys or values as the product takes them: what is stored in 8 bits in fp16, which holds it exactly, or in fp32
+    where the query is; what is not, as it is."""
+    if x.dtype.primitive_bitwidth > 8:
+        wide = x
+    elif q.dtype == tl.float32:
+        wide = x.to(tl.float32)
+    elif not C.assembly:
+        wide = x.to(tl.float16)
+    elif x.dtype == tl.int8:
+        # 1024 + 128 + x is a number whose last byte is x, but for a bit. As everywhere here: something with effects is
+        # not moved behind the change of layout that follows, where each byte would be loaded alone.
+        wide = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 x, c;
+            xor.b32 x, $2, 0x80808080;
+            mov.b32 c, 0xE480E480;
+            prmt.b32 $0, x, 0x64646464, 0x4140;
+            prmt.b32 $1, x, 0x64646464, 0x4342;
+            add.rn.f16x2 $0, $0, c;
+            add.rn.f16x2 $1, $1, c;
+            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)  # fmt: skip
     else:
-        wide = v.to(tl.bfloat16)
+        wide = tl.inline_asm_elementwise(
+            """{
+            .reg .b16 a, b;
+            mov.b32 {a, b}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, a;
+            cvt.rn.f16x2.e4m3x2 $1, b;
+            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)  # fmt: skip
     return wide
 
 
