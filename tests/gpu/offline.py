@@ -78,7 +78,7 @@ def target(name: str) -> Any:
         launch._processors = lambda device: 132
         if capability is None:
             launch._precision = lambda: "ieee"
-        launch._takes_assembly = lambda x: capability is not None
+        launch._assembly = lambda x: "none" if capability is None else "pure" if capability[0] > 9 else "effectful"
         launch._descriptors_allowed = lambda x: x.element_size() <= 2 and family in ("hopper", "blackwell")
         results: list[Compiled] = []
 

@@ -299,7 +299,7 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
         periodic=problem.page_size > 0,
         descriptors=not paged and _descriptors_allowed(problem.query) and _describable(problem),
         precision=_precision(),
-        assembly=_takes_assembly(problem.query),
+        assembly=_assembly(problem.query) if problem.quantized else "none",
         scaled=problem.query_scale is not None
         or (problem.key_scale is not None and problem.key_scale.shape[1] == 1)
         or (problem.quantized and problem.query.dtype == torch.bfloat16),
@@ -321,8 +321,11 @@ def _precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _takes_assembly(x: Tensor) -> bool:
-    return x.is_cuda and torch.version.hip is None
+def _assembly(x: Tensor) -> str:
+    """How 8 bits are converted; the compiler for sm_100 and later stops at effects."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return "none"
+    return "pure" if torch.cuda.get_device_capability(x.device) >= (10, 0) else "effectful"
 
 
 def _descriptors_allowed(x: Tensor) -> bool:

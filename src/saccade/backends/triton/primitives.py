@@ -123,8 +123,8 @@ class Constants(NamedTuple):
     """Tiles of a plain layout come by TMA."""
     precision: str
     """Of products of fp32 tiles: ieee, tf32x3 or tf32."""
-    assembly: bool
-    """The compiler takes NVIDIA's."""
+    assembly: str
+    """Of conversions from 8 bits, NVIDIA's: none, pure or effectful, see `widened`."""
     scaled: bool
     """Rows of the query are brought into a form with a factor of its own each, see `scaled_query`."""
     query_run: int
@@ -285,16 +285,19 @@ def key_scales(a, x, x_b, x_c, x_g, b, g, slots, j, last, run: tl.constexpr, C: 
 @triton.jit
 def widened(x, q, C: tl.constexpr):
     """Keys or values as the product takes them: what is stored in 8 bits in fp16, which holds it exactly, or in fp32
-    where the query is; what is not, as it is."""
+    where the query is; what is not, as it is.
+
+    Something with effects is not moved behind the change of layout that follows, where each byte would be loaded alone.
+    """
+    pure: tl.constexpr = C.assembly == "pure"
     if x.dtype.primitive_bitwidth > 8:
         wide = x
     elif q.dtype == tl.float32:
         wide = x.to(tl.float32)
-    elif not C.assembly:
+    elif C.assembly == "none":
         wide = x.to(tl.float16)
     elif x.dtype == tl.int8:
-        # 1024 + 128 + x is a number whose last byte is x, but for a bit. As everywhere here: something with effects is
-        # not moved behind the change of layout that follows, where each byte would be loaded alone.
+        # fp16's 1024 + 128 + x has x as its last byte, but for a bit.
         wide = tl.inline_asm_elementwise(
             """{
             .reg .b32 x, c;
@@ -304,7 +307,7 @@ def widened(x, q, C: tl.constexpr):
             prmt.b32 $1, x, 0x64646464, 0x4342;
             add.rn.f16x2 $0, $0, c;
             add.rn.f16x2 $1, $1, c;
-            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)  # fmt: skip
+            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=pure, pack=4)  # fmt: skip
     else:
         wide = tl.inline_asm_elementwise(
             """{
@@ -312,7 +315,7 @@ def widened(x, q, C: tl.constexpr):
             mov.b32 {a, b}, $2;
             cvt.rn.f16x2.e4m3x2 $0, a;
             cvt.rn.f16x2.e4m3x2 $1, b;
-            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)  # fmt: skip
+            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=pure, pack=4)  # fmt: skip
     return wide
 
 
