@@ -207,6 +207,10 @@ class _Tile(NamedTuple):
     def chunks(self) -> Iterator[_Chunk]:
         problem = self.problem
         per_key = math.prod(self.group_shape) * problem.query.shape[3] * (self.plan.end - self.plan.begin)
+        if problem.quantized:
+            # Few rows would bring all keys at once into the compute dtype.
+            widest = max(problem.query.shape[-1], problem.value.shape[-1])
+            per_key = max(per_key, math.prod(self.group_shape) * widest)
         size = max(64, ELEMENTS // max(per_key, 1) // 64 * 64)
         for span in self.plan.spans:
             for begin, end, full in span.chunks(size):
