@@ -300,9 +300,11 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
         descriptors=not paged and _descriptors_allowed(problem.query) and _describable(problem),
         precision=_precision(),
         assembly=_assembly(problem.query) if problem.quantized else "none",
-        scaled=problem.query_scale is not None
-        or (problem.key_scale is not None and problem.key_scale.shape[1] == 1)
-        or (problem.quantized and problem.query.dtype == torch.bfloat16),
+        scaled=problem.quantized
+        and (
+            problem.query.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+            or (problem.key_scale is not None and problem.key_scale.shape[1] == 1)
+        ),
         query_run=_run(problem.query_scale, problem.query.shape[1]),
         key_run=_run(problem.key_scale, problem.key.shape[1]),
         value_run=_run(problem.value_scale, problem.key.shape[1]),

@@ -268,6 +268,9 @@ def scaled_query(q, a, b, g, h, i, C: tl.constexpr):
         size = tl.where(size == 0, 1.0, size)
         wide = (wide / size[:, None]).to(tl.float16)
         factor *= size
+    elif q.dtype == tl.float8e4nv and C.BM < 64:
+        # Products of fewer rows are not made in 8 bits everywhere.
+        wide = wide.to(tl.float16)
     else:
         wide = wide.to(q.dtype)
     return wide, factor
