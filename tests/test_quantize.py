@@ -151,6 +151,17 @@ def test_gradients_are_refused_not_dropped(name):
     assert torch.equal(call(False), want)
 
 
+def test_gradients_are_refused_by_transforms_and_by_the_op():
+    q, k, v, scales = stored(INT8)
+    with pytest.raises(ValueError, match=r"^query: got a tensor that requires a gradient"):
+        torch.func.grad(lambda x: saccade.attention(x, k, v, **scales).sum())(q)
+    problem = make_problem(q, k, v, **scales)[0]
+    problem = problem._replace(query=problem.query.requires_grad_())
+    out, _ = torch.ops.saccade.attention_forward(*problem, "chunked")
+    with pytest.raises(RuntimeError, match=r"no gradient where keys are torch\.int8"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("run", [None, 1, 4], ids=str)
 @STORED
 def test_equals_attention_over_what_the_numbers_stand_for(dtype, run):

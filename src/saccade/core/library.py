@@ -139,6 +139,8 @@ def _restore(ctx: Any) -> tuple[Tensor, Tensor, Problem]:
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     out, lse, problem = _restore(ctx)
+    if problem.quantized:
+        raise RuntimeError(f"saccade.attention has no gradient where keys are {problem.key.dtype}")
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     by_field = dict(zip(Problem._fields, ctx.needs_input_grad, strict=False))
     # A list argument counts as one input; its entries tell for themselves.
