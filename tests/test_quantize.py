@@ -248,6 +248,17 @@ def test_native_is_refused_by_name():
     assert [name for name in AUTOMATIC if load(name).reason_against(problem) is None] == ["chunked"]
 
 
+@pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_triton_refuses_fp8_where_nothing_converts_it(monkeypatch, capability, can):
+    from saccade.backends import triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "this GPU")
+    reason = triton._float8_reason.__wrapped__(0)
+    assert (reason is None) == can
+    assert can or "this GPU" in reason
+
+
 def test_autocast_leaves_stored_numbers_alone():
     q, k, v, scales = stored(FP8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,7 +6,9 @@ import torch
 import saccade
 from cases import CASES
 from saccade.backends.triton import config, launch
+from saccade.backends.triton.primitives import Arguments
 from saccade.core.library import attend
+from saccade.core.problem import make_problem
 from saccade.testing import results, tolerances, worst
 
 # The interpreter warns where NumPy meets what the kernels mean: log2(0) of an empty row, inf − inf of a NaN test.
@@ -91,3 +93,36 @@ def test_visible_nan_of_a_scale_and_of_a_number_do_reach():
     assert torch.isfinite(partly[2]).all()
     want = saccade.attention(q, k, v, key_scale=key_scale, value_scale=value_scale, mask=hidden, backend="reference")[0]
     torch.testing.assert_close(partly[2], want[2])
+
+
+def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
+    launched = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *values: launched.append(values)
+
+    monkeypatch.setattr(launch, "run", lambda *_, **__: Compiled())
+    monkeypatch.setattr(launch.plans, "_plans", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+
+    def problem(run):
+        q, k, v = (torch.randn(1, n, 2, 16) for n in (1, 64, 64))
+        stored = [saccade.quantize(x, torch.float8_e4m3fn, run) for x in (q, k, v)] if run else []
+        if not run:
+            stored = [(q, None), *((x.to(torch.float8_e4m3fn), None) for x in (k, v))]
+        names = ("query_scale", "key_scale", "value_scale")
+        return make_problem(*(x for x, _ in stored), **dict(zip(names, (y for _, y in stored), strict=True)))[0]
+
+    for kind in ("scales", "none"):
+        first, second = (problem(1 if kind == "scales" else None) for _ in "12")
+        launch.forward(first)
+        assert not launched, "a first launch is compiled"
+        launch.forward(second)
+        (arguments, *_), *_ = launched
+        given = dict(zip(Arguments._fields, arguments, strict=True))
+        for name in ("query_scale", "key_scale", "value_scale"):
+            scale = getattr(second, name)
+            assert given[name] == (None if scale is None else scale.data_ptr())
+        launched.clear()
+    assert len(launch.plans._plans) == 2

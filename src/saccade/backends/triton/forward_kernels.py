@@ -66,13 +66,13 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
         if a.dense is None:
-            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit, lo, hi,
-                              diagonal, begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
-            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit, lo, hi,
-                              diagonal, begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True, C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
+                                   lo, hi, diagonal, begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
+                                   lo, hi, diagonal, begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True, C)  # fmt: skip
         else:
-            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit, lo, hi,
-                              diagonal, begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
+                                   lo, hi, diagonal, begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
     share = tl.where(l > 0, 1.0 / l, 0.0)
     # A NaN among the scores must come out as one.
     share = tl.where(l != l, l, share)
@@ -113,8 +113,8 @@ def _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, 
           diagonal, begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """The online softmax over blocks t0 … t1 − 1, where blocks from `gap_at` on are counted `gap` further.
 
-    `unit`: what products are to be multiplied by, to scores in log₂ where those are simple. `top`: what the accumulator is
-    to be multiplied by, only where values have scales of their own.
+    `unit`: what products are to be multiplied by; where they are simple, to scores in log₂. `top`: what the accumulator
+    is to be multiplied by; only where values have scales of their own.
     """
     n = tl.arange(0, C.BN)
     slots = n
