@@ -5,8 +5,8 @@
 Needs torch and triton of the machine and nothing else. Runs, in this order and as far as the budget goes: the cases of
 the tests against the fp64 reference on the CPU, each twice for bitwise equality (in parallel processes, for most of the
 time goes into compilation); the ceilings of the machine; forward and backward beside SDPA and compiled FlexAttention;
-decoding; the overhead of a call; one long sequence. Results are written as they come: check.jsonl, bench.json, bench.md; at the end
-bench.png.
+decoding, also with a cache of 8 bits; forward with inputs of 8 bits; the overhead of a call; one long sequence. Results
+are written as they come: check.jsonl, bench.json, bench.md; at the end bench.png.
 """
 
 from __future__ import annotations
@@ -115,6 +115,48 @@ def check_large(name: str) -> dict[str, Any]:
     return {"worst": str([f"{e:.1e}" for e in errors]), "share": max(errors) / 1e-2, "same": same}
 
 
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+SLOT = 2048
+
+
+def check_stored(name: str) -> dict[str, Any]:
+    """Keys and values of 8 bits at real tile sizes, forward, against fp32 over the same numbers."""
+    torch.manual_seed(0)
+    size, query, kept, kind = name.split(", ")
+    D, dtype, G, H = int(size[1:]), STORED[kept], 2, 4
+    few = kind in ("decode", "paged")
+    lengths = torch.tensor([1500, 3, 777, SLOT], device="cuda", dtype=torch.int32)
+    ones = torch.ones_like(lengths)
+    M, N = (len(lengths), len(lengths) * SLOT) if few else (SLOT, SLOT)
+    masks: dict[str, Callable[[], Any]] = {
+        "full": lambda: None,
+        "causal": saccade.Causal,
+        "decode": lambda: saccade.PaddedKeys(ones, lengths, SLOT) & saccade.Causal("bottom_right"),
+        "paged": lambda: (
+            saccade.PagedKeys(ones, lengths, torch.randperm(N // 64, device="cuda").int().view(M, -1), 64)
+            & saccade.Causal("bottom_right")
+        ),
+    }
+    run = {"decode": SLOT, "paged": 64}.get(kind)
+    q, k, v = (torch.randn(1, n, h, D, device="cuda") for n, h in ((M, G * H), (N, G), (N, G)))
+    mask = masks[kind]()
+    scales = {}
+    k, scales["key_scale"] = saccade.quantize(k, dtype, run)
+    v, scales["value_scale"] = saccade.quantize(v, dtype, run)
+    if query == "fp8":
+        q, scales["query_scale"] = saccade.quantize(q, dtype, 1)
+    else:
+        q = q.to(getattr(torch, query))
+
+    def attend(query: torch.Tensor, backend: str) -> torch.Tensor:
+        return saccade.attention(query, k, v, mask=mask, backend=backend, output_dtype=torch.float32, **scales)
+
+    want, got = attend(q if query == "fp8" else q.float(), "reference"), attend(q, "triton")
+    same = all(torch.equal(got, attend(q, "triton")) for _ in range(5))
+    error = float((got - want).norm() / want.norm()) if bool(torch.isfinite(got).all()) else math.inf
+    return {"worst": f"{error:.1e}", "share": error / 1e-2, "same": same}
+
+
 def guarded(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     began = time.time()
     try:
@@ -131,6 +173,14 @@ def check_jobs(every: int) -> list[tuple[Any, ...]]:
     kinds = ("full", "causal", "packed", "window", "alibi", "table", "bias")
     large: list[tuple[Any, ...]] = [(check_large, f"{d}, {k}") for k in kinds for d in ("D128", "D64", "D256")]
     large += [(check_large, f"{d}, causal") for d in ("K128 V64", "D96")]
+    few = ("decode", "paged")
+    for query, kept, which in (
+        ("bfloat16", "int8", (*few, "causal")),
+        ("bfloat16", "fp8", (*few, "causal")),
+        ("fp8", "fp8", ("causal", "full", "paged")),
+    ):
+        large += [(check_stored, f"{d}, {query}, {kept}, {k}") for k in which for d in ("D128", "D64", "D256")]
+    large += [(check_stored, f"D128, float16, {kept}, {k}") for kept in STORED for k in few]
     jobs: list[tuple[Any, ...]] = [(check_case, case.name, "bfloat16", True) for case in CASES]
     jobs += [(check_case, case.name, "float32", True) for case in CASES[::2]]
     jobs += [(check_case, case.name, "float16", False) for case in CASES[1::4]]
@@ -523,6 +573,15 @@ def decode(board: Board, B: int, N: int, H: int, G: int, D: int, page: int | Non
         compiled = torch.compile(flex_attention, dynamic=False)
         calls["flex"] = lambda k, v: compiled(
             qt, *(x.view(B, N, G, D).transpose(1, 2) for x in (k, v)), enable_gqa=H != G).view(B, H, D)  # fmt: skip
+    # The same numbers in 8 bits, with a scale for each sequence and head, or for each page and head.
+    run = page or N
+    stored = {
+        f"saccade {name}": [[saccade.quantize(x, kind, run) for x in cache] for cache in caches]
+        for name, kind in STORED.items()
+    }
+    for name in stored:
+        calls[name] = lambda k, v: saccade.attention(
+            q, k[0], v[0], mask=ranges, key_scale=k[1], value_scale=v[1], backend="triton").view(B, H, D)  # fmt: skip
     graphs: dict[str, list[Callable[[], Any]]] = {}
     outs: dict[str, torch.Tensor] = {}
     for name, call in calls.items():
@@ -530,8 +589,9 @@ def decode(board: Board, B: int, N: int, H: int, G: int, D: int, page: int | Non
             return
         try:
             with torch.no_grad():
-                outs[name] = call(*caches[0]).float()
-                graphs[name] = [as_graph(partial(call, *cache)) for cache in caches]
+                own = stored.get(name, caches)
+                outs[name] = call(*own[0]).float()
+                graphs[name] = [as_graph(partial(call, *cache)) for cache in own]
         except Exception as error:
             print("skip", name, "decode", f"{type(error).__name__}: {error}"[:200].replace("\n", " "), flush=True)
     found: dict[str, list[float]] = {n: [] for n in graphs}
@@ -540,18 +600,52 @@ def decode(board: Board, B: int, N: int, H: int, G: int, D: int, page: int | Non
             for n, replays in graphs.items():
                 for replay in replays[:8]:
                     found[n] += times(replay, 3, 5)
+    of_cache = {n: sum(y.numel() * y.element_size() for x in own[0] for y in x) for n, own in stored.items()}
     state = 4 * B * N * G * D
     ms = {n: statistics.median(x) for n, x in found.items() if x}
-    rates = {n: state / m / 1e9 for n, m in ms.items()}
+    rates = {n: of_cache.get(n, state) / m / 1e9 for n, m in ms.items()}
     peers = {n: m for n, m in ms.items() if not n.startswith("saccade")}
+    against_bf16 = {n: [round(ms["saccade"] / ms[n], 3), float((outs[n] - outs["saccade"]).norm() / outs["saccade"].norm())]
+                    for n in stored if n in ms and "saccade" in ms}  # fmt: skip
     best = min(peers, key=peers.__getitem__) if peers else None
     ratio = peers[best] / ms["saccade"] if best else None
-    against = next((n for n in outs if n != "saccade"), None)
+    against = next((n for n in outs if n != "saccade" and n not in stored), None)
     off = float((outs["saccade"] - outs[against]).norm() / outs[against].norm()) if against else None
     line = f"decode B{B} N{N} H{H}/{G} D{D} {'pages of ' + str(page) if page else 'contiguous'}: "
     line += "  ".join(f"{n} {r:.2f} TB/s ({ms[n] * 1e3:.0f} µs)" for n, r in rates.items())
     board.add({"decode": True, "B": B, "N": N, "H": H, "G": G, "D": D, "page": page, "ms": ms, "tb_per_s": rates,
-               "ratio": ratio, "best_peer": best, "difference": off, "line": f"{line}  ratio {ratio} diff {off}"})  # fmt: skip
+               "ratio": ratio, "best_peer": best, "difference": off, "of_bf16_speed_and_difference": against_bf16,
+               "line": f"{line}  ratio {ratio} diff {off}; of bf16's speed, and difference: {against_bf16}"})  # fmt: skip
+
+
+def forward_stored(board: Board, D: int, kind: str) -> None:
+    """Forward with inputs in fp8, and with keys and values in 8 bits, beside bf16."""
+    w = {"B": 2, "H": 2048 // D, "G": 2048 // D, "N": 8192, "D": D, "kind": kind}
+    x = [torch.randn(w["B"], w["N"], w["H"], D, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
+    ranges = saccade.Causal().lower(w["B"], w["N"], w["N"], "cuda") if kind == "causal" else None
+    names = ("query_scale", "key_scale", "value_scale")
+
+    def call(dtype: torch.dtype | None, first: int) -> Callable[[], torch.Tensor]:
+        """Attention with inputs from `first` on stored as `dtype`."""
+        stored = [saccade.quantize(t, dtype) for t in x[first:]] if dtype else []
+        scales = {name: scale for name, (_, scale) in zip(names[first:], stored, strict=False)}
+        inputs = [*x[:first], *(t for t, _ in stored)] if dtype else x
+        return lambda: saccade.attention(*inputs, mask=ranges, backend="triton", output_dtype=torch.bfloat16, **scales)
+
+    calls = {"bf16": call(None, 0), "fp8": call(torch.float8_e4m3fn, 0), "fp8 keys": call(torch.float8_e4m3fn, 1),
+             "int8 keys": call(torch.int8, 1)}  # fmt: skip
+    outs = {n: f().float() for n, f in calls.items()}
+    graphs = {n: as_graph(f) for n, f in calls.items()}
+    found: dict[str, list[float]] = {n: [] for n in graphs}
+    for _ in range(2):
+        for n, replay in graphs.items():
+            found[n] += times(replay, 60)
+    flops = visible(w) * w["B"] * w["H"] * D * 4
+    rates = {n: flops / statistics.median(t) / 1e9 for n, t in found.items()}
+    off = {n: float((y - outs["bf16"]).norm() / outs["bf16"].norm()) for n, y in outs.items()}
+    line = f"{label(w)} forward, TFLOP/s (difference from bf16): "
+    line += ", ".join(f"{n} {r:.0f} ({off[n]:.1e})" for n, r in rates.items())
+    board.add({**w, "stored_forward": True, "tflops": rates, "difference": off, "line": line})
 
 
 def overhead(board: Board) -> None:
@@ -683,6 +777,10 @@ def main() -> None:
     for page in (None, 64):
         if left() > 14:
             guarded_print(decode, board, 32, 8192, 32, 8, 128, page, left)
+    for D in (128, 64):
+        for kind in ("causal", "full"):
+            if left() > 14:
+                guarded_print(forward_stored, board, D, kind)
     if left() > 14:
         guarded_print(overhead, board)
     # A million tokens only where they are a matter of seconds.

@@ -37,6 +37,12 @@ class Case:
     dropout: float = 0.0
     scale: float | None = None
     strides: str = "contiguous"
+    stored: torch.dtype | None = None
+    """What keys and values are stored as."""
+    run: int | None = None
+    """Keys that share a scale; `None`: all of a batch entry and head; 0: all there are."""
+    query_run: int | None = None
+    """Rows that share a scale of the query, which then is stored as `stored` too."""
 
     def problem(self, dtype: torch.dtype = torch.float64) -> Problem:
         """The problem with random fp64 values that `dtype` holds exactly."""
@@ -74,9 +80,25 @@ class Case:
             bias = term if bias is None else bias + term
         sinks = values(self.heads) if self.sinks else None
         mask = None if self.mask is None else self.mask()
+        scales: dict[str, Tensor] = {}
+        if self.stored is not None:
+            k, scales["key_scale"] = self.quantized(k)
+            v, scales["value_scale"] = self.quantized(v)
+            if self.query_run is not None:
+                q, scales["query_scale"] = saccade.quantize(q.float(), self.stored, self.query_run)
         return make_problem(
-            q, k, v, mask=mask, bias=bias, scale=self.scale, softcap=self.softcap, sinks=sinks, dropout_p=self.dropout
-        )[0]
+            q, k, v, mask=mask, bias=bias, scale=self.scale, softcap=self.softcap, sinks=sinks, dropout_p=self.dropout,
+            **scales,
+        )[0]  # fmt: skip
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys or values as they are stored, and their scale; keys and heads differ in size, and so do scales."""
+        x = x.float() * torch.exp2(torch.randint(-2, 2, x.shape[:-1]))[..., None]
+        if self.run != 0:
+            return saccade.quantize(x, self.stored, self.run)
+        # As one row, which has one scale.
+        stored, scale = saccade.quantize(x.reshape(1, -1, x.shape[-1]), self.stored)
+        return stored.view(x.shape), scale[0, 0]
 
 
 def _holes(*shape: int) -> Tensor:
@@ -85,6 +107,7 @@ def _holes(*shape: int) -> Tensor:
 
 S = saccade
 TABLE = torch.tensor([[3, 0, 5], [6, 1, 2], [4, 0, 3]], dtype=torch.int32)
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
 SHORT = [5, 0, 9, 1, 17, 1, 7, 23]
 
 CASES = [
@@ -153,4 +176,26 @@ CASES = [
     Case("no keys, learned sinks", N=0, sinks=True),
     Case("empty batch", B=0),
     Case("no documents", M=0, N=0, mask=lambda: S.Documents([])),
+    Case("int8, a scale per head", B=2, heads=4, stored=INT8),
+    Case("int8, one scale, causal", stored=INT8, run=0, mask=lambda: S.Causal("bottom_right")),
+    Case("int8, a scale per key, window and sinks", M=90, N=90, stored=INT8, run=1, V=24,
+         mask=lambda: S.Causal() & S.Window(10, 0) & S.Sinks(3)),
+    Case("int8, paged, a scale per page", M=9, N=28, heads=4, stored=INT8, run=4, alibi=True, bias=((4, 9, 12),),
+         mask=lambda: S.PagedKeys([4, 1, 4], [11, 3, 9], TABLE, 4) & S.Window(5, 0, "bottom_right")),
+    Case("fp8, a scale per head, decode", B=3, M=1, N=50, heads=8, kv_heads=2, stored=FP8,
+         mask=lambda: S.KeyLengths([50, 1, 33]) & S.Causal("bottom_right")),
+    Case("fp8, one scale, dense mask, softcap", stored=FP8, run=0, softcap=2.5, mask=lambda: _holes(33, 47)),
+    Case("fp8, padded, a scale per sequence", M=9, N=60, heads=4, kv_heads=2, stored=FP8, run=20, V=8,
+         mask=lambda: S.PaddedKeys([3, 0, 6], [17, 4, 20], 20) & S.Causal("bottom_right")),
+    Case("fp8, paged, a scale per page, one token each", M=3, N=28, heads=4, stored=FP8, run=4,
+         mask=lambda: S.PagedKeys([1, 1, 1], [11, 3, 9], TABLE, 4) & S.Causal("bottom_right")),
+    Case("fp8, paged, a scale per key", M=9, N=28, heads=4, stored=FP8, run=1, reach=5, dropout=0.3, sinks=True,
+         mask=lambda: S.PagedKeys([4, 1, 4], [11, 3, 9], TABLE, 4) & S.Causal("bottom_right")),
+    Case("fp8 query, window", M=50, N=50, B=2, heads=4, K=24, stored=FP8, query_run=50,
+         mask=lambda: S.Causal() & S.Window(4, 0)),
+    Case("fp8 query, scales by rows, packed", M=63, N=63, heads=4, stored=FP8, run=9, query_run=7, alibi=True,
+         mask=lambda: S.Documents(SHORT) & S.Causal()),
+    Case("fp8 query, a scale per row", M=40, N=47, heads=6, kv_heads=2, stored=FP8, run=0, query_run=1, scale=-0.3,
+         V=32),
+    Case("int8, no keys", N=0, stored=INT8, sinks=True),
 ]  # fmt: skip

@@ -440,7 +440,7 @@ def test_merge_edges():
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_problems(data):
-    """Layout × visibility × bias × dtype × strides, drawn at random, against the fp64 reference."""
+    """Layout × visibility × bias × dtype × strides × storage, drawn at random, against the fp64 reference."""
     draw = data.draw
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     G, H = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -482,9 +482,16 @@ def test_random_problems(data):
         return torch.randn(B, length, heads, dim)
 
     q, k, v = (x.to(dtype).double() for x in (values(M, G * H, K), values(N, G, K), values(N, G, V)))
+    scales = {}
+    stored = draw(st.sampled_from([None, None, torch.int8, torch.float8_e4m3fn]))
+    if stored is not None:
+        run = draw(st.sampled_from([n for n in range(1, N + 1) if N % n == 0] or [None]))
+        k, scales["key_scale"] = saccade.quantize(k, stored, run)
+        v, scales["value_scale"] = saccade.quantize(v, stored, draw(st.sampled_from([run, None])))
     problem, _ = make_problem(
         q, k, v, mask=mask, bias=bias, softcap=draw(st.none() | st.just(3.0)),
         sinks=torch.randn(G * H) if draw(st.booleans()) else None, dropout_p=draw(st.sampled_from([0.0, 0.3])),
+        **scales,
     )  # fmt: skip
     problem = problem._replace(
         biases=[x.to(dtype).double() for x in problem.biases],

@@ -16,6 +16,7 @@ from saccade.core.masks import (
     Window,
 )
 from saccade.core.merge import merge
+from saccade.core.quantize import quantize
 from saccade.core.ranges import KeyRanges
 from saccade.info import explain
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "merge",
+    "quantize",
     "explain",
     "Documents",
     "PaddedKeys",

@@ -105,7 +105,7 @@ class Explanation:
     forward_flops: int
     backward_flops: int
     bytes: int
-    """Of query, key, value, output and lse: what must be moved at least."""
+    """Of query, key, value, their scales, output and lse: what must be moved at least."""
     tiles: int
     """Tiles of 256 × 256 in which something is visible, per head."""
     tiles_skipped: int
@@ -142,6 +142,9 @@ def explain(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
     output_dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -159,6 +162,9 @@ def explain(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
+        query_scale=query_scale,
+        key_scale=key_scale,
+        value_scale=value_scale,
         output_dtype=output_dtype,
     )
     problem = problem._replace(dropout_p=float(dropout_p))  # given only now, because making it draws a seed
@@ -173,13 +179,15 @@ def explain(
     )
     copies = lo.shape[1]
     total = copies * -(-M // side) * -(-problem.row_length // side)
-    width = problem.query.element_size()
-    moved = (B * M * G * H * K + problem.key.shape[0] * problem.key.shape[1] * G * (K + V)) * width
+    moved = B * M * G * H * K * problem.query.element_size()
+    moved += problem.key.shape[0] * problem.key.shape[1] * G * (K + V) * problem.key.element_size()
+    moved += sum(x.numel() * x.element_size() for x in (query_scale, key_scale, value_scale) if x is not None)
     moved += B * M * G * H * (V * problem.output_dtype.itemsize + problem.compute_dtype.itemsize)
     return Explanation(
         backend=choose(problem, backend),
         reasons={name: load(name).reason_against(problem) for name in BACKENDS},
-        shape=f"B {B}, M {M}, N {N}, G {G}, H {H}, K {K}, V {V}, {str(problem.query.dtype)[6:]}",
+        shape=f"B {B}, M {M}, N {N}, G {G}, H {H}, K {K}, V {V}, {str(problem.query.dtype)[6:]}"
+        + (f", keys {str(problem.key.dtype)[6:]}" if problem.quantized else ""),
         visible=visible_area(problem),
         pairs=B * G * H * M * N,
         forward_flops=forward_flops(problem),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from saccade.core.dropout import kept
-from saccade.core.problem import Problem
+from saccade.core.problem import STORED, Problem
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
@@ -39,8 +39,10 @@ def textbook(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(out `[B, M, G, H, V]`, lse `[B, G, H, M]`) with every step in `dtype`, dense; differentiable by autograd."""
     lo, hi, diagonal = problem.ranges
     slots = problem.keys_in_row(0, problem.row_length)
-    key, value = (x if slots is None else x[:, slots] for x in (problem.key, problem.value))
-    query, key, value = (x.to(dtype) for x in (problem.query, key, value))
+    query = _dequantized(problem.query, problem.query_scale, dtype)
+    key = _dequantized(problem.key, problem.key_scale, dtype)
+    value = _dequantized(problem.value, problem.value_scale, dtype)
+    key, value = (x if slots is None else x[:, slots] for x in (key, value))
     j = torch.arange(problem.row_length)
     column = j % max(problem.N, 1)
 
@@ -86,6 +88,14 @@ def textbook(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.einsum("bghmn,bngv->bmghv", weight, value), lse
 
 
+def _dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What `x` `[B, n, …, d]` stands for, rounded to `dtype` once."""
+    if scale is None:
+        return x.to(dtype)
+    by_row = scale.double().repeat_interleave(x.shape[1] // scale.shape[1], 1)
+    return (x.double() * by_row[..., None]).to(dtype)
+
+
 def differentiable(problem: Problem) -> dict[str, Tensor]:
     """The differentiable inputs of a problem by name; dense biases as `bias0`, `bias1`, …"""
     names = ("query", "key", "value", "slopes", "table", "sinks")
@@ -104,10 +114,18 @@ def results(
 ) -> dict[str, Tensor]:
     """Output, lse and the gradient of every differentiable input, in fp64, of `function` on the problem in `dtype`.
 
-    The cotangents are fixed pseudo-random numbers, so that results of different functions can be compared.
+    The cotangents are fixed pseudo-random numbers, so that results of different functions can be compared. What is
+    stored in 8 bits stays so, but for fp64, which holds it exactly; there are no gradients then.
     """
-    inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in differentiable(problem).items()}
+    inputs = {
+        name: x.detach() if x.dtype in STORED and dtype != torch.float64 else x.detach().to(dtype)
+        for name, x in differentiable(problem).items()
+    }
+    if not problem.quantized:
+        inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     out, lse = function(with_inputs(problem, inputs)._replace(output_dtype=dtype))
+    if problem.quantized:
+        return {"out": out.double(), "lse": lse.double()}
     grad_out, grad_lse = _cotangents(out, lse)
     cotangents = (grad_out.to(out.dtype), grad_lse.to(lse.dtype))
     grads = torch.autograd.grad((out, lse), list(inputs.values()), cotangents, materialize_grads=True)
@@ -141,8 +159,11 @@ def tolerances(problem: Problem, dtype: torch.dtype, exact: dict[str, Tensor]) -
 
     Three times the error of the textbook form in that dtype, and three times what storing the output in it does to a
     gradient; and for where the textbook happens to be lucky, one rounding of the largest value to `dtype` and 32 to
-    the dtype that backends compute in.
+    the dtype that backends compute in. With a query of 8 bits bf16 stands in for a finer dtype: weights have then no
+    more bits than that.
     """
+    if problem.query.dtype in STORED:
+        dtype = torch.bfloat16
     dense = results(lambda p: textbook(p, dtype), problem, dtype)
     stored_output = _of_rounded_output(problem, dtype) if exact.keys() - {"out", "lse"} else {}
     stored, computed = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps

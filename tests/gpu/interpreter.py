@@ -1,6 +1,8 @@
 """Repairs for Triton's CPU interpreter (3.6 to 3.9), so that kernels can be tested without a GPU. Knows no kernel.
 
-* bf16 is held as uint16 bits: `dot` multiplies the bits, casts truncate. Here products are made in fp32 and casts round.
+* bf16 is held as uint16 bits: `dot` multiplies the bits, casts truncate and take integers for bits. Here products are
+  made in fp32 and casts round.
+* e4m3 is held as uint8 bits: a NaN is a number to casts, which truncate. Here torch casts.
 * NumPy 2.4 and later refuses `int(array([x]))`, which the interpreter does for loop bounds.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -17,6 +20,8 @@ def _floats(handle: Any) -> Any:
     """The numbers a handle stands for."""
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    if handle.dtype.scalar == tl.float8e4nv:
+        return torch.from_numpy(np.array(handle.data)).view(torch.float8_e4m3fn).float().numpy()
     return handle.data.astype(np.float32) if handle.dtype.scalar == tl.float16 else handle.data
 
 
@@ -24,6 +29,14 @@ def _to_bfloat16(x: Any) -> Any:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def _to_float8(x: Any) -> Any:
+    return torch.from_numpy(np.array(x, np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+_ENCODE = {tl.bfloat16: _to_bfloat16, tl.float8e4nv: _to_float8}
+"""Of the types that numpy does not have."""
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
@@ -34,9 +47,9 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
 def _cast(original: Any) -> Any:
     def cast(self: Any, source: Any, to: Any, *rest: Any) -> Any:
         have, want = source.dtype.scalar, to.scalar
-        if want == tl.bfloat16 and have.is_floating() and have != tl.bfloat16:
-            return interpreter.TensorHandle(_to_bfloat16(source.data.astype(np.float32)), want)
-        if have == tl.bfloat16 and want.is_floating() and want != tl.bfloat16:
+        if want in _ENCODE and have != want:
+            return interpreter.TensorHandle(_ENCODE[want](_floats(source).astype(np.float32)), want)
+        if have in _ENCODE and want.is_floating() and want != have:
             kind = {16: np.float16, 32: np.float32, 64: np.float64}[want.primitive_bitwidth]
             return interpreter.TensorHandle(_floats(source).astype(kind), want)
         return original(self, source, to, *rest)

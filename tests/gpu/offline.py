@@ -31,7 +31,10 @@ class Compiled(NamedTuple):
     spills: int
     """Local loads and stores in the machine code."""
     wgmma: int
+    wgmma8: int
+    """Those of fp8 operands."""
     mma: int
+    mma8: int
     tma: int
     serialised: list[str]
     """ptxas's C75xx notes: wgmma that waits for itself."""
@@ -75,7 +78,8 @@ def target(name: str) -> Any:
         launch._processors = lambda device: 132
         if capability is None:
             launch._precision = lambda: "ieee"
-        launch._descriptors_allowed = lambda x: x.element_size() == 2 and family in ("hopper", "blackwell")
+        launch._assembly = lambda x: "none" if capability is None else "pure" if capability[0] > 9 else "effectful"
+        launch._descriptors_allowed = lambda x: x.element_size() <= 2 and family in ("hopper", "blackwell")
         results: list[Compiled] = []
 
         def run(kernel: Any, grid: Any, *args: Any, tile: Any) -> None:
@@ -89,7 +93,7 @@ def target(name: str) -> Any:
 
 
 def _read(name: str, made: Any, log: str) -> Compiled:
-    registers = spills = wgmma = mma = tma = 0
+    registers = spills = wgmma = wgmma8 = mma = mma8 = tma = 0
     if "cubin" in made.asm:
         import triton
 
@@ -103,14 +107,16 @@ def _read(name: str, made: Any, log: str) -> Compiled:
             code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
         registers = int((re.search(r"REG:(\d+)", usage) or [0, "0"])[1])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-        wgmma = len(re.findall(r"\bHGMMA", code))
+        wgmma, wgmma8 = (len(re.findall(rf"\b{letter}GMMA", code)) for letter in "HQ")
+        mma8 = len(re.findall(r"\bQMMA", code))
         mma = len(re.findall(r"\bHMMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
         tma = len(re.findall(r"\bUTMALDG", code))
     elif "amdgcn" in made.asm:
         mma = len(re.findall(r"v_mfma", made.asm["amdgcn"]))
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
-    return Compiled(name, made.metadata.shared, registers, spills, wgmma, mma, tma, re.findall(r"(C75\d\d)", log))
+    serialised = re.findall(r"(C75\d\d)", log)
+    return Compiled(name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, mma8, tma, serialised)
 
 
 class Work(NamedTuple):
@@ -120,14 +126,18 @@ class Work(NamedTuple):
     head_dim: int
     kind: str
     """causal, full, alibi, table, bias, decode, paged."""
+    stored: str = ""
+    """What keys and values are stored as where that is not `dtype`: with a scale per page of paged keys, else per head.
+    A query of 8 bits has one for each row."""
 
 
 FEW = {
     "sm_90": [("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 128, "table"),
-              ("bfloat16", 256, "full"), ("bfloat16", 128, "paged")],
-    "sm_80": [("bfloat16", 128, "causal")],
-    "sm_100": [("bfloat16", 128, "causal")],
-    "gfx942": [("bfloat16", 128, "causal")],
+              ("bfloat16", 256, "full"), ("bfloat16", 128, "paged"), ("float8_e4m3fn", 128, "causal"),
+              ("bfloat16", 128, "decode", "int8"), ("bfloat16", 128, "paged", "float8_e4m3fn")],
+    "sm_80": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
+    "sm_100": [("bfloat16", 128, "causal"), ("float8_e4m3fn", 128, "causal")],
+    "gfx942": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
 }  # fmt: skip
 """A few of all works, for every day."""
 
@@ -139,7 +149,21 @@ def works(name: str, every: bool) -> list[Work]:
     kinds = ("causal", "full", "alibi", "table", "bias")
     found = [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in kinds]
     found += [Work(dtype, 128, kind) for dtype in ("bfloat16", "float16") for kind in ("decode", "paged")]
-    return [*found, Work("float16", 128, "causal")]
+    found += [Work("float16", 128, "causal")]
+    stored = ("int8",) if name == "sm_80" else ("int8", "float8_e4m3fn")
+    found += [Work(dtype, D, kind, s) for s in stored for dtype, D, kind in (
+        ("bfloat16", 128, "decode"), ("bfloat16", 128, "paged"), ("bfloat16", 64, "paged"), ("bfloat16", 256, "paged"),
+        ("float16", 128, "paged"), ("bfloat16", 128, "causal"), ("bfloat16", 64, "causal"), ("bfloat16", 128, "bias"),
+        ("float32", 128, "causal"))]  # fmt: skip
+    if name != "sm_80":  # which has no e4m3
+        found += [Work("float8_e4m3fn", D, kind) for D in (64, 128, 256) for kind in kinds]
+        found += [Work("float8_e4m3fn", 128, kind) for kind in ("decode", "paged")]
+    return found
+
+
+def crowded(work: Work) -> bool:
+    """Whether the path that is taken for a NaN needs more registers than there are."""
+    return work.head_dim == 256 or (work.dtype, work.kind) == ("float8_e4m3fn", "decode")
 
 
 def problem_of(work: Work) -> Any:
@@ -147,7 +171,7 @@ def problem_of(work: Work) -> Any:
     import torch
 
     import saccade
-    from saccade.core.problem import make_problem
+    from saccade.core.problem import STORED, make_problem
 
     M, N, G, H = 1024, 1024, 2, 1
     mask: saccade.Mask | None = saccade.Causal()
@@ -168,8 +192,17 @@ def problem_of(work: Work) -> Any:
         pages = torch.arange(16, dtype=torch.int32).view(4, 4)
         mask = saccade.PagedKeys([1] * 4, [200] * 4, pages, 64) & saccade.Causal("bottom_right")
     dtype = getattr(torch, work.dtype)
-    q, k, v = (torch.zeros(1, n, h, work.head_dim, dtype=dtype) for n, h in ((M, G * H), (N, G), (N, G)))
-    return make_problem(q, k, v, mask=mask, bias=bias)[0]
+    stored = getattr(torch, work.stored or work.dtype)
+    q, k, v = (
+        torch.zeros(1, n, h, work.head_dim, dtype=t) for n, h, t in ((M, G * H, dtype), (N, G, stored), (N, G, stored))
+    )
+    scales = {}
+    if stored in STORED:
+        scale = torch.ones(1, 16 if work.kind == "paged" else 1, G)
+        scales = {"key_scale": scale, "value_scale": scale}
+    if dtype in STORED:
+        scales["query_scale"] = torch.ones(1, M, G * H)
+    return make_problem(q, k, v, mask=mask, bias=bias, **scales)[0]
 
 
 def _never(x):  # type: ignore[no-untyped-def]
@@ -180,7 +213,7 @@ def main(name: str, every: bool, plain: bool) -> None:
     """Print what became of each kernel.
 
     Args:
-        plain: forward of wide heads alone, without the path that is taken where a NaN came out. That path is inlined and
+        plain: forward of what is `crowded` alone, without the path that is taken where a NaN came out. That path is inlined and
             needs registers of its own; what every call runs is the rest.
     """
     import torch
@@ -195,11 +228,11 @@ def main(name: str, every: bool, plain: bool) -> None:
         todo = works(name, every)
         if plain:
             forward_kernels.any_nan = triton.jit(_never)
-            todo = [work for work in todo if work.head_dim == 256 and work.dtype != "float32"]
+            todo = [work for work in todo if crowded(work) and work.dtype != "float32"]
         for work in todo:
             problem = problem_of(work)
             out, lse = launch.forward(problem)
-            if work.kind not in ("decode", "paged") and not plain:
+            if work.kind not in ("decode", "paged") and not problem.quantized and not plain:
                 needs = Needs(True, True, True, False, problem.table is not None, False, [True] * len(problem.biases))
                 launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
             for result in results:

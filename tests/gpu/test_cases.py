@@ -6,7 +6,9 @@ import torch
 import saccade
 from cases import CASES
 from saccade.backends.triton import config, launch
+from saccade.backends.triton.primitives import Arguments
 from saccade.core.library import attend
+from saccade.core.problem import make_problem
 from saccade.testing import results, tolerances, worst
 
 # The interpreter warns where NumPy meets what the kernels mean: log2(0) of an empty row, inf − inf of a NaN test.
@@ -45,3 +47,82 @@ def test_agrees_with_reference(case):
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
 def test_bfloat16(case, descriptors):
     agree(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("special", [torch.nan, 1e30])
+@pytest.mark.parametrize("layout", ["padded", "paged"])
+def test_scales_nobody_may_see_do_not_leak(layout, special):
+    """Two sequences, of 17 and 5 keys, in slots of 32: scales of what lies behind them may be anything."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (9, 64, 64))
+    k, key_scale = saccade.quantize(k, torch.float8_e4m3fn, 1)
+    v, value_scale = saccade.quantize(v, torch.float8_e4m3fn, 1)
+    mask = saccade.PaddedKeys([4, 5], [17, 5], 32)
+    if layout == "paged":
+        mask = saccade.PagedKeys([4, 5], [17, 5], [[0, 1], [2, 3]], 16)
+
+    def run():
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        return saccade.attention(q, k, v, mask=mask & saccade.Causal("bottom_right"), backend="triton", **scales)
+
+    want = run()
+    assert want.abs().min() > 0
+    for scale in (key_scale, value_scale):
+        scale[:, 17:32] = scale[:, 37:] = special
+    torch.testing.assert_close(run(), want)
+
+
+def test_visible_nan_of_a_scale_and_of_a_number_do_reach():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (5, 40, 40))
+    k, key_scale = saccade.quantize(k, torch.float8_e4m3fn, 8)
+    v, value_scale = saccade.quantize(v, torch.float8_e4m3fn, 8)
+    value_scale[:, 1, 0] = torch.nan
+    v[:, 30, 1, 3] = torch.nan
+
+    def run(**mask):
+        return saccade.attention(q, k, v, key_scale=key_scale, value_scale=value_scale, backend="triton", **mask)[0]
+
+    out = run()
+    assert torch.isnan(out[:, 0]).all()
+    assert torch.isnan(out[:, 1, 3]).all()
+    assert torch.isfinite(out[:, 1, :3]).all()
+    hidden = torch.ones(5, 40, dtype=torch.bool)
+    hidden[2, 8:16] = hidden[2, 30] = False
+    partly = run(mask=hidden)
+    assert torch.isfinite(partly[2]).all()
+    want = saccade.attention(q, k, v, key_scale=key_scale, value_scale=value_scale, mask=hidden, backend="reference")[0]
+    torch.testing.assert_close(partly[2], want[2])
+
+
+def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
+    launched = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *values: launched.append(values)
+
+    monkeypatch.setattr(launch, "run", lambda *_, **__: Compiled())
+    monkeypatch.setattr(launch.plans, "_plans", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+
+    def problem(run):
+        q, k, v = (torch.randn(1, n, 2, 16) for n in (1, 64, 64))
+        stored = [saccade.quantize(x, torch.float8_e4m3fn, run) for x in (q, k, v)] if run else []
+        if not run:
+            stored = [(q, None), *((x.to(torch.float8_e4m3fn), None) for x in (k, v))]
+        names = ("query_scale", "key_scale", "value_scale")
+        return make_problem(*(x for x, _ in stored), **dict(zip(names, (y for _, y in stored), strict=True)))[0]
+
+    for kind in ("scales", "none"):
+        first, second = (problem(1 if kind == "scales" else None) for _ in "12")
+        launch.forward(first)
+        assert not launched, "a first launch is compiled"
+        launch.forward(second)
+        (arguments, *_), *_ = launched
+        given = dict(zip(Arguments._fields, arguments, strict=True))
+        for name in ("query_scale", "key_scale", "value_scale"):
+            scale = getattr(second, name)
+            assert given[name] == (None if scale is None else scale.data_ptr())
+        launched.clear()
+    assert len(launch.plans._plans) == 2

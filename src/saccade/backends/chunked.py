@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.backends import Gradients, Needs
-from saccade.backends.common import visible_matmul
+from saccade.backends.common import dequantized, visible_matmul
 from saccade.backends.schedule import Span, Tile, tiles, uniform_tiles
 from saccade.core.dropout import kept
 from saccade.core.problem import Problem
@@ -50,7 +50,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
             keep = tile.keep(chunk)
             if keep is not None:
                 weight = weight * keep
-            value = tile.load(problem.value, chunk)
+            value = tile.load(problem.value, chunk, problem.value_scale)
             acc.mul_(shrink)
             if visible is None:
                 _add_product(acc, weight, value)
@@ -173,9 +173,14 @@ class _Tile(NamedTuple):
         """Index of this tile in `[B, G, H, M]`."""
         return self.batches, self.groups, slice(None), slice(self.plan.begin, self.plan.end)
 
-    def group(self, x: Tensor) -> Tensor:
-        """This tile's rows of `[B, M, G, H, ·]` as `[b, g, H, m, ·]`."""
-        return x[self.rows].permute(0, 2, 3, 1, 4).to(self.problem.compute_dtype).contiguous()
+    def group(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """This tile's rows of `[B, M, G, H, ·]`, times their scale, as `[b, g, H, m, ·]`."""
+        return self.scaled(x, scale, self.rows[1]).permute(0, 2, 3, 1, 4).contiguous()
+
+    def scaled(self, x: Tensor, scale: Tensor | None, rows: slice | Tensor) -> Tensor:
+        """Rows of this tile's batch entries and groups, times their scale, in the compute dtype."""
+        here = (self.batches, slice(None), self.groups)
+        return dequantized(x[here], None if scale is None else scale[here], rows, self.problem.compute_dtype)
 
     def ungroup(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2, 4)
@@ -185,7 +190,7 @@ class _Tile(NamedTuple):
         return x[self.groups]
 
     def query(self) -> Tensor:
-        return self.group(self.problem.query) * self.problem.scale
+        return self.group(self.problem.query, self.problem.query_scale) * self.problem.scale
 
     def start(self, V: int) -> tuple[Tensor, Tensor, Tensor]:
         """Running peak, total and accumulator; a sink is a key with this score and a value of zero."""
@@ -202,6 +207,10 @@ class _Tile(NamedTuple):
     def chunks(self) -> Iterator[_Chunk]:
         problem = self.problem
         per_key = math.prod(self.group_shape) * problem.query.shape[3] * (self.plan.end - self.plan.begin)
+        if problem.quantized:
+            # Few rows would bring all keys at once into the compute dtype.
+            widest = max(problem.query.shape[-1], problem.value.shape[-1])
+            per_key = max(per_key, math.prod(self.group_shape) * widest)
         size = max(64, ELEMENTS // max(per_key, 1) // 64 * 64)
         for span in self.plan.spans:
             for begin, end, full in span.chunks(size):
@@ -212,12 +221,11 @@ class _Tile(NamedTuple):
         B, _, G = self.problem.query.shape[:3]
         return len(range(*self.batches.indices(B))), len(range(*self.groups.indices(G)))
 
-    def load(self, x: Tensor, chunk: _Chunk) -> Tensor:
-        """Keys or values of a chunk, `[b, g, n, ·]`."""
+    def load(self, x: Tensor, chunk: _Chunk, scale: Tensor | None = None) -> Tensor:
+        """Keys or values of a chunk, times their scale, `[b, g, n, ·]`."""
         slots = self.problem.keys_in_row(chunk.begin, chunk.end)
-        x = x[self.batches, :, self.groups]
-        x = x[:, chunk.begin : chunk.end] if slots is None else x[:, slots]
-        return x.permute(0, 2, 1, 3).to(self.problem.compute_dtype).contiguous()
+        rows = slice(chunk.begin, chunk.end) if slots is None else slots
+        return self.scaled(x, scale, rows).permute(0, 2, 1, 3).contiguous()
 
     def accumulate(self, total: Tensor, chunk: _Chunk, grad: Tensor) -> None:
         """Add `[b, g, n, ·]` to the keys or values that `load` read."""
@@ -235,7 +243,8 @@ class _Tile(NamedTuple):
         The slope is that of the capped score by the raw one; `None` without a softcap.
         """
         problem = self.problem
-        score = _grouped(torch.matmul, query, self.load(problem.key, chunk).transpose(-1, -2))
+        key = self.load(problem.key, chunk, problem.key_scale)
+        score = _grouped(torch.matmul, query, key.transpose(-1, -2))
         slope = None
         if problem.softcap:
             unit = score.div_(problem.softcap).tanh_()

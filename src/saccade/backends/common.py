@@ -6,6 +6,22 @@ import torch
 from torch import Tensor
 
 
+def dequantized(x: Tensor, scale: Tensor | None, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of `x` in `dtype`, each times its scale.
+
+    Args:
+        x: `[B, n, …, d]`.
+        scale: `[B, C, …]`, an entry for each run of n / C rows; `None`: 1.
+        rows: which of the n, as a slice without a step or as indices.
+    """
+    part = x[:, rows].to(dtype)
+    if scale is None:
+        return part
+    if isinstance(rows, slice):
+        rows = torch.arange(*rows.indices(x.shape[1]), device=x.device)
+    return part * scale[:, rows // max(x.shape[1] // scale.shape[1], 1)].to(dtype)[..., None]
+
+
 def visible_matmul(weight: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
     """`weight @ rows`, where a row that a result may not see does not reach it even when it holds NaN or inf.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.backends import Gradients, Needs
-from saccade.backends.common import visible_matmul
+from saccade.backends.common import dequantized, visible_matmul
 from saccade.core.dropout import kept
 from saccade.core.problem import Problem
 
@@ -97,12 +97,13 @@ def dense_attention(problem: Problem) -> Dense:
     """The dense formula, line by line; differentiable by autograd as well."""
     dtype = problem.compute_dtype
     lo, hi, diagonal = problem.ranges
-    query = problem.query.to(dtype).movedim(1, 3)
-    key, value = problem.key.to(dtype), problem.value.to(dtype)
+    everything = slice(None)
+    query = dequantized(problem.query, problem.query_scale, everything, dtype).movedim(1, 3)
     slots = problem.keys_in_row(0, problem.row_length)
-    if slots is not None:
-        key, value = key[:, slots], value[:, slots]
-    key, value = (x.movedim(1, 2)[:, :, None] for x in (key, value))
+    key, value = (
+        dequantized(x, scale, everything if slots is None else slots, dtype).movedim(1, 2)[:, :, None]
+        for x, scale in ((problem.key, problem.key_scale), (problem.value, problem.value_scale))
+    )
 
     j = torch.arange(problem.row_length, device=key.device)
     logical = j % max(problem.N, 1)

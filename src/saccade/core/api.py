@@ -11,7 +11,7 @@ from saccade.backends import choose
 from saccade.core.biases import Bias
 from saccade.core.library import attend
 from saccade.core.masks import Mask
-from saccade.core.problem import make_problem
+from saccade.core.problem import DTYPES, make_problem
 from saccade.core.ranges import KeyRanges
 
 
@@ -27,6 +27,9 @@ def attention(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     dropout_p: float = ...,
+    query_scale: Tensor | None = ...,
+    key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     output_dtype: torch.dtype | None = ...,
     backend: str | None = ...,
@@ -45,6 +48,9 @@ def attention(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     dropout_p: float = ...,
+    query_scale: Tensor | None = ...,
+    key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ...,
     return_lse: Literal[True],
     output_dtype: torch.dtype | None = ...,
     backend: str | None = ...,
@@ -62,6 +68,9 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
     output_dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -74,9 +83,12 @@ def attention(
 
     Args:
         query: `[B, M, Hq, K]`, `[B, M, G, H, K]` or `[B, M, K]` (one head); fp32, fp64, bf16 or fp16; any strides.
-            Under autocast query, key and value are cast to the autocast dtype.
+            Under autocast query, key and value are cast to the autocast dtype, but for what is stored in 8 bits.
+            `float8_e4m3fn` where key and value are.
         key: `[B, N, Hkv, K]` with `Hq % Hkv == 0` (query head h reads key head `h // (Hq // Hkv)`),
-            `[B, N, G, H or 1, K]` or `[B, N, K]`. For paged keys `[1, pages·page_size, …]`.
+            `[B, N, G, H or 1, K]` or `[B, N, K]`. For paged keys `[1, pages·page_size, …]`. In the query's dtype; or,
+            for inference, stored as `float8_e4m3fn` or `int8` with a scale, as `saccade.quantize` makes them. There
+            are no gradients then: an input that requires one is an error while grad mode is on.
         value: as key, with V in place of K.
         mask: a layout & visibility, e.g. `Documents(lengths) & Causal()`; the same lowered once, `mask.lower(...)`;
             or a bool tensor broadcastable to the scores, true = visible. `None`: every key is visible.
@@ -89,8 +101,15 @@ def attention(
             counts them, so a row that sees no key then has lse = sink.
         dropout_p: probability in [0, 1) with which a weight is dropped; the others grow by 1/(1 − p). Applied
             whenever it is not 0. Drawn from torch's generator of the query's device, one number a call.
+        key_scale: what stored 8-bit keys are to be multiplied by; `None` for 1 (`float8_e4m3fn`) and for keys that are
+            not stored so. One element; or `[B or 1, C, Hkv or 1]` where C divides N, one entry for each run of N / C
+            keys as they lie in memory: C = 1 for one per sequence and head, C = N for one per key, C = pages for one
+            per page of paged keys. For other layouts key's shape, likewise, without its last dimension. Any floating
+            dtype.
+        value_scale: the same for values.
+        query_scale: the same for an 8-bit query, `[B or 1, C, Hq or 1]` where C divides M.
         return_lse: also return the natural logarithm of the softmax's denominator.
-        output_dtype: dtype of the output; `None` means the query's (after autocast).
+        output_dtype: dtype of the output; `None` means the query's (after autocast), bf16 for an 8-bit query.
         backend: a name from `saccade.BACKENDS`, which is then used or refused, never replaced; `None` takes the
             first that has no reason against the problem. `saccade.explain` tells which and why.
 
@@ -113,6 +132,9 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         dropout_p=dropout_p,
+        query_scale=query_scale,
+        key_scale=key_scale,
+        value_scale=value_scale,
         output_dtype=output_dtype,
     )
     out, lse = attend(problem, choose(problem, backend))
@@ -120,10 +142,10 @@ def attention(
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Floating tensors in the autocast dtype where autocast is on; fp64 is left alone, as torch does."""
+    """Floating tensors in the autocast dtype where autocast is on; fp64, as torch does, and 8 bits are left alone."""
     if not all(isinstance(x, Tensor) for x in tensors) or tensors[0].is_meta:  # of which torch knows no autocast
         return tensors
     if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)

@@ -18,7 +18,8 @@ from saccade.core.problem import Problem
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? diagonal, Tensor? sequence, "
     "Tensor? block_table, Tensor? dense, Tensor[] biases, Tensor? slopes, Tensor? table, Tensor? sinks, "
-    "Tensor? seed, int page_size, float scale, float softcap, float dropout_p, ScalarType output_dtype"
+    "Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, Tensor? seed, int page_size, float scale, "
+    "float softcap, float dropout_p, ScalarType output_dtype"
 )
 _DIFFERENTIABLE = ("query", "key", "value", "slopes", "table", "sinks")
 _SAVED = Problem._fields.index("page_size")
@@ -152,6 +153,8 @@ def _restore(ctx: Any) -> tuple[Tensor, Tensor, Problem]:
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     out, lse, problem = _restore(ctx)
+    if problem.quantized:
+        raise RuntimeError(f"saccade.attention has no gradient where keys are {problem.key.dtype}")
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     by_field = dict(zip(Problem._fields, ctx.needs_input_grad, strict=False))
     # A list argument counts as one input; its entries tell for themselves.

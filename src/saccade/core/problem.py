@@ -18,6 +18,9 @@ from saccade.core.ranges import KeyRanges
 
 _LARGEST = torch.finfo(torch.float64).max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STORED = (torch.float8_e4m3fn, torch.int8)
+"""What keys and values may be stored as, for inference: a stored number times its scale is the true one. The query may
+be stored as the first of them, if keys and values are."""
 
 
 class Problem(NamedTuple):
@@ -46,6 +49,11 @@ class Problem(NamedTuple):
     """`[G, H, 2R + 1]`."""
     sinks: Tensor | None
     """`[G, H]`."""
+    query_scale: Tensor | None
+    """`[B, C, G, H]`, any strides: row i of the query, as stored, counts times entry `i // (M / C)`; C divides M."""
+    key_scale: Tensor | None
+    """`[B, C, G]`, any strides: key j, as it lies in memory, counts times entry `j // (length / C)`."""
+    value_scale: Tensor | None
     seed: Tensor | None
     """int64 `[1]` where `dropout_p > 0`."""
     page_size: int
@@ -64,6 +72,11 @@ class Problem(NamedTuple):
     def compute_dtype(self) -> torch.dtype:
         """The dtype of scores, softmax, accumulators and lse."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def quantized(self) -> bool:
+        """Whether keys and values are stored in 8 bits; then there are no gradients."""
+        return self.key.dtype in STORED
 
     @property
     def ranges(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,11 +164,19 @@ def make_problem(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
 ) -> tuple[Problem, Layout]:
     """Check what the user gave and bring it into canonical form, without copying where strides allow."""
     _check_tensors(query, key, value)
-    q, k, v, layout = _canonical_qkv(query, key, value)
+    scales = (
+        _by_row("query_scale", query_scale, "query", query),
+        _by_row("key_scale", key_scale, "key", key),
+        _by_row("value_scale", value_scale, "value", value),
+    )
+    (q, q_scale), (k, v, k_scale, v_scale), layout = _canonical((query, scales[0]), (key, value, *scales[1:]))
     B, M, G, H, K = q.shape
     ranges = _ranges(mask, B, M, k.shape[1], query.device)
     if ranges is None and bias is not None:
@@ -171,30 +192,33 @@ def make_problem(
     if sinks is not None:
         _check_head_tensor("sinks", sinks, layout, query.device)
         sinks = sinks.reshape(G, H)
-    return (
-        Problem(
-            q,
-            k,
-            v,
-            None if ranges is None else ranges.lo,
-            None if ranges is None else ranges.hi,
-            None if ranges is None else ranges.diagonal,
-            None if ranges is None else ranges.sequence,
-            None if ranges is None else ranges.block_table,
-            dense,
-            biases,
-            slopes,
-            table,
-            sinks,
-            _seed(dropout_p, query.device),
-            0 if ranges is None else ranges.page_size,
-            _scale(scale, K),
-            _softcap(softcap),
-            float(dropout_p),
-            _output_dtype(output_dtype, query.dtype),
-        ),
-        layout,
+    problem = Problem(
+        q,
+        k,
+        v,
+        None if ranges is None else ranges.lo,
+        None if ranges is None else ranges.hi,
+        None if ranges is None else ranges.diagonal,
+        None if ranges is None else ranges.sequence,
+        None if ranges is None else ranges.block_table,
+        dense,
+        biases,
+        slopes,
+        table,
+        sinks,
+        q_scale,
+        k_scale,
+        v_scale,
+        _seed(dropout_p, query.device),
+        0 if ranges is None else ranges.page_size,
+        _scale(scale, K),
+        _softcap(softcap),
+        float(dropout_p),
+        _output_dtype(output_dtype, torch.bfloat16 if query.dtype in STORED else query.dtype),
     )
+    if problem.quantized and torch.is_grad_enabled():
+        _refuse_gradients(problem)
+    return problem, layout
 
 
 class _Everything(Mask):
@@ -212,10 +236,13 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name}: got {x.dtype}, want one of {', '.join(str(d)[6:] for d in DTYPES)}")
-        if x.dtype != query.dtype:
-            raise ValueError(f"{name}: got {x.dtype}, want {query.dtype} as in query")
+        if name == "query" and x.dtype not in (*DTYPES, STORED[0]):
+            raise ValueError(f"query: got {x.dtype}, want one of {names(*DTYPES, STORED[0])}")
+        if name == "key" and x.dtype not in (query.dtype, *(STORED if query.dtype in DTYPES else ())):
+            stored = f", or with a scale {names(*STORED)}" if query.dtype in DTYPES else ""
+            raise ValueError(f"key: got {x.dtype}, want {query.dtype} as in query{stored}")
+        if name == "value" and x.dtype != key.dtype:
+            raise ValueError(f"value: got {x.dtype}, want {key.dtype} as in key")
         if x.device != query.device:
             raise ValueError(f"{name}: got a tensor on {x.device}, want {query.device} as query")
         if x.dim() != query.dim() or not 3 <= x.dim() <= 5:
@@ -233,24 +260,98 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"value: got batch {value.shape[0]}, want {key.shape[0]} as in key")
 
 
-def _canonical_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Layout]:
+def names(*dtypes: torch.dtype) -> str:
+    """Dtypes as an error message lists them."""
+    return ", ".join(str(dtype)[6:] for dtype in dtypes)
+
+
+def _by_row(name: str, scale: Tensor | None, of: str, x: Tensor) -> Tensor | None:
+    """A scale as `x` without its last dimension, but for the rows, of which a run shares an entry: `[B, C, …]`."""
+    if scale is None:
+        if x.dtype == torch.int8:
+            raise ValueError(f"{name}: got None, want a tensor: {of} is int8")
+        return None
+    if not isinstance(scale, Tensor) or scale.dtype not in DTYPES:
+        got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
+        raise ValueError(f"{name}: got {got}, want a tensor of {names(*DTYPES)}")
+    if x.dtype not in STORED:
+        raise ValueError(f"{name}: got a tensor, want None: {of} is {x.dtype}, which counts as it is")
+    if scale.device != x.device:
+        raise ValueError(f"{name}: got a tensor on {scale.device}, want {x.device} as {of}")
+    B, length, *heads = x.shape[:-1]
+    shape = (1,) * (2 + len(heads)) if scale.numel() == 1 else tuple(scale.shape)
+    fits = len(shape) == 2 + len(heads) and shape[1] >= 1 and length % shape[1] == 0
+    if not fits or any(n not in (1, m) for n, m in zip((shape[0], *shape[2:]), (B, *heads), strict=True)):
+        want = ", ".join([f"{B} or 1", "C", *(f"{n} or 1" for n in heads)])
+        raise ValueError(
+            f"{name}: got shape {list(scale.shape)}, want one element or [{want}] where C divides the {length} rows "
+            f"of {of}"
+        )
+    return scale.reshape(shape).expand(B, -1, *heads)
+
+
+_Rows = tuple[Tensor, Tensor | None]
+_Keys = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, Layout]:
+    """Query and its scale, keys, values and their scales with heads as `[G, H]` and `[G]`."""
+    query, query_scale = rows
+    key, value, *scales = keys
     if query.dim() == 3:
-        return query[:, :, None, None], key[:, :, None], value[:, :, None], Layout(3, 1, 1)
-    if query.dim() == 4:
+        layout = Layout(3, 1, 1)
+    elif query.dim() == 4:
         Hq, G = query.shape[2], key.shape[2]
         if value.shape[2] != G:
             raise ValueError(f"value: got {value.shape[2]} heads, want {G} as in key")
         if G < 1 or Hq < 1 or Hq % G:
             raise ValueError(f"key: got {G} heads, want a divisor of query's {Hq} heads")
-        return query.unflatten(2, (G, Hq // G)), key, value, Layout(4, G, Hq // G)
-    G, H = query.shape[2:4]
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[2] != G or x.shape[3] not in (1, H) or min(G, H) < 1:
-            raise ValueError(f"{name}: got heads {list(x.shape[2:4])}, want [{G}, {H}] as in query, or [{G}, 1]")
-    if all(_shared_by_group(x) for x in (key, value)):
-        return query, key[:, :, :, 0], value[:, :, :, 0], Layout(5, G, H)
-    key, value = (x.expand(-1, -1, G, H, -1).flatten(2, 3) for x in (key, value))
-    return query.flatten(2, 3).unsqueeze(3), key, value, Layout(5, G, H)
+        layout = Layout(4, G, Hq // G)
+    else:
+        G, H = query.shape[2:4]
+        for name, x in (("key", key), ("value", value)):
+            if x.shape[2] != G or x.shape[3] not in (1, H) or min(G, H) < 1:
+                raise ValueError(f"{name}: got heads {list(x.shape[2:4])}, want [{G}, {H}] as in query, or [{G}, 1]")
+        layout = Layout(5, G, H)
+    shared = layout.dims < 5 or all(x is None or _shared_by_group(x) for x in keys)
+
+    def of_query(x: Tensor) -> Tensor:
+        """`[B, M, …]` to `[B, M, G, H]`, whatever follows."""
+        if layout.dims == 3:
+            return x[:, :, None, None]
+        if layout.dims == 5:
+            return x if shared else x.flatten(2, 3).unsqueeze(3)
+        by_group: Tensor = x.unflatten(2, (layout.groups, layout.heads))
+        return by_group
+
+    def of_keys(x: Tensor) -> Tensor:
+        """`[B, N, …]` to `[B, N, G]`, whatever follows."""
+        if layout.dims == 3:
+            return x[:, :, None]
+        if layout.dims == 4:
+            return x
+        if shared:
+            return x[:, :, :, 0]
+        return x.expand(-1, -1, layout.groups, layout.heads, *x.shape[4:]).flatten(2, 3)
+
+    key_scale, value_scale = (None if x is None else of_keys(x) for x in scales)
+    return (
+        (of_query(query), None if query_scale is None else of_query(query_scale)),
+        (of_keys(key), of_keys(value), key_scale, value_scale),
+        layout,
+    )
+
+
+def _refuse_gradients(problem: Problem) -> None:
+    """What is stored in 8 bits is for inference; a gradient that nobody computes must not be missing in silence."""
+    names = ("query", "key", "value", "slopes", "table", "sinks", "query_scale", "key_scale", "value_scale")
+    tensors = [(name, getattr(problem, name)) for name in names] + [("bias", x) for x in problem.biases]
+    for name, x in tensors:
+        if x is not None and x.requires_grad:
+            raise ValueError(
+                f"{name}: got a tensor that requires a gradient, want none, or torch.no_grad(): there are no gradients "
+                f"where keys are {problem.key.dtype}"
+            )
 
 
 def _shared_by_group(x: Tensor) -> bool:
@@ -403,5 +504,5 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def _output_dtype(output_dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
     if output_dtype is not None and output_dtype not in DTYPES:
-        raise ValueError(f"output_dtype: got {output_dtype}, want one of {', '.join(str(d)[6:] for d in DTYPES)}")
+        raise ValueError(f"output_dtype: got {output_dtype}, want one of {names(*DTYPES)}")
     return default if output_dtype is None else output_dtype

@@ -32,6 +32,8 @@ def reason_against(problem: Problem) -> str | None:
         return library.WHY_ABSENT
     if query.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, and query is {str(query.dtype)[6:]}"
+    if problem.key.dtype not in _DTYPES:
+        return f"its dtypes are float32, bfloat16 and float16, and key is {str(problem.key.dtype)[6:]}"
     if problem.output_dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, and output is {str(problem.output_dtype)[6:]}"
     for bias in problem.biases:

@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.backends import Gradients, Needs
 from saccade.core.problem import Problem
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -28,7 +28,11 @@ def reason_against(problem: Problem) -> str | None:
         # On the CPU Triton's interpreter runs the kernels, for tests.
         return f"query is on {query.device}, want a GPU"
     if query.dtype not in _DTYPES:
-        return f"query is {query.dtype}, want float32, bfloat16 or float16"
+        return f"query is {query.dtype}, want float32, bfloat16, float16 or float8_e4m3fn"
+    if problem.key.dtype == torch.float8_e4m3fn and query.is_cuda:
+        reason = _float8_reason(query.device.index)
+        if reason is not None:
+            return reason
     for name, x in (("query", query), ("value", problem.value)):
         if x.shape[-1] > 256:
             return f"{name} has a head dimension of {x.shape[-1]}, want at most 256"
@@ -44,6 +48,15 @@ def _device_reason(index: int) -> str | None:
         return "the package triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _float8_reason(index: int) -> str | None:
+    # AMD's older GPUs have another e4m3; Triton converts this one there.
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 9):
+        return f"key is float8_e4m3fn, which {torch.cuda.get_device_name(index)} cannot convert: want compute capability 8.9"
     return None
 
 

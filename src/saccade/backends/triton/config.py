@@ -83,6 +83,13 @@ _HOPPER_TERMS: dict[str, dict[str, Row]] = {
     },
 }
 
+# Of keys and values of 8 bits, on hopper; `stored` where the query has 16. Chosen by what they compile to, not measured.
+_HOPPER_EIGHT: dict[str, dict[str, Row]] = {
+    "plain": {"forward": (Tile(64, 128, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 2))},
+    "stored": {"forward": (Tile(64, 128, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2))},
+    "loads": {"forward": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2))},
+}
+
 # Of fp32 elements; on hopper as tf32 products.
 _SINGLE: dict[str, Row] = {
     "forward": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
@@ -102,17 +109,21 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
     """The tile of a kernel for the larger of the two head dimensions.
 
     Args:
+        itemsize: bytes of an element; of a query of 16 bits with keys of 8, that of keys.
         terms: `loads` where every score reads a bias, a table or a dense mask; else `slopes` where there is ALiBi; else
-            `plain`.
+            `stored` where keys have 8 bits and the query does not; else `plain`.
     """
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if kernel == "decode":
         stages = 1 if family == "amd" else 3 if head_dim <= 128 and itemsize == 2 else 2
-        return Tile(16, 64 if itemsize == 2 and head_dim <= 128 else 32, 4, stages)
+        keys = 128 if itemsize == 1 else 64 if itemsize == 2 else 32
+        return Tile(16, keys if head_dim <= 128 else max(32, keys // 2), 4, stages)
     hopper = family == "hopper"
     tables: list[dict[str, Row]]
     if itemsize == 4:
         tables = [_HOPPER_SINGLE, _SINGLE] if hopper and terms != "loads" else [_SINGLE]
+    elif itemsize == 1:
+        tables = [_HOPPER_EIGHT.get(terms, _HOPPER_EIGHT["plain"]) if hopper else {}, _HALF[family]]
     else:
         tables = [_HOPPER_TERMS.get(terms, {}) if hopper else {}, _HALF[family]]
     for table in tables:
@@ -121,4 +132,4 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
             # What is read per score is staged as keys are; unstaged it fits beside them.
             return found if hopper or terms != "loads" else found._replace(stages=1)
     # Of fp32 elements only the smallest fits everywhere.
-    return _RARE[column if itemsize == 2 else 2]
+    return _RARE[column if itemsize <= 2 else 2]

@@ -14,11 +14,13 @@ from saccade.backends.triton.primitives import (
     blocks_of,
     bounds_of,
     kept,
+    key_scales,
     load_keys,
     load_stats,
     load_tile,
     range_of,
     raw_gradient,
+    row_scale,
     rows_of,
     score_gradient,
     slope_of,
@@ -64,6 +66,8 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
         at = i.to(tl.int64) * a.q_m + h * a.q_h
         pointers = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + at[:, None] + columns[None, :]
         q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0)
+        if q.dtype == tl.float8e4nv:
+            q = q.to(tl.bfloat16)
         stat = ((split * a.B + b).to(tl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
         lse2, _ = load_stats(lse, lse, stat)
         slope = slope_of(a, b, g, h[:, None])
@@ -87,7 +91,16 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
                 j = (j0 + n)[None, :]
                 # Splits end within a range: the next key belongs to the next split.
                 until = tl.minimum(hi, end)
-                raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
+                raw = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=C.precision)
+                if a.key_scale is not None or a.query_scale is not None:
+                    raw *= row_scale(a, b, g, h, i, C)[:, None]
+                if C.key_run > 0:
+                    raw *= key_scales(a, a.key_scale, a.key_scale_b, a.key_scale_c, a.key_scale_g, b, g, slots, j0 + n,
+                                      end, C.key_run, C)[None, :]  # fmt: skip
+                if a.value_scale is not None:
+                    v = v.to(tl.float32) * key_scales(a, a.value_scale, a.value_scale_b, a.value_scale_c,
+                                                      a.value_scale_g, b, g, slots, j0 + n, end, C.value_run, C)[:, None]  # fmt: skip
+                v = v.to(q.dtype)
                 p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, j0, STEP, lo[:, None], until[:, None],
                                    diagonal[:, None], slope, lse2[:, None], True, C)  # fmt: skip
                 visible = visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None], C)

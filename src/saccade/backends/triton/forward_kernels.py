@@ -18,12 +18,15 @@ from saccade.backends.triton.primitives import (
     bounds_of,
     capped,
     kept,
+    key_scales,
     load_keys,
     range_of,
     rows_of,
+    scaled_query,
     slope_of,
     slots_of,
     visible_of,
+    widened,
 )
 
 
@@ -42,12 +45,17 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     pointers = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + at[:, None] + columns[None, :]
     q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0) if C.k_dim < C.K else tl.load(pointers)
     slope = slope_of(a, b, g, h[:, None])
+    unit = a.scale2 if C.simple else 1.0
+    if C.scaled:
+        q, factor = scaled_query(q, a, b, g, h, i, C)
+        unit *= factor
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
 
     m = tl.full([C.BM], -INFINITY, tl.float32)
     l = tl.full([C.BM], 0.0, tl.float32)
     acc = tl.full([C.BM, C.V], 0.0, tl.float32)
+    top = l * 0.0
     if a.sinks is not None:
         # A sink is one more key, with this score and a value of zero.
         if split == 0:
@@ -58,18 +66,22 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
         if a.dense is None:
-            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-                              begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
-            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-                              begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True, C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
+                                   lo, hi, diagonal, begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
+                                   lo, hi, diagonal, begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True, C)  # fmt: skip
         else:
-            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-                              begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
+                                   lo, hi, diagonal, begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
     share = tl.where(l > 0, 1.0 / l, 0.0)
     # A NaN among the scores must come out as one.
     share = tl.where(l != l, l, share)
     if a.seed is not None:
         share *= a.keep_scale
+    if C.value_run > 0:
+        share *= top
+    elif a.value_scale is not None:
+        share *= tl.load(a.value_scale + b * a.value_scale_b + g * a.value_scale_g).to(tl.float32)
     acc = acc * share[:, None]
     row = ((split * a.B + b).to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
     columns = tl.arange(0, C.V)
@@ -97,9 +109,13 @@ def _place(a, program, heads_at_once, C: tl.constexpr):
 
 
 @triton.jit
-def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-          begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """The online softmax over blocks t0 … t1 − 1, where blocks from `gap_at` on are counted `gap` further."""
+def _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit, lo, hi,
+          diagonal, begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """The online softmax over blocks t0 … t1 − 1, where blocks from `gap_at` on are counted `gap` further.
+
+    `unit`: what products are to be multiplied by; where they are simple, to scores in log₂. `top`: what the accumulator
+    is to be multiplied by; only where values have scales of their own.
+    """
     n = tl.arange(0, C.BN)
     slots = n
     if C.page > 0:
@@ -112,17 +128,27 @@ def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope
             k = key_tiles.load([b, g, j0, 0]).reshape(C.BN, C.K)
         else:
             k = load_keys(key, a.k_n, slots, j0, last, MASKED, C.BN, C.K, C.k_dim, C.page)
-        s, _ = capped(tl.dot(q, tl.trans(k), input_precision=C.precision), a, C)
+        if q.dtype != tl.float8e4nv:
+            k = widened(k, q, C)
+        s = tl.dot(q, tl.trans(k), input_precision=C.precision)
+        if C.key_run > 0:
+            s *= key_scales(a, a.key_scale, a.key_scale_b, a.key_scale_c, a.key_scale_g, b, g, slots, j0 + n, last,
+                            C.key_run, C)[None, :]  # fmt: skip
+        if C.scaled and not C.simple:
+            s *= unit[:, None]
+        s, _ = capped(s, a, C)
         s = biased(s, a, b, g, h[:, None], i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope,
                    MASKED, C)  # fmt: skip
         if MASKED:
             s = tl.where(visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], C), s, -INFINITY)
         peak = tl.max(s, 1)
-        unit = a.scale2 if C.simple else 1.0
-        highest = tl.maximum(m, peak * unit)
+        # Where the scale is not in the scores yet, it goes into the exponent.
+        highest = tl.maximum(m, peak * unit if C.simple else peak)
         # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
         pivot = tl.where(highest == -INFINITY, 0.0, highest)
-        p = tl.math.exp2(s * unit - pivot[:, None])
+        if C.simple:
+            s *= unit[:, None] if C.scaled else unit
+        p = tl.math.exp2(s - pivot[:, None])
         shrink = tl.math.exp2(m - pivot)
         l = l * shrink + tl.sum(p, 1)
         if a.seed is not None:
@@ -131,13 +157,24 @@ def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope
             v = value_tiles.load([b, g, j0, 0]).reshape(C.BN, C.V)
         else:
             v = load_keys(value, a.v_n, slots, j0, last, MASKED, C.BN, C.V, C.v_dim, C.page)
+        if C.value_run > 0:
+            scales = key_scales(a, a.value_scale, a.value_scale_b, a.value_scale_c, a.value_scale_g, b, g, slots,
+                                j0 + n, last, C.value_run, C)  # fmt: skip
+            # A weight times a scale may be of any size: what is accumulated are shares of the largest so far, `top`.
+            p *= scales[None, :]
+            largest = tl.maximum(top * shrink, tl.max(tl.abs(p), 1))
+            part = 1.0 / tl.where(largest == 0, 1.0, largest)
+            p *= part[:, None]
+            shrink *= top * part
+            top = largest
         if C.page > 0:
             # The next block's pages are read now, or their latency would stand before every load of keys.
             j0 = begin + (t + 1 + tl.where(t + 1 >= gap_at, gap, 0)) * C.BN
             slots = slots_of(a, j0 + n, last, C)
+        v = widened(v, q, C)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=C.precision)
         m = highest
-    return acc, l, m
+    return acc, l, m, top
 
 
 @triton.jit

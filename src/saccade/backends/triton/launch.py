@@ -64,7 +64,7 @@ def _forward(problem: Problem, key: Any) -> tuple[Tensor, Tensor]:
     constants = _constants(problem, tile, pack)
     arguments = _arguments(problem)
     keys, values = _key_tiles(problem, constants)
-    bytes_per_head = max(1, N * (constants.K + constants.V) * query.element_size() // min(H, max(1, H // pack)))
+    bytes_per_head = max(1, N * (constants.K + constants.V) * problem.key.element_size() // min(H, max(1, H // pack)))
     at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
     parts, part_lse = out, lse
     like = [out, lse]
@@ -263,6 +263,9 @@ def _arguments(problem: Problem) -> Arguments:
         *((None, 0, 0) if sinks is None else (sinks, *sinks.stride())),
         problem.seed, B, M, row, G, period, scale2, problem.scale, problem.softcap * math.log2(math.e),
         1 / (1 - problem.dropout_p), threshold,
+        *((None,) * 5 if problem.query_scale is None else (problem.query_scale, *problem.query_scale.stride())),
+        *((None,) * 4 if problem.key_scale is None else (problem.key_scale, *problem.key_scale.stride())),
+        *((None,) * 4 if problem.value_scale is None else (problem.value_scale, *problem.value_scale.stride())),
     )  # fmt: skip
 
 
@@ -282,7 +285,8 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
     return Constants(
         BM=tile.BM,
         BN=tile.BN,
-        K=max(16, triton.next_power_of_2(K)),
+        # Products of 8 bits are of at least 32.
+        K=max(32 if problem.query.element_size() == 1 else 16, triton.next_power_of_2(K)),
         V=max(16, triton.next_power_of_2(V)),
         k_dim=K,
         v_dim=V,
@@ -295,7 +299,21 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
         periodic=problem.page_size > 0,
         descriptors=not paged and _descriptors_allowed(problem.query) and _describable(problem),
         precision=_precision(),
+        assembly=_assembly(problem.query) if problem.quantized else "none",
+        scaled=problem.quantized
+        and (
+            problem.query.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+            or (problem.key_scale is not None and problem.key_scale.shape[1] == 1)
+        ),
+        query_run=_run(problem.query_scale, problem.query.shape[1]),
+        key_run=_run(problem.key_scale, problem.key.shape[1]),
+        value_run=_run(problem.value_scale, problem.key.shape[1]),
     )
+
+
+def _run(scale: Tensor | None, rows: int) -> int:
+    """How many rows share an entry of a scale; 0 where all do."""
+    return 0 if scale is None or scale.shape[1] == 1 else rows // scale.shape[1]
 
 
 def _precision() -> str:
@@ -305,9 +323,16 @@ def _precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def _assembly(x: Tensor) -> str:
+    """How 8 bits are converted; the compiler for sm_100 and later stops at effects."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return "none"
+    return "pure" if torch.cuda.get_device_capability(x.device) >= (10, 0) else "effectful"
+
+
 def _descriptors_allowed(x: Tensor) -> bool:
-    """TMA pays on sm_90 and later and for 16-bit elements."""
-    return x.element_size() == 2 and x.is_cuda and _family(x.device) in ("hopper", "blackwell")
+    """TMA pays on sm_90 and later and for products of 16-bit or smaller elements."""
+    return x.element_size() <= 2 and x.is_cuda and _family(x.device) in ("hopper", "blackwell")
 
 
 def _describable(problem: Problem) -> bool:
@@ -383,8 +408,12 @@ def _splits(problem: Problem, programs: int, decode: bool) -> int:
 def _tile(kernel: str, problem: Problem) -> config.Tile:
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
     loads = bool(problem.biases) or problem.table is not None or problem.dense is not None
-    terms = "loads" if loads else "slopes" if problem.slopes is not None else "plain"
-    return config.tile(kernel, problem.query.element_size(), head_dim, _family(problem.query.device), terms)
+    stored = problem.quantized and problem.query.element_size() > 1
+    terms = "loads" if loads else "slopes" if problem.slopes is not None else "stored" if stored else "plain"
+    itemsize = problem.query.element_size()
+    if itemsize <= 2:
+        itemsize = problem.key.element_size()
+    return config.tile(kernel, itemsize, head_dim, _family(problem.query.device), terms)
 
 
 def _family(device: torch.device) -> str:

@@ -82,6 +82,19 @@ class Arguments(NamedTuple):
     """1 / (1 − p)."""
     threshold: int
     """A weight is kept where its 32 random bits, as a signed number, are at least this."""
+    query_scale: Any
+    query_scale_b: Any
+    query_scale_c: Any
+    query_scale_g: Any
+    query_scale_h: Any
+    key_scale: Any
+    key_scale_b: Any
+    key_scale_c: Any
+    key_scale_g: Any
+    value_scale: Any
+    value_scale_b: Any
+    value_scale_c: Any
+    value_scale_g: Any
 
 
 class Constants(NamedTuple):
@@ -110,6 +123,14 @@ class Constants(NamedTuple):
     """Tiles of a plain layout come by TMA."""
     precision: str
     """Of products of fp32 tiles: ieee, tf32x3 or tf32."""
+    assembly: str
+    """Of conversions from 8 bits, NVIDIA's: none, pure or effectful, see `widened`."""
+    scaled: bool
+    """Rows of the query are brought into a form with a factor of its own each, see `scaled_query`."""
+    query_run: int
+    """Rows that share an entry of the query's scale; 0 where all of a batch entry and head do."""
+    key_run: int
+    value_run: int
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -217,6 +238,88 @@ def load_keys(x, stride, slots, j0, last, MASKED: tl.constexpr, BN: tl.constexpr
     else:
         tile = load_tile(x + j0.to(tl.int64) * stride, n, stride, last - j0, MASKED, D, dim)
     return tile
+
+
+@triton.jit
+def row_scale(a, b, g, h, i, C: tl.constexpr):
+    """What products with the stored query of rows i, heads h are to be multiplied by, but for scales of runs of keys."""
+    scale = tl.full([i.shape[0]], 1.0, tl.float32)
+    if a.query_scale is not None:
+        at = a.query_scale + b * a.query_scale_b + g * a.query_scale_g + h * a.query_scale_h
+        if C.query_run > 0:
+            at += i // C.query_run * a.query_scale_c
+        scale = tl.load(at).to(tl.float32)
+    if a.key_scale is not None and C.key_run == 0:
+        scale *= tl.load(a.key_scale + b * a.key_scale_b + g * a.key_scale_g).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def scaled_query(q, a, b, g, h, i, C: tl.constexpr):
+    """The query as the product with stored keys takes it, and what is left of `row_scale`, [rows]: positive, since the
+    largest of a row's products is found before they are multiplied. The sign goes to the query."""
+    factor = row_scale(a, b, g, h, i, C)
+    sign = tl.where(factor > 0, 1.0, tl.where(factor < 0, -1.0, factor))
+    wide = q.to(tl.float32) * sign[:, None]
+    factor = tl.where(factor == 0, 1.0, tl.abs(factor))
+    if q.dtype == tl.bfloat16:
+        # fp16 has the bits but not the range, so rows are divided by a power of two near their largest number.
+        size = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        size = tl.where(size == 0, 1.0, size)
+        wide = (wide / size[:, None]).to(tl.float16)
+        factor *= size
+    elif q.dtype == tl.float8e4nv and C.BM < 64:
+        # Products of fewer rows are not made in 8 bits everywhere.
+        wide = wide.to(tl.float16)
+    else:
+        wide = wide.to(q.dtype)
+    return wide, factor
+
+
+@triton.jit
+def key_scales(a, x, x_b, x_c, x_g, b, g, slots, j, last, run: tl.constexpr, C: tl.constexpr):
+    """The scales of keys or values j, [n]; `slots` says where paged keys lie, `run` how many share one, 0 for all. 0 from
+    `last` on."""
+    where = (slots if C.page > 0 else j).to(tl.uint64)
+    at = x + b * x_b + g * x_g + (where // run * x_c if run > 0 else where * 0)
+    return tl.load(at, mask=j < last, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def widened(x, q, C: tl.constexpr):
+    """Keys or values as the product takes them: what is stored in 8 bits in fp16, which holds it exactly, or in fp32
+    where the query is; what is not, as it is.
+
+    Something with effects is not moved behind the change of layout that follows, where each byte would be loaded alone.
+    """
+    pure: tl.constexpr = C.assembly == "pure"
+    if x.dtype.primitive_bitwidth > 8:
+        wide = x
+    elif q.dtype == tl.float32:
+        wide = x.to(tl.float32)
+    elif C.assembly == "none":
+        wide = x.to(tl.float16)
+    elif x.dtype == tl.int8:
+        # fp16's 1024 + 128 + x has x as its last byte, but for a bit.
+        wide = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 x, c;
+            xor.b32 x, $2, 0x80808080;
+            mov.b32 c, 0xE480E480;
+            prmt.b32 $0, x, 0x64646464, 0x4140;
+            prmt.b32 $1, x, 0x64646464, 0x4342;
+            add.rn.f16x2 $0, $0, c;
+            add.rn.f16x2 $1, $1, c;
+            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=pure, pack=4)  # fmt: skip
+    else:
+        wide = tl.inline_asm_elementwise(
+            """{
+            .reg .b16 a, b;
+            mov.b32 {a, b}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, a;
+            cvt.rn.f16x2.e4m3x2 $1, b;
+            }""", "=r,=r,r", [x], dtype=tl.float16, is_pure=pure, pack=4)  # fmt: skip
+    return wide
 
 
 @triton.jit
