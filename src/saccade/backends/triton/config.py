@@ -18,8 +18,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-KERNELS = ("forward", "decode", "keys", "queries", "bias", "table")
-"""`forward` and `decode` are one kernel; `decode` has few rows, which are then heads of one query."""
+KERNELS = ("forward", "decode", "keys", "keys alone", "values alone", "queries", "bias", "table")
+"""`forward` and `decode` are one kernel; `decode` has few rows, which are then heads of one query. So are `keys` and
+those alone, which make one of the two gradients; see `apart`."""
 
 FAMILIES = ("hopper", "blackwell", "ampere", "small", "amd")
 """By what a program may hold: hopper sm_90 and blackwell sm_100 (227 KiB), ampere sm_80 (163 KiB), small sm_86, sm_89
@@ -70,7 +71,10 @@ _HALF: dict[str, dict[str, Row]] = {
     },
 }
 
-# The same on hopper where ALiBi takes registers, and where every score reads something: a bias, a table, a dense mask.
+# Where two accumulators of keys are too much for the registers: on hopper, of wide heads.
+_ALONE = {"keys alone": Tile(32, 64, 4, 3), "values alone": Tile(64, 128, 8, 2)}
+
+# The same on hopper where ALiBi takes registers, and where every score reads something: a bias or a dense mask.
 _HOPPER_TERMS: dict[str, dict[str, Row]] = {
     "slopes": {
         "forward": (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
@@ -98,13 +102,19 @@ _HOPPER_SINGLE: dict[str, Row] = {
 _RARE: Row = (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1))
 
 
+def apart(itemsize: int, head_dim: int, family: str, terms: str = "plain") -> bool:
+    """Whether the gradients of keys and of values are made by a launch each; arguments as of `tile`."""
+    return family == "hopper" and itemsize == 2 and head_dim > 128 and terms != "loads"
+
+
 def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "plain") -> Tile:
     """The tile of a kernel for the larger of the two head dimensions.
 
     Args:
-        terms: `loads` where every score reads a bias, a table or a dense mask; else `slopes` where there is ALiBi; else
-            `plain`.
+        terms: `loads` where every score reads a bias or a dense mask; else `slopes` where there is ALiBi; else `plain`.
     """
+    if kernel in _ALONE:
+        return _ALONE[kernel]
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if kernel == "decode":
         stages = 1 if family == "amd" else 3 if head_dim <= 128 and itemsize == 2 else 2

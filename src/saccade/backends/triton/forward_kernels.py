@@ -14,9 +14,13 @@ from saccade.backends.triton.primitives import (
     LN2,
     LOG2E,
     biased,
+    block_at,
     blocks_of,
     bounds_of,
     capped,
+    ends_of,
+    far_of,
+    far_terms,
     kept,
     load_keys,
     range_of,
@@ -41,7 +45,8 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     columns = tl.arange(0, C.K)
     pointers = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + at[:, None] + columns[None, :]
     q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0) if C.k_dim < C.K else tl.load(pointers)
-    slope = slope_of(a, b, g, h[:, None])
+    slope = slope_of(a, b, g, h if C.pack > 1 else h0)
+    ends = ends_of(a, g, h if C.pack > 1 else h0)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
 
@@ -58,13 +63,15 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
         if a.dense is None:
-            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-                              begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
-            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-                              begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True, C)  # fmt: skip
+            left, right = far_of(a, begin, f0, f1, lo < hi, diagonal, C.BN)
+            far = left - f0 + f1 - right
+            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, ends, lo, hi,
+                              diagonal, begin, f0, f0 + far, left, right, f1, f1, last, False, C)  # fmt: skip
+            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, ends, lo, hi,
+                              diagonal, begin, t0, t1 - far, f0, left, right, f1, last, True, C)  # fmt: skip
         else:
-            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-                              begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
+            acc, l, m = _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, ends, lo, hi,
+                              diagonal, begin, t0, t1, t1, t1, t1, t1, last, True, C)  # fmt: skip
     share = tl.where(l > 0, 1.0 / l, 0.0)
     # A NaN among the scores must come out as one.
     share = tl.where(l != l, l, share)
@@ -97,32 +104,38 @@ def _place(a, program, heads_at_once, C: tl.constexpr):
 
 
 @triton.jit
-def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, lo, hi, diagonal,
-          begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """The online softmax over blocks t0 … t1 − 1, where blocks from `gap_at` on are counted `gap` further."""
+def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, ends, lo, hi, diagonal,
+          begin, t0, t1, x0, x1, y0, y1, last, MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """The online softmax over blocks t0 … t1 − 1, counted without x0 … x1 − 1 and y0 … y1 − 1."""
     n = tl.arange(0, C.BN)
     slots = n
     if C.page > 0:
-        j0 = begin + (t0 + tl.where(t0 >= gap_at, gap, 0)) * C.BN
+        j0 = begin + block_at(t0, x0, x1, y0, y1) * C.BN
         slots = slots_of(a, j0 + n, last, C)
-    for t in tl.range(t0, t1):
-        j0 = tl.multiple_of(begin + (t + tl.where(t >= gap_at, gap, 0)) * C.BN, 16)
+    # Entries of a table must not be staged in shared memory.
+    for t in tl.range(t0, t1, num_stages=1 if MASKED and a.table is not None else None):
+        j0 = tl.multiple_of(begin + block_at(t, x0, x1, y0, y1) * C.BN, 16)
         j = (j0 + n)[None, :]
         if C.descriptors:
             k = key_tiles.load([b, g, j0, 0]).reshape(C.BN, C.K)
         else:
             k = load_keys(key, a.k_n, slots, j0, last, MASKED, C.BN, C.K, C.k_dim, C.page)
         s, _ = capped(tl.dot(q, tl.trans(k), input_precision=C.precision), a, C)
-        s = biased(s, a, b, g, h[:, None], i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope,
-                   MASKED, C)  # fmt: skip
+        shift = 0.0
+        if not MASKED:
+            tilt, shift = far_terms(a, slope, ends, t < x0, j0, diagonal)
+            if a.slopes is not None:
+                s += (tilt[:, None] if C.pack > 1 else tilt) * n[None, :].to(tl.float32)
+        s = biased(s, a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None],
+                   slope[:, None] if C.pack > 1 and a.slopes is not None else slope, MASKED, C)  # fmt: skip
         if MASKED:
             s = tl.where(visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], C), s, -INFINITY)
         peak = tl.max(s, 1)
         unit = a.scale2 if C.simple else 1.0
-        highest = tl.maximum(m, peak * unit)
+        highest = tl.maximum(m, peak * unit + shift)
         # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
         pivot = tl.where(highest == -INFINITY, 0.0, highest)
-        p = tl.math.exp2(s * unit - pivot[:, None])
+        p = tl.math.exp2(s * unit - (pivot - shift)[:, None])
         shrink = tl.math.exp2(m - pivot)
         l = l * shrink + tl.sum(p, 1)
         if a.seed is not None:
@@ -133,7 +146,7 @@ def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope
             v = load_keys(value, a.v_n, slots, j0, last, MASKED, C.BN, C.V, C.v_dim, C.page)
         if C.page > 0:
             # The next block's pages are read now, or their latency would stand before every load of keys.
-            j0 = begin + (t + 1 + tl.where(t + 1 >= gap_at, gap, 0)) * C.BN
+            j0 = begin + block_at(t + 1, x0, x1, y0, y1) * C.BN
             slots = slots_of(a, j0 + n, last, C)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=C.precision)
         m = highest
