@@ -189,25 +189,26 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
         h = u // tl.maximum(count, 1) if C.H > 1 else u * 0
         t = t0 + (u - h * count)
         i0 = block_at(t, x0, x1, y0, y1) * C.BM
-        i = tl.minimum(i0 + r, a.M - 1)
-        lo, hi, diagonal = range_of(a, s, b, i, C)
-        hi = tl.where(i0 + r < a.M, hi, lo)
-        lo, hi, diagonal, i_ = lo[None, :], hi[None, :], diagonal[None, :], i[None, :]
         if C.descriptors:
             q = query_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.K)
         else:
             at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
             q = load_tile(at, r, a.q_m, a.M - i0, MASKED, C.K, C.k_dim)
-        lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
+        raw = tl.dot(k, tl.trans(q), input_precision=C.precision)
+        # What there is of a query takes as many registers as a tile's row has columns: each is read where it is needed.
+        i = tl.minimum(i0 + r, a.M - 1)
+        lo, hi, diagonal = range_of(a, s, b, i, C)
+        hi = tl.where(i0 + r < a.M, hi, lo)
+        lo, hi, diagonal, i_ = lo[None, :], hi[None, :], diagonal[None, :], i[None, :]
+        stat = ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i
+        lse2 = load_lse(lse, stat)[None, :]
         slope_h, ends_h = slope, ends
         if C.H > 1:
             slope_h, ends_h = slope_of(a, b, g, h), ends_of(a, g, h)
         tilt = 0.0
-        lse2 = lse2[None, :]
         if not MASKED:
             tilt, shift = far_terms(a, slope_h, ends_h, t >= x0, n0, diagonal)
             tilt, lse2 = tilt * n[:, None].to(tl.float32), lse2 - shift
-        raw = tl.dot(k, tl.trans(q), input_precision=C.precision)
         p, unit = weights_of(raw, a, b, g, h, i_, j, lo, hi, diagonal, slope_h, tilt, lse2, MASKED, C)
         if C.descriptors:
             do = grad_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.V)
@@ -223,7 +224,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
             if dk_out is not None:
                 dp = tl.where(keep, dp * a.keep_scale, 0.0)
         if dk_out is not None:
-            ds = raw_gradient(score_gradient(p, dp, delta_[None, :], MASKED), unit, C)
+            ds = raw_gradient(score_gradient(p, dp, tl.load(delta + stat)[None, :], MASKED), unit, C)
         if dv_out is not None:
             dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=C.precision)
         if dk_out is not None:
