@@ -21,7 +21,9 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 """Bytes of shared memory a program may have."""
 SPILLS = {"forward_kernel": 0, "queries_kernel": 0, "keys_kernel": 140}
 """Most local loads and stores on sm_90, of 16-bit elements with head dimensions up to 128. keys_kernel holds two
-accumulators; most of what it spills is in the path for a NaN."""
+accumulators; what it spills is in the path for a NaN."""
+NEAR = {"forward_kernel": 4, "queries_kernel": 140, "keys_kernel": 260}
+"""The same with a relative table: tiles near the diagonal, few of all, read an entry for each score."""
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -68,7 +70,11 @@ def test_compiles(target):
     # C7519 notes an instruction put in so that registers can be read; it serialises nothing.
     serialised = {name_of(k): k["serialised"] for k in kernels if set(k["serialised"]) - {"C7519"}}
     assert not serialised
-    spilling = {name_of(k): k["spills"] for k in heavy if k["head_dim"] <= 128 and k["spills"] > SPILLS[k["kernel"]]}
+    spilling = {
+        name_of(k): k["spills"]
+        for k in heavy
+        if k["head_dim"] <= 128 and k["spills"] > (NEAR if k["kind"] == "table" else SPILLS)[k["kernel"]]
+    }
     assert not spilling
 
 

@@ -12,10 +12,10 @@ import triton.language as tl
 from saccade.backends.triton.exact import any_nan, keys_exact, queries_exact
 from saccade.backends.triton.primitives import (
     FAR,
+    beyond,
     block_at,
     blocks_of,
     bounds_of,
-    beyond,
     ends_of,
     far_of,
     far_terms,

@@ -46,7 +46,7 @@ _HALF: dict[str, dict[str, Row]] = {
     "hopper": {
         "forward": (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
         "keys": (Tile(32, 128, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        "queries": (Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        "queries": (Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
         "table": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
     },
     "blackwell": {
@@ -72,13 +72,13 @@ _HALF: dict[str, dict[str, Row]] = {
 }
 
 # Where two accumulators of keys are too much for the registers: on hopper, of wide heads.
-_ALONE = {"keys alone": Tile(32, 64, 4, 3), "values alone": Tile(64, 128, 8, 2)}
+_ALONE = {"keys alone": Tile(64, 64, 4, 2), "values alone": Tile(64, 128, 8, 2)}
 
 # The same on hopper where ALiBi takes registers, and where every score reads something: a bias or a dense mask.
 _HOPPER_TERMS: dict[str, dict[str, Row]] = {
     "slopes": {
         "forward": (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        "keys": (Tile(32, 128, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2)),
+        "keys": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     },
     "loads": {
         "forward": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)),

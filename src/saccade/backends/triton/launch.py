@@ -155,13 +155,15 @@ def _backward(
         made["key"] = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
     if needs.value:
         made["value"] = query.new_empty((B, N, G, V), dtype=problem.value.dtype)
-    together = [(made.get("key"), made.get("value"))]
+    dk, dv = made.get("key"), made.get("value")
     if _apart(problem):
-        together = [(made.get("key"), None), (None, made.get("value"))]
-    for dk, dv in together:
+        by_kernel = [("keys alone", dk, None), ("values alone", None, dv)]
+    else:
+        by_kernel = [("keys", dk, dv)]
+    for name, dk, dv in by_kernel:
         if dk is None and dv is None:
             continue
-        tile = _tile("keys" if not _apart(problem) else "keys alone" if dv is None else "values alone", problem)
+        tile = _tile(name, problem)
         constants = _constants(problem, tile, 1)
         bounds: list[Any] = [None, 0, 0]
         if problem.lo is not None:

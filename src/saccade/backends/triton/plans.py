@@ -91,7 +91,6 @@ def keep(seen: Seen, calls: list[tuple[Any, tuple[int, ...], list[Any]]], made: 
     names = tuple(made)
     shapes = [(x.shape, x.dtype) for x in made.values()]
     device = next(iter(made.values())).device
-    stream_of = triton.runtime.driver.active.get_current_stream
 
     def again(pointers: list[int]) -> Made:
         made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
@@ -100,13 +99,13 @@ def keep(seen: Seen, calls: list[tuple[Any, tuple[int, ...], list[Any]]], made: 
         for n, at in slots:
             numbers[n] = pointers[at]
         arguments = tuple(numbers)
-        stream = stream_of(device.index)
+        stream = _stream(device.index)
         for step in steps:
             step(pointers, arguments, stream)
         return dict(zip(names, made, strict=True))
 
     def guarded(pointers: list[int]) -> Made:
-        if torch.cuda.current_device() == device.index:
+        if _current_device() == device.index:
             return again(pointers)
         with torch.cuda.device(device.index):
             return again(pointers)
@@ -114,6 +113,13 @@ def keep(seen: Seen, calls: list[tuple[Any, tuple[int, ...], list[Any]]], made: 
     if len(_plans) >= _MOST:
         _plans.clear()
     _plans[seen.key] = guarded
+
+
+def _stream(index: int) -> int:
+    return int(triton.runtime.driver.active.get_current_stream(index))
+
+
+_current_device = torch.cuda.current_device
 
 
 def _template(given: Iterable[Any], where: Mapping[int, int]) -> tuple[list[Any], list[tuple[int, int]]]:
