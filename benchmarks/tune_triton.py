@@ -113,13 +113,13 @@ def problem_of(c: Candidate) -> Problem:
             "packed": saccade.Documents(DOCUMENTS) & saccade.Causal(),
             "window": saccade.Causal() & saccade.Window(1023, 0),
         }
-        bias: saccade.Bias | None = None
+        bias: saccade.Bias | torch.Tensor | None = None
         if c.kind == "alibi":
             bias = saccade.Alibi(torch.rand(H, device="cuda"))
         if c.kind == "table":
             bias = saccade.RelativeBias(torch.rand(H, 257, device="cuda"))
         if c.kind == "bias":
-            bias = saccade.DenseBias(torch.rand(1, H, N, N, device="cuda", dtype=dtype))
+            bias = torch.rand(1, H, N, N, device="cuda", dtype=dtype)
         PROBLEMS[key] = make_problem(q, k, v, mask=masks.get(c.kind, saccade.Causal()), bias=bias)[0]
     return PROBLEMS[key]
 

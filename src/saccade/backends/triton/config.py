@@ -74,15 +74,15 @@ _HALF: dict[str, dict[str, Row]] = {
 # Where two accumulators of keys are too much for the registers: on hopper, of wide heads.
 _ALONE = {"keys alone": Tile(64, 64, 4, 2), "values alone": Tile(64, 128, 8, 2)}
 
-# The same on hopper where ALiBi takes registers, and where every score reads something: a bias or a dense mask.
+# The same on hopper where ALiBi or a table takes registers, and where every score reads something: a bias, a dense mask.
 _HOPPER_TERMS: dict[str, dict[str, Row]] = {
-    "slopes": {
+    "positions": {
         "forward": (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
         "keys": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     },
     "loads": {
         "forward": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)),
-        "keys": (Tile(64, 64, 4, 2), Tile(32, 64, 4, 3), Tile(64, 64, 8, 1)),
+        "keys": (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
         "queries": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
     },
 }
@@ -111,7 +111,8 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
     """The tile of a kernel for the larger of the two head dimensions.
 
     Args:
-        terms: `loads` where every score reads a bias or a dense mask; else `slopes` where there is ALiBi; else `plain`.
+        terms: `loads` where every score reads a bias or a dense mask; else `positions` where there is ALiBi or a table;
+            else `plain`.
     """
     if kernel in _ALONE:
         return _ALONE[kernel]

@@ -27,6 +27,7 @@ from saccade.backends.triton.primitives import (
     rows_of,
     slope_of,
     slots_of,
+    unit_of,
     visible_of,
 )
 
@@ -120,7 +121,7 @@ def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope
             k = key_tiles.load([b, g, j0, 0]).reshape(C.BN, C.K)
         else:
             k = load_keys(key, a.k_n, slots, j0, last, MASKED, C.BN, C.K, C.k_dim, C.page)
-        s, _ = capped(tl.dot(q, tl.trans(k), input_precision=C.precision), a, C)
+        s, _ = capped(tl.dot(q, tl.trans(k), input_precision=C.precision), a, MASKED, C)
         shift = 0.0
         if not MASKED:
             tilt, shift = far_terms(a, slope, ends, t < x0, j0, diagonal)
@@ -131,7 +132,7 @@ def _walk(acc, l, m, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope
         if MASKED:
             s = tl.where(visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], C), s, -INFINITY)
         peak = tl.max(s, 1)
-        unit = a.scale2 if C.simple else 1.0
+        unit = unit_of(a, MASKED, C)
         highest = tl.maximum(m, peak * unit + shift)
         # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
         pivot = tl.where(highest == -INFINITY, 0.0, highest)

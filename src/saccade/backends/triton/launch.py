@@ -341,7 +341,7 @@ def _five(x: Tensor | None) -> tuple[Any, ...]:
 
 def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
     K, V = problem.query.shape[-1], problem.value.shape[-1]
-    plain = not problem.biases and problem.slopes is None and problem.table is None and not problem.softcap
+    plain = not problem.biases and problem.slopes is None and not problem.softcap
     paged = problem.block_table is not None
     return Constants(
         BM=tile.BM,
@@ -442,7 +442,7 @@ def _tile(kernel: str, problem: Problem) -> config.Tile:
 def _terms(problem: Problem) -> str:
     if problem.biases or problem.dense is not None:
         return "loads"
-    return "slopes" if problem.slopes is not None else "plain"
+    return "plain" if problem.slopes is None and problem.table is None else "positions"
 
 
 def _apart(problem: Problem) -> bool:

@@ -103,7 +103,8 @@ class Constants(NamedTuple):
     page: int
     """Keys per page; 0 where keys are not paged."""
     simple: bool
-    """Scores are scale2 · q·k with scale2 > 0, so that the scale folds into the exponential."""
+    """Scores are scale2 · q·k with scale2 > 0, and a table's term, so that the scale folds into the exponential of a
+    far tile."""
     softcap: bool
     periodic: bool
     descriptors: bool
@@ -258,13 +259,19 @@ def visible_of(a, b, g, h, i, j, lo, hi, C: tl.constexpr):
 
 
 @triton.jit
-def capped(s, a, C: tl.constexpr):
-    """Raw products to scores in log₂, and tanh of the scaled score (0 without a softcap)."""
+def unit_of(a, MASKED: tl.constexpr, C: tl.constexpr):
+    """What scores are still to be multiplied by: the scale where it folds into the exponential, else 1."""
+    return a.scale2 if C.simple and (a.table is None or not MASKED) else 1.0
+
+
+@triton.jit
+def capped(s, a, MASKED: tl.constexpr, C: tl.constexpr):
+    """Raw products to scores in log₂ but for `unit_of`, and tanh of the scaled score (0 without a softcap)."""
     unit = 0.0
     if C.softcap:
         unit = 1.0 - 2.0 / (1.0 + tl.math.exp2(s * (2.0 * LOG2E * a.scale2)))
         s = unit * a.cap2
-    elif not C.simple:
+    elif (not C.simple) or (MASKED and a.table is not None):
         s = s * a.scale2
     return s, unit
 
@@ -356,11 +363,11 @@ def weights_of(s, a, b, g, h, i, j, lo, hi, diagonal, slope, tilt, lse2, MASKED:
 
     Of far tiles lse2 comes less their shift, and `tilt` comes expanded over keys.
     """
-    s, unit = capped(s, a, C)
+    s, unit = capped(s, a, MASKED, C)
     if (not MASKED) and a.slopes is not None:
         s += tilt
     s = biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED, C)
-    p = tl.math.exp2(s * (a.scale2 if C.simple else 1.0) - lse2)
+    p = tl.math.exp2(s * unit_of(a, MASKED, C) - lse2)
     if MASKED:
         p = tl.where(visible_of(a, b, g, h, i, j, lo, hi, C), p, 0.0)
     return p, unit
