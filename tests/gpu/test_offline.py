@@ -22,8 +22,8 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 SPILLS = {"forward_kernel": 0, "queries_kernel": 0, "keys_kernel": 140}
 """Most local loads and stores on sm_90, of 16-bit elements with head dimensions up to 128. keys_kernel holds two
 accumulators; what it spills is in the path for a NaN."""
-NEAR = {"forward_kernel": 4, "queries_kernel": 140, "keys_kernel": 260}
-"""The same with a relative table: tiles near the diagonal, few of all, read an entry for each score."""
+SPILLS_READING = {"forward_kernel": 20, "queries_kernel": 140, "keys_kernel": 260}
+"""The same where scores read an entry each: of a dense bias, or of a table near the diagonal, in few of all tiles."""
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -73,7 +73,7 @@ def test_compiles(target):
     spilling = {
         name_of(k): k["spills"]
         for k in heavy
-        if k["head_dim"] <= 128 and k["spills"] > (NEAR if k["kind"] == "table" else SPILLS)[k["kernel"]]
+        if k["head_dim"] <= 128 and k["spills"] > (SPILLS_READING if k["kind"] in ("table", "bias") else SPILLS)[k["kernel"]]
     }
     assert not spilling
 
