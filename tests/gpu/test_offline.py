@@ -73,7 +73,8 @@ def test_compiles(target):
     spilling = {
         name_of(k): k["spills"]
         for k in heavy
-        if k["head_dim"] <= 128 and k["spills"] > (SPILLS_READING if k["kind"] in ("table", "bias") else SPILLS)[k["kernel"]]
+        if k["head_dim"] <= 128
+        and k["spills"] > (SPILLS_READING if k["kind"] in ("table", "bias") else SPILLS)[k["kernel"]]
     }
     assert not spilling
 
