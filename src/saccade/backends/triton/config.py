@@ -129,7 +129,8 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
     for table in tables:
         if kernel in table:
             found = table[kernel][column]
-            # What is read per score is staged as keys are; unstaged it fits beside them.
-            return found if hopper or terms != "loads" else found._replace(stages=1)
+            # What is read per score is staged as keys are; unstaged it fits beside them. On amd Triton 3.6 does not
+            # compile the far walk of a table in two stages.
+            return found if hopper or (terms != "loads" and family != "amd") else found._replace(stages=1)
     # Of fp32 elements only the smallest fits everywhere.
     return _RARE[column if itemsize == 2 else 2]
