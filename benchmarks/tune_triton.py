@@ -53,8 +53,9 @@ def candidates() -> list[Candidate]:
         "keys": {
             64: itertools.product((32, 64, 128), (64, 128), (4, 8), (2, 3)),
             128: itertools.product((32, 64), (64, 128), (4, 8), (1, 2, 3)),
-            256: itertools.product((16, 32, 64), (64,), (4, 8), (1, 2)),
         },
+        "keys alone": {256: itertools.product((16, 32, 64), (64, 128), (4, 8), (1, 2, 3))},
+        "values alone": {256: itertools.product((32, 64), (64, 128), (4, 8), (1, 2, 3))},
         "queries": {
             64: itertools.product((64, 128), (64, 128), (4, 8), (2, 3)),
             128: itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
@@ -69,14 +70,17 @@ def candidates() -> list[Candidate]:
                 held = {
                     "forward": BM * (BN + head_dim),
                     "keys": BN * 2 * (head_dim + BM),
+                    "keys alone": BN * (head_dim + 2 * BM),
+                    "values alone": BN * (head_dim + BM),
                     "queries": BM * (2 * BN + head_dim),
                 }
-                moved = {
-                    "forward": 2 * BN * stages + BM,
-                    "keys": 2 * (BM * stages + BN),
-                    "queries": 2 * (BN * stages + BM),
-                }
-                if held[kernel] / (32 * warps) <= 300 and moved[kernel] * head_dim * 2 <= SHARED and BM * BN >= 64 * 32:
+                moved = {"forward": 2 * BN * stages + BM, "queries": 2 * (BN * stages + BM)}
+                moved_by_keys = 2 * (BM * stages + BN)
+                if (
+                    held[kernel] / (32 * warps) <= 300
+                    and moved.get(kernel, moved_by_keys) * head_dim * 2 <= SHARED
+                    and BM * BN >= 64 * 32
+                ):
                     found += [Candidate(kernel, head_dim, "bfloat16", kind, tile) for kind in ("causal",)]
     for kernel, head_dim in itertools.product(("forward", "keys", "queries"), (64, 128)):
         for tile in itertools.product((32, 64, 128), (32, 64), (4, 8), (2,)):
@@ -109,13 +113,13 @@ def problem_of(c: Candidate) -> Problem:
             "packed": saccade.Documents(DOCUMENTS) & saccade.Causal(),
             "window": saccade.Causal() & saccade.Window(1023, 0),
         }
-        bias: saccade.Bias | None = None
+        bias: saccade.Bias | torch.Tensor | None = None
         if c.kind == "alibi":
             bias = saccade.Alibi(torch.rand(H, device="cuda"))
         if c.kind == "table":
             bias = saccade.RelativeBias(torch.rand(H, 257, device="cuda"))
         if c.kind == "bias":
-            bias = saccade.DenseBias(torch.rand(1, H, N, N, device="cuda", dtype=dtype))
+            bias = torch.rand(1, H, N, N, device="cuda", dtype=dtype)
         PROBLEMS[key] = make_problem(q, k, v, mask=masks.get(c.kind, saccade.Causal()), bias=bias)[0]
     return PROBLEMS[key]
 
@@ -134,7 +138,7 @@ table = config.tile
 
 def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Tensor]:
     """The results of the candidate's kernel, with this tile or the table's."""
-    from saccade.backends.triton import launch
+    from saccade.backends.triton import launch, plans
 
     problem = problem_of(c)
     if c.kernel != "forward" and c[1:4] not in READY:
@@ -142,13 +146,14 @@ def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Ten
         READY[c[1:4]] = Ready(torch.randn_like(out), out, lse)
     config.tile = lambda kernel, *a: config.Tile(*tile) if tile and kernel == c.kernel else table(kernel, *a)
     try:
+        # What was launched with an earlier tile must not be launched again.
+        plans.forget()
         if c.kernel == "forward":
-            # Not by a plan of an earlier tile.
             return list(launch._forward(problem, None))
         ready = READY[c[1:4]]
-        keys, queries = c.kernel == "keys", c.kernel == "queries"
+        keys, values = (c.kernel in ("keys", alone) for alone in ("keys alone", "values alone"))
         biases = [c.kernel == "bias"] * len(problem.biases)
-        needs = Needs(queries, keys, keys, False, c.kernel == "table", False, biases)
+        needs = Needs(c.kernel == "queries", keys, values, False, c.kernel == "table", False, biases)
         grads = launch.backward(problem, ready.grad, None, ready.out, ready.lse, needs)
         return [x for x in (grads.query, grads.key, grads.value, grads.table, *grads.biases) if x is not None]
     finally:
@@ -157,7 +162,7 @@ def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Ten
 
 def flops(c: Candidate) -> float:
     p = problem_of(c)
-    products = {"forward": 2, "keys": 4, "queries": 3, "table": 2, "bias": 2}[c.kernel]
+    products = {"keys": 4, "keys alone": 3, "queries": 3}.get(c.kernel, 2)
     return 2 * products * p.visible_pairs() * c.head_dim
 
 

@@ -235,6 +235,8 @@ def main(name: str, every: bool, plain: bool) -> None:
             if work.kind not in ("decode", "paged") and not problem.quantized and not plain:
                 needs = Needs(True, True, True, False, problem.table is not None, False, [True] * len(problem.biases))
                 launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
+                # Where no query's gradient is asked for, what that kernel makes for others has one of its own.
+                launch.backward(problem, torch.zeros_like(out), None, out, lse, Needs(*[False] * 6, []))
             for result in results:
                 print(json.dumps({**work._asdict(), **result._asdict()}), flush=True)
             results.clear()

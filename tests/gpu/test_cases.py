@@ -5,6 +5,7 @@ import torch
 
 import saccade
 from cases import CASES
+from saccade.backends import Needs
 from saccade.backends.triton import config, launch
 from saccade.backends.triton.primitives import Arguments
 from saccade.core.library import attend
@@ -42,6 +43,38 @@ def larger_tiles_for_larger_cases(request, monkeypatch, small_tiles):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_reference(case):
     agree(case, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["gqa", "relative table, documents, gqa", "everything"])
+def test_gradients_of_keys_and_values_by_a_launch_each(name, monkeypatch):
+    monkeypatch.setattr(launch, "_apart", lambda problem: True)
+    agree(next(case for case in CASES if case.name == name), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["everything", "no keys, learned sinks"])
+def test_gradients_asked_for_alone(name):
+    problem = next(case for case in CASES if case.name == name).problem(torch.float32)
+    problem = problem._replace(
+        **{n: x.float() for n, x in problem._asdict().items() if isinstance(x, torch.Tensor) and x.is_floating_point()},
+        biases=[x.float() for x in problem.biases],
+        output_dtype=torch.float32,
+    )
+    out, lse = launch.forward(problem)
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+
+    def gradients(*asked):
+        biases = [asked[-1]] * len(problem.biases)
+        found = launch.backward(problem, grad_out, grad_lse, out, lse, Needs(*asked[:-1], biases))
+        return [*found[:-1], *found.biases]
+
+    every = gradients(*[True] * 7)
+    for n in range(7):
+        alone = gradients(*[m == n for m in range(7)])
+        for m, (got, want) in enumerate(zip(alone, every, strict=True)):
+            if min(m, 6) == n and want is not None:
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            else:
+                assert got is None
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)

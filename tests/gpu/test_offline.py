@@ -21,7 +21,9 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 """Bytes of shared memory a program may have."""
 SPILLS = {"forward_kernel": 0, "queries_kernel": 0, "keys_kernel": 140}
 """Most local loads and stores on sm_90, of 16-bit elements with head dimensions up to 128. keys_kernel holds two
-accumulators; most of what it spills is in the path for a NaN."""
+accumulators; what it spills is in the path for a NaN."""
+SPILLS_READING = {"forward_kernel": 40, "queries_kernel": 140, "keys_kernel": 260}
+"""The same where scores read an entry each: of a dense bias, or of a table near the diagonal, in few of all tiles."""
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -70,11 +72,15 @@ def test_compiles(target):
     serialised = {name_of(k): k["serialised"] for k in kernels if set(k["serialised"]) - {"C7519"}}
     assert not serialised
     roomy = [k for k in heavy if not crowded(Work(*(k[name] for name in Work._fields)))]
-    spilling = {name_of(k): k["spills"] for k in roomy if k["spills"] > SPILLS[k["kernel"]]}
+    most = {True: SPILLS_READING, False: SPILLS}
+    spilling = {
+        name_of(k): k["spills"] for k in roomy if k["spills"] > most[k["kind"] in ("table", "bias")][k["kernel"]]
+    }
     assert not spilling
 
 
 def test_crowded_forward_spills_only_for_nan():
     kernels = [k for k in compiled("sm_90", "--plain") if k["kernel"] == "forward_kernel"]
     assert kernels
-    assert {name_of(k): k["spills"] for k in kernels if k["spills"]} == {}
+    most = {True: SPILLS_READING["forward_kernel"], False: 0}
+    assert {name_of(k): k["spills"] for k in kernels if k["spills"] > most[k["kind"] == "table"]} == {}

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from saccade.backends.triton.primitives import (
     INFINITY,
+    beyond,
     blocks_of,
     bounds_of,
     kept,
@@ -101,8 +102,8 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
                     v = v.to(tl.float32) * key_scales(a, a.value_scale, a.value_scale_b, a.value_scale_c,
                                                       a.value_scale_g, b, g, slots, j0 + n, end, C.value_run, C)[:, None]  # fmt: skip
                 v = v.to(q.dtype)
-                p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, j0, STEP, lo[:, None], until[:, None],
-                                   diagonal[:, None], slope, lse2[:, None], True, C)  # fmt: skip
+                p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None],
+                                   diagonal[:, None], slope, 0.0, lse2[:, None], True, C)  # fmt: skip
                 visible = visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None], C)
                 if a.seed is not None:
                     p = tl.where(kept(a, b, g * C.H + h, i, j0, STEP, STEP, C), p * a.keep_scale, 0.0)
@@ -131,8 +132,8 @@ def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.conste
     hi = tl.where(i0 + n < a.M, tl.minimum(hi, end), lo)
     j = (j0 + n)[None, :]
     raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-    p, unit = weights_of(raw, a, b, g, h, i[:, None], j, j0, STEP, lo[:, None], hi[:, None], diagonal[:, None],
-                         slope_of(a, b, g, h), lse2[:, None], True, C)  # fmt: skip
+    p, unit = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None],
+                         slope_of(a, b, g, h), 0.0, lse2[:, None], True, C)  # fmt: skip
     visible = visible_of(a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], C)
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
     dropped = p
@@ -167,14 +168,17 @@ def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dk, dv, b, g
                     dk_acc = exact_dot(tl.trans(ds), seen, q, dk_acc, C)
         row = (b.to(tl.int64) * a.N + j0 + n) * a.G + g
         inside = (j0 + n < a.N)[:, None]
-        tl.store(dk + row[:, None] * C.k_dim + columns[None, :], (dk_acc * a.scale).to(dk.dtype.element_ty),
-                 mask=inside & (columns < C.k_dim)[None, :])  # fmt: skip
-        tl.store(dv + row[:, None] * C.v_dim + columns_v[None, :], dv_acc.to(dv.dtype.element_ty),
-                 mask=inside & (columns_v < C.v_dim)[None, :])  # fmt: skip
+        if dk is not None:
+            tl.store(dk + row[:, None] * C.k_dim + columns[None, :], (dk_acc * a.scale).to(dk.dtype.element_ty),
+                     mask=inside & (columns < C.k_dim)[None, :])  # fmt: skip
+        if dv is not None:
+            tl.store(dv + row[:, None] * C.v_dim + columns_v[None, :], dv_acc.to(dv.dtype.element_ty),
+                     mask=inside & (columns_v < C.v_dim)[None, :])  # fmt: skip
 
 
 @triton.jit
-def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslopes, b, g, h, tile, C: tl.constexpr):
+def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslopes, dends, b, g, h, tile,
+                  C: tl.constexpr):  # fmt: skip
     """The tile of `queries_kernel`."""
     n = tl.arange(0, STEP)
     columns = tl.arange(0, C.K)
@@ -183,6 +187,8 @@ def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslop
         i = tl.minimum(i0 + n, a.M - 1)
         acc = tl.full([STEP, C.K], 0.0, tl.float32)
         dslope = tl.full([STEP], 0.0, tl.float32)
+        low = dslope
+        high = dslope
         for s in tl.static_range(max(C.S, 1)):
             lo, hi, _ = range_of(a, s, b, i, C)
             first, _1, _2, last = bounds_of(lo, hi)
@@ -193,9 +199,18 @@ def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslop
                 acc = exact_dot(ds, visible, k, acc, C)
                 if dslopes is not None:
                     dslope -= tl.sum(dbias * tl.abs(distance).to(tl.float32), 1)
+                if dends is not None:
+                    below, above = beyond(a, dbias, distance)
+                    low += below
+                    high += above
         valid = i0 + n < a.M
         row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
+        stat = ((b * a.G + g) * C.H + h).to(tl.int64) * a.M
         tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),
                  mask=valid[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
         if dslopes is not None:
-            tl.store(dslopes + ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i, dslope, mask=valid)
+            tl.store(dslopes + stat + i, dslope, mask=valid)
+        if dends is not None:
+            tl.store(dends + stat + i, low, mask=valid)
+            pairs = tl.num_programs(0) // tl.cdiv(a.M, C.BM)
+            tl.store(dends + pairs.to(tl.int64) * a.M + stat + i, high, mask=valid)

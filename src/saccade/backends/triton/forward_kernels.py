@@ -14,9 +14,13 @@ from saccade.backends.triton.primitives import (
     LN2,
     LOG2E,
     biased,
+    block_at,
     blocks_of,
     bounds_of,
     capped,
+    ends_of,
+    far_of,
+    far_terms,
     kept,
     key_scales,
     load_keys,
@@ -25,6 +29,7 @@ from saccade.backends.triton.primitives import (
     scaled_query,
     slope_of,
     slots_of,
+    unit_of,
     visible_of,
     widened,
 )
@@ -44,11 +49,11 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     columns = tl.arange(0, C.K)
     pointers = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + at[:, None] + columns[None, :]
     q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0) if C.k_dim < C.K else tl.load(pointers)
-    slope = slope_of(a, b, g, h[:, None])
-    unit = a.scale2 if C.simple else 1.0
+    factor = 1.0
     if C.scaled:
         q, factor = scaled_query(q, a, b, g, h, i, C)
-        unit *= factor
+    slope = slope_of(a, b, g, h if C.pack > 1 else h0)
+    ends = ends_of(a, g, h if C.pack > 1 else h0)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
 
@@ -66,13 +71,16 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
         first, full_first, full_last, last = bounds_of(lo, hi)
         begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
         if a.dense is None:
-            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
-                                   lo, hi, diagonal, begin, f0, f1, f1, 0, last, False, C)  # fmt: skip
-            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
-                                   lo, hi, diagonal, begin, t0, t1 - (f1 - f0), f0, f1 - f0, last, True, C)  # fmt: skip
+            left, right = far_of(a, begin, f0, f1, lo < hi, diagonal, C.BN)
+            far = left - f0 + f1 - right
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, factor, slope, ends,
+                                   lo, hi, diagonal, begin, f0, f0 + far, left, right, f1, f1, last, False,
+                                   C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, factor, slope, ends,
+                                   lo, hi, diagonal, begin, t0, t1 - far, f0, left, right, f1, last, True, C)  # fmt: skip
         else:
-            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit,
-                                   lo, hi, diagonal, begin, t0, t1, t1, 0, last, True, C)  # fmt: skip
+            acc, l, m, top = _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, factor, slope, ends,
+                                   lo, hi, diagonal, begin, t0, t1, t1, t1, t1, t1, last, True, C)  # fmt: skip
     share = tl.where(l > 0, 1.0 / l, 0.0)
     # A NaN among the scores must come out as one.
     share = tl.where(l != l, l, share)
@@ -109,20 +117,21 @@ def _place(a, program, heads_at_once, C: tl.constexpr):
 
 
 @triton.jit
-def _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, slope, unit, lo, hi,
-          diagonal, begin, t0, t1, gap_at, gap, last, MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """The online softmax over blocks t0 … t1 − 1, where blocks from `gap_at` on are counted `gap` further.
+def _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, factor, slope, ends, lo, hi, diagonal,
+          begin, t0, t1, x0, x1, y0, y1, last, MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """The online softmax over blocks t0 … t1 − 1, counted without x0 … x1 − 1 and y0 … y1 − 1.
 
-    `unit`: what products are to be multiplied by; where they are simple, to scores in log₂. `top`: what the accumulator
-    is to be multiplied by; only where values have scales of their own.
+    `factor`: what rows of products are to be multiplied by besides the scale; only where the query is scaled. `top`:
+    what the accumulator is to be multiplied by; only where values have scales of their own.
     """
     n = tl.arange(0, C.BN)
     slots = n
     if C.page > 0:
-        j0 = begin + (t0 + tl.where(t0 >= gap_at, gap, 0)) * C.BN
+        j0 = begin + block_at(t0, x0, x1, y0, y1) * C.BN
         slots = slots_of(a, j0 + n, last, C)
-    for t in tl.range(t0, t1):
-        j0 = tl.multiple_of(begin + (t + tl.where(t >= gap_at, gap, 0)) * C.BN, 16)
+    # Entries of a table must not be staged in shared memory.
+    for t in tl.range(t0, t1, num_stages=1 if MASKED and a.table is not None else None):
+        j0 = tl.multiple_of(begin + block_at(t, x0, x1, y0, y1) * C.BN, 16)
         j = (j0 + n)[None, :]
         if C.descriptors:
             k = key_tiles.load([b, g, j0, 0]).reshape(C.BN, C.K)
@@ -134,21 +143,26 @@ def _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, 
         if C.key_run > 0:
             s *= key_scales(a, a.key_scale, a.key_scale_b, a.key_scale_c, a.key_scale_g, b, g, slots, j0 + n, last,
                             C.key_run, C)[None, :]  # fmt: skip
-        if C.scaled and not C.simple:
-            s *= unit[:, None]
-        s, _ = capped(s, a, C)
-        s = biased(s, a, b, g, h[:, None], i[:, None], j, j0, C.BN, lo[:, None], hi[:, None], diagonal[:, None], slope,
-                   MASKED, C)  # fmt: skip
+        unit = unit_of(a, MASKED, C)
+        by_row: tl.constexpr = C.scaled and C.simple and (a.table is None or not MASKED)
+        if by_row:
+            unit *= factor
+        elif C.scaled:
+            s *= factor[:, None]
+        s, _ = capped(s, a, MASKED, C)
+        shift = 0.0
+        if not MASKED:
+            tilt, shift = far_terms(a, slope, ends, t < x0, j0, diagonal)
+            if a.slopes is not None:
+                s += (tilt[:, None] if C.pack > 1 else tilt) * n[None, :].to(tl.float32)
+        s = biased(s, a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None],
+                   slope[:, None] if C.pack > 1 and a.slopes is not None else slope, MASKED, C)  # fmt: skip
         if MASKED:
             s = tl.where(visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], hi[:, None], C), s, -INFINITY)
-        peak = tl.max(s, 1)
-        # Where the scale is not in the scores yet, it goes into the exponent.
-        highest = tl.maximum(m, peak * unit if C.simple else peak)
+        highest = tl.maximum(m, tl.max(s, 1) * unit + shift)
         # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
         pivot = tl.where(highest == -INFINITY, 0.0, highest)
-        if C.simple:
-            s *= unit[:, None] if C.scaled else unit
-        p = tl.math.exp2(s - pivot[:, None])
+        p = tl.math.exp2(s * (unit[:, None] if by_row else unit) - (pivot - shift)[:, None])
         shrink = tl.math.exp2(m - pivot)
         l = l * shrink + tl.sum(p, 1)
         if a.seed is not None:
@@ -169,7 +183,7 @@ def _walk(acc, l, m, top, q, a, key, value, key_tiles, value_tiles, b, g, h, i, 
             top = largest
         if C.page > 0:
             # The next block's pages are read now, or their latency would stand before every load of keys.
-            j0 = begin + (t + 1 + tl.where(t + 1 >= gap_at, gap, 0)) * C.BN
+            j0 = begin + block_at(t + 1, x0, x1, y0, y1) * C.BN
             slots = slots_of(a, j0 + n, last, C)
         v = widened(v, q, C)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=C.precision)

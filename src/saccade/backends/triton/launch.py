@@ -30,6 +30,8 @@ _CACHED_KEYS = 16 * 2**20
 """Bytes of keys and values that programs running at the same time should share; a third of an H200's L2."""
 _LEAST_SPLIT = 256
 """Fewest keys worth a split."""
+Launch = tuple[Any, tuple[int, ...], list[Any], config.Tile]
+"""Kernel, grid, arguments and tile."""
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> Any:
@@ -38,12 +40,15 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> An
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    key = plans.key_of(problem)
-    plan = plans.find(key)
-    return _forward(problem, key) if plan is None else plan(problem)
+    seen = plans.look(problem)
+    plan = plans.find(seen)
+    if plan is None:
+        return _forward(problem, seen)
+    made = plan(seen.pointers)
+    return made["out"], made["lse"]
 
 
-def _forward(problem: Problem, key: Any) -> tuple[Tensor, Tensor]:
+def _forward(problem: Problem, seen: plans.Seen | None) -> tuple[Tensor, Tensor]:
     B, M, G, H, _ = problem.query.shape
     N, V = problem.key.shape[1], problem.value.shape[-1]
     query = problem.query
@@ -67,12 +72,11 @@ def _forward(problem: Problem, key: Any) -> tuple[Tensor, Tensor]:
     bytes_per_head = max(1, N * (constants.K + constants.V) * problem.key.element_size() // min(H, max(1, H // pack)))
     at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
     parts, part_lse = out, lse
-    like = [out, lse]
+    made = {"out": out, "lse": lse}
     if splits > 1:
-        parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
-        part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
-        like += [parts, part_lse]
-    launches: list[Any] = [
+        made["parts"] = parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
+        made["part_lse"] = part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+    launches: list[Launch] = [
         (forward_kernel, (programs, splits),
          [arguments, keys, values, parts, part_lse, at_once, splits, constants], tile),
     ]  # fmt: skip
@@ -80,11 +84,15 @@ def _forward(problem: Problem, key: Any) -> tuple[Tensor, Tensor]:
         rows = B * M * G * H
         of_split = [parts, part_lse, out, lse, rows, splits, M, G * H, constants.V, V, triton.next_power_of_2(splits)]
         launches.append((combine_kernel, (rows,), of_split, config.Tile(0, 0, 2, 1)))
+    _launched(query, launches, made, seen)
+    return out, lse
+
+
+def _launched(query: Tensor, launches: list[Launch], made: plans.Made, seen: plans.Seen | None) -> None:
     with _on(query):
         calls = [(run(kernel, grid, *args, tile=tile), grid, args) for kernel, grid, args, tile in launches]
-    if key is not None:
-        plans.keep(key, problem, arguments, calls, like)
-    return out, lse
+    if seen is not None:
+        plans.keep(seen, calls, made)
 
 
 def backward(
@@ -92,70 +100,126 @@ def backward(
 ) -> Gradients:
     if problem.block_table is not None:
         return _paged_backward(problem, grad_out, grad_lse, out, lse, needs)
+    if problem.query.numel() == 0 or problem.key.numel() == 0:
+        return _no_scores(problem, grad_lse, lse, needs)
+    grad, out, lse = _rows_contiguous(grad_out), out.contiguous(), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    seen = plans.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
+    plan = plans.find(seen)
+    if plan is None:
+        made = _backward(problem, grad, grad_lse, out, lse, needs, seen)
+    else:
+        made = plan(seen.pointers)
+    return _gradients(problem, made, lse, needs)
+
+
+def _backward(
+    problem: Problem,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: Needs,
+    seen: plans.Seen | None,
+) -> plans.Made:
+    """All tensors that are made for the gradients, by name; what is contiguous has been made so."""
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
-    if query.numel() == 0 or problem.key.numel() == 0:
-        return _no_scores(problem, grad_lse, lse, needs)
-    grad = _rows_contiguous(grad_out)
     delta = torch.empty_like(lse)
+    made = {"delta": delta}
     arguments = _arguments(problem)
-    lse = lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    dq = dk = dv = dslopes = dtable = dsinks = None
-    dbiases: list[Tensor | None] = [None] * len(problem.biases)
-    with _on(query):
+    stats = (grad, *grad.stride()[:4], lse, delta)
+    launches: list[Launch] = []
+    if needs.query or needs.slopes or needs.table:
+        tile = _tile("queries", problem)
+        constants = _constants(problem, tile, 1)
+        keys, values = _key_tiles(problem, constants)
+        made["query"] = query.new_empty((B, M, G, H, K))
+        if needs.slopes:
+            made["slopes"] = torch.empty_like(lse)
+        if needs.table:
+            made["ends"] = lse.new_empty((2, *lse.shape))
+        by_row = [made.get(name) for name in ("query", "slopes", "ends")]
+        launches.append(
+            (queries_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
+             [arguments, keys, values, *stats, out, grad_lse, *by_row, constants], tile)
+        )  # fmt: skip
+    else:
         tile = config.Tile(32, 0, 4, 1)
-        run(delta_kernel, (triton.cdiv(M, tile.BM), B * G * H), grad, *grad.stride()[:4], out.contiguous(),
-            grad_lse, delta, M, G, _constants(problem, tile, 1), tile=tile)  # fmt: skip
-        stats = (grad, *grad.stride()[:4], lse, delta)
-        if needs.key or needs.value:
-            tile = _tile("keys", problem)
-            constants = _constants(problem, tile, 1)
-            bounds, bounds_s, bounds_b = _bounds(problem, arguments, constants)
-            queries, grads = _query_tiles(problem, grad, constants)
-            dk = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
-            dv = query.new_empty((B, N, G, V), dtype=problem.value.dtype)
-            run(keys_kernel, (triton.cdiv(N, tile.BN) * G * B,), arguments, queries, grads, *stats, bounds, bounds_s,
-                bounds_b, dk, dv, constants, tile=tile)  # fmt: skip
-        if needs.query or needs.slopes:
-            tile = _tile("queries", problem)
-            constants = _constants(problem, tile, 1)
-            keys, values = _key_tiles(problem, constants)
-            dq = query.new_empty((B, M, G, H, K))
-            by_row = torch.empty_like(lse) if needs.slopes else None
-            run(queries_kernel, (triton.cdiv(M, tile.BM) * H * G * B,), arguments, keys, values, *stats,
-                None if by_row is None else grad_lse, dq, by_row, constants, tile=tile)  # fmt: skip
-            if by_row is not None and problem.slopes is not None:
-                dslopes = by_row.sum(-1).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
-        if any(needs.biases):
-            shape = torch.broadcast_shapes(*(x.shape for x in problem.biases))
-            dbias = query.new_empty(shape, dtype=torch.float32)
-            tile = _tile("bias", problem)
-            tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
-            run(bias_kernel, (tiles, math.prod(shape[:3])), arguments, *stats, dbias, *shape,
-                _constants(problem, tile, 1), tile=tile)  # fmt: skip
-            dbiases = [
-                dbias.sum_to_size(x.shape).to(x.dtype) if needed else None
-                for x, needed in zip(problem.biases, needs.biases, strict=True)
-            ]
-        if needs.table and problem.table is not None:
-            tile = _tile("table", problem)
-            slots = min(B * triton.cdiv(M, tile.BM), max(1, 4 * _processors(query.device) // (G * H)))
-            parts = query.new_zeros((slots, *problem.table.shape), dtype=torch.float32)
-            run(table_kernel, (slots, G * H), arguments, *stats, parts, _constants(problem, tile, 1), tile=tile)
-            dtable = parts.sum(0).to(problem.table.dtype)
+        launches.append(
+            (delta_kernel, (triton.cdiv(M, tile.BM), B * G * H),
+             [arguments, grad, *grad.stride()[:4], out, grad_lse, delta, _constants(problem, tile, 1)], tile)
+        )  # fmt: skip
+    if needs.key:
+        made["key"] = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
+    if needs.value:
+        made["value"] = query.new_empty((B, N, G, V), dtype=problem.value.dtype)
+    dk, dv = made.get("key"), made.get("value")
+    if _apart(problem):
+        by_kernel = [("keys alone", dk, None), ("values alone", None, dv)]
+    else:
+        by_kernel = [("keys", dk, dv)]
+    for name, dk, dv in by_kernel:
+        if dk is None and dv is None:
+            continue
+        tile = _tile(name, problem)
+        constants = _constants(problem, tile, 1)
+        bounds: list[Any] = [None, 0, 0]
+        if problem.lo is not None:
+            S, entries, _ = problem.lo.shape
+            tiles = triton.cdiv(M, tile.BM)
+            x = query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
+            made[f"bounds for {tile.BM}"] = x
+            bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
+            launches.append((bounds_kernel, (tiles, entries, S), [arguments, x, constants], config.Tile(0, 0, 1, 1)))
+        queries, grads = _query_tiles(problem, grad, constants)
+        launches.append(
+            (keys_kernel, (triton.cdiv(N, tile.BN) * G * B,),
+             [arguments, queries, grads, *stats, *bounds, dk, dv, constants], tile)
+        )  # fmt: skip
+    if any(needs.biases):
+        shape = torch.broadcast_shapes(*(x.shape for x in problem.biases))
+        made["bias"] = query.new_empty(shape, dtype=torch.float32)
+        tile = _tile("bias", problem)
+        tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
+        launches.append(
+            (bias_kernel, (tiles, math.prod(shape[:3])),
+             [arguments, *stats, made["bias"], *shape, _constants(problem, tile, 1)], tile)
+        )  # fmt: skip
+    if needs.table and problem.table is not None:
+        tile = _tile("table", problem)
+        slots = min(B * triton.cdiv(M, tile.BM), max(1, 8 * _processors(query.device) // (G * H)))
+        made["table"] = query.new_empty((slots, *problem.table.shape), dtype=torch.float32)
+        launches.append(
+            (table_kernel, (slots, G * H), [arguments, *stats, made["table"], _constants(problem, tile, 1)], tile)
+        )
+    _launched(query, launches, made, seen)
+    return made
+
+
+def _gradients(problem: Problem, made: plans.Made, lse: Tensor, needs: Needs) -> Gradients:
+    """Gradients in the shape and dtype of what they belong to from what the kernels made."""
+    dslopes = dtable = dsinks = None
+    dbiases: list[Tensor | None] = [None] * len(problem.biases)
+    if needs.slopes and problem.slopes is not None:
+        dslopes = made["slopes"].sum(-1).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
+    if needs.table and problem.table is not None:
+        dtable = made["table"].sum(0)
+        first, last = made["ends"].sum((1, 4))
+        # Both ends are one entry where the reach is 0.
+        dtable[..., 0] += first
+        dtable[..., -1] += last
+        dtable = dtable.to(problem.table.dtype)
+    if any(needs.biases):
+        dbiases = [
+            made["bias"].sum_to_size(x.shape).to(x.dtype) if needed else None
+            for x, needed in zip(problem.biases, needs.biases, strict=True)
+        ]
     if needs.sinks and problem.sinks is not None:
-        dsinks = _sinks_gradient(problem.sinks, lse, delta)
-    return Gradients(
-        dq if needs.query else None,
-        dk if needs.key else None,
-        dv if needs.value else None,
-        dslopes,
-        dtable,
-        dsinks,
-        dbiases,
-    )
+        dsinks = _sinks_gradient(problem.sinks, lse, made["delta"])
+    dq = made["query"] if needs.query else None
+    return Gradients(dq, made.get("key"), made.get("value"), dslopes, dtable, dsinks, dbiases)
 
 
 def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -280,7 +344,7 @@ def _five(x: Tensor | None) -> tuple[Any, ...]:
 
 def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
     K, V = problem.query.shape[-1], problem.value.shape[-1]
-    plain = not problem.biases and problem.slopes is None and problem.table is None and not problem.softcap
+    plain = not problem.biases and problem.slopes is None and not problem.softcap
     paged = problem.block_table is not None
     return Constants(
         BM=tile.BM,
@@ -376,16 +440,6 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and aligned else x.contiguous()
 
 
-def _bounds(problem: Problem, arguments: Arguments, c: Constants) -> tuple[Tensor | None, int, int]:
-    if problem.lo is None:
-        return None, 0, 0
-    S, entries, M = problem.lo.shape
-    tiles = triton.cdiv(M, c.BM)
-    bounds = torch.empty((S, entries, 4, tiles), dtype=torch.int32, device=problem.lo.device)
-    run(bounds_kernel, (tiles, entries, S), arguments, bounds, c, tile=config.Tile(0, 0, 1, 1))
-    return bounds, bounds.stride(0), bounds.stride(1) if entries > 1 else 0
-
-
 def _rows_per_tile(problem: Problem) -> int:
     """Query rows of a tile where heads of a group should share it, since there are few; 0 where there are many."""
     B, M, _, H, _ = problem.query.shape
@@ -407,13 +461,23 @@ def _splits(problem: Problem, programs: int, decode: bool) -> int:
 
 def _tile(kernel: str, problem: Problem) -> config.Tile:
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
-    loads = bool(problem.biases) or problem.table is not None or problem.dense is not None
-    stored = problem.quantized and problem.query.element_size() > 1
-    terms = "loads" if loads else "slopes" if problem.slopes is not None else "stored" if stored else "plain"
     itemsize = problem.query.element_size()
     if itemsize <= 2:
         itemsize = problem.key.element_size()
-    return config.tile(kernel, itemsize, head_dim, _family(problem.query.device), terms)
+    return config.tile(kernel, itemsize, head_dim, _family(problem.query.device), _terms(problem))
+
+
+def _terms(problem: Problem) -> str:
+    if problem.biases or problem.dense is not None:
+        return "loads"
+    if problem.slopes is not None or problem.table is not None:
+        return "positions"
+    return "stored" if problem.quantized and problem.query.element_size() > 1 else "plain"
+
+
+def _apart(problem: Problem) -> bool:
+    head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
+    return config.apart(problem.query.element_size(), head_dim, _family(problem.query.device), _terms(problem))
 
 
 def _family(device: torch.device) -> str:

@@ -116,7 +116,8 @@ class Constants(NamedTuple):
     page: int
     """Keys per page; 0 where keys are not paged."""
     simple: bool
-    """Scores are scale2 · q·k with scale2 > 0, so that the scale folds into the exponential."""
+    """Scores are scale2 · q·k with scale2 > 0, and a table's term, so that the scale folds into the exponential of a
+    far tile."""
     softcap: bool
     periodic: bool
     descriptors: bool
@@ -198,6 +199,32 @@ def blocks_of(first, full_first, full_last, last, split, splits, BN: tl.constexp
     f0 = tl.minimum(tl.maximum(f0, t0), t1)
     f1 = tl.maximum(tl.minimum(f1, t1), f0)
     return begin, t0, t1, f0, f1
+
+
+@triton.jit
+def far_of(a, begin, f0, f1, seen, diagonal, BN: tl.constexpr):
+    """left, right: of the full blocks f0 … f1 − 1 those before `left` and those from `right` on lie wholly beyond the
+    table's reach, or to one side of the diagonal, of all rows. Without terms that depend on position all do."""
+    left = f1
+    right = f1
+    if (a.slopes is not None) or (a.table is not None):
+        lowest, highest = span_of(seen, diagonal)
+        left = tl.minimum(tl.maximum((lowest - a.reach + 1 - begin) // BN, f0), f1)
+        right = tl.minimum(tl.maximum(tl.cdiv(highest + a.reach - begin, BN), left), f1)
+    return left, right
+
+
+@triton.jit
+def span_of(seen, diagonal):
+    """The lowest and the highest diagonal of the rows that see anything."""
+    return tl.min(tl.where(seen, diagonal, FAR), 0), tl.max(tl.where(seen, diagonal, -FAR), 0)
+
+
+@triton.jit
+def block_at(t, x0, x1, y0, y1):
+    """The t-th block where x0 … x1 − 1 and y0 … y1 − 1 are left out; x1 ≤ y0."""
+    t += tl.where(t >= x0, x1 - x0, 0)
+    return t + tl.where(t >= y0, y1 - y0, 0)
 
 
 @triton.jit
@@ -335,46 +362,60 @@ def visible_of(a, b, g, h, i, j, lo, hi, C: tl.constexpr):
 
 
 @triton.jit
-def capped(s, a, C: tl.constexpr):
-    """Raw products to scores in log₂, and tanh of the scaled score (0 without a softcap)."""
+def unit_of(a, MASKED: tl.constexpr, C: tl.constexpr):
+    """What scores are still to be multiplied by: the scale where it folds into the exponential, else 1."""
+    return a.scale2 if C.simple and (a.table is None or not MASKED) else 1.0
+
+
+@triton.jit
+def capped(s, a, MASKED: tl.constexpr, C: tl.constexpr):
+    """Raw products to scores in log₂ but for `unit_of`, and tanh of the scaled score (0 without a softcap)."""
     unit = 0.0
     if C.softcap:
         unit = 1.0 - 2.0 / (1.0 + tl.math.exp2(s * (2.0 * LOG2E * a.scale2)))
         s = unit * a.cap2
-    elif not C.simple:
+    elif (not C.simple) or (MASKED and a.table is not None):
         s = s * a.scale2
     return s, unit
 
 
 @triton.jit
-def entries_of(a, g, h, j, j0, J: tl.constexpr, diagonal):
-    """The relative table's entries for keys j, which are j0 … j0 + J − 1, of rows at `diagonal`, in natural units.
-
-    Most tiles lie beyond the table's reach as a whole, where a single entry serves: a load per score costs more than
-    all else. Being inside a branch also keeps the compiler from staging such loads in shared memory.
-    """
-    table = a.table + g * a.table_g + h * a.table_h
-    nearest = j0 - tl.max(tl.max(diagonal, 1), 0)
-    farthest = j0 + (J - 1) - tl.min(tl.min(diagonal, 1), 0)
-    if (nearest >= a.reach) | (farthest <= -a.reach):
-        x = (
-            tl.load(table + tl.where(nearest >= a.reach, 2 * a.reach, 0)).to(tl.float32)
-            + (j - diagonal).to(tl.float32) * 0.0
-        )
-    else:
-        entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
-        x = tl.load(table + entry).to(tl.float32)
-    return x
+def far_terms(a, slope, ends, is_left, j0, diagonal):
+    """What far tiles add to the score of key j0 + n in log₂: tilt · n and, over rows, shift. Beyond the table's reach
+    one entry serves, and a distance is a difference: a load or a conversion per score would cost more than all else."""
+    tilt = 0.0
+    shift = 0.0
+    if a.slopes is not None:
+        tilt = tl.where(is_left, slope, -slope)
+        shift = tilt * (j0 - diagonal).to(tl.float32)
+    if a.table is not None:
+        shift += tl.where(is_left, ends[0], ends[1])
+    return tilt, shift
 
 
 @triton.jit
-def biased(s, a, b, g, h, i, j, j0, J: tl.constexpr, lo, hi, diagonal, slope, MASKED: tl.constexpr,
-           C: tl.constexpr):  # fmt: skip
-    """Scores plus all bias terms, in log₂; what is read for keys outside lo … hi − 1 does not matter."""
-    if a.slopes is not None:
-        s -= slope * tl.abs(j - diagonal).to(tl.float32)
+def ends_of(a, g, h):
+    """The relative table's first and last entry, in log₂; 0 without a table."""
+    first = 0.0
+    last = 0.0
     if a.table is not None:
-        s += entries_of(a, g, h, j, j0, J, diagonal) * LOG2E
+        table = a.table + g * a.table_g + h * a.table_h
+        first = tl.load(table).to(tl.float32) * LOG2E
+        last = tl.load(table + 2 * a.reach).to(tl.float32) * LOG2E
+    return first, last
+
+
+@triton.jit
+def biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED: tl.constexpr, C: tl.constexpr):
+    """Scores plus all bias terms, in log₂; what is read for keys outside lo … hi − 1 does not matter.
+
+    Tiles that are not masked are far ones: what depends on position comes from `far_terms`.
+    """
+    if MASKED and a.slopes is not None:
+        s -= slope * tl.abs(j - diagonal).to(tl.float32)
+    if MASKED and a.table is not None:
+        entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
+        s += tl.load(a.table + g * a.table_g + h * a.table_h + entry).to(tl.float32) * LOG2E
     if a.bias is not None:
         column = j % a.period if C.periodic else j
         row = a.bias + b.to(tl.int64) * a.bias_b + g.to(tl.int64) * a.bias_g
@@ -420,12 +461,16 @@ def kept(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
-def weights_of(s, a, b, g, h, i, j, j0, J: tl.constexpr, lo, hi, diagonal, slope, lse2, MASKED: tl.constexpr,
-               C: tl.constexpr):  # fmt: skip
-    """Softmax weights from raw products and lse in log₂ (+inf for empty rows), and the softcap's tanh."""
-    s, unit = capped(s, a, C)
-    s = biased(s, a, b, g, h, i, j, j0, J, lo, hi, diagonal, slope, MASKED, C)
-    p = tl.math.exp2(s * (a.scale2 if C.simple else 1.0) - lse2)
+def weights_of(s, a, b, g, h, i, j, lo, hi, diagonal, slope, tilt, lse2, MASKED: tl.constexpr, C: tl.constexpr):
+    """Softmax weights from raw products and lse in log₂ (+inf for empty rows), and the softcap's tanh.
+
+    Of far tiles lse2 comes less their shift, and `tilt` comes expanded over keys.
+    """
+    s, unit = capped(s, a, MASKED, C)
+    if (not MASKED) and a.slopes is not None:
+        s += tilt
+    s = biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED, C)
+    p = tl.math.exp2(s * unit_of(a, MASKED, C) - lse2)
     if MASKED:
         p = tl.where(visible_of(a, b, g, h, i, j, lo, hi, C), p, 0.0)
     return p, unit
@@ -450,6 +495,20 @@ def raw_gradient(ds, unit, C: tl.constexpr):
 
 @triton.jit
 def load_stats(lse, delta, at):
-    """lse in log₂, with +inf in place of −inf so that empty rows get weights of 0; and delta."""
+    """`load_lse`, and delta."""
+    return load_lse(lse, at), tl.load(delta + at)
+
+
+@triton.jit
+def load_lse(lse, at):
+    """lse in log₂, with +inf in place of −inf so that empty rows get weights of 0."""
     x = tl.load(lse + at) * LOG2E
-    return tl.where(x == -INFINITY, INFINITY, x), tl.load(delta + at)
+    return tl.where(x == -INFINITY, INFINITY, x)
+
+
+@triton.jit
+def beyond(a, ds, distance):
+    """Row sums of what belongs to the table's first entry, and to its last one."""
+    below = distance <= -a.reach
+    low = tl.sum(tl.where(below, ds, 0.0), 1)
+    return low, tl.sum(tl.where((distance >= a.reach) & ~below, ds, 0.0), 1)
