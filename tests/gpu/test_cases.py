@@ -133,11 +133,13 @@ def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
 
     class Compiled:
         def __getitem__(self, grid):
-            return lambda *values: launched.append(values)
+            return lambda *values, stream: launched.append(values)
 
     monkeypatch.setattr(launch, "run", lambda *_, **__: Compiled())
     monkeypatch.setattr(launch.plans, "_plans", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(launch.plans, "_direct", lambda kernel, grid: None)
+    monkeypatch.setattr(launch.plans, "_stream", lambda index: 0)
+    monkeypatch.setattr(launch.plans, "_current_device", lambda: None)
 
     def problem(run):
         q, k, v = (torch.randn(1, n, 2, 16) for n in (1, 64, 64))
