@@ -143,8 +143,9 @@ def attention(
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Floating tensors in the autocast dtype where autocast is on; fp64, as torch does, and 8 bits are left alone."""
-    if not all(isinstance(x, Tensor) for x in tensors) or tensors[0].is_meta:  # of which torch knows no autocast
-        return tensors
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.is_meta:  # of which torch knows no autocast
+            return tensors
     if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)

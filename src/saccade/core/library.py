@@ -81,8 +81,10 @@ def _unobserved(problem: Problem) -> bool:
     ):
         return False
     differentiated = torch.is_grad_enabled()
-    for x in (*problem[:_SAVED], *problem.biases):
-        if isinstance(x, Tensor) and (type(x) not in _PLAIN or (differentiated and x.requires_grad)):
+    for x in (*cast(tuple[Any, ...], problem[:_SAVED]), *problem.biases):
+        if x is None or type(x) is list:
+            continue
+        if type(x) not in _PLAIN or (differentiated and x.requires_grad):
             return False
     return True
 

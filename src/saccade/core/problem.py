@@ -21,6 +21,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STORED = (torch.float8_e4m3fn, torch.int8)
 """What keys and values may be stored as, for inference: a stored number times its scale is the true one. The query may
 be stored as the first of them, if keys and values are."""
+_OF_QUERIES = (*DTYPES, STORED[0])
 
 
 class Problem(NamedTuple):
@@ -186,9 +187,12 @@ def make_problem(
     if k.shape[0] != B:
         raise ValueError(f"key: got batch {k.shape[0]}, want {B} as in query")
 
-    to_five = _Broadcast(layout, B, G, H, M, N)
-    dense = None if ranges is None or ranges.dense is None else to_five("mask", ranges.dense)
-    biases, slopes, table = _bias_terms(bias, layout, to_five, B, G, H, query.device)
+    biases: list[Tensor] = []
+    dense = slopes = table = None
+    if bias is not None or (ranges is not None and ranges.dense is not None):
+        to_five = _Broadcast(layout, B, G, H, M, N)
+        dense = None if ranges is None or ranges.dense is None else to_five("mask", ranges.dense)
+        biases, slopes, table = _bias_terms(bias, layout, to_five, B, G, H, query.device)
     if sinks is not None:
         _check_head_tensor("sinks", sinks, layout, query.device)
         sinks = sinks.reshape(G, H)
@@ -236,17 +240,20 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
-        if name == "query" and x.dtype not in (*DTYPES, STORED[0]):
-            raise ValueError(f"query: got {x.dtype}, want one of {names(*DTYPES, STORED[0])}")
-        if name == "key" and x.dtype not in (query.dtype, *(STORED if query.dtype in DTYPES else ())):
-            stored = f", or with a scale {names(*STORED)}" if query.dtype in DTYPES else ""
-            raise ValueError(f"key: got {x.dtype}, want {query.dtype} as in query{stored}")
-        if name == "value" and x.dtype != key.dtype:
-            raise ValueError(f"value: got {x.dtype}, want {key.dtype} as in key")
-        if x.device != query.device:
-            raise ValueError(f"{name}: got a tensor on {x.device}, want {query.device} as query")
-        if x.dim() != query.dim() or not 3 <= x.dim() <= 5:
-            want = "[B, M, K], [B, M, H, K] or [B, M, G, H, K]" if name == "query" else f"{query.dim()} dimensions"
+    # Asked for once: a tensor makes what it is asked for anew each time.
+    dtype, device, dims, kept = query.dtype, query.device, query.dim(), key.dtype
+    if dtype not in _OF_QUERIES:
+        raise ValueError(f"query: got {dtype}, want one of {names(*_OF_QUERIES)}")
+    if kept != dtype and (kept not in STORED or dtype not in DTYPES):
+        stored = f", or with a scale {names(*STORED)}" if dtype in DTYPES else ""
+        raise ValueError(f"key: got {kept}, want {dtype} as in query{stored}")
+    if value.dtype != kept:
+        raise ValueError(f"value: got {value.dtype}, want {kept} as in key")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.device != device:
+            raise ValueError(f"{name}: got a tensor on {x.device}, want {device} as query")
+        if x.dim() != dims or not 3 <= dims <= 5:
+            want = "[B, M, K], [B, M, H, K] or [B, M, G, H, K]" if name == "query" else f"{dims} dimensions"
             raise ValueError(f"{name}: got shape {list(x.shape)}, want {want}")
         if x.layout != torch.strided:
             raise ValueError(f"{name}: got a tensor of layout {x.layout}, want a strided one")
@@ -297,7 +304,7 @@ _Keys = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, Layout]:
     """Query and its scale, keys, values and their scales with heads as `[G, H]` and `[G]`."""
     query, query_scale = rows
-    key, value, *scales = keys
+    key, value, key_scale, value_scale = keys
     if query.dim() == 3:
         layout = Layout(3, 1, 1)
     elif query.dim() == 4:
@@ -321,8 +328,7 @@ def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, Layout]:
             return x[:, :, None, None]
         if layout.dims == 5:
             return x if shared else x.flatten(2, 3).unsqueeze(3)
-        by_group: Tensor = x.unflatten(2, (layout.groups, layout.heads))
-        return by_group
+        return x.view(*x.shape[:2], layout.groups, layout.heads, *x.shape[3:])
 
     def of_keys(x: Tensor) -> Tensor:
         """`[B, N, …]` to `[B, N, G]`, whatever follows."""
@@ -334,10 +340,14 @@ def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, Layout]:
             return x[:, :, :, 0]
         return x.expand(-1, -1, layout.groups, layout.heads, *x.shape[4:]).flatten(2, 3)
 
-    key_scale, value_scale = (None if x is None else of_keys(x) for x in scales)
     return (
         (of_query(query), None if query_scale is None else of_query(query_scale)),
-        (of_keys(key), of_keys(value), key_scale, value_scale),
+        (
+            of_keys(key),
+            of_keys(value),
+            None if key_scale is None else of_keys(key_scale),
+            None if value_scale is None else of_keys(value_scale),
+        ),
         layout,
     )
 

@@ -26,7 +26,7 @@ RANGES = 4
 
 def reason_against(problem: Problem) -> str | None:
     query = problem.query
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         return f"it computes on CPUs, and query is on {query.device.type}"
     if library.WHY_ABSENT is not None:
         return library.WHY_ABSENT
@@ -127,8 +127,10 @@ def _nothing(problem: Problem, needs: Needs) -> Gradients:
     )
 
 
-_NO_STRIDES = (0, 0, 0, 0, 0)
-_NO_RESULTS = (None,) * 6
+_EVERY_KEY = (0, 0, 0, 1, 1, 0, 0, 0, 0, 0)
+"""The fields from `lo` to `page_size` where no ranges are given."""
+_NO_BACKWARD = (0,) * 13
+"""The fields from `grad_out` to `dsinks` of a forward pass."""
 
 
 def _pointer(x: Tensor | None) -> int:
@@ -148,10 +150,17 @@ def _strides(x: Tensor) -> list[int]:
 class _Call:
     """One problem as the library takes it. Holds what its pointers point to."""
 
+    lo: Tensor | None = None
+    hi: Tensor | None = None
+    diagonal: Tensor | None = None
+    sequence: Tensor | None = None
+    block_table: Tensor | None = None
+    slopes: Tensor | None = None
+    table: Tensor | None = None
+    sinks: Tensor | None = None
+
     def __init__(self, problem: Problem, out: Tensor, lse: Tensor):
         self.problem, self.out, self.lse = problem, out, lse
-        self.lo = self.hi = self.diagonal = self.sequence = self.block_table = None
-        self.slopes = self.table = self.sinks = None
         if problem.lo is not None:
             self.lo, self.hi, self.diagonal = (
                 _plain(x, torch.int32) for x in (problem.lo, problem.hi, problem.diagonal)
@@ -165,8 +174,6 @@ class _Call:
 
     def _dense(self, terms: list[tuple[Tensor, Tensor | None]]) -> int:
         """Address of an array of dense terms with their gradients."""
-        if not terms:
-            return 0
         block = b"".join(
             DENSE.pack(
                 x.data_ptr(),
@@ -185,37 +192,44 @@ class _Call:
         self,
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
-        results: tuple[Tensor | None, ...] = _NO_RESULTS,
+        results: tuple[Tensor | None, ...] = (),
         dbiases: list[Tensor | None] | None = None,
         chunks: int = 1,
         folds: tuple[bool, bool] = (False, False),
     ) -> list[int | float]:
-        """The fields of `Params`, without a workspace."""
+        """The fields of `Params`, without a workspace; `results` where there is a `grad_out`."""
         problem = self.problem
         query, key, value, lo = problem.query, problem.key, problem.value, self.lo
         B, M, G, H, K = query.shape
         grads = [None] * len(problem.biases) if dbiases is None else dbiases
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        self.kept.append(grad_lse)
-        table, sequences = self.table, self.block_table
+        table, pages = self.table, self.block_table
+        ranges: tuple[int, ...] = _EVERY_KEY
+        if lo is not None:
+            ranges = (
+                lo.data_ptr(), _pointer(self.hi), _pointer(self.diagonal), lo.shape[0], lo.shape[1],
+                _pointer(self.sequence), _pointer(pages), *((0, 0) if pages is None else pages.shape),
+                problem.page_size,
+            )  # fmt: skip
+        backward: tuple[int, ...] = _NO_BACKWARD
+        if grad_out is not None:
+            grad_lse = None if grad_lse is None else grad_lse.contiguous()
+            self.kept.append(grad_lse)
+            backward = (
+                grad_out.data_ptr(), *grad_out.stride(), _pointer(grad_lse), *(_pointer(x) for x in results)
+            )  # fmt: skip
         return [
             library.isa_number(), torch.get_num_threads(), _DTYPES[query.dtype], _DTYPES[problem.output_dtype],
             B, M, key.shape[1], G, H, K, value.shape[-1],
             query.data_ptr(), *query.stride(), key.data_ptr(), *key.stride(), value.data_ptr(), *value.stride(),
-            _pointer(lo), _pointer(self.hi), _pointer(self.diagonal),
-            1 if lo is None else lo.shape[0], 1 if lo is None else lo.shape[1],
-            _pointer(self.sequence), _pointer(sequences),
-            *((0, 0) if sequences is None else sequences.shape), problem.page_size,
+            *ranges,
             0 if problem.dense is None else self._dense([(problem.dense, None)]),
-            self._dense(list(zip(problem.biases, grads, strict=True))), len(problem.biases),
+            self._dense(list(zip(problem.biases, grads, strict=True))) if grads else 0, len(grads),
             _pointer(self.slopes), 0 if self.slopes is None else int(self.slopes.shape[0] > 1),
             _pointer(table), 0 if table is None else table.shape[-1] // 2,
             _pointer(self.sinks), _pointer(problem.seed),
             problem.scale, problem.softcap, problem.dropout_p,
             self.out.data_ptr(), self.lse.data_ptr(),
-            _pointer(grad_out), *(_NO_STRIDES if grad_out is None else grad_out.stride()), _pointer(grad_lse),
-            *(_pointer(x) for x in results),
-            chunks, *folds,
+            *backward, chunks, *folds,
         ]  # fmt: skip
 
     def chunks(self, params: list[int | float]) -> int:
