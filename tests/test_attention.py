@@ -1,5 +1,6 @@
 """`saccade.attention` as users call it: layouts, errors, autocast, compile, checkpointing, FLOPs, merging, explain."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import saccade
+from cases import CASES
 from saccade.backends import load
+from saccade.core.library import attend
 from saccade.core.problem import make_problem
 from saccade.testing import differentiable, results, tolerances, with_inputs, worst
 
@@ -502,6 +505,47 @@ def test_random_problems(data):
     got = results(lambda p: torch.ops.saccade.attention_forward(*p, "chunked"), problem, dtype)
     for name, x in want.items():
         assert worst(got[name], x) <= allowed[name], name
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_gradients_past_the_op_are_its_own(backend):
+    problem = next(case for case in CASES if case.name == "everything").problem(torch.float32)
+
+    def grads(call, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return results(lambda p: call(p), problem, torch.float32)
+
+    def by_op(p):
+        return torch.ops.saccade.attention_forward(*p, backend)
+
+    def direct(p):
+        out, lse = attend(p, backend)
+        assert "Direct" in type(out.grad_fn).__name__
+        return out, lse
+
+    for autocast in (False, True):
+        want, got = grads(by_op, autocast), grads(direct, autocast)
+        assert all(torch.equal(got[name], x) for name, x in want.items())
+
+
+def test_differentiable_once_whichever_way():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with mode:
+            out = saccade.attention(q, k, v)
+        (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            grad.sum().backward()
+
+
+def test_saved_tensors_are_asked_for_once():
+    seen = []
+    q, k, v = (x.requires_grad_() for x in qkv())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: seen.append(x) or x):
+        out = saccade.attention(q, k, v, bias=torch.zeros(1, k.shape[1]).requires_grad_())
+    out.sum().backward()
+    assert seen
+    assert len({id(x) for x in seen}) == len(seen)
 
 
 def test_explain():

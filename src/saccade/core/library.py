@@ -5,6 +5,7 @@ Registered through torch.library so that torch.compile, autocast, checkpointing 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,11 @@ def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
         RuntimeError: under forward-mode differentiation, whose tangents the op would drop, and inside `torch.func`.
     """
     if _unobserved(problem):
-        return load(backend).forward(problem)
+        inputs = _inputs(problem) if torch.is_grad_enabled() else []
+        if any(x is not None and x.requires_grad for x in inputs):
+            out, lse = _Direct.apply(problem, backend, *inputs)  # type: ignore[no-untyped-call]
+            return out, lse
+        return _run(problem, backend)
     _refuse_transforms(problem)
     return cast(tuple[Tensor, Tensor], torch.ops.saccade.attention_forward(*problem, backend))
 
@@ -65,9 +70,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _unobserved(problem: Problem) -> bool:
-    """Whether no gradient, compiler, mode, transform, profiler or tensor subclass would notice the op.
+    """Whether no compiler, mode, transform, profiler or tensor subclass would notice the op.
 
-    Its dispatch costs as much as a small problem.
+    Its dispatch costs more than a small problem, with gradients many times as much.
     """
     if torch.compiler.is_compiling() or problem.query.is_meta:  # without values only the op's shapes are to be had
         return False
@@ -77,27 +82,27 @@ def _unobserved(problem: Problem) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._autograd._profiler_enabled()
-        or torch.is_autocast_enabled(problem.query.device.type)
     ):
         return False
-    differentiated = torch.is_grad_enabled()
-    for x in (*cast(tuple[Any, ...], problem[:_SAVED]), *problem.biases):
-        if x is None or type(x) is list:
-            continue
-        if type(x) not in _PLAIN or (differentiated and x.requires_grad):
-            return False
-    return True
+    return all(
+        x is None or type(x) in _PLAIN or type(x) is list
+        for x in (*cast(tuple[Any, ...], problem[:_SAVED]), *problem.biases)
+    )
 
 
-def _without_autocast(device: torch.device) -> torch.autocast:
-    # A registered op's body runs with the caller's autocast still on; the casts were made before it.
-    return torch.autocast(device.type, enabled=False)
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    # The casts were made before; what runs here sees the caller's autocast still on.
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def _run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    with _without_autocast(problem.query.device):
+        return load(backend).forward(problem)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     problem, backend = Problem(*args[:-1]), args[-1]
-    with _without_autocast(problem.query.device):
-        out, lse = load(backend).forward(problem)
+    out, lse = _run(problem, backend)
     return out.contiguous(), lse.contiguous()  # as the fake says: compiled code relies on the strides
 
 
@@ -153,16 +158,39 @@ def _restore(ctx: Any) -> tuple[Tensor, Tensor, Problem]:
     return out, lse, Problem(*fields, *ctx.numbers)._replace(biases=biases)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needed: list[bool]) -> list[Tensor | None]:
+    """Of each of `_inputs`, None where it is not needed; `needed` says so of all but the dense biases."""
     out, lse, problem = _restore(ctx)
+    needs = needed + [x.requires_grad for x in problem.biases]
     if problem.quantized:
         raise RuntimeError(f"saccade.attention has no gradient where keys are {problem.key.dtype}")
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    by_field = dict(zip(Problem._fields, ctx.needs_input_grad, strict=False))
+    # With a graph of this pass asked for, the op says that there is none.
+    direct = not torch.is_grad_enabled() and type(grad_out) in _PLAIN and _unobserved(problem)
+    run = _backward if direct else torch.ops.saccade.attention_backward
+    grads = run(grad_out, grad_lse, out, lse, *problem, needs, ctx.backend)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+class _Direct(torch.autograd.Function):
+    """The op's gradients where nothing would see the op."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = _run(problem, backend)
+        _setup_context(ctx, (*problem, backend), (out, lse))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        needed = list(ctx.needs_input_grad[2 : 2 + len(_DIFFERENTIABLE)])
+        return (None, None, *_gradients(ctx, grads[0], grads[1], needed))
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     # A list argument counts as one input; its entries tell for themselves.
-    needs = [bool(by_field[name]) for name in _DIFFERENTIABLE] + [x.requires_grad for x in problem.biases]
-    grads = torch.ops.saccade.attention_backward(grad_out, grad_lse, out, lse, *problem, needs, ctx.backend)
-    found = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    by_field = dict(zip(Problem._fields, ctx.needs_input_grad, strict=False))
+    found = _gradients(ctx, grad_out, grad_lse, [bool(by_field[name]) for name in _DIFFERENTIABLE])
     first = len(_DIFFERENTIABLE)
     by_name = dict(zip(_DIFFERENTIABLE, found[:first], strict=True))
     result: list[Any] = [found[first:] if name == "biases" else by_name.get(name) for name in Problem._fields]

@@ -97,13 +97,13 @@ class StandardLibrary:
         return pack_bytes(pieces)
 
     def held_out(self, tokens: int, limit: int | None = None) -> list[Batch]:
-        """The held-out documents in batches of at most `tokens` bytes; with `limit`, about the first so many bytes."""
-        batches = []
-        for pieces in _fill(self.documents(held_out=True), tokens if limit is None else min(tokens, limit)):
-            batches.append(pack_bytes(pieces))
-            if limit is not None and (limit := limit - len(batches[-1].tokens)) <= 0:
-                break
-        return batches
+        """The held-out documents in batches of at most `tokens` bytes; with `limit`, as many from all over as come to about
+        that number of bytes."""
+        documents = self.documents(held_out=True)
+        if limit is not None:
+            tokens = min(tokens, limit)
+            documents = documents[:: max(1, sum(map(len, documents)) // limit)]
+        return [pack_bytes(pieces) for pieces in _fill(documents, tokens)]
 
     def baselines(self) -> dict[str, float]:
         """Bits per byte of simpler models on the held-out files."""

@@ -134,7 +134,7 @@ def plot(run: Path, metric: str, baselines: Mapping[str, float]) -> None:
     if not same_unit:
         held_out.set_ylabel(name)
         held_out.set_ylim(0, 1.02)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_file(run / "loss.png", picture.getvalue())
