@@ -97,8 +97,8 @@ class StandardLibrary:
         return pack_bytes(pieces)
 
     def held_out(self, tokens: int, limit: int | None = None) -> list[Batch]:
-        """The held-out documents in batches of at most `tokens` bytes; with `limit`, as many from all over as come to about
-        that number of bytes."""
+        """The held-out documents in batches of at most `tokens` bytes; with `limit`, as many from all over as come to
+        about that number of bytes."""
         documents = self.documents(held_out=True)
         if limit is not None:
             tokens = min(tokens, limit)
