@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import saccade
@@ -49,6 +50,8 @@ def record(problem, kernel, out):
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_again_on_other_memory(direct, monkeypatch):
+    if direct and not triton.__version__.startswith("3.6."):
+        pytest.skip("the C function is called directly on Triton 3.6 alone")
     kernel = Kernel()
     kernel.direct = direct
     if not direct:

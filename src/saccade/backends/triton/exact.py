@@ -11,6 +11,7 @@ import triton.language as tl
 
 from saccade.backends.triton.primitives import (
     INFINITY,
+    MAY_REORDER,
     beyond,
     blocks_of,
     bounds_of,
@@ -51,7 +52,7 @@ def exact_dot(weight, visible, x, acc, C: tl.constexpr):
 @triton.jit
 def any_nan(x):
     # As one dimension: reducing one after the other does not compile for tensor memory (Triton 3.6, sm_100).
-    return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]], can_reorder=True), 0) > 0
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]], can_reorder=MAY_REORDER), 0) > 0
 
 
 @triton.jit

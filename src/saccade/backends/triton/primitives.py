@@ -138,6 +138,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
+# Triton 3.9 warns where `reshape` is told that the order does not matter, and 3.10 will not be told.
+MAY_REORDER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
 
 @triton.jit
