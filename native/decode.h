@@ -225,6 +225,7 @@ INLINE void weigh(int64_t dims, const float *weights, const char *const *values,
     }
 }
 
+// Three rows occur only where four share a load; where two do, that case must still compile.
 #define SACCADE_BY_ROWS(rows, call)      \
     switch (least(SHARING, rows)) {      \
     case 1: call(1); break;              \
