@@ -92,8 +92,9 @@ INLINE void write_row(const Params &p, const Tile &tile, int r, const float *out
     const bool empty = tile.total[r] == 0;
     narrow(p.out_dtype, out, p.V, empty ? 0 : 1 / tile.total[r],
            p.out + out_row(p, tile, r) * p.V * size_of(p.out_dtype));
-    p.lse[lse_row(p, tile, r)] =
-        empty ? -INF : tile.peak[r] * LN2 + (float)__builtin_log((double)tile.total[r]);
+    if (p.lse)
+        p.lse[lse_row(p, tile, r)] =
+            empty ? -INF : tile.peak[r] * LN2 + (float)__builtin_log((double)tile.total[r]);
 }
 
 template <class T>

@@ -22,41 +22,34 @@ struct Dense {
 };
 
 struct Params {
-    int64_t isa, threads, dtype, out_dtype;
-    int64_t B, M, N, G, H, K, V;
-    const char *q;
-    int64_t q_stride[5];
-    const char *k;
-    int64_t k_stride[4];
-    const char *v;
-    int64_t v_stride[4];
-    // [S, RB, M], RB = 1 or B; all null: every key is visible and row i stands at key i.
-    const int32_t *lo, *hi, *diagonal;
-    int64_t S, RB;
-    // Paged keys: row `sequence[i]` of block_table [sequences, pages]; null where keys are not paged.
-    const int32_t *sequence, *block_table;
-    int64_t sequences, pages, page_size;
-    const Dense *mask;
-    const Dense *biases;
-    int64_t bias_count;
-    const float *slopes;  // [B or 1, G, H]
-    int64_t slopes_by_batch;
-    const float *table;  // [G, H, 2 reach + 1]
-    int64_t reach;
-    const float *sinks;  // [G, H]
+    // What lies elsewhere from call to call comes first, so that Python can keep all that follows `threads`.
+    const char *q, *k, *v;
+    const int32_t *lo, *hi, *diagonal;        // [S, RB, M], RB = 1 or B; all null: row i sees every key, stands at key i
+    const int32_t *sequence, *block_table;    // paged keys: row `sequence[i]` of [sequences, pages]; null for others
+    const Dense *mask;                        // null for none
+    const Dense *biases;                      // bias_count of them
+    const float *slopes;                      // [B or 1, G, H]
+    const float *table;                       // [G, H, 2 reach + 1]
+    const float *sinks;                       // [G, H]
     const int64_t *seed;
-    double scale, softcap, dropout_p;
-    char *out;   // [B, M, G, H, V] of out_dtype, contiguous
-    float *lse;  // [B, G, H, M], contiguous
+    char *out;                                // [B, M, G, H, V] of out_dtype, contiguous
+    float *lse;                               // [B, G, H, M], contiguous; forward: null where nobody asks for it
     // Backward only. Results are contiguous; null where not wanted.
-    const char *grad_out;  // of out_dtype
-    int64_t grad_out_stride[5];
+    const char *grad_out;                     // of out_dtype
     const float *grad_lse;
-    char *dq, *dk, *dv;                // of dtype
-    float *dslopes, *dtable, *dsinks;  // [chunks, B, G, H(, 2 reach + 1)]
-    int64_t chunks;                    // runs of rows, as `saccade_backward_chunks` said
-    int64_t fold_batch, fold_groups;   // a bias gradient is shared by all batches, or all groups
+    char *dq, *dk, *dv;                       // of dtype
+    float *dslopes, *dtable, *dsinks;         // [chunks, B, G, H(, 2 reach + 1)]
     char *workspace;
+    int64_t isa, threads;
+    int64_t dtype, out_dtype;
+    int64_t B, M, N, G, H, K, V;
+    int64_t q_stride[5], k_stride[4], v_stride[4], grad_out_stride[5];
+    int64_t S, RB;
+    int64_t sequences, pages, page_size;
+    int64_t bias_count, slopes_by_batch, reach;
+    int64_t chunks;                           // runs of rows, as `saccade_backward_chunks` said
+    int64_t fold_batch, fold_groups;          // a bias gradient is shared by all batches, or all groups
+    double scale, softcap, dropout_p;
 };
 
 }  // namespace saccade

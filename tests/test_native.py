@@ -443,7 +443,7 @@ def test_why_there_is_no_library(monkeypatch, tmp_path):
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(library, "DENSE", library.PARAMS)
+    monkeypatch.setattr(library, "DENSE", library.NUMBERS)
     assert library._load() == (
         None, "the native library was built from another version of saccade: install saccade again"
     )  # fmt: skip

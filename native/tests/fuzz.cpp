@@ -601,6 +601,13 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
     run(saccade_forward, p);
     compare("out", want.out, doubles(p.out_dtype, out), stored, computed);
     compare("lse", want.lse, std::vector<double>(lse.begin(), lse.end()), EPSILON[F32], computed);
+    std::vector<char> alone = blank((int64_t)out.size());
+    p.out = alone.data();
+    p.lse = nullptr;
+    run(saccade_forward, p);
+    if (alone != out) throw Failure{"out differs where no lse is asked for"};
+    p.out = out.data();
+    p.lse = lse.data();
 
     // As the Python side does: which gradients are shared, how many runs of rows, sums for each of them.
     for (const Bias &bias : problem.biases) {

@@ -5,12 +5,18 @@ A backend is a module with three functions:
     reason_against(problem) -> str | None       why it cannot compute this problem
     forward(problem) -> (out, lse)              out [B, M, G, H, V] in output_dtype, lse [B, G, H, M] in compute_dtype
     backward(problem, grad_out, grad_lse, out, lse, needs) -> gradients, one per field of Needs
+
+One for which Python takes longer than a small problem has a fourth:
+
+    record(problem, pointers, shapes) -> (out, lse, again)    forward, and what computes the same on other memory
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -46,6 +52,37 @@ class Gradients(NamedTuple):
     table: Tensor | None
     sinks: Tensor | None
     biases: list[Tensor | None]
+
+
+Again: TypeAlias = Callable[[list[int]], list[Tensor] | None]
+"""Computes a recorded problem on other memory: from the addresses of the tensors, in the order in which they were
+recorded, to the results asked for. None where what it relies on, of torch's settings or the backend's, has changed."""
+
+
+def mould(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `cast` makes tensors from: of `x` its dtype and device, and a shape, but no memory to speak of."""
+    return x.new_empty(1).expand(tuple(shape))
+
+
+def cast(mould: Tensor) -> Tensor:
+    """A new contiguous tensor; half as long in the making as one whose shape, dtype and device have to be read."""
+    return torch.empty_like(mould, memory_format=torch.contiguous_format)
+
+
+class Recorder(Protocol):
+    """The fourth function of some backend modules."""
+
+    def __call__(
+        self, problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor, Again | None]:
+        """(out, lse) of `forward`, and what makes them again; None where that cannot be, e.g. since it copies.
+
+        Args:
+            problem: no gradients are wanted.
+            pointers: addresses of the tensors that will be given anew; of all others the problem may not be told apart.
+            shapes: of the results when made again: of `out`, or of `out` and `lse`; as many elements as those have.
+        """
+        ...
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.backends import choose
+from saccade.core import repeat
 from saccade.core.biases import Bias
 from saccade.core.library import attend
 from saccade.core.masks import Mask
@@ -121,24 +122,37 @@ def attention(
         ValueError: for a wrong argument; the message names it, what was got and what was wanted.
         NotImplementedError: where the backend asked for by name cannot compute the problem.
     """
-    query, key, value = autocast_inputs(query, key, value)
-    problem, layout = make_problem(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        query_scale=query_scale,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        output_dtype=output_dtype,
-    )
-    out, lse = attend(problem, choose(problem, backend))
-    return (layout.output(out), layout.lse(lse)) if return_lse else layout.output(out)
+    others = (sinks, query_scale, key_scale, value_scale)
+    # True is no scale, though it equals one.
+    numbers = (scale, type(scale), softcap, type(softcap), type(dropout_p), return_lse, output_dtype, backend)
+    call = None if dropout_p else repeat.look(query, key, value, mask, bias, others, numbers)
+    results = None if call is None else repeat.again(call)
+    if results is None:
+        query, key, value = autocast_inputs(query, key, value)
+        problem, layout = make_problem(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            query_scale=query_scale,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            output_dtype=output_dtype,
+        )
+        name = choose(problem, backend)
+        if call is None:
+            out, lse = attend(problem, name)
+        else:
+            B, M, *heads, _ = query.shape
+            shapes = [(B, M, *heads, value.shape[-1]), (B, *heads, M)]
+            out, lse = repeat.first(call, problem, name, shapes if return_lse else shapes[:1])
+        results = [layout.output(out), layout.lse(lse)] if return_lse else [layout.output(out)]
+    return (results[0], results[1]) if return_lse else results[0]
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

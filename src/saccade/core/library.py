@@ -66,28 +66,36 @@ def _refuse_transforms(problem: Problem) -> None:
         )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _unobserved(problem: Problem) -> bool:
-    """Whether no compiler, mode, transform, profiler or tensor subclass would notice the op.
-
-    Its dispatch costs more than a small problem, with gradients many times as much.
-    """
-    if torch.compiler.is_compiling() or problem.query.is_meta:  # without values only the op's shapes are to be had
-        return False
-    if (
-        forward_ad._current_level >= 0
+def unwatched() -> bool:
+    """Whether no compiler, mode, transform or profiler would notice the op."""
+    return not (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    return all(
-        x is None or type(x) in _PLAIN or type(x) is list
-        for x in (*cast(tuple[Any, ...], problem[:_SAVED]), *problem.biases)
+        or torch._C._get_tracing_state() is not None
     )
+
+
+def plain(x: Tensor) -> bool:
+    """Whether a tensor is what its address, strides and dtype say: of no subclass, and not to be negated when read."""
+    return type(x) in PLAIN and not x.is_neg()
+
+
+def _unobserved(problem: Problem) -> bool:
+    """Whether nothing would notice the op, neither around it nor among its tensors.
+
+    Its dispatch costs more than a small problem, with gradients many times as much.
+    """
+    if not unwatched() or problem.query.is_meta:  # without values only the op's shapes are to be had
+        return False
+    tensors = (*cast(tuple[Any, ...], problem[:_SAVED]), *problem.biases)
+    return all(x is None or type(x) is list or plain(x) for x in tensors)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -166,7 +174,8 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, neede
         raise RuntimeError(f"saccade.attention has no gradient where keys are {problem.key.dtype}")
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # With a graph of this pass asked for, the op says that there is none.
-    direct = not torch.is_grad_enabled() and type(grad_out) in _PLAIN and _unobserved(problem)
+    given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
+    direct = not torch.is_grad_enabled() and all(map(plain, given)) and _unobserved(problem)
     run = _backward if direct else torch.ops.saccade.attention_backward
     grads = run(grad_out, grad_lse, out, lse, *problem, needs, ctx.backend)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.biases import Alibi, Bias, DenseBias, RelativeBias, as_bias
+from saccade.core.lowering import EVERYTHING, lower
 from saccade.core.masks import Mask, as_mask
 from saccade.core.ranges import KeyRanges
 
@@ -181,7 +182,7 @@ def make_problem(
     B, M, G, H, K = q.shape
     ranges = _ranges(mask, B, M, k.shape[1], query.device)
     if ranges is None and bias is not None:
-        ranges = Mask.lower(_EVERYTHING, B, M, k.shape[1], query.device)
+        ranges = lower(EVERYTHING, B, M, k.shape[1], query.device)
     paged = ranges is not None and ranges.block_table is not None
     N = ranges.block_table.shape[1] * ranges.page_size if paged else k.shape[1]  # type: ignore[union-attr]
     if k.shape[0] != B:
@@ -223,17 +224,6 @@ def make_problem(
     if problem.quantized and torch.is_grad_enabled():
         _refuse_gradients(problem)
     return problem, layout
-
-
-class _Everything(Mask):
-    """The mask that hides nothing, lowered where a bias needs positions."""
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return ()
-
-
-_EVERYTHING = _Everything()
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -376,7 +366,7 @@ def _ranges(mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, devi
     if mask is None:
         return None
     if isinstance(mask, (Mask, Tensor)):
-        return as_mask(mask).lower(B, M, N, device)
+        return lower(as_mask(mask), B, M, N, device)
     if not isinstance(mask, KeyRanges):
         raise ValueError(f"mask: got {type(mask).__name__}, want a mask, KeyRanges, a bool tensor or None")
     for x in (mask.lo, mask.hi, mask.diagonal):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,6 +42,20 @@ class KeyRanges:
     page_size: int = 0
     dense: Tensor | None = None
     keys: int | None = None
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that are given, in the order of the fields."""
+        return tuple(x for x in vars(self).values() if isinstance(x, Tensor))
+
+    @cached_property
+    def form(self) -> Hashable:
+        """All but where the tensors lie and what they hold; None where a subclass of tensors watches."""
+        if any(type(x) is not Tensor for x in self.tensors):
+            return None
+        tensors = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table, self.dense)
+        told = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
+        return (*told, self.page_size, self.keys)
 
     def to(self, device: torch.device | str) -> KeyRanges:
         """The same ranges on another device."""

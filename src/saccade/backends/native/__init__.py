@@ -6,16 +6,19 @@ fp32, bf16 and fp16 storage, fp32 sums and softmax; keys packed once a call; thr
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.backends import Gradients, Needs
+from saccade.backends import Again, Gradients, Needs, cast, mould
 from saccade.backends.native import library
-from saccade.backends.native.library import DENSE, PARAMS, use_isa
+from saccade.backends.native.library import ADDRESSES, DENSE, NUMBERS, use_isa
 from saccade.core.problem import Problem
 
-__all__ = ["use_isa", "reason_against", "forward", "backward"]
+__all__ = ["use_isa", "reason_against", "forward", "record", "backward"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDEST = 256
@@ -48,15 +51,42 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    query = problem.query
-    B, M, G, H, _ = query.shape
+    return _forward(problem)[:2]
+
+
+def _forward(problem: Problem) -> tuple[Tensor, Tensor, list[int], bytes]:
+    """(out, lse), and what the library was given, without what it keeps of dense terms."""
+    B, M, G, H, _ = problem.query.shape
     out = torch.empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
     lse = torch.empty((B, G, H, M), dtype=torch.float32)
-    if not lse.numel():
-        return out, lse
     call = _Call(problem, out, lse)
-    call.run("forward", call.params())
-    return out, lse
+    addresses, numbers = call.addresses(), call.numbers()
+    if lse.numel():
+        _run(library.FORWARD, addresses, numbers)
+    return out, lse, addresses, numbers
+
+
+def record(
+    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Again | None]:
+    out, lse, addresses, numbers = _forward(problem)
+    if problem.dense is not None or problem.biases or not lse.numel():
+        return out, lse, None
+    moulds = [mould(x, shape) for x, shape in zip((out, lse), shapes, strict=False)]
+    # Behind the pointers come those of the results, and for what is absent 0.
+    where = {address: n for n, address in reversed([*enumerate([*pointers, out.data_ptr(), lse.data_ptr()])])}
+    where[0] = len(pointers) + 2
+    if any(address not in where for address in addresses):
+        return out, lse, None  # a copy, which must be made every time
+    ordered = itemgetter(*(where[address] for address in addresses))
+
+    def again(pointers: list[int]) -> list[Tensor]:
+        made = [*map(cast, moulds)]
+        addresses = [*pointers, *(x.data_ptr() for x in made), 0, 0]
+        _run(library.FORWARD, ordered(addresses), numbers)
+        return made
+
+    return out, lse, again
 
 
 def backward(
@@ -72,7 +102,7 @@ def backward(
     # A gradient that several batches or groups share, and that has a row for each query, is summed by one thread.
     tall = [x for x, needed in biases if needed and x.shape[3] > 1 and x.shape[4] > 1]
     folds = (any(x.shape[0] < B for x in tall), any(x.shape[1] < G for x in tall))
-    chunks = call.chunks(call.params(folds=folds))
+    chunks = call.chunks(folds)
 
     paged = problem.block_table is not None
     dq = torch.empty_like(query, memory_format=torch.contiguous_format) if needs.query else None
@@ -98,7 +128,8 @@ def backward(
         for x, needed in biases
     ]
     results = (dq, dk, dv, dslopes, dtable, dsinks)
-    call.run("backward", call.params(grad_out, grad_lse, results, dbiases, chunks, folds))
+    addresses = call.addresses(grad_out, grad_lse, results, dbiases)
+    _run(library.BACKWARD, addresses, call.numbers(grad_out, chunks, folds))
 
     def like(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
         """The sum over chunks, and over what `x` broadcasts, in the dtype of `x`."""
@@ -125,12 +156,6 @@ def _nothing(problem: Problem, needs: Needs) -> Gradients:
     return Gradients(
         zeros("query"), zeros("key"), zeros("value"), zeros("slopes"), zeros("table"), zeros("sinks"), dense
     )
-
-
-_EVERY_KEY = (0, 0, 0, 1, 1, 0, 0, 0, 0, 0)
-"""The fields from `lo` to `page_size` where no ranges are given."""
-_NO_BACKWARD = (0,) * 13
-"""The fields from `grad_out` to `dsinks` of a forward pass."""
 
 
 def _pointer(x: Tensor | None) -> int:
@@ -188,58 +213,58 @@ class _Call:
         self.kept.append(buffer)
         return ctypes.addressof(buffer)
 
-    def params(
+    def chunks(self, folds: tuple[bool, bool]) -> int:
+        """How many runs of rows backward is cut into."""
+        addresses = ADDRESSES.pack(*self.addresses(), 0, library.isa_number(), torch.get_num_threads())
+        count: int = library.LIBRARY.saccade_backward_chunks(addresses + self.numbers(folds=folds))  # type: ignore[union-attr]
+        return count
+
+    def addresses(
         self,
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
-        results: tuple[Tensor | None, ...] = (),
+        results: tuple[Tensor | None, ...] = (None,) * 6,
         dbiases: list[Tensor | None] | None = None,
-        chunks: int = 1,
-        folds: tuple[bool, bool] = (False, False),
-    ) -> list[int | float]:
-        """The fields of `Params`, without a workspace; `results` where there is a `grad_out`."""
+    ) -> list[int]:
+        """The pointers of `Params`, without a workspace; those from `grad_out` on are for backward."""
         problem = self.problem
-        query, key, value, lo = problem.query, problem.key, problem.value, self.lo
-        B, M, G, H, K = query.shape
         grads = [None] * len(problem.biases) if dbiases is None else dbiases
-        table, pages = self.table, self.block_table
-        ranges: tuple[int, ...] = _EVERY_KEY
-        if lo is not None:
-            ranges = (
-                lo.data_ptr(), _pointer(self.hi), _pointer(self.diagonal), lo.shape[0], lo.shape[1],
-                _pointer(self.sequence), _pointer(pages), *((0, 0) if pages is None else pages.shape),
-                problem.page_size,
-            )  # fmt: skip
-        backward: tuple[int, ...] = _NO_BACKWARD
-        if grad_out is not None:
-            grad_lse = None if grad_lse is None else grad_lse.contiguous()
-            self.kept.append(grad_lse)
-            backward = (
-                grad_out.data_ptr(), *grad_out.stride(), _pointer(grad_lse), *(_pointer(x) for x in results)
-            )  # fmt: skip
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        self.kept.append(grad_lse)
+        tensors = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table)
         return [
-            library.isa_number(), torch.get_num_threads(), _DTYPES[query.dtype], _DTYPES[problem.output_dtype],
-            B, M, key.shape[1], G, H, K, value.shape[-1],
-            query.data_ptr(), *query.stride(), key.data_ptr(), *key.stride(), value.data_ptr(), *value.stride(),
-            *ranges,
+            *map(_pointer, (problem.query, problem.key, problem.value, *tensors)),
             0 if problem.dense is None else self._dense([(problem.dense, None)]),
-            self._dense(list(zip(problem.biases, grads, strict=True))) if grads else 0, len(grads),
-            _pointer(self.slopes), 0 if self.slopes is None else int(self.slopes.shape[0] > 1),
-            _pointer(table), 0 if table is None else table.shape[-1] // 2,
-            _pointer(self.sinks), _pointer(problem.seed),
-            problem.scale, problem.softcap, problem.dropout_p,
-            self.out.data_ptr(), self.lse.data_ptr(),
-            *backward, chunks, *folds,
+            self._dense(list(zip(problem.biases, grads, strict=True))) if grads else 0,
+            *map(_pointer, (self.slopes, self.table, self.sinks, problem.seed, self.out, self.lse)),
+            *map(_pointer, (grad_out, grad_lse, *results)),
         ]  # fmt: skip
 
-    def chunks(self, params: list[int | float]) -> int:
-        """How many runs of rows backward is cut into."""
-        return int(library.LIBRARY.saccade_backward_chunks(PARAMS.pack(*params, 0)))  # type: ignore[union-attr]
+    def numbers(
+        self, grad_out: Tensor | None = None, chunks: int = 1, folds: tuple[bool, bool] = (False, False)
+    ) -> bytes:
+        """The fields of `Params` behind `threads`."""
+        problem = self.problem
+        query, key, value, lo, pages = problem.query, problem.key, problem.value, self.lo, self.block_table
+        B, M, G, H, K = query.shape
+        return NUMBERS.pack(
+            _DTYPES[query.dtype], _DTYPES[problem.output_dtype],
+            B, M, key.shape[1], G, H, K, value.shape[-1],
+            *query.stride(), *key.stride(), *value.stride(), *((0,) * 5 if grad_out is None else grad_out.stride()),
+            *((1, 1) if lo is None else lo.shape[:2]),
+            *((0, 0) if pages is None else pages.shape), problem.page_size,
+            len(problem.biases),
+            0 if self.slopes is None else int(self.slopes.shape[0] > 1),
+            0 if self.table is None else self.table.shape[-1] // 2,
+            chunks, *folds,
+            problem.scale, problem.softcap, problem.dropout_p,
+        )  # fmt: skip
 
-    def run(self, name: str, params: list[int | float]) -> None:
-        """Forward or backward, in a workspace from torch's allocator where the library has none large enough."""
-        function = library.FORWARD if name == "forward" else library.BACKWARD
-        size = function(PARAMS.pack(*params, 0))
-        if size:
-            workspace = torch.empty(size, dtype=torch.uint8)
-            function(PARAMS.pack(*params, workspace.data_ptr()))
+
+def _run(function: Any, addresses: Sequence[int], numbers: bytes) -> None:
+    """Forward or backward, in a workspace from torch's allocator where the library has none large enough."""
+    state = library.isa_number(), torch.get_num_threads()
+    size = function(ADDRESSES.pack(*addresses, 0, *state) + numbers)
+    if size:
+        workspace = torch.empty(size, dtype=torch.uint8)
+        function(ADDRESSES.pack(*addresses, workspace.data_ptr(), *state) + numbers)

@@ -17,7 +17,9 @@ ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets, least first; each is a build of the same source."""
 
 # The fields of `Params` and `Dense` in native/params.h, in their order.
-PARAMS = struct.Struct("=4q 7q 6q 5q 5q 3q 2q 2q 3q 3q 6q 3d 2q 6q q 6q 4q")
+ADDRESSES = struct.Struct("=27q")
+"""Those of `Params` up to `threads`; the other ones are the same wherever tensors lie."""
+NUMBERS = struct.Struct("=38q 3d")
 DENSE = struct.Struct("=14q")
 
 _HERE = Path(__file__).parent
@@ -39,7 +41,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         sizes = library.saccade_params_size(), library.saccade_dense_size()
     except (OSError, AttributeError) as error:
         return None, f"the native library cannot be loaded: {error}"
-    if sizes != (PARAMS.size, DENSE.size):
+    if sizes != (ADDRESSES.size + NUMBERS.size, DENSE.size):
         return None, "the native library was built from another version of saccade: install saccade again"
     for name in ("forward", "backward", "backward_chunks", "supports"):
         getattr(library, f"saccade_{name}").restype = ctypes.c_int64

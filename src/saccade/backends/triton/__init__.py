@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from saccade.backends import Gradients, Needs
+from saccade.backends import Again, Gradients, Needs
 from saccade.core.problem import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
@@ -64,6 +65,14 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     from saccade.backends.triton import launch
 
     return launch.forward(problem)
+
+
+def record(
+    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Again | None]:
+    from saccade.backends.triton import launch
+
+    return launch.record(problem, pointers, shapes)
 
 
 def backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from saccade.backends import Gradients, Needs
+from saccade.backends import Again, Gradients, Needs
 from saccade.backends.triton import config, plans
 from saccade.backends.triton.backward_kernels import (
     bias_kernel,
@@ -43,19 +44,30 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     seen = plans.look(problem)
     plan = plans.find(seen)
     if plan is None:
-        return _forward(problem, seen)
-    made = plan(seen.pointers)
+        made, calls = _forward(problem)
+        plans.keep(seen, calls, made)
+    else:
+        made = plan(seen.pointers)
     return made["out"], made["lse"]
 
 
-def _forward(problem: Problem, seen: plans.Seen | None) -> tuple[Tensor, Tensor]:
+def record(
+    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Again | None]:
+    made, calls = _forward(problem)
+    return made["out"], made["lse"], plans.repeated(pointers, calls, list(made.values()), shapes)
+
+
+def _forward(problem: Problem) -> tuple[plans.Made, list[plans.Launched]]:
+    """All tensors that are made, `out` and `lse` first, and the launches that fill them."""
     B, M, G, H, _ = problem.query.shape
     N, V = problem.key.shape[1], problem.value.shape[-1]
     query = problem.query
     out = query.new_empty((B, M, G, H, V), dtype=problem.output_dtype)
     lse = query.new_empty((B, G, H, M), dtype=torch.float32)
+    made = {"out": out, "lse": lse}
     if out.numel() == 0 and lse.numel() == 0:
-        return out, lse
+        return made, []
     rows = _rows_per_tile(problem)
     tile = _tile("decode" if rows else "forward", problem)
     pack = 1
@@ -72,7 +84,6 @@ def _forward(problem: Problem, seen: plans.Seen | None) -> tuple[Tensor, Tensor]
     bytes_per_head = max(1, N * (constants.K + constants.V) * problem.key.element_size() // min(H, max(1, H // pack)))
     at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
     parts, part_lse = out, lse
-    made = {"out": out, "lse": lse}
     if splits > 1:
         made["parts"] = parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
         made["part_lse"] = part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
@@ -84,15 +95,12 @@ def _forward(problem: Problem, seen: plans.Seen | None) -> tuple[Tensor, Tensor]
         rows = B * M * G * H
         of_split = [parts, part_lse, out, lse, rows, splits, M, G * H, constants.V, V, triton.next_power_of_2(splits)]
         launches.append((combine_kernel, (rows,), of_split, config.Tile(0, 0, 2, 1)))
-    _launched(query, launches, made, seen)
-    return out, lse
+    return made, _launched(query, launches)
 
 
-def _launched(query: Tensor, launches: list[Launch], made: plans.Made, seen: plans.Seen | None) -> None:
+def _launched(query: Tensor, launches: list[Launch]) -> list[plans.Launched]:
     with _on(query):
-        calls = [(run(kernel, grid, *args, tile=tile), grid, args) for kernel, grid, args, tile in launches]
-    if seen is not None:
-        plans.keep(seen, calls, made)
+        return [(run(kernel, grid, *args, tile=tile), grid, args) for kernel, grid, args, tile in launches]
 
 
 def backward(
@@ -107,7 +115,8 @@ def backward(
     seen = plans.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
     plan = plans.find(seen)
     if plan is None:
-        made = _backward(problem, grad, grad_lse, out, lse, needs, seen)
+        made, calls = _backward(problem, grad, grad_lse, out, lse, needs)
+        plans.keep(seen, calls, made)
     else:
         made = plan(seen.pointers)
     return _gradients(problem, made, lse, needs)
@@ -120,9 +129,8 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     needs: Needs,
-    seen: plans.Seen | None,
-) -> plans.Made:
-    """All tensors that are made for the gradients, by name; what is contiguous has been made so."""
+) -> tuple[plans.Made, list[plans.Launched]]:
+    """All tensors that are made for the gradients, and the launches that fill them; what is contiguous has been made so."""
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
@@ -194,8 +202,7 @@ def _backward(
         launches.append(
             (table_kernel, (slots, G * H), [arguments, *stats, made["table"], _constants(problem, tile, 1)], tile)
         )
-    _launched(query, launches, made, seen)
-    return made
+    return made, _launched(query, launches)
 
 
 def _gradients(problem: Problem, made: plans.Made, lse: Tensor, needs: Needs) -> Gradients:

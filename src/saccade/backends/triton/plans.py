@@ -6,7 +6,8 @@ arguments are laid out for a launch, and nothing of what they mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from saccade.backends import Again, cast, mould
 from saccade.backends.triton.primitives import Arguments
 from saccade.core.problem import Problem
 
 _MOST = 1024
+_ALIGNED = 256
+"""Bytes of whose multiple addresses are, as torch's allocator makes them."""
 _BIASES = Problem._fields.index("biases")
 _SEED = Problem._fields.index("seed")
 
@@ -34,6 +38,8 @@ class Seen(NamedTuple):
 
 Made = dict[str, Tensor]
 """What launches fill, by name."""
+Launched = tuple[Any, tuple[int, ...], list[Any]]
+"""Compiled kernel, grid and arguments of a launch."""
 _plans: dict[Hashable, Callable[[list[int]], Made]] = {}
 
 
@@ -61,9 +67,13 @@ def look(problem: Problem, others: Iterable[Tensor | None] = (), more: Hashable 
 
 def find(seen: Seen) -> Callable[[list[int]], Made] | None:
     """What launches again what `seen` needs, given its pointers, and returns what was made."""
+    return None if _listened_to() else _plans.get(seen.key)
+
+
+def _listened_to() -> bool:
+    """Whether somebody, a profiler, wants to hear of every launch from Triton itself."""
     hook = knobs.runtime.launch_enter_hook
-    # A profiler wants to hear of every launch from Triton itself.
-    return None if getattr(hook, "calls", hook) else _plans.get(seen.key)
+    return bool(getattr(hook, "calls", hook))
 
 
 def forget() -> None:
@@ -71,55 +81,120 @@ def forget() -> None:
     _plans.clear()
 
 
-def keep(seen: Seen, calls: list[tuple[Any, tuple[int, ...], list[Any]]], made: Made) -> None:
+def keep(seen: Seen, calls: list[Launched], made: Made) -> None:
     """Remember launches.
 
     Args:
-        calls: (compiled kernel, grid, arguments) of each launch.
-        made: the tensors made for them; each call makes ones like them.
+        made: the tensors made for them; each time ones like them are made.
     """
-    if any(kernel is None for kernel, _, _ in calls):
-        return  # Triton's interpreter compiles nothing
-    where: dict[int, int] = {}
-    for n, pointer in enumerate([*seen.pointers, *(x.data_ptr() for x in made.values())]):
-        where.setdefault(pointer, n)
-    try:
-        steps = [_Step(kernel, grid, given, where) for kernel, grid, given in calls]
-        template, slots = _template(next(x for x in calls[0][2] if isinstance(x, Arguments)), where)
-    except KeyError:
-        return  # a copy, which must be made every time
+    launch = _launcher([*seen.pointers, *(x.data_ptr() for x in made.values())], calls)
+    if launch is None:
+        return
     names = tuple(made)
-    shapes = [(x.shape, x.dtype) for x in made.values()]
-    device = next(iter(made.values())).device
+    moulds = [mould(x, x.shape) for x in made.values()]
+    index = next(iter(made.values())).device.index
 
     def again(pointers: list[int]) -> Made:
-        made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+        made = [*map(cast, moulds)]
+        launch(pointers + [x.data_ptr() for x in made], _stream(index))
+        return dict(zip(names, made, strict=True))
+
+    if len(_plans) >= _MOST:
+        _plans.clear()
+    _plans[seen.key] = again
+
+
+def repeated(
+    pointers: Sequence[int], calls: list[Launched], made: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+) -> Again | None:
+    """What makes launches again.
+
+    Args:
+        pointers: addresses of the tensors that will be given anew.
+        made: the tensors made for the launches. As many as there are `shapes` are results; nobody reads the others.
+    """
+    launch = _launcher([*pointers, *(x.data_ptr() for x in made)], calls)
+    if launch is None:
+        return None
+    device, index = made[0].device, made[0].device.index
+    moulds = [mould(x, shape) for x, shape in zip(made, shapes, strict=False)]
+    sizes = [-(-x.nbytes // _ALIGNED) * _ALIGNED for x in made[len(shapes) :]]
+    offsets, size = [sum(sizes[:n]) for n in range(len(sizes))], sum(sizes)
+    precision = torch.get_float32_matmul_precision()
+
+    def again(pointers: list[int]) -> list[Tensor] | None:
+        if _listened_to() or torch.get_float32_matmul_precision() != precision:
+            return None
+        made = [*map(cast, moulds)]
         pointers += [x.data_ptr() for x in made]
+        stream = _stream(index)
+        if size:
+            scratch = _scratch(size, device, stream)
+            start = scratch.data_ptr()
+            pointers += [start + offset for offset in offsets]
+        launch(pointers, stream)
+        return made
+
+    return again
+
+
+class _Scratch(threading.local):
+    """Memory that launches write to and nobody reads afterwards: one piece for each stream, on which one launch waits for
+    the one before. A thread has its own, for two may mix their launches."""
+
+    def __init__(self) -> None:
+        self.by_stream: dict[int, Tensor] = {}
+
+    def __call__(self, size: int, device: torch.device, stream: int) -> Tensor:
+        """So many bytes; what is returned must be held until the launches are made."""
+        if _capturing():  # a graph may run beside what is launched later
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        found = self.by_stream.get(stream)
+        if found is None or found.device != device or found.nbytes < size:
+            found = self.by_stream[stream] = torch.empty(size, dtype=torch.uint8, device=device)
+        return found
+
+
+_scratch = _Scratch()
+_capturing = torch.cuda.is_current_stream_capturing
+
+
+def _launcher(pointers: Sequence[int], calls: list[Launched]) -> Callable[[list[int], int], None] | None:
+    """What makes launches again on a stream, given the addresses in place of `pointers`; None where it cannot be."""
+    if not calls or any(kernel is None for kernel, _, _ in calls):
+        return None  # Triton's interpreter compiles nothing
+    where: dict[int, int] = {}
+    for n, pointer in enumerate(pointers):
+        where.setdefault(pointer, n)
+    given = next(x for x in calls[0][2] if isinstance(x, Arguments))
+    try:
+        steps = [_Step(kernel, grid, given, where) for kernel, grid, given in calls]
+        template, slots = _template(given, where)
+    except KeyError:
+        return None  # a copy, which must be made every time
+    index = given.q.device.index
+
+    def launch(pointers: list[int], stream: int) -> None:
         numbers = template.copy()
         for n, at in slots:
             numbers[n] = pointers[at]
         arguments = tuple(numbers)
-        stream = _stream(device.index)
         for step in steps:
             step(pointers, arguments, stream)
-        return dict(zip(names, made, strict=True))
 
-    def guarded(pointers: list[int]) -> Made:
-        if _current_device() == device.index:
-            return again(pointers)
-        with torch.cuda.device(device.index):
-            return again(pointers)
+    def guarded(pointers: list[int], stream: int) -> None:
+        if _current_device() == index:
+            launch(pointers, stream)
+        else:
+            with torch.cuda.device(index):
+                launch(pointers, stream)
 
-    if len(_plans) >= _MOST:
-        _plans.clear()
-    _plans[seen.key] = guarded
+    return guarded
 
 
-def _stream(index: int) -> int:
-    return int(triton.runtime.driver.active.get_current_stream(index))
-
-
-_current_device = torch.cuda.current_device
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+"""Of a torch without GPUs, which makes no launches again, there are none."""
 
 
 def _template(given: Iterable[Any], where: Mapping[int, int]) -> tuple[list[Any], list[tuple[int, int]]]:
@@ -147,41 +222,38 @@ class _Step:
     def __init__(self, kernel: Any, grid: tuple[int, ...], given: list[Any], where: Mapping[int, int]):
         grid = (*grid, 1, 1)[:3]
         direct = _direct(kernel, grid)
-        self.launch: Callable[..., Any]
         encoders: list[Callable[[Any], list[Any]]]
         if direct is None:
             runner = kernel[grid]
-            self.launch = lambda stream, *values: runner(*values, stream=stream)
-            self.before: tuple[Any, ...] = ()
+            self.launch: Callable[..., Any] = lambda grid, stream, *values: runner(*values, stream=stream)
+            values: list[Any] = [grid, None]
             encoders = [lambda x: [x]] * len(given)
         else:
-            self.launch, self.before, encoders = direct
-        values: list[Any] = []
-        self.arguments_at: int | None = None
+            self.launch, values, encoders = direct
+        self.stream_at = values.index(None)
+        self.arguments_at = self.stream_at  # where there are none, the stream is written over them
         self.maps: list[tuple[int, int, Callable[[int], Any], dict[int, Any]]] = []
         """Position, pointer, how a descriptor is made for it, and those that were made."""
         for x in given:
             if isinstance(x, Arguments):
                 self.arguments_at = len(values)
             if isinstance(x, TensorDescriptor):
-                encode = _encoder(x, encoders[len(self.maps)])
-                self.maps.append((len(values), where[x.base.data_ptr()], encode, {}))
+                encoder = encoders[len(self.maps)]
+                self.maps.append((len(values), where[x.base.data_ptr()], _encoder(x, encoder), {}))
                 # What follows a descriptor, its shape and strides, is always the same.
-                values += encoders[len(self.maps) - 1](x)
+                values += encoder(x)
             else:
                 values.append(x)
-        for n, *_ in self.maps:
+        for n in (self.arguments_at, *(n for n, *_ in self.maps)):
             values[n] = None
-        if self.arguments_at is not None:
-            values[self.arguments_at] = None
         self.values, self.slots = _template(values, where)
 
     def __call__(self, pointers: list[int], arguments: tuple[Any, ...], stream: int) -> None:
         values = self.values.copy()
+        values[self.arguments_at] = arguments
+        values[self.stream_at] = stream
         for n, at in self.slots:
             values[n] = pointers[at]
-        if self.arguments_at is not None:
-            values[self.arguments_at] = arguments
         for n, at, encode, known in self.maps:
             pointer = pointers[at]
             found = known.get(pointer)
@@ -190,7 +262,7 @@ class _Step:
                     known.clear()
                 found = known[pointer] = encode(pointer)
             values[n] = found
-        self.launch(*self.before[:3], stream, *self.before[3:], *values)
+        self.launch(*values)
 
 
 def _encoder(like: TensorDescriptor, encode: Callable[[Any], list[Any]]) -> Callable[[int], Any]:
@@ -206,7 +278,7 @@ def _encoder(like: TensorDescriptor, encode: Callable[[Any], list[Any]]) -> Call
 
 
 def _direct(kernel: Any, grid: tuple[int, ...]) -> Any:
-    """The C function that launches a kernel; its arguments before the kernel's, but for the stream, which is fourth;
+    """The C function that launches a kernel; its arguments before the kernel's, None in place of the stream;
     and for each descriptor what makes of it the function's arguments. None where Triton is not one whose ways are known:
     what it does in Python for a launch takes longer than the launch.
     """
@@ -222,6 +294,6 @@ def _direct(kernel: Any, grid: tuple[int, ...]) -> Any:
         cells = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
         launch, metadata = (cells[name].cell_contents for name in ("launcher", "tensordesc_meta"))
     # No scratch memory, no metadata and no hooks of the launch.
-    before = (*grid, kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata)
+    after = (kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata)
     encoders = [lambda x, of=of: make_tensordesc_arg(x, of) for of in metadata]
-    return launch, (*before, None, None, None), encoders
+    return launch, [*grid, None, *after, None, None, None], encoders

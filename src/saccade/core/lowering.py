@@ -1,0 +1,74 @@
+"""Masks lowered, and those that are numbers alone kept: most calls bring the mask that the one before brought.
+
+What holds tensors is lowered each time, for these may have been written to. Knows nothing of what a mask means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from saccade.core.masks import Mask
+from saccade.core.ranges import KeyRanges
+
+_MOST = 32
+_LARGEST = 2**17
+"""Most entries of a tensor that is kept: 0.5 MiB. Beside attention over more rows than that lowering takes no time."""
+_kept: dict[Hashable, KeyRanges] = {}
+
+
+class _Everything(Mask):
+    """The mask that hides nothing, lowered where a bias needs positions."""
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return ()
+
+
+EVERYTHING = _Everything()
+
+
+def lower(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
+    """`mask.lower`, or what it gave the last time."""
+    key = _key(mask, batch, M, N, device)
+    found = None if key is None else _kept.get(key)
+    if found is not None:
+        return found
+    if key is None:
+        return mask.lower(batch, M, N, device)
+    with torch.inference_mode(False):  # others may save it for backward
+        made = mask.lower(batch, M, N, device)
+    if made.lo.numel() <= _LARGEST:
+        if len(_kept) >= _MOST:
+            _kept.clear()
+        _kept[key] = made
+    return made
+
+
+def kept(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> KeyRanges | None:
+    """What `lower` would give without making it."""
+    return _kept.get(_key(mask, batch, M, N, device))
+
+
+def _key(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> Hashable:
+    """All that the lowered mask depends on; None where that is more than numbers, or where others watch."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    stream = 0
+    if device.type == "cuda":
+        # What one stream makes is not there yet for another; memory of a graph is not for those outside.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+    elif device.type != "cpu":
+        return None
+    numbers: list[Any] = [batch, M, N, device, stream]
+    for part in mask.parts:
+        numbers.append(type(part))
+        for x in vars(part).values():
+            if not isinstance(x, (int, str, tuple)) and x is not None:
+                return None
+            numbers.append(x)
+    return tuple(numbers)

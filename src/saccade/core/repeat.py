@@ -1,0 +1,119 @@
+"""Calls made again: where nothing watches and nobody wants gradients, only memory differs from the time before.
+
+A call of a few microseconds costs more when all is checked and laid out anew than it does in the kernel. Knows by what
+calls are told apart; what is computed, and how it is done again, a backend knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.backends import Again, Recorder, load
+from saccade.core.biases import Bias, as_bias
+from saccade.core.library import PLAIN, attend, unwatched
+from saccade.core.lowering import EVERYTHING, kept
+from saccade.core.masks import Mask
+from saccade.core.problem import Problem
+from saccade.core.ranges import KeyRanges
+
+_MOST = 1024
+
+
+Call = tuple[Hashable, list[int]]
+"""All that a call depends on but where its tensors lie and what they hold, and where they lie."""
+_known: dict[Hashable, Again | None] = {}
+"""How calls are made again; None for those that cannot be."""
+
+
+def look(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    bias: Any,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+) -> Call | None:
+    """The call; None for one that must go the long way. Nothing is checked: what is wrong was never made before.
+
+    Args:
+        tensors: others that stand for themselves.
+        numbers: whatever else the user gave.
+    """
+    if torch._C._is_any_autocast_enabled() or not unwatched():
+        return None
+    told: list[Any] = [query, key, value, *tensors]
+    if bias is not None:
+        if not isinstance(bias, (Bias, Tensor)):
+            return None
+        for term in as_bias(bias).terms:
+            told += (type(term), *vars(term).values())
+    found: list[Any] = [numbers]
+    pointers: list[int] = []
+    graded = torch.is_grad_enabled()
+    try:
+        for x in told:
+            if type(x) in PLAIN:
+                if x.is_neg() or (graded and x.requires_grad):
+                    return None
+                pointer = x.data_ptr()
+                pointers.append(pointer)
+                # Kernels are made for aligned memory.
+                found += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)
+            elif x is None or isinstance(x, type):
+                found.append(x)
+            else:
+                return None
+    except RuntimeError:  # of a sparse tensor
+        return None
+    if mask is not None or bias is not None:
+        if not isinstance(mask, KeyRanges):
+            mask = _kept(mask, query, key)
+        if mask is None or mask.form is None:
+            return None
+        found.append(mask.form)
+        pointers += map(Tensor.data_ptr, mask.tensors)
+    # Tensors are told apart by their addresses, so those that share one must do so again.
+    if len(set(pointers)) < len(pointers):
+        found.append(tuple(map(pointers.index, pointers)))
+    return tuple(found), pointers
+
+
+def _kept(mask: Any, query: Tensor, key: Tensor) -> KeyRanges | None:
+    """The mask as it was lowered before."""
+    if mask is None:
+        mask = EVERYTHING
+    if not isinstance(mask, Mask) or min(query.dim(), key.dim()) < 2:
+        return None
+    return kept(mask, query.shape[0], query.shape[1], key.shape[1], query.device)
+
+
+def again(call: Call) -> list[Tensor] | None:
+    """The results of a call that was made before; None where it must be made the long way."""
+    key, pointers = call
+    try:
+        known = _known.get(key)
+    except TypeError:  # not hashable, so nothing that was accepted before
+        return None
+    return None if known is None else known(pointers)
+
+
+def first(call: Call, problem: Problem, backend: str, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call whose like may follow.
+
+    Args:
+        shapes: of what the user wants of it: of out, or of out and lse.
+    """
+    key, pointers = call
+    recorder: Recorder | None = getattr(load(backend), "record", None)
+    if recorder is None or _known.get(key, recorder) is None:
+        return attend(problem, backend)
+    out, lse, known = recorder(problem, pointers, shapes)
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = known
+    return out, lse

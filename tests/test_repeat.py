@@ -1,0 +1,311 @@
+"""Calls made again without being looked at anew: when they are, and that nothing that matters goes unseen."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import saccade
+from saccade.backends import native
+from saccade.core import lowering, repeat
+from saccade.core.ranges import KeyRanges
+
+needs_library = pytest.mark.skipif(
+    native.reason_against(saccade.core.problem.make_problem(*[torch.zeros(1, 1, 1, 1)] * 3)[0]) is not None,
+    reason="the native library is not built here",
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(repeat, "_known", {})
+    monkeypatch.setattr(lowering, "_kept", {})
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Tells of each call of `attention` whether it was made again."""
+    told = []
+    again = repeat.again
+
+    def spy(call):
+        results = again(call)
+        told.append(results is not None)
+        return results
+
+    monkeypatch.setattr(repeat, "again", spy)
+    return told
+
+
+def tensors(B=1, M=5, N=7, Hq=4, Hkv=2, K=8, V=8, dtype=torch.float32) -> list[Tensor]:
+    return [torch.randn(B, n, h, d).to(dtype) for n, h, d in ((M, Hq, K), (N, Hkv, K), (N, Hkv, V))]
+
+
+def the_long_way(*args, **kw):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeat, "look", lambda *_: None)
+        return saccade.attention(*args, **kw)
+
+
+CALLS = {
+    "plain": {},
+    "causal": {"mask": saccade.Causal("bottom_right")},
+    "packed": {"mask": saccade.Documents([2, 3], [4, 3]) & saccade.Causal() & saccade.Window(1, 0)},
+    "two ranges": {"mask": saccade.Causal("bottom_right") & saccade.Window(1, 0) & saccade.Sinks(1)},
+    "ranges": {"mask": saccade.Causal().lower(1, 5, 7)},
+    "alibi": {"bias": saccade.Alibi(torch.rand(4))},
+    "table": {"mask": saccade.Causal(), "bias": saccade.RelativeBias(torch.randn(4, 5))},
+    "softcap, sinks, scale": {"softcap": 3.0, "sinks": torch.randn(4), "scale": -0.3},
+    "lse": {"return_lse": True},
+    "output": {"output_dtype": torch.bfloat16},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("layout", ["BMHK", "BMGHK", "BMK"])
+@pytest.mark.parametrize("name", CALLS)
+def test_again_on_other_memory(name, layout, repeated):
+    kw = CALLS[name]
+    heads = 1 if layout == "BMK" else 4
+    if heads == 1 and ({"sinks", "bias"} & set(kw)):
+        pytest.skip("the terms have four heads")
+
+    def given():
+        q, k, v = tensors(Hq=heads, Hkv=heads // 2 or 1)
+        if layout == "BMK":
+            return [x[:, :, 0] for x in (q, k, v)]
+        return [q, k, v] if layout == "BMHK" else [q.unflatten(2, (2, 2)), k[:, :, :, None], v[:, :, :, None]]
+
+    calls = [given() for _ in range(5)]
+    for q, k, v in calls:
+        got = saccade.attention(q, k, v, **kw)
+        want = the_long_way(q, k, v, **kw)
+        if not kw.get("return_lse"):
+            got, want = (got,), (want,)
+        for x, y in zip(got, want, strict=True):
+            assert x.shape == y.shape
+            assert x.dtype == y.dtype
+            assert x.stride() == y.stride()
+            assert torch.equal(x, y)
+    # A mask is lowered by the first call, known by the second, and there in the third.
+    assert repeated[0] is False
+    assert repeated[-2:] == [True, True]
+
+
+@needs_library
+def test_results_are_new_each_time():
+    q, k, v = tensors()
+    outs = [saccade.attention(q, k, v) for _ in range(4)]
+    assert len({x.data_ptr() for x in outs}) == 4
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda q, k, v: (q[:, :, :, :4], k[:, :, :, :4], v),
+        lambda q, k, v: (q.transpose(1, 2).contiguous().transpose(1, 2), k, v),
+        lambda q, k, v: (q.bfloat16(), k.bfloat16(), v.bfloat16()),
+        lambda q, k, v: (q, k[:, :6], v[:, :6]),
+        lambda q, k, v: (q, k, k),
+        lambda q, k, v: (torch.randn(161)[1:].view(1, 5, 4, 8), k, v),
+    ],
+    ids=["head dim", "strides", "dtype", "length", "shared", "alignment"],
+)
+def test_other_forms_are_other_calls(other, repeated):
+    given = tensors()
+    for _ in range(2):
+        saccade.attention(*given)
+    assert repeated == [False, True]
+    q, k, v = other(*given)
+    assert torch.equal(saccade.attention(q, k, v), the_long_way(q, k, v))
+    assert repeated[2] is False
+
+
+@needs_library
+def test_other_numbers_are_other_calls(repeated):
+    q, k, v = tensors(N=5)
+    outs = [
+        saccade.attention(q, k, v, **kw)
+        for kw in (
+            {},
+            {"scale": 0.5},
+            {"softcap": 1.0},
+            {"mask": saccade.Causal()},
+            {"mask": saccade.Causal()},
+            {"mask": saccade.Causal() & saccade.Window(1)},
+            {"mask": saccade.Causal() & saccade.Window(2)},
+        )
+    ]
+    assert len(repeated) == 4, "a mask that was never lowered is not looked up"
+    assert not any(repeated)
+    assert torch.equal(outs[3], outs[4])
+    for n in range(7):
+        assert all(n == m or {n, m} == {3, 4} or not torch.equal(outs[n], outs[m]) for m in range(7))
+
+
+@needs_library
+def test_bad_input_is_seen_behind_a_good_call():
+    q, k, v = tensors()
+    for scale, bad in ((1, True), (1.0, True), (1, [1])):
+        for _ in range(2):
+            saccade.attention(q, k, v, scale=scale)
+        with pytest.raises(ValueError, match="scale"):
+            saccade.attention(q, k, v, scale=bad)
+    with pytest.raises(ValueError, match="dropout_p"):
+        saccade.attention(q, k, v, scale=1, dropout_p=False)
+    with pytest.raises(ValueError, match="query"):
+        saccade.attention(q.to_sparse(), k, v, scale=1)
+    with pytest.raises(ValueError, match="query"):
+        saccade.attention(7, k, v, scale=1)
+    with pytest.raises(ValueError, match="bias"):
+        saccade.attention(q, k, v, scale=1, bias=7)
+    with pytest.raises(ValueError, match="mask"):
+        saccade.attention(q, k, v, scale=1, mask=7)
+    with pytest.raises(ValueError, match="key"):
+        saccade.attention(q, k[0], v, scale=1, mask=saccade.Causal())
+
+
+@needs_library
+def test_what_is_written_into_tensors_is_seen(repeated):
+    q, k, v = tensors(N=5)
+    lengths = torch.tensor([2, 3])
+    ranges = saccade.Causal().lower(1, 5, 5)
+    slopes = torch.rand(4)
+
+    def results():
+        return [
+            saccade.attention(q, k, v, mask=saccade.Documents(lengths)),
+            saccade.attention(q, k, v, mask=ranges),
+            saccade.attention(q, k, v, mask=ranges, bias=saccade.Alibi(slopes)),
+        ]
+
+    for _ in range(3):
+        before = results()
+    assert repeated[-2:] == [True, True]
+    lengths.copy_(torch.tensor([4, 1]))
+    ranges.hi[..., -1] = 1
+    slopes.mul_(2)
+    for old, new, mask, bias in zip(
+        before, results(), (saccade.Documents([4, 1]), ranges, ranges), (None, None, saccade.Alibi(slopes)), strict=True
+    ):
+        assert not torch.equal(old, new)
+        assert torch.equal(new, saccade.attention(q, k, v, mask=mask, bias=bias, backend="native"))
+
+
+@needs_library
+def test_ranges_for_any_number_of_keys_are_cut_off_each_time(repeated):
+    q, k, v = tensors(N=5)
+    made = saccade.Causal().lower(1, 5, 5)
+    ranges = KeyRanges(made.lo, made.hi.clone(), made.diagonal)
+    want = saccade.attention(q, k, v, mask=saccade.Causal())
+    for _ in range(3):
+        assert torch.equal(saccade.attention(q, k, v, mask=ranges), want)
+    ranges.hi.fill_(99)
+    assert torch.equal(saccade.attention(q, k, v, mask=ranges), saccade.attention(q, k, v))
+    assert not any(repeated)
+
+
+@needs_library
+def test_gradients_go_the_long_way(repeated):
+    q, k, v = tensors()
+    for _ in range(2):
+        saccade.attention(q, k, v)
+    q.requires_grad_()
+    assert saccade.attention(q, k, v).requires_grad
+    slopes = torch.rand(4)
+    for _ in range(3):
+        saccade.attention(q.detach(), k, v, bias=saccade.Alibi(slopes))
+    assert saccade.attention(q.detach(), k, v, bias=saccade.Alibi(slopes.requires_grad_())).requires_grad
+    with torch.no_grad():
+        assert not saccade.attention(q, k, v).requires_grad
+    assert repeated == [False, True, False, True, True]
+
+
+@needs_library
+def test_settings_are_read_each_time(repeated):
+    q, k, v = tensors(M=40, N=40)
+    for _ in range(2):
+        want = saccade.attention(q, k, v)
+    with torch.autocast("cpu"):
+        assert saccade.attention(q, k, v).dtype == torch.bfloat16
+    threads = torch.get_num_threads()
+    for isa in native.library.SUPPORTED:
+        with native.use_isa(isa):
+            torch.testing.assert_close(saccade.attention(q, k, v), want)
+            assert torch.equal(saccade.attention(q, k, v), the_long_way(q, k, v))
+    try:
+        torch.set_num_threads(1)
+        torch.testing.assert_close(saccade.attention(q, k, v), want)
+    finally:
+        torch.set_num_threads(threads)
+    with torch.inference_mode():
+        assert saccade.attention(q, k, v).is_inference()
+    assert repeated[1]
+    assert repeated[-1]
+
+
+@needs_library
+def test_who_watches_sees_the_op():
+    q, k, v = tensors()
+    for _ in range(2):
+        want = saccade.attention(q, k, v)
+    with torch.profiler.profile() as profile:
+        saccade.attention(q, k, v)
+    assert "saccade::attention_forward" in {x.key for x in profile.key_averages()}
+    with warnings.catch_warnings(action="ignore"):  # tracing is deprecated, and tells that shapes become constants
+        traced = torch.jit.trace(lambda q: saccade.attention(q, k, v), q)
+    assert torch.equal(traced(q), want)
+    assert torch.equal(traced(q + 1), saccade.attention(q + 1, k, v)), "a trace must not hold the result"
+    compiled = torch.compile(lambda q: saccade.attention(q, k, v), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q), want)
+
+
+@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
+def test_tensors_to_be_negated_when_read(backend):
+    """`conj().imag` holds the numbers with the other sign and a mark; kernels that read memory know nothing of marks."""
+    if backend == "native" and needs_library.args[0]:
+        pytest.skip("the native library is not built here")
+    z = torch.randn(1, 6, 2, 8, dtype=torch.complex64)
+    marked = z.conj().imag
+    assert marked.is_neg()
+    plain = marked.clone().requires_grad_()
+    others = [z.real.contiguous(), z.real.contiguous()]
+    want = saccade.attention(plain, *others, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(saccade.attention(marked, *others, backend=backend), want)
+    grad = torch.randn(1, 6, 2, 8, dtype=torch.complex64).conj().imag
+    (got,) = torch.autograd.grad(want, plain, grad, retain_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(want, plain, grad.clone())[0])
+
+
+def test_masks_of_numbers_are_lowered_once():
+    cpu = torch.device("cpu")
+    mask = saccade.Documents([2, 3]) & saccade.Causal()
+    first = lowering.lower(mask, 1, 5, 5, cpu)
+    same = saccade.Documents([2, 3]) & saccade.Causal()
+    assert lowering.lower(same, 1, 5, 5, cpu) is first
+    others = [
+        lowering.lower(saccade.Documents([3, 2]) & saccade.Causal(), 1, 5, 5, cpu),
+        lowering.lower(saccade.Documents([2, 3]) & saccade.Causal("bottom_right"), 1, 5, 5, cpu),
+        lowering.lower(saccade.Documents(torch.tensor([2, 3])) & saccade.Causal(), 1, 5, 5, cpu),
+        lowering.lower(mask & torch.ones(5, 5, dtype=torch.bool), 1, 5, 5, cpu),
+    ]
+    assert all(x is not first for x in others)
+    with torch.inference_mode():
+        made = lowering.lower(saccade.Causal(), 1, 5, 5, cpu)
+    assert not made.lo.is_inference(), "it will be saved for backward"
+    for n in range(2 * lowering._MOST):
+        lowering.lower(saccade.Window(n), 1, 5, 5, cpu)
+    assert len(lowering._kept) <= lowering._MOST
+    lowering.lower(saccade.Causal(), 1, lowering._LARGEST + 1, 5, cpu)
+    assert not any(x.lo.numel() > lowering._LARGEST for x in lowering._kept.values())
+
+
+def test_no_more_calls_are_known_than_shall_be(monkeypatch):
+    monkeypatch.setattr(repeat, "_MOST", 4)
+    for n in range(1, 12):
+        q = torch.zeros(1, n, 1, 4)
+        saccade.attention(q, q, q)
+        assert len(repeat._known) <= 4
