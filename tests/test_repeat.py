@@ -254,7 +254,8 @@ def test_who_watches_sees_the_op():
     with torch.profiler.profile() as profile:
         saccade.attention(q, k, v)
     assert "saccade::attention_forward" in {x.key for x in profile.key_averages()}
-    with warnings.catch_warnings(action="ignore"):  # tracing is deprecated, and tells that shapes become constants
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and tells that shapes become constants
         traced = torch.jit.trace(lambda q: saccade.attention(q, k, v), q)
     assert torch.equal(traced(q), want)
     assert torch.equal(traced(q + 1), saccade.attention(q + 1, k, v)), "a trace must not hold the result"

@@ -1,5 +1,7 @@
 """Launches made again: what a recorded launch is given the second time. The kernels are stand-ins that record."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import triton
@@ -36,6 +38,10 @@ def nothing_known(monkeypatch):
     monkeypatch.setattr(plans, "_plans", {})
     monkeypatch.setattr(plans, "_stream", lambda index: 99)
     monkeypatch.setattr(plans, "_current_device", lambda: None)
+    monkeypatch.setattr(plans, "_capturing", lambda: False)
+    monkeypatch.setattr(plans, "_scratch", plans._Scratch())
+    if not triton.__version__.startswith("3.6."):
+        monkeypatch.setattr(plans, "_direct", lambda kernel, grid: None)
 
 
 def record(problem, kernel, out):
@@ -102,3 +108,89 @@ def test_what_was_copied_is_not_kept():
     q, k = torch.randn(1, 32, 16, 2).transpose(2, 3), torch.randn(1, 32, 2, 16)
     seen, _ = record(problem_of(q, k), kernel, torch.empty(3))
     assert plans.find(seen) is None
+
+
+class Recorded:
+    """A call recorded with stand-ins: q, k, out, lse and parts; only `results` of the last three are asked for."""
+
+    def __init__(self, results):
+        self.kernel = Kernel()
+        q, k = torch.randn(1, 32, 2, 16), torch.randn(1, 32, 2, 16)
+        problem = make_problem(q, k, k)[0]
+        self.made = [torch.empty(1, 32, 2, 1, 16), torch.empty(1, 2, 1, 32), torch.empty(2, 3, dtype=torch.float64)]
+        calls = [(self.kernel, (5, 2), [launch._arguments(problem), *self.made, problem.query])]
+        shapes = [(1, 32, 2, 16), (1, 2, 32)][:results]
+        self.again = plans.repeated([q.data_ptr(), k.data_ptr()], calls, self.made, shapes)
+
+    def __call__(self):
+        """The results, and what the kernel was given: (arguments, out, lse, parts, query)."""
+        self.q, self.k = torch.randn(1, 32, 2, 16), torch.randn(1, 32, 2, 16)
+        results = self.again([self.q.data_ptr(), self.k.data_ptr()])
+        return results, None if results is None else self.kernel.calls[-1][-5:]
+
+
+@pytest.mark.parametrize("results", [1, 2])
+def test_a_call_again_makes_what_is_asked_for(results):
+    call = Recorded(results)
+    for _ in range(2):
+        made, (arguments, *given, query) = call()
+        assert [(x.shape, x.dtype, x.is_contiguous()) for x in made] == [
+            ((1, 32, 2, 16), torch.float32, True),
+            ((1, 2, 32), torch.float32, True),
+        ][:results]
+        assert given[:results] == [x.data_ptr() for x in made]
+        assert query == arguments[0] == call.q.data_ptr()
+        # The others lie apart, aligned, in memory that the next call of the thread may use again.
+        others = sorted(given[results:])
+        assert all(x % 16 == 0 for x in others)
+        assert all(b - a >= 32 * 2 * 4 for a, b in zip(others, others[1:], strict=False))
+        scratch = plans._scratch.by_stream[99]
+        assert scratch.data_ptr() == others[0]
+        assert others[-1] + call.made[-1].nbytes <= scratch.data_ptr() + scratch.nbytes
+
+
+def test_scratch_is_of_a_thread_and_a_stream_and_of_no_graph(monkeypatch):
+    call = Recorded(1)
+    where = lambda: call()[1][2]  # noqa: E731
+    first = where()
+    assert where() == first
+    monkeypatch.setattr(plans, "_stream", lambda index: 98)
+    second = where()
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(where).result()
+        assert len({first, second, third}) == 3
+    assert where() == second
+    held = dict(plans._scratch.by_stream)
+    monkeypatch.setattr(plans, "_capturing", lambda: True)
+    where()
+    assert plans._scratch.by_stream == held
+    monkeypatch.setattr(plans, "_capturing", lambda: False)
+    large = plans._scratch(10**6, torch.device("cpu"), 98)
+    assert large.nbytes >= 10**6
+    where()
+    assert plans._scratch.by_stream[98] is large
+
+
+def test_a_call_again_sees_what_has_changed(monkeypatch):
+    call = Recorded(1)
+    assert call()[0] is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "_listened_to", lambda: True)
+        assert call()[0] is None
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if before == "highest" else "highest")
+        assert call()[0] is None
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert call()[0] is not None
+
+
+def test_a_profiler_is_heard(monkeypatch):
+    assert not plans._listened_to()
+    hook = triton.knobs.runtime.launch_enter_hook
+    if hasattr(hook, "add"):
+        monkeypatch.setattr(hook, "calls", [print])
+    else:
+        monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
+    assert plans._listened_to()
