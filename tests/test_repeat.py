@@ -265,7 +265,7 @@ def test_who_watches_sees_the_op():
 
 @pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
 def test_tensors_to_be_negated_when_read(backend):
-    """`conj().imag` holds the numbers with the other sign and a mark; kernels that read memory know nothing of marks."""
+    """`conj().imag` holds numbers of the other sign and a mark; what reads memory knows of no marks."""
     if backend == "native" and needs_library.args[0]:
         pytest.skip("the native library is not built here")
     z = torch.randn(1, 6, 2, 8, dtype=torch.complex64)

@@ -1,6 +1,7 @@
 """Launches made again: what a recorded launch is given the second time. The kernels are stand-ins that record."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_a_call_again_makes_what_is_asked_for(results):
         # The others lie apart, aligned, in memory that the next call of the thread may use again.
         others = sorted(given[results:])
         assert all(x % 16 == 0 for x in others)
-        assert all(b - a >= 32 * 2 * 4 for a, b in zip(others, others[1:], strict=False))
+        assert all(b - a >= 32 * 2 * 4 for a, b in pairwise(others))
         scratch = plans._scratch.by_stream[99]
         assert scratch.data_ptr() == others[0]
         assert others[-1] + call.made[-1].nbytes <= scratch.data_ptr() + scratch.nbytes

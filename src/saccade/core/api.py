@@ -122,7 +122,9 @@ def attention(
         ValueError: for a wrong argument; the message names it, what was got and what was wanted.
         NotImplementedError: where the backend asked for by name cannot compute the problem.
     """
-    others = (sinks, query_scale, key_scale, value_scale)
+    others = None
+    if not sinks is query_scale is key_scale is value_scale is None:
+        others = (sinks, query_scale, key_scale, value_scale)
     # True is no scale, though it equals one.
     numbers = (scale, type(scale), softcap, type(softcap), type(dropout_p), return_lse, output_dtype, backend)
     call = None if dropout_p else repeat.look(query, key, value, mask, bias, others, numbers)

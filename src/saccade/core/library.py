@@ -69,16 +69,24 @@ def _refuse_transforms(problem: Problem) -> None:
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
+# Asked before every call: looked up once.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.maybe_current_level
+_profiled = torch._C._autograd._profiler_enabled
+_traced = torch._C._get_tracing_state
+
+
 def unwatched() -> bool:
     """Whether no compiler, mode, transform or profiler would notice the op."""
     return not (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
+        or _profiled()
+        or _traced() is not None
     )
 
 

@@ -35,18 +35,20 @@ def look(
     value: Tensor,
     mask: Any,
     bias: Any,
-    tensors: tuple[Tensor | None, ...],
+    others: tuple[Tensor | None, ...] | None,
     numbers: tuple[Any, ...],
 ) -> Call | None:
     """The call; None for one that must go the long way. Nothing is checked: what is wrong was never made before.
 
     Args:
-        tensors: others that stand for themselves.
+        others: further tensors that stand for themselves; None where none is given.
         numbers: whatever else the user gave.
     """
     if torch._C._is_any_autocast_enabled() or not unwatched():
         return None
-    told: list[Any] = [query, key, value, *tensors]
+    told: list[Any] = [query, key, value]
+    if others is not None:
+        told += others
     if bias is not None:
         if not isinstance(bias, (Bias, Tensor)):
             return None

@@ -123,7 +123,7 @@ def repeated(
     precision = torch.get_float32_matmul_precision()
 
     def again(pointers: list[int]) -> list[Tensor] | None:
-        if _listened_to() or torch.get_float32_matmul_precision() != precision:
+        if _listened_to() or _precision() != precision:
             return None
         made = [*map(cast, moulds)]
         pointers += [x.data_ptr() for x in made]
@@ -156,7 +156,6 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-_capturing = torch.cuda.is_current_stream_capturing
 
 
 def _launcher(pointers: Sequence[int], calls: list[Launched]) -> Callable[[list[int], int], None] | None:
@@ -175,6 +174,10 @@ def _launcher(pointers: Sequence[int], calls: list[Launched]) -> Callable[[list[
     index = given.q.device.index
 
     def launch(pointers: list[int], stream: int) -> None:
+        if _current_device() != index:
+            with torch.cuda.device(index):
+                launch(pointers, stream)
+            return
         numbers = template.copy()
         for n, at in slots:
             numbers[n] = pointers[at]
@@ -182,19 +185,14 @@ def _launcher(pointers: Sequence[int], calls: list[Launched]) -> Callable[[list[
         for step in steps:
             step(pointers, arguments, stream)
 
-    def guarded(pointers: list[int], stream: int) -> None:
-        if _current_device() == index:
-            launch(pointers, stream)
-        else:
-            with torch.cuda.device(index):
-                launch(pointers, stream)
-
-    return guarded
+    return launch
 
 
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-"""Of a torch without GPUs, which makes no launches again, there are none."""
+# Asked before every launch: what torch's functions of these names ask. A torch without GPUs has none.
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
+_precision = torch._C._get_float32_matmul_precision
 
 
 def _template(given: Iterable[Any], where: Mapping[int, int]) -> tuple[list[Any], list[tuple[int, int]]]:
