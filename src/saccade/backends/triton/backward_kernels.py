@@ -19,6 +19,7 @@ from saccade.backends.triton.primitives import (
     ends_of,
     far_of,
     far_terms,
+    head_of,
     kept,
     load_keys,
     load_lse,
@@ -43,8 +44,8 @@ def delta_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, 
     b, g, h = bgh // (G * C.H), bgh // C.H % G, bgh % C.H
     columns = tl.arange(0, C.V)
     mask = (i < M)[:, None] & (columns < C.v_dim)[None, :]
-    at = b.to(tl.int64) * grad_b + g * grad_g + h * grad_h + i.to(tl.int64) * grad_m
-    x = tl.load(grad + at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i.to(tl.int64) * grad_m
+    x = tl.load(at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     row = (b.to(tl.int64) * M + i) * (G * C.H) + g * C.H + h
     x *= tl.load(out + row[:, None] * C.v_dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(x, 1)
@@ -192,7 +193,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
         if C.descriptors:
             q = query_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.K)
         else:
-            at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
+            at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
             q = load_tile(at, r, a.q_m, a.M - i0, MASKED, C.K, C.k_dim)
         raw = tl.dot(k, tl.trans(q), input_precision=C.precision)
         # What there is of a query takes as many registers as a tile's row has columns: each is read where it is needed.
@@ -213,7 +214,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
         if C.descriptors:
             do = grad_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.V)
         else:
-            at = grad + b.to(tl.int64) * grad_b + g * grad_g + h.to(tl.int64) * grad_h + i0.to(tl.int64) * grad_m
+            at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
             do = load_tile(at, r, grad_m, a.M - i0, MASKED, C.V, C.v_dim)
         dropped = p
         if dk_out is not None:
@@ -248,9 +249,9 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     i, _, valid = rows_of(a, tile * C.BM, 0, C.BM, C)
     r = tl.arange(0, C.BM)
     i0 = tile * C.BM
-    at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
+    at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
     q = load_tile(at, r, a.q_m, a.M - i0, True, C.K, C.k_dim)
-    at = grad + b.to(tl.int64) * grad_b + g * grad_g + h.to(tl.int64) * grad_h + i0.to(tl.int64) * grad_m
+    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
     do = load_tile(at, r, grad_m, a.M - i0, True, C.V, C.v_dim)
     stat = head.to(tl.int64) * a.M + i
     row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
@@ -360,9 +361,9 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
                 C: tl.constexpr):  # fmt: skip
     """Gradient of the biased scores of one tile [BM, BN], 0 where hidden; and lo < hi and diagonal of its rows."""
     r, n = tl.arange(0, C.BM), tl.arange(0, C.BN)
-    at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
+    at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
     q = load_tile(at, r, a.q_m, a.M - i0, True, C.K, C.k_dim)
-    at = grad + b.to(tl.int64) * grad_b + g * grad_g + h.to(tl.int64) * grad_h + i0.to(tl.int64) * grad_m
+    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
     do = load_tile(at, r, grad_m, a.M - i0, True, C.V, C.v_dim)
     lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g

@@ -102,7 +102,9 @@ def backward(
         return _paged_backward(problem, grad_out, grad_lse, out, lse, needs)
     if problem.query.numel() == 0 or problem.key.numel() == 0:
         return _no_scores(problem, grad_lse, lse, needs)
-    grad, out, lse = _rows_contiguous(grad_out), out.contiguous(), lse.contiguous()
+    # Products are of the inputs' dtype, which the output need not have.
+    grad = _rows_contiguous(grad_out.to(problem.query.dtype))
+    out, lse = out.contiguous(), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     seen = plans.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
     plan = plans.find(seen)
@@ -325,7 +327,8 @@ def _arguments(problem: Problem) -> Arguments:
         *((None, 0, 0, 0) if slopes is None else (slopes, *_strides(slopes))),
         *((None, 0, 0, 0) if table is None else (table, *table.stride()[:2], table.shape[-1] // 2)),
         *((None, 0, 0) if sinks is None else (sinks, *sinks.stride())),
-        problem.seed, B, M, row, G, period, scale2, problem.scale, problem.softcap * math.log2(math.e),
+        problem.seed, B, M, row, G, period, k.shape[1] // problem.page_size if paged else 0,
+        scale2, problem.scale, problem.softcap * math.log2(math.e),
         1 / (1 - problem.dropout_p), threshold,
         *((None,) * 5 if problem.query_scale is None else (problem.query_scale, *problem.query_scale.stride())),
         *((None,) * 4 if problem.key_scale is None else (problem.key_scale, *problem.key_scale.stride())),
@@ -361,6 +364,11 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
         simple=plain and problem.scale > 0,
         softcap=problem.softcap > 0,
         periodic=problem.page_size > 0,
+        wide=any(
+            x.shape[-1] > 1 and x.shape[-1] * x.stride(-1) >= 2**31
+            for x in (*problem.biases, problem.dense)
+            if x is not None
+        ),
         descriptors=not paged and _descriptors_allowed(problem.query) and _describable(problem),
         precision=_precision(),
         assembly=_assembly(problem.query) if problem.quantized else "none",
