@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import saccade
+from saccade.backends import Needs
+from saccade.backends.triton import launch
+from saccade.core.problem import make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
@@ -123,3 +126,42 @@ def test_columns_farther_apart_than_32_bits_reach(kind, sparse):
     got, want = (gradients((q, k, v), **{kind: x}) for x in (term, term.contiguous()))
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
+
+
+def test_gradients_of_a_value_that_tma_reads_beside_a_gradient_that_it_does_not(descriptors):
+    """A value that is a part of something aligned; the output's rows, and its gradient's, are not."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 40, 2, 32, dtype=torch.float16) for _ in range(3))
+    cut = gradients((q, k, v[..., :20]), mask=saccade.Causal())
+    alone = gradients((q, k, v[..., :20].contiguous()), mask=saccade.Causal())
+    for x, y in zip(cut, alone, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_batches_of_more_than_65535_heads(monkeypatch):
+    """Only the first dimension of a grid may be so large."""
+    grids = {}
+
+    def run(kernel, grid, *_, **__):
+        grids[kernel.fn.__name__] = grid
+
+    monkeypatch.setattr(launch, "run", run)
+    B = 70_000
+    q = torch.zeros(B, 2, 1, 4)
+    mask = saccade.KeyLengths(torch.ones(B, dtype=torch.int32))
+    bias = torch.zeros(B, 1, 2, 2) + saccade.RelativeBias(torch.zeros(1, 3))
+    problem = make_problem(q, q, q, mask=mask, bias=bias)[0]
+    out, lse = launch.forward(problem)
+    for asked in (True, False):
+        launch.backward(problem, out, None, out, lse, Needs(asked, True, True, False, asked, False, [True]))
+    assert set(grids) == {"forward_kernel", "delta_kernel", "queries_kernel", "bounds_kernel", "keys_kernel",
+                          "bias_kernel", "table_kernel"}  # fmt: skip
+    assert all(n < 65536 for grid in grids.values() for n in grid[1:])
+
+
+@pytest.mark.parametrize("scale", [1e-50, -1e-50, 1e-40, 0.0])
+def test_scales_that_fp32_does_not_hold(scale):
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    got = gradients((q, k, v), mask=saccade.Causal(), scale=scale)
+    for x, y in zip(got, gradients((q, k, v), mask=saccade.Causal(), scale=0.0), strict=True):
+        torch.testing.assert_close(x, y)

@@ -37,10 +37,11 @@ from saccade.backends.triton.primitives import (
 
 @triton.jit
 def delta_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, C: tl.constexpr):
-    """delta [B, G, H, M] = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse. Grid: (tiles, B · G · H)."""
+    """delta [B, G, H, M] = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse. Grid: (tiles · H · G · B)."""
     M, G = a.M, a.G
-    i = tl.program_id(0) * C.BM + tl.arange(0, C.BM)
-    bgh = tl.program_id(1)
+    tiles = tl.cdiv(M, C.BM)
+    i = tl.program_id(0) % tiles * C.BM + tl.arange(0, C.BM)
+    bgh = tl.program_id(0) // tiles
     b, g, h = bgh // (G * C.H), bgh // C.H % G, bgh % C.H
     columns = tl.arange(0, C.V)
     mask = (i < M)[:, None] & (columns < C.v_dim)[None, :]
@@ -59,20 +60,21 @@ def delta_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, 
 def bounds_kernel(a, bounds, C: tl.constexpr):
     """first, full_first, full_last, last, lowest and highest diagonal of every query tile: int32 [S, B or 1, 6, tiles].
 
-    Grid: (tiles, B or 1, S).
+    Grid: (tiles · (B or 1), S).
     """
-    tile, b, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(a.M, C.BM)
+    tile, b, s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i, _, valid = rows_of(a, tile * C.BM, 0, C.BM, C)
     lo, hi, diagonal = range_of(a, s, b, i, C)
     first, full_first, full_last, last = bounds_of(lo, tl.where(valid, hi, lo))
     lowest, highest = span_of(lo < hi, diagonal)
-    at = bounds + ((s * tl.num_programs(1) + b) * 6) * tl.num_programs(0) + tile
+    at = bounds + s * 6 * tl.num_programs(0) + b * 6 * tiles + tile
     tl.store(at, first)
-    tl.store(at + tl.num_programs(0), full_first)
-    tl.store(at + 2 * tl.num_programs(0), full_last)
-    tl.store(at + 3 * tl.num_programs(0), last)
-    tl.store(at + 4 * tl.num_programs(0), lowest)
-    tl.store(at + 5 * tl.num_programs(0), highest)
+    tl.store(at + tiles, full_first)
+    tl.store(at + 2 * tiles, full_last)
+    tl.store(at + 3 * tiles, last)
+    tl.store(at + 4 * tiles, lowest)
+    tl.store(at + 5 * tiles, highest)
 
 
 @triton.jit
@@ -386,12 +388,12 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
 def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dbias, Bb, Gb, Hb, Mb, Nb, C: tl.constexpr):
     """dbias [Bb, Gb, Hb, Mb, Nb], contiguous, each dimension 1 or as the scores'; summed over those that are 1.
 
-    Grid: (row tiles or 1 · key blocks or 1, Bb · Gb · Hb). A program owns one tile and walks all that maps to it.
+    Grid: (key blocks or 1 · row tiles or 1 · Hb · Gb · Bb). A program owns one tile and walks all that maps to it.
     """
     tiles, blocks = tl.cdiv(a.M, C.BM), tl.cdiv(a.N, C.BN)
-    own_blocks = tl.cdiv(Nb, C.BN)
-    tile_p, block_p = tl.program_id(0) // own_blocks, tl.program_id(0) % own_blocks
-    bgh = tl.program_id(1)
+    own_tiles, own_blocks = tl.cdiv(Mb, C.BM), tl.cdiv(Nb, C.BN)
+    block_p, tile_p = tl.program_id(0) % own_blocks, tl.program_id(0) // own_blocks % own_tiles
+    bgh = tl.program_id(0) // own_blocks // own_tiles
     b_p, g_p, h_p = bgh // (Gb * Hb), bgh // Hb % Gb, bgh % Hb
     # How many of each dimension fall on this program's tile.
     b_n, g_n, h_n = a.B // Bb, a.G // Gb, C.H // Hb

@@ -395,7 +395,12 @@ def capped(s, a, MASKED: tl.constexpr, C: tl.constexpr):
     """Raw products to scores in log₂ but for `unit_of`, and tanh of the scaled score (0 without a softcap)."""
     unit = 0.0
     if C.softcap:
-        unit = 1.0 - 2.0 / (1.0 + tl.math.exp2(s * (2.0 * LOG2E * a.scale2)))
+        x = s * a.scale2
+        square = x * x
+        # Near 0 the difference would leave an error of the size of the cap, so there tanh is its series.
+        near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        far = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+        unit = tl.where(square < 0.09, near, far)
         s = unit * a.cap2
     elif (not C.simple) or (MASKED and a.table is not None):
         s = s * a.scale2
