@@ -15,14 +15,15 @@ import itertools
 import json
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import saccade
+from on_gpu.clock import times
+from on_gpu.workers import arriving, processes
+from on_gpu.works import bias_of, mask_of, term_of
 from saccade.backends import Needs
 from saccade.backends.triton import config
 from saccade.core.problem import Problem, make_problem
@@ -96,9 +97,6 @@ def candidates() -> list[Candidate]:
 PROBLEMS: dict[Any, Problem] = {}
 
 
-DOCUMENTS = [4096, 512, 2048, 1024, 128, 3072, 256, 1536, 64, 768, 2048, 832]  # 16384 tokens
-
-
 def problem_of(c: Candidate) -> Problem:
     """16384 tokens, 2048 / head_dim heads, in sequences of 8192; shorter where that would take too long."""
     key = c[1:4]
@@ -108,19 +106,10 @@ def problem_of(c: Candidate) -> Problem:
         N = 16384 if c.kind == "packed" else 2048 if c.dtype == "float32" or c.kind == "bias" else 8192
         H = 2048 // c.head_dim
         q, k, v = (torch.randn(16384 // N, N, H, c.head_dim, device="cuda", dtype=dtype) for _ in range(3))
-        masks = {
-            "full": None,
-            "packed": saccade.Documents(DOCUMENTS) & saccade.Causal(),
-            "window": saccade.Causal() & saccade.Window(1023, 0),
-        }
-        bias: saccade.Bias | torch.Tensor | None = None
-        if c.kind == "alibi":
-            bias = saccade.Alibi(torch.rand(H, device="cuda"))
-        if c.kind == "table":
-            bias = saccade.RelativeBias(torch.rand(H, 257, device="cuda"))
+        bias: saccade.Bias | torch.Tensor | None = bias_of(c.kind, term_of(c.kind, H))
         if c.kind == "bias":
             bias = torch.rand(1, H, N, N, device="cuda", dtype=dtype)
-        PROBLEMS[key] = make_problem(q, k, v, mask=masks.get(c.kind, saccade.Causal()), bias=bias)[0]
+        PROBLEMS[key] = make_problem(q, k, v, mask=mask_of(c.kind), bias=bias)[0]
     return PROBLEMS[key]
 
 
@@ -176,17 +165,9 @@ def compiled(c: Candidate) -> tuple[Candidate, str | None]:
     return c, None
 
 
-def timed(c: Candidate, tile: tuple[int, int, int, int] | None, rounds: int = 8) -> float:
+def timed(c: Candidate, tile: tuple[int, int, int, int] | None) -> float:
     """Median milliseconds."""
-    call(c, tile)
-    pairs = []
-    for _ in range(rounds):
-        pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-        pairs[-1][0].record()
-        call(c, tile)
-        pairs[-1][1].record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairs)
+    return statistics.median(times(lambda: call(c, tile), 200, most=8))
 
 
 def main() -> None:
@@ -222,21 +203,15 @@ def main() -> None:
             if kernel in ("", k) and head_dim in ("", str(d))
         ]
     good: list[Candidate] = []
-    pool = ProcessPoolExecutor(given.workers, mp_context=get_context("spawn"))
-    futures = [pool.submit(compiled, c) for c in wanted]
-    try:
-        for future in as_completed(futures, timeout=given.seconds * 0.6):
-            c, error = future.result()
+    with processes(given.workers) as pool:
+        futures = [pool.submit(compiled, c) for c in wanted]
+        for c, error in arriving(futures, given.seconds * 0.6):
             if error is None:
                 good.append(c)
             else:
                 print("no", *c, error, flush=True)
-    except TimeoutError:
-        print("not all were compiled", flush=True)
-    for future in futures:
-        future.cancel()
-    for process in list(pool._processes.values()):
-        process.terminate()
+        if not all(future.done() and not future.cancelled() for future in futures):
+            print("not all were compiled", flush=True)
     print(f"{len(good)} of {len(wanted)} compiled in {time.time() - began:.0f} s", flush=True)
     good.sort(key=wanted.index)
     with (given.out / "tune.jsonl").open("w") as log:

@@ -165,6 +165,7 @@ CASES = [
     Case("dense biases of many shapes", B=2, heads=4,
          bias=((33, 1), (4, 1, 47), (2, 1, 1, 47), (1, 1), (2, 4, 33, 47))),
     Case("softcap", softcap=2.5, mask=lambda: S.Causal()),
+    Case("softcap far above the scores", softcap=1e5, alibi=True),
     Case("learned sinks", sinks=True, mask=lambda: S.Window(0, 0)),
     Case("scale", scale=0.7),
     Case("large scale, peaks that rise", M=40, N=300, scale=4.0),

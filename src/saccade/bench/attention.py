@@ -28,7 +28,8 @@ NOTE = """Ratio: Saccade's rate over that of the best of the others named, both 
 `sum`: GB/s of keys and values read), medians of one run; above 1, Saccade is faster. Where
 the fastest timing is far below the median, other programs ran: measure that row again. A result that does not match
 the fp64 reference has no ratio. Masks are lowered, and dense masks, ALiBi's bias and flex's block masks are made,
-before the timing: a model makes them once per step. The row `overhead` has no mask: there the whole call is timed.
+before the timing: a model makes them once per step. The rows `overhead` and `overhead-train` have no mask: there
+the whole call is timed.
 `memory` compares the peak above the inputs with a bound: results, packed keys and values, and for each thread
 two fp32 sums of their gradients (backward) and 2 MiB of tiles; nothing in it grows with M·N."""
 

@@ -19,6 +19,7 @@ from saccade.backends.triton.primitives import (
     ends_of,
     far_of,
     far_terms,
+    head_of,
     kept,
     load_keys,
     load_lse,
@@ -36,15 +37,16 @@ from saccade.backends.triton.primitives import (
 
 @triton.jit
 def delta_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, C: tl.constexpr):
-    """delta [B, G, H, M] = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse. Grid: (tiles, B · G · H)."""
+    """delta [B, G, H, M] = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse. Grid: (tiles · H · G · B)."""
     M, G = a.M, a.G
-    i = tl.program_id(0) * C.BM + tl.arange(0, C.BM)
-    bgh = tl.program_id(1)
+    tiles = tl.cdiv(M, C.BM)
+    i = tl.program_id(0) % tiles * C.BM + tl.arange(0, C.BM)
+    bgh = tl.program_id(0) // tiles
     b, g, h = bgh // (G * C.H), bgh // C.H % G, bgh % C.H
     columns = tl.arange(0, C.V)
     mask = (i < M)[:, None] & (columns < C.v_dim)[None, :]
-    at = b.to(tl.int64) * grad_b + g * grad_g + h * grad_h + i.to(tl.int64) * grad_m
-    x = tl.load(grad + at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i.to(tl.int64) * grad_m
+    x = tl.load(at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     row = (b.to(tl.int64) * M + i) * (G * C.H) + g * C.H + h
     x *= tl.load(out + row[:, None] * C.v_dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(x, 1)
@@ -58,20 +60,21 @@ def delta_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, 
 def bounds_kernel(a, bounds, C: tl.constexpr):
     """first, full_first, full_last, last, lowest and highest diagonal of every query tile: int32 [S, B or 1, 6, tiles].
 
-    Grid: (tiles, B or 1, S).
+    Grid: (tiles · (B or 1), S).
     """
-    tile, b, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(a.M, C.BM)
+    tile, b, s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i, _, valid = rows_of(a, tile * C.BM, 0, C.BM, C)
     lo, hi, diagonal = range_of(a, s, b, i, C)
     first, full_first, full_last, last = bounds_of(lo, tl.where(valid, hi, lo))
     lowest, highest = span_of(lo < hi, diagonal)
-    at = bounds + ((s * tl.num_programs(1) + b) * 6) * tl.num_programs(0) + tile
+    at = bounds + s * 6 * tl.num_programs(0) + b * 6 * tiles + tile
     tl.store(at, first)
-    tl.store(at + tl.num_programs(0), full_first)
-    tl.store(at + 2 * tl.num_programs(0), full_last)
-    tl.store(at + 3 * tl.num_programs(0), last)
-    tl.store(at + 4 * tl.num_programs(0), lowest)
-    tl.store(at + 5 * tl.num_programs(0), highest)
+    tl.store(at + tiles, full_first)
+    tl.store(at + 2 * tiles, full_last)
+    tl.store(at + 3 * tiles, last)
+    tl.store(at + 4 * tiles, lowest)
+    tl.store(at + 5 * tiles, highest)
 
 
 @triton.jit
@@ -192,7 +195,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
         if C.descriptors:
             q = query_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.K)
         else:
-            at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
+            at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
             q = load_tile(at, r, a.q_m, a.M - i0, MASKED, C.K, C.k_dim)
         raw = tl.dot(k, tl.trans(q), input_precision=C.precision)
         # What there is of a query takes as many registers as a tile's row has columns: each is read where it is needed.
@@ -213,7 +216,7 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
         if C.descriptors:
             do = grad_tiles.load([b, g, h, i0, 0]).reshape(C.BM, C.V)
         else:
-            at = grad + b.to(tl.int64) * grad_b + g * grad_g + h.to(tl.int64) * grad_h + i0.to(tl.int64) * grad_m
+            at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
             do = load_tile(at, r, grad_m, a.M - i0, MASKED, C.V, C.v_dim)
         dropped = p
         if dk_out is not None:
@@ -248,9 +251,9 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     i, _, valid = rows_of(a, tile * C.BM, 0, C.BM, C)
     r = tl.arange(0, C.BM)
     i0 = tile * C.BM
-    at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
+    at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
     q = load_tile(at, r, a.q_m, a.M - i0, True, C.K, C.k_dim)
-    at = grad + b.to(tl.int64) * grad_b + g * grad_g + h.to(tl.int64) * grad_h + i0.to(tl.int64) * grad_m
+    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
     do = load_tile(at, r, grad_m, a.M - i0, True, C.V, C.v_dim)
     stat = head.to(tl.int64) * a.M + i
     row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
@@ -360,9 +363,9 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
                 C: tl.constexpr):  # fmt: skip
     """Gradient of the biased scores of one tile [BM, BN], 0 where hidden; and lo < hi and diagonal of its rows."""
     r, n = tl.arange(0, C.BM), tl.arange(0, C.BN)
-    at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
+    at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
     q = load_tile(at, r, a.q_m, a.M - i0, True, C.K, C.k_dim)
-    at = grad + b.to(tl.int64) * grad_b + g * grad_g + h.to(tl.int64) * grad_h + i0.to(tl.int64) * grad_m
+    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
     do = load_tile(at, r, grad_m, a.M - i0, True, C.V, C.v_dim)
     lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
@@ -385,12 +388,12 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
 def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dbias, Bb, Gb, Hb, Mb, Nb, C: tl.constexpr):
     """dbias [Bb, Gb, Hb, Mb, Nb], contiguous, each dimension 1 or as the scores'; summed over those that are 1.
 
-    Grid: (row tiles or 1 · key blocks or 1, Bb · Gb · Hb). A program owns one tile and walks all that maps to it.
+    Grid: (key blocks or 1 · row tiles or 1 · Hb · Gb · Bb). A program owns one tile and walks all that maps to it.
     """
     tiles, blocks = tl.cdiv(a.M, C.BM), tl.cdiv(a.N, C.BN)
-    own_blocks = tl.cdiv(Nb, C.BN)
-    tile_p, block_p = tl.program_id(0) // own_blocks, tl.program_id(0) % own_blocks
-    bgh = tl.program_id(1)
+    own_tiles, own_blocks = tl.cdiv(Mb, C.BM), tl.cdiv(Nb, C.BN)
+    block_p, tile_p = tl.program_id(0) % own_blocks, tl.program_id(0) // own_blocks % own_tiles
+    bgh = tl.program_id(0) // own_blocks // own_tiles
     b_p, g_p, h_p = bgh // (Gb * Hb), bgh // Hb % Gb, bgh % Hb
     # How many of each dimension fall on this program's tile.
     b_n, g_n, h_n = a.B // Bb, a.G // Gb, C.H // Hb

@@ -15,6 +15,7 @@ from saccade.backends.triton.primitives import (
     beyond,
     blocks_of,
     bounds_of,
+    head_of,
     kept,
     key_scales,
     load_keys,
@@ -65,8 +66,8 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
     columns_v = tl.arange(0, C.V)
     for step in tl.range(0, C.BM // STEP, num_stages=1):
         i, h, valid = rows_of(a, tile * C.BM + step * STEP, h0, STEP, C)
-        at = i.to(tl.int64) * a.q_m + h * a.q_h
-        pointers = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + at[:, None] + columns[None, :]
+        at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i.to(tl.int64) * a.q_m
+        pointers = at[:, None] + columns[None, :]
         q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0)
         if q.dtype == tl.float8e4nv:
             q = q.to(tl.bfloat16)
@@ -120,9 +121,9 @@ def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.conste
     """Rows i0 … and keys j0 … of one step: q, k, do [16, ·], weights with dropout, gradient of q·k, where visible."""
     n = tl.arange(0, STEP)
     i = tl.minimum(i0 + n, a.M - 1)
-    at = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + h.to(tl.int64) * a.q_h + i0.to(tl.int64) * a.q_m
+    at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
     q = load_tile(at, n, a.q_m, a.M - i0, True, C.K, C.k_dim)
-    at = grad + b.to(tl.int64) * grad_b + g * grad_g + h.to(tl.int64) * grad_h + i0.to(tl.int64) * grad_m
+    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
     do = load_tile(at, n, grad_m, a.M - i0, True, C.V, C.v_dim)
     lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g

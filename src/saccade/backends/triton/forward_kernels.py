@@ -21,6 +21,7 @@ from saccade.backends.triton.primitives import (
     ends_of,
     far_of,
     far_terms,
+    head_of,
     kept,
     key_scales,
     load_keys,
@@ -45,9 +46,9 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     tile, h0, g, b = _place(a, tl.program_id(0), heads_at_once, C)
     split = tl.program_id(1)
     i, h, valid = rows_of(a, tile * C.BM, h0, C.BM, C)
-    at = i.to(tl.int64) * a.q_m + h * a.q_h
+    at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i.to(tl.int64) * a.q_m
     columns = tl.arange(0, C.K)
-    pointers = a.q + b.to(tl.int64) * a.q_b + g * a.q_g + at[:, None] + columns[None, :]
+    pointers = at[:, None] + columns[None, :]
     q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0) if C.k_dim < C.K else tl.load(pointers)
     factor = 1.0
     if C.scaled:

@@ -31,6 +31,7 @@ _CACHED_KEYS = 16 * 2**20
 """Bytes of keys and values that programs running at the same time should share; a third of an H200's L2."""
 _LEAST_SPLIT = 256
 """Fewest keys worth a split."""
+_SMALLEST = torch.finfo(torch.float32).tiny
 Launch = tuple[Any, tuple[int, ...], list[Any], config.Tile]
 """Kernel, grid, arguments and tile."""
 
@@ -110,7 +111,9 @@ def backward(
         return _paged_backward(problem, grad_out, grad_lse, out, lse, needs)
     if problem.query.numel() == 0 or problem.key.numel() == 0:
         return _no_scores(problem, grad_lse, lse, needs)
-    grad, out, lse = _rows_contiguous(grad_out), out.contiguous(), lse.contiguous()
+    # Products are of the inputs' dtype, which the output need not have.
+    grad = _rows_contiguous(grad_out.to(problem.query.dtype))
+    out, lse = out.contiguous(), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     seen = plans.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
     plan = plans.find(seen)
@@ -156,7 +159,7 @@ def _backward(
     else:
         tile = config.Tile(32, 0, 4, 1)
         launches.append(
-            (delta_kernel, (triton.cdiv(M, tile.BM), B * G * H),
+            (delta_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
              [arguments, grad, *grad.stride()[:4], out, grad_lse, delta, _constants(problem, tile, 1)], tile)
         )  # fmt: skip
     if needs.key:
@@ -180,7 +183,8 @@ def _backward(
             x = query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
             made[f"bounds for {tile.BM}"] = x
             bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
-            launches.append((bounds_kernel, (tiles, entries, S), [arguments, x, constants], config.Tile(0, 0, 1, 1)))
+            launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.Tile(0, 0, 1, 1)))
+        constants = constants._replace(descriptors=constants.descriptors and _describable(grad))
         queries, grads = _query_tiles(problem, grad, constants)
         launches.append(
             (keys_kernel, (triton.cdiv(N, tile.BN) * G * B,),
@@ -192,7 +196,7 @@ def _backward(
         tile = _tile("bias", problem)
         tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
         launches.append(
-            (bias_kernel, (tiles, math.prod(shape[:3])),
+            (bias_kernel, (tiles * math.prod(shape[:3]),),
              [arguments, *stats, made["bias"], *shape, _constants(problem, tile, 1)], tile)
         )  # fmt: skip
     if needs.table and problem.table is not None:
@@ -332,12 +336,20 @@ def _arguments(problem: Problem) -> Arguments:
         *((None, 0, 0, 0) if slopes is None else (slopes, *_strides(slopes))),
         *((None, 0, 0, 0) if table is None else (table, *table.stride()[:2], table.shape[-1] // 2)),
         *((None, 0, 0) if sinks is None else (sinks, *sinks.stride())),
-        problem.seed, B, M, row, G, period, scale2, problem.scale, problem.softcap * math.log2(math.e),
-        1 / (1 - problem.dropout_p), threshold,
+        problem.seed, B, M, row, G, period, k.shape[1] // problem.page_size if paged else 0,
+        *map(_single, (scale2, problem.scale, problem.softcap * math.log2(math.e), 1 / (1 - problem.dropout_p))),
+        threshold,
         *((None,) * 5 if problem.query_scale is None else (problem.query_scale, *problem.query_scale.stride())),
         *((None,) * 4 if problem.key_scale is None else (problem.key_scale, *problem.key_scale.stride())),
         *((None,) * 4 if problem.value_scale is None else (problem.value_scale, *problem.value_scale.stride())),
     )  # fmt: skip
+
+
+def _single(x: float) -> float:
+    """A number as kernels take it, in fp32: 0 or infinite where that has no normal number for it."""
+    if abs(x) < _SMALLEST:
+        return 0.0
+    return x if abs(x) <= torch.finfo(torch.float32).max else math.copysign(math.inf, x)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -365,10 +377,18 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
         S=0 if problem.lo is None else problem.lo.shape[0],
         pack=pack,
         page=problem.page_size if paged else 0,
-        simple=plain and problem.scale > 0,
+        # Hidden scores, −inf, are multiplied by the scale there.
+        simple=plain and problem.scale >= _SMALLEST,
         softcap=problem.softcap > 0,
         periodic=problem.page_size > 0,
-        descriptors=not paged and _descriptors_allowed(problem.query) and _describable(problem),
+        wide=any(
+            x.shape[-1] > 1 and x.shape[-1] * x.stride(-1) >= 2**31
+            for x in (*problem.biases, problem.dense)
+            if x is not None
+        ),
+        descriptors=not paged
+        and _descriptors_allowed(problem.query)
+        and _describable(problem.query, problem.key, problem.value),
         precision=_precision(),
         assembly=_assembly(problem.query) if problem.quantized else "none",
         scaled=problem.quantized
@@ -406,8 +426,8 @@ def _descriptors_allowed(x: Tensor) -> bool:
     return x.element_size() <= 2 and x.is_cuda and _family(x.device) in ("hopper", "blackwell")
 
 
-def _describable(problem: Problem) -> bool:
-    """Whether TMA can read keys, values and queries: contiguous rows, everything else aligned to 16 bytes."""
+def _describable(*tensors: Tensor) -> bool:
+    """Whether TMA can read them: contiguous rows, everything else aligned to 16 bytes."""
     return all(
         x.numel() > 0
         and x.stride(-1) == 1
@@ -417,7 +437,7 @@ def _describable(problem: Problem) -> bool:
             for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
             if size > 1
         )
-        for x in (problem.query, problem.key, problem.value)
+        for x in tensors
     )
 
 

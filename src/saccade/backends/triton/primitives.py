@@ -73,6 +73,8 @@ class Arguments(NamedTuple):
     G: int
     period: int
     """Where keys are paged or laid end to end: keys per sequence, after which dense columns and dropout repeat."""
+    pages: int
+    """Pages in memory; 0 where keys are not paged."""
     scale2: float
     """scale · log₂e, or scale / softcap where there is a softcap."""
     scale: float
@@ -120,6 +122,8 @@ class Constants(NamedTuple):
     far tile."""
     softcap: bool
     periodic: bool
+    wide: bool
+    """Offsets of a dense term's columns need 64 bits."""
     descriptors: bool
     """Tiles of a plain layout come by TMA."""
     precision: str
@@ -230,6 +234,12 @@ def block_at(t, x0, x1, y0, y1):
 
 
 @triton.jit
+def head_of(x, x_b, x_g, x_h, b, g, h):
+    """Where a head of the query, or of what lies like it, begins; offsets of 64 bits, since heads may be far apart."""
+    return x + b.to(tl.int64) * x_b + g.to(tl.int64) * x_g + h.to(tl.int64) * x_h
+
+
+@triton.jit
 def load_tile(base, rows, stride, limit, MASKED: tl.constexpr, D: tl.constexpr, dim: tl.constexpr):
     """[rows, D] from rows of `dim` contiguous elements; zero beyond `dim` and, where masked, from row `limit` on."""
     columns = tl.arange(0, D)
@@ -247,8 +257,12 @@ def load_tile(base, rows, stride, limit, MASKED: tl.constexpr, D: tl.constexpr, 
 
 @triton.jit
 def slots_of(a, j, last, C: tl.constexpr):
-    """Where keys j of the row lie in memory, int64; the page is read from the block table."""
+    """Where keys j of the row lie in memory, int64; the page is read from the block table.
+
+    A block of keys may begin or end in what belongs to no sequence: what the table says there is anything.
+    """
     page = tl.load(a.block_table + j // C.page, mask=j < last, other=0)
+    page = tl.minimum(tl.maximum(page, 0), a.pages - 1)
     return page.to(tl.int64) * C.page + j % C.page
 
 
@@ -352,11 +366,18 @@ def widened(x, q, C: tl.constexpr):
 
 
 @triton.jit
+def column_of(a, j, C: tl.constexpr):
+    """Columns of dense terms for keys j of the row."""
+    column = j % a.period if C.periodic else j
+    return column.to(tl.int64) if C.wide else column
+
+
+@triton.jit
 def visible_of(a, b, g, h, i, j, lo, hi, C: tl.constexpr):
     """Which keys j rows i see; h, i, lo, hi are expanded over rows, j over keys."""
     visible = (j >= lo) & (j < hi)
     if a.dense is not None:
-        column = j % a.period if C.periodic else j
+        column = column_of(a, j, C)
         row = a.dense + b.to(tl.int64) * a.dense_b + g.to(tl.int64) * a.dense_g
         row += h.to(tl.int64) * a.dense_h + i.to(tl.int64) * a.dense_m
         visible &= tl.load(row + column * a.dense_n, mask=visible, other=0) != 0
@@ -374,7 +395,12 @@ def capped(s, a, MASKED: tl.constexpr, C: tl.constexpr):
     """Raw products to scores in log₂ but for `unit_of`, and tanh of the scaled score (0 without a softcap)."""
     unit = 0.0
     if C.softcap:
-        unit = 1.0 - 2.0 / (1.0 + tl.math.exp2(s * (2.0 * LOG2E * a.scale2)))
+        x = s * a.scale2
+        square = x * x
+        # Near 0 the difference would leave an error of the size of the cap, so there tanh is its series.
+        near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        far = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+        unit = tl.where(square < 0.09, near, far)
         s = unit * a.cap2
     elif (not C.simple) or (MASKED and a.table is not None):
         s = s * a.scale2
@@ -419,7 +445,7 @@ def biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED: tl.constexpr, C
         entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
         s += tl.load(a.table + g * a.table_g + h * a.table_h + entry).to(tl.float32) * LOG2E
     if a.bias is not None:
-        column = j % a.period if C.periodic else j
+        column = column_of(a, j, C)
         row = a.bias + b.to(tl.int64) * a.bias_b + g.to(tl.int64) * a.bias_g
         row += h.to(tl.int64) * a.bias_h + i.to(tl.int64) * a.bias_m
         if MASKED:
@@ -489,9 +515,9 @@ def score_gradient(p, dp, delta, MASKED: tl.constexpr):
 
 @triton.jit
 def raw_gradient(ds, unit, C: tl.constexpr):
-    """Gradient of the scaled product from that of the capped score."""
+    """Gradient of the scaled product from that of the capped score; 0 where that is, for a hidden product may be NaN."""
     if C.softcap:
-        ds = ds * (1.0 - unit * unit)
+        ds = tl.where(ds == 0, 0.0, ds * (1.0 - unit * unit))
     return ds
 
 

@@ -1,0 +1,173 @@
+"""Is the Triton backend right on the GPU at hand: the tests' cases, real sizes, keys of 8 bits. Knows no clock.
+
+Each check is a function of names alone, for it runs in a process of its own; it returns the `worst` result, its error
+as a `share` of what is allowed, and whether further runs gave the `same` bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import saccade
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # the cases, which nothing installs
+
+
+def moved(problem: Any, device: str) -> Any:
+    """The problem on another device."""
+    fields = {k: x.to(device) for k, x in problem._asdict().items() if isinstance(x, torch.Tensor)}
+    return problem._replace(**fields, biases=[x.to(device) for x in problem.biases])
+
+
+def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
+    """One case of the tests on the GPU: errors as shares of what is allowed, and whether a second run is the same."""
+    from cases import CASES
+    from saccade.backends.triton import launch
+    from saccade.core.library import attend
+    from saccade.testing import results, tolerances, worst
+
+    if not descriptors:
+        launch._descriptors_allowed = lambda x: False
+    dtype = getattr(torch, dtype_name)
+    case = next(c for c in CASES if c.name == name)
+    problem = case.problem(dtype)
+
+    def on_gpu(p: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(x.cpu() for x in attend(moved(p, "cuda"), "triton"))
+
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    allowed = tolerances(problem, dtype, want)
+    first = results(on_gpu, problem, dtype)
+    shares = {n: worst(first[n], want[n]) / a if a else float(worst(first[n], want[n]) > 0) for n, a in allowed.items()}
+    same = True
+    for _ in range(3):
+        again = results(on_gpu, problem, dtype)
+        same &= all(torch.equal(first[n].nan_to_num(7), again[n].nan_to_num(7)) for n in first)
+    return {"worst": max(shares, key=shares.__getitem__), "share": max(shares.values()), "same": same}
+
+
+def check_large(name: str) -> dict[str, Any]:
+    """Real tile sizes and head dimensions against fp32 on the GPU, where only dense formulas are at hand."""
+    from saccade.testing import worst
+
+    torch.manual_seed(0)
+    sizes = {"D64": (64, 64), "D128": (128, 128), "D256": (256, 256), "K128 V64": (128, 64), "D96": (96, 96)}
+    which, kind = name.split(", ")
+    K, V = sizes[which]
+    masks = {
+        "full": None,
+        "causal": saccade.Causal(),
+        "packed": saccade.Documents([300, 5, 700, 19, 1024]) & saccade.Causal(),
+        "window": saccade.Causal() & saccade.Window(300, 0) & saccade.Sinks(4),
+        "alibi": saccade.Causal(),
+        "table": saccade.Causal(),
+        "bias": saccade.Causal(),
+    }
+    M, G, H = 2048, 2, 2
+    q, k, v = (torch.randn(1, M, h, d, device="cuda", dtype=torch.bfloat16) for h, d in ((G * H, K), (G, K), (G, V)))
+    extra = {"alibi": torch.rand(4, device="cuda") * 0.1, "table": torch.randn(4, 129, device="cuda"),
+             "bias": torch.randn(4, M, M, device="cuda")}.get(kind)  # fmt: skip
+    go = torch.randn(1, M, G * H, V, device="cuda", dtype=torch.bfloat16)
+
+    def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        e = None if extra is None else extra.clone().requires_grad_()
+        bias = {"alibi": saccade.Alibi, "table": saccade.RelativeBias}[kind](e) if kind in ("alibi", "table") else e
+        out = saccade.attention(*x, mask=masks[kind], bias=bias, backend=backend)
+        inputs = x if e is None else [*x, e]
+        return [t.detach().float() for t in (out, *torch.autograd.grad(out, inputs, go.to(dtype)))]
+
+    want, got = run("reference", torch.float32), run("triton", torch.bfloat16)
+    same = True
+    for _ in range(5):
+        same &= all(torch.equal(a, b) for a, b in zip(got, run("triton", torch.bfloat16), strict=True))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True)]
+    if not all(math.isfinite(worst(a, b)) for a, b in zip(got, want, strict=True)):
+        errors.append(math.inf)
+    return {"worst": str([f"{e:.1e}" for e in errors]), "share": max(errors) / 1e-2, "same": same}
+
+
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+SLOT = 2048
+
+
+def check_stored(name: str) -> dict[str, Any]:
+    """Keys and values of 8 bits at real tile sizes, forward, against fp32 over the same numbers."""
+    torch.manual_seed(0)
+    size, query, kept, kind = name.split(", ")
+    D, dtype, G, H = int(size[1:]), STORED[kept], 2, 4
+    few = kind in ("decode", "paged")
+    lengths = torch.tensor([1500, 3, 777, SLOT], device="cuda", dtype=torch.int32)
+    ones = torch.ones_like(lengths)
+    M, N = (len(lengths), len(lengths) * SLOT) if few else (SLOT, SLOT)
+    masks: dict[str, Callable[[], Any]] = {
+        "full": lambda: None,
+        "causal": saccade.Causal,
+        "decode": lambda: saccade.PaddedKeys(ones, lengths, SLOT) & saccade.Causal("bottom_right"),
+        "paged": lambda: (
+            saccade.PagedKeys(ones, lengths, torch.randperm(N // 64, device="cuda").int().view(M, -1), 64)
+            & saccade.Causal("bottom_right")
+        ),
+    }
+    run = {"decode": SLOT, "paged": 64}.get(kind)
+    q, k, v = (torch.randn(1, n, h, D, device="cuda") for n, h in ((M, G * H), (N, G), (N, G)))
+    mask = masks[kind]()
+    scales = {}
+    k, scales["key_scale"] = saccade.quantize(k, dtype, run)
+    v, scales["value_scale"] = saccade.quantize(v, dtype, run)
+    if query == "fp8":
+        q, scales["query_scale"] = saccade.quantize(q, dtype, 1)
+    else:
+        q = q.to(getattr(torch, query))
+
+    def attend(query: torch.Tensor, backend: str) -> torch.Tensor:
+        return saccade.attention(query, k, v, mask=mask, backend=backend, output_dtype=torch.float32, **scales)
+
+    want, got = attend(q if query == "fp8" else q.float(), "reference"), attend(q, "triton")
+    same = all(torch.equal(got, attend(q, "triton")) for _ in range(5))
+    error = float((got - want).norm() / want.norm()) if bool(torch.isfinite(got).all()) else math.inf
+    return {"worst": f"{error:.1e}", "share": error / 1e-2, "same": same}
+
+
+def jobs(every: int) -> list[tuple[Any, ...]]:
+    """The checks at real sizes and every n-th of the small ones, as a function and its arguments."""
+    from cases import CASES
+
+    kinds = ("full", "causal", "packed", "window", "alibi", "table", "bias")
+    large: list[tuple[Any, ...]] = [(check_large, f"{d}, {k}") for k in kinds for d in ("D128", "D64", "D256")]
+    large += [(check_large, f"{d}, causal") for d in ("K128 V64", "D96")]
+    few = ("decode", "paged")
+    for query, kept, which in (
+        ("bfloat16", "int8", (*few, "causal")),
+        ("bfloat16", "fp8", (*few, "causal")),
+        ("fp8", "fp8", ("causal", "full", "paged")),
+    ):
+        large += [(check_stored, f"{d}, {query}, {kept}, {k}") for k in which for d in ("D128", "D64", "D256")]
+    large += [(check_stored, f"D128, float16, {kept}, {k}") for kept in STORED for k in few]
+    small: list[tuple[Any, ...]] = [(check_case, case.name, "bfloat16", True) for case in CASES]
+    small += [(check_case, case.name, "float32", True) for case in CASES[::2]]
+    # Last, for a process that has been told so makes no descriptors any more.
+    small += [(check_case, case.name, "float16", False) for case in CASES[1::4]]
+    return large + small[::every]
+
+
+def report(found: Iterable[dict[str, Any]], count: int, log: Path) -> bool:
+    """Write what is found of `count` checks as it comes, print what failed, and tell whether nothing did."""
+    done = bad = 0
+    with log.open("w") as file:
+        for result in found:
+            done += 1
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            if "error" in result or not result["share"] <= 1 or not result["same"]:
+                bad += 1
+                print("BAD", {k: v for k, v in result.items() if k != "trace"}, flush=True)
+    print(f"checks: {done - bad} good, {bad} bad, {count - done} not reached", flush=True)
+    return not bad

@@ -1,0 +1,167 @@
+"""What holds of the Triton backend beyond the cases, run by Triton's interpreter: what is not to be read, and dtypes."""
+
+import pytest
+import torch
+
+import saccade
+from saccade.backends import Needs
+from saccade.backends.triton import launch
+from saccade.core.problem import make_problem
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+
+def gradients(inputs, **given):
+    """Output, lse and the gradients of `inputs`, through both."""
+    x = [t.detach().requires_grad_() for t in inputs]
+    out, lse = saccade.attention(*x, return_lse=True, backend="triton", **given)
+    loss = (out.float().cos() * 2).sum() + torch.where(lse.isfinite(), lse, 0).sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, x)]
+
+
+TERMS = {
+    "plain": {},
+    "softcap": {"softcap": 5.0},
+    "alibi": {"bias": saccade.Alibi(torch.tensor([0.1, 0.7]))},
+    "table": {"bias": saccade.RelativeBias(torch.arange(10.0).reshape(2, 5) / 7)},
+}
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+@pytest.mark.parametrize("terms", TERMS)
+def test_what_nobody_may_see_does_not_leak(terms, special):
+    """A document of 8 tokens, between two others and in their tiles, full of NaN or inf."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 27, 2, 16) for _ in range(3))
+    bad = torch.zeros(27, dtype=torch.bool)
+    bad[7:15] = True
+
+    def run():
+        found = gradients((q, k, v), mask=saccade.Documents([7, 8, 12]) & saccade.Causal(), **TERMS[terms])
+        return [x[..., ~bad] if x.dim() == 3 else x[:, ~bad] for x in found]
+
+    clean = run()
+    for x in (q, k, v):
+        x[:, bad] = special
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), run(), clean, strict=True):
+        torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("page", [-1, 2**30])
+@pytest.mark.parametrize("queries", [[1, 1, 1], [40, 7, 1]], ids=["decoding", "prompts"])
+@pytest.mark.parametrize("stored", [None, torch.int8])
+def test_pages_behind_a_document_are_not_followed(page, queries, stored):
+    """Two documents share a block of keys, between them entries of the block table that are no pages."""
+    torch.manual_seed(0)
+    k_lengths, table = [5, 19, 0], torch.tensor([[3, 0, 0], [1, 4, 2], [0, 0, 0]], dtype=torch.int32)
+    q, k, v = torch.randn(1, sum(queries), 2, 16), torch.randn(1, 40, 2, 16), torch.randn(1, 40, 2, 16)
+    scales = {}
+    if stored is not None:
+        (k, scales["key_scale"]), (v, scales["value_scale"]) = (saccade.quantize(x, stored, 8) for x in (k, v))
+
+    def run(table):
+        mask = saccade.PagedKeys(queries, k_lengths, table, 8) & saccade.Causal("bottom_right")
+        return saccade.attention(q, k, v, mask=mask, backend="triton", **scales)
+
+    want = run(table)
+    for document, length in enumerate(k_lengths):
+        table[document, -(-length // 8) :] = page
+    assert torch.equal(run(table), want)
+
+
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("output", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_where_the_output_has_another_dtype(inputs, output, descriptors):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 33, 2, 16).to(inputs) for _ in range(3))
+    want = gradients((q, k, v), mask=saccade.Causal())
+    got = gradients((q, k, v), mask=saccade.Causal(), output_dtype=output)
+    assert got[0].dtype == output
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert x.dtype == y.dtype or name == "out"
+        error = (x.double() - y.double()).norm() / y.double().norm()
+        assert error < 4 * max(torch.finfo(inputs).eps, torch.finfo(output).eps), f"{name}: {error}"
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """A tensor of zeros that takes no memory where nothing is written."""
+
+    def of(elements, dtype):
+        return torch.from_file(str(tmp_path / str(elements)), shared=True, size=elements, dtype=dtype)
+
+    return of
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1)], ids=["groups", "heads of a group"])
+def test_heads_farther_apart_than_32_bits_reach(heads, sparse):
+    """Two heads' distance is a 32-bit number, and from the first to the third it is not."""
+    apart = 2**30 + 8
+    M, D = 20, 16
+    memory = sparse(2 * apart + M * D, torch.float16)
+    q = memory.as_strided((1, M, 3, D), (0, D, apart, 1))
+    torch.manual_seed(0)
+    k, v = (torch.randn(1, M, heads[1], D).half() for _ in range(2))
+    q.copy_(torch.randn(1, M, 3, D))
+    inputs = [x.requires_grad_() for x in (q.detach(), k, v)]
+    other = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in inputs]
+    assert inputs[0].stride(2) == apart
+    go = torch.randn(1, M, 3, D).half()
+    for x in (inputs, other):
+        saccade.attention(*x, mask=saccade.Causal(), backend="triton").backward(go)
+    for x, y in zip(inputs, other, strict=True):
+        assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("kind", ["bias", "mask"])
+def test_columns_farther_apart_than_32_bits_reach(kind, sparse):
+    """A dense term that is written by key, of which only some rows are used."""
+    apart = 2**26 + 16
+    M, N, D = 20, 40, 16
+    dtype = torch.float16 if kind == "bias" else torch.bool
+    term = sparse(N * apart, dtype).as_strided((M, N), (1, apart))
+    torch.manual_seed(0)
+    term.copy_(torch.randn(M, N) if kind == "bias" else torch.rand(M, N) < 0.5)
+    q, k, v = (torch.randn(1, n, 2, D) for n in (M, N, N))
+    got, want = (gradients((q, k, v), **{kind: x}) for x in (term, term.contiguous()))
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_gradients_of_a_value_that_tma_reads_beside_a_gradient_that_it_does_not(descriptors):
+    """A value that is a part of something aligned; the output's rows, and its gradient's, are not."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 40, 2, 32, dtype=torch.float16) for _ in range(3))
+    cut = gradients((q, k, v[..., :20]), mask=saccade.Causal())
+    alone = gradients((q, k, v[..., :20].contiguous()), mask=saccade.Causal())
+    for x, y in zip(cut, alone, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_batches_of_more_than_65535_heads(monkeypatch):
+    """Only the first dimension of a grid may be so large."""
+    grids = {}
+
+    def run(kernel, grid, *_, **__):
+        grids[kernel.fn.__name__] = grid
+
+    monkeypatch.setattr(launch, "run", run)
+    B = 70_000
+    q = torch.zeros(B, 2, 1, 4)
+    mask = saccade.KeyLengths(torch.ones(B, dtype=torch.int32))
+    bias = torch.zeros(B, 1, 2, 2) + saccade.RelativeBias(torch.zeros(1, 3))
+    problem = make_problem(q, q, q, mask=mask, bias=bias)[0]
+    out, lse = launch.forward(problem)
+    for asked in (True, False):
+        launch.backward(problem, out, None, out, lse, Needs(asked, True, True, False, asked, False, [True]))
+    assert set(grids) == {"forward_kernel", "delta_kernel", "queries_kernel", "bounds_kernel", "keys_kernel",
+                          "bias_kernel", "table_kernel"}  # fmt: skip
+    assert all(n < 65536 for grid in grids.values() for n in grid[1:])
+
+
+@pytest.mark.parametrize("scale", [1e-50, -1e-50, 1e-40, 0.0])
+def test_scales_that_fp32_does_not_hold(scale):
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    got = gradients((q, k, v), mask=saccade.Causal(), scale=scale)
+    for x, y in zip(got, gradients((q, k, v), mask=saccade.Causal(), scale=0.0), strict=True):
+        torch.testing.assert_close(x, y)
