@@ -131,14 +131,14 @@ def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Ten
 
     problem = problem_of(c)
     if c.kernel != "forward" and c[1:4] not in READY:
-        out, lse = launch._forward(problem, None)
+        out, lse = launch.forward(problem)
         READY[c[1:4]] = Ready(torch.randn_like(out), out, lse)
     config.tile = lambda kernel, *a: config.Tile(*tile) if tile and kernel == c.kernel else table(kernel, *a)
     try:
         # What was launched with an earlier tile must not be launched again.
         plans.forget()
         if c.kernel == "forward":
-            return list(launch._forward(problem, None))
+            return list(launch.forward(problem))
         ready = READY[c[1:4]]
         keys, values = (c.kernel in ("keys", alone) for alone in ("keys alone", "values alone"))
         biases = [c.kernel == "bias"] * len(problem.biases)

@@ -17,24 +17,37 @@ from saccade.core.problem import make_problem
 def overhead(board: Board) -> None:
     """Microseconds the host spends on a call that the device is done with at once."""
     q = torch.randn(1, 128, 4, 64, device="cuda", dtype=torch.bfloat16)
+    one, cache = (torch.randn(8, n, 4, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 2048))
+    needed = q.clone().requires_grad_()
+    grad = torch.randn_like(q)
     ranges = saccade.Causal().lower(1, 128, 128, "cuda")
-    found = {}
     problem = make_problem(q, q, q, mask=ranges)[0]
+
+    def sdpa(x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3, is_causal=True).transpose(1, 2)
+
+    found = {}
     for name, f in {
+        "saccade": lambda: saccade.attention(q, q, q, mask=ranges),
+        "saccade, mask=Causal()": lambda: saccade.attention(q, q, q, mask=saccade.Causal()),
+        "saccade, no mask": lambda: saccade.attention(q, q, q),
+        "saccade, decoding in splits": lambda: saccade.attention(one, cache, cache),
+        "saccade, the long way": lambda: load("triton").forward(make_problem(q, q, q, mask=ranges)[0]),
         "saccade, launch alone": lambda: load("triton").forward(problem),
-        "saccade": lambda: saccade.attention(q, q, q, mask=ranges, backend="triton"),
-        "saccade, no mask": lambda: saccade.attention(q, q, q, backend="triton"),
-        "sdpa": lambda: F.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, is_causal=True),
+        "sdpa": lambda: sdpa(q),
+        "saccade, forward and backward": lambda: torch.autograd.grad(
+            saccade.attention(needed, needed, needed, mask=ranges), needed, grad
+        ),
+        "sdpa, forward and backward": lambda: torch.autograd.grad(sdpa(needed), needed, grad),
     }.items():
-        with torch.no_grad():
-            for _ in range(50):
-                f()
-            spans = []
+        for _ in range(50):
+            f()
+        spans = []
+        for _ in range(40):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
             for _ in range(20):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                for _ in range(20):
-                    f()
-                spans.append((time.perf_counter() - began) / 20 * 1e6)
+                f()
+            spans.append((time.perf_counter() - began) / 20 * 1e6)
         found[name] = statistics.median(spans)
     board.add({"overhead_us": found, "line": f"host µs per call: { {n: round(x, 1) for n, x in found.items()} }"})
