@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xformers_definitions import KINDS, dense_attention, instances, leaves, random
 
-from saccade import Alibi, attention
+from saccade import Alibi, Causal, Documents, attention
 from saccade.backends import choose
 from saccade.backends.native import library
 from saccade.ops import fmha
@@ -428,3 +428,40 @@ def test_a_mask_is_a_product_saccade_takes():
     mask = masks.BlockDiagonalMask.from_seqlens([2, 3]).make_causal()
     x = random(1, 5, 2, 4)
     assert torch.equal(attention(x, x, x, mask=mask.product()), fmha.memory_efficient_attention(x, x, x, mask))
+
+
+def test_masks_known_to_the_host_are_lowered_once_and_still_seen_when_they_change():
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    mask = masks.BlockDiagonalMask.from_seqlens([2, 7], device="cpu").make_causal()
+
+    def want(lengths):
+        return attention(q, k, v, mask=Documents(lengths) & Causal(), backend="reference")
+
+    def check(lengths):
+        for _ in range(3):
+            torch.testing.assert_close(fmha.memory_efficient_attention(q, k, v, attn_bias=mask), want(lengths))
+
+    check([2, 7])
+    cpu = torch.device("cpu")
+    assert mask.lowered(1, 9, 9, cpu) is mask.lowered(1, 9, 9, cpu)
+    # What `lower` gives is the caller's own.
+    mask.lower(1, 9, 9).hi.zero_()
+    check([2, 7])
+    mask.q_seqinfo.from_seqlens_inplace([6, 3])
+    check([6, 3])
+    mask.q_seqinfo.seqstart.copy_(torch.tensor([0, 1, 9]))  # the list is out of date
+    check([1, 8])
+    mask.q_seqinfo.seqstart = torch.tensor([0, 5, 9], dtype=torch.int32)
+    check([5, 4])
+    other = masks.BlockDiagonalMask.from_seqlens([2, 7], device="cpu")
+    with pytest.raises(ValueError, match="query"):
+        fmha.memory_efficient_attention(q[:, 1:], k, v, attn_bias=other)
+
+    class Mine(masks.BlockDiagonalMask):
+        def lower(self, batch, M, N, device="cpu"):
+            return Causal().lower(batch, M, N, device)
+
+    mine = Mine(**other._parts())
+    torch.testing.assert_close(
+        fmha.memory_efficient_attention(q, k, v, attn_bias=mine), attention(q, k, v, mask=Causal())
+    )

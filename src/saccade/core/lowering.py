@@ -52,18 +52,22 @@ def kept(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> KeyRan
     return _kept.get(_key(mask, batch, M, N, device))
 
 
-def _key(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> Hashable:
-    """All that the lowered mask depends on; None where that is more than numbers, or where others watch."""
+def keeps(device: torch.device) -> bool:
+    """Whether masks that are numbers alone are kept on this device now: not where others watch what is made."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return None
-    stream = 0
+        return False
     if device.type == "cuda":
-        # What one stream makes is not there yet for another; memory of a graph is not for those outside.
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-    elif device.type != "cpu":
+        # Memory of a graph is not for those outside.
+        return device.index is not None and not torch._C._cuda_isCurrentStreamCapturing()
+    return device.type == "cpu"
+
+
+def _key(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> Hashable:
+    """All that the lowered mask depends on; None where that is more than numbers."""
+    if not keeps(device):
         return None
+    # What one stream makes is not there yet for another.
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     numbers: list[Any] = [batch, M, N, device, stream]
     for part in mask.parts:
         numbers.append(type(part))

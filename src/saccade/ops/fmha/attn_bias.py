@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce
+from functools import lru_cache, reduce
+from itertools import pairwise
 from operator import add, and_
 from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from saccade.core import lowering
 from saccade.core.biases import Bias
-from saccade.core.masks import Causal, GappyKeys, Mask, PagedKeys, Window
+from saccade.core.masks import Causal, Documents, GappyKeys, Mask, PagedKeys, Window
 from saccade.core.ranges import KeyRanges
 from saccade.ops.fmha.seq_info import ByValue, Device, _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo, lengths_of
 
@@ -57,6 +59,12 @@ class AttentionBias(ByValue):
     def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
         """The mask as key ranges per query row, for M packed queries and N keys in memory."""
         return self.product().lower(batch, M, N, device)
+
+    def lowered(self, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
+        """The same for those who will not write to it: it may be one that was made before."""
+        if type(self).lower is not AttentionBias.lower:
+            return self.lower(batch, M, N, device)
+        return lowering.lower(self.product(), batch, M, N, device)
 
     def materialize(
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -139,6 +147,9 @@ class MaskWithBias(AttentionBias):
 
     def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
         return self.mask.lower(batch, M, N, device)
+
+    def lowered(self, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
+        return self.mask.lowered(batch, M, N, device)
 
     def to(self, device: torch.device | str) -> AttentionBias:
         bias = self.bias.to(device) if isinstance(self.bias, Tensor) else self.bias
@@ -244,6 +255,11 @@ class _Blocks(AttentionBias):
         return replace(self, q_seqinfo=q, k_seqinfo=k)
 
 
+@lru_cache(64)
+def _documents(q_starts: tuple[int, ...], k_starts: tuple[int, ...]) -> Documents:
+    return Documents(*([b - a for a, b in pairwise(starts)] for starts in (q_starts, k_starts)))
+
+
 B = TypeVar("B", bound=_Blocks)
 
 
@@ -256,6 +272,16 @@ class BlockDiagonalMask(_Blocks):
     def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
         _holds("key", self.k_seqinfo, N)
         return super().lower(batch, M, N, device)
+
+    def lowered(self, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
+        q, k = self.q_seqinfo.host, self.k_seqinfo.host
+        if type(self).lower is not BlockDiagonalMask.lower or q is None or k is None or not lowering.keeps(device):
+            return super().lowered(batch, M, N, device)
+        # The host knows the lengths: a mask of numbers, of which one lowering serves all layers of a model.
+        _holds("query", self.q_seqinfo, M)
+        _holds("key", self.k_seqinfo, N)
+        layout, visibility = _documents(tuple(q), tuple(k)), self.visibility()
+        return lowering.lower(layout if visibility is None else layout & visibility, batch, M, N, device)
 
     @classmethod
     def from_seqlens(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saccade.backends import choose
-from saccade.core.api import autocast_inputs
+from saccade.core.api import attention, autocast_inputs
 from saccade.core.biases import Bias
 from saccade.core.library import attend
 from saccade.core.masks import Mask
@@ -99,29 +99,25 @@ class Inputs:
 
     def canonical(self) -> tuple[Problem, Layout]:
         """The problem every backend of saccade takes, and how to give its results the user's layout."""
+        query, key, value, terms = self.arguments()
+        return make_problem(*autocast_inputs(query, key, value), **terms, dropout_p=float(self.p) % 1)
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Query, key, value and named arguments of `saccade.attention`, all but the dropout."""
         self._check_dropout()
         for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
             if not isinstance(x, Tensor):
                 raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
             if x.dtype == torch.int32:  # xFormers' form of a quantised cache
                 raise ValueError(f"{name}: got {x.dtype}: {LEFT_OUT['InputsFp8']}")
-        query, key, value = autocast_inputs(self.query, self._with_heads(self.key), self._with_heads(self.value))
+        value = self._with_heads(self.value)
         if self.p == 1:
             # All weights are dropped: the output is 0, lse is not changed, and gradients are 0 but exist.
             value = value.masked_fill(value.new_ones((), dtype=torch.bool), 0)
         mask, bias = self._mask_and_bias()
-        return make_problem(
-            query,
-            key,
-            value,
-            mask=mask,
-            bias=bias,
-            scale=None if self.scale is None else float(self.scale),
-            softcap=None,
-            sinks=None,
-            dropout_p=float(self.p) % 1,
-            output_dtype=self.output_dtype,
-        )
+        scale = None if self.scale is None else float(self.scale)
+        terms = {"mask": mask, "bias": bias, "scale": scale, "output_dtype": self.output_dtype}
+        return self.query, self._with_heads(self.key), value, terms
 
     def _with_heads(self, x: Tensor) -> Tensor:
         """Key or value with a size of 1 among its heads expanded, where the other or the query's groups have more."""
@@ -139,7 +135,7 @@ class Inputs:
         if isinstance(given, AttentionBias):
             if given.device not in (None, self.device):
                 raise ValueError(f"attn_bias: got a mask on {given.device}, want {self.device} as query (mask.to(...))")
-            ranges = given.lower(self.query.shape[0], self.query.shape[1], self.key.shape[1], self.device)
+            ranges = given.lowered(self.query.shape[0], self.query.shape[1], self.key.shape[1], self.device)
             if given.visible is not None:
                 ranges = replace(ranges, dense=self._for_heads(given.visible))
             added = given.added
@@ -193,11 +189,15 @@ class Gradients:
 
 def forward(inp: Inputs) -> tuple[Tensor, Context]:
     """(out, context) of a call; differentiable where grad mode is on."""
-    problem, layout = inp.canonical()
-    out, lse = attend(problem, choose(problem, None))
-    lse = layout.lse(lse)
-    context = Context(lse[:, None] if layout.dims == 3 else lse, layout.output(out), rng_state=problem.seed)
-    return context.out, context
+    seed = None
+    if 0 < inp.p < 1:
+        problem, layout = inp.canonical()
+        out, lse = attend(problem, choose(problem, None))
+        out, lse, seed = layout.output(out), layout.lse(lse), problem.seed
+    else:
+        query, key, value, terms = inp.arguments()
+        out, lse = attention(query, key, value, **terms, return_lse=True)
+    return out, Context(lse[:, None] if out.dim() == 3 else lse, out, rng_state=seed)
 
 
 def partial(inp: Inputs, op: AttentionOp | FwOp) -> tuple[Tensor, Tensor]:
