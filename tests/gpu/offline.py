@@ -125,15 +125,20 @@ class Work(NamedTuple):
     dtype: str
     head_dim: int
     kind: str
-    """causal, full, alibi, table, bias, decode, paged."""
+    """causal, full, alibi, table, bias, decode, paged; one: a query of one head, whose keys are split. Triton compiles
+    numbers that are 1 in."""
     stored: str = ""
     """What keys and values are stored as where that is not `dtype`: with a scale per page of paged keys, else per head.
     A query of 8 bits has one for each row."""
 
 
+FORWARD = ("decode", "paged", "one")
+"""Kinds of few rows, whose backward is not compiled."""
+
 FEW = {
     "sm_90": [("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 128, "table"),
               ("bfloat16", 256, "full"), ("bfloat16", 128, "paged"), ("float8_e4m3fn", 128, "causal"),
+              ("bfloat16", 64, "one"),
               ("bfloat16", 128, "decode", "int8"), ("bfloat16", 128, "paged", "float8_e4m3fn")],
     "sm_80": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
     "sm_100": [("bfloat16", 128, "causal"), ("float8_e4m3fn", 128, "causal")],
@@ -149,7 +154,7 @@ def works(name: str, every: bool) -> list[Work]:
     kinds = ("causal", "full", "alibi", "table", "bias")
     found = [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in kinds]
     found += [Work(dtype, 128, kind) for dtype in ("bfloat16", "float16") for kind in ("decode", "paged")]
-    found += [Work("float16", 128, "causal")]
+    found += [Work("float16", 128, "causal"), Work("bfloat16", 64, "one")]
     stored = ("int8",) if name == "sm_80" else ("int8", "float8_e4m3fn")
     found += [Work(dtype, D, kind, s) for s in stored for dtype, D, kind in (
         ("bfloat16", 128, "decode"), ("bfloat16", 128, "paged"), ("bfloat16", 64, "paged"), ("bfloat16", 256, "paged"),
@@ -187,6 +192,8 @@ def problem_of(work: Work) -> Any:
     elif work.kind == "decode":
         M, H = 1, 4
         mask = saccade.KeyLengths(torch.tensor([900])) & saccade.Causal("bottom_right")
+    elif work.kind == "one":
+        M, G, mask = 1, 1, None
     elif work.kind == "paged":
         M, H = 4, 4
         pages = torch.arange(16, dtype=torch.int32).view(4, 4)
@@ -232,7 +239,7 @@ def main(name: str, every: bool, plain: bool) -> None:
         for work in todo:
             problem = problem_of(work)
             out, lse = launch.forward(problem)
-            if work.kind not in ("decode", "paged") and not problem.quantized and not plain:
+            if work.kind not in FORWARD and not problem.quantized and not plain:
                 needs = Needs(True, True, True, False, problem.table is not None, False, [True] * len(problem.biases))
                 launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
                 # Where no query's gradient is asked for, what that kernel makes for others has one of its own.

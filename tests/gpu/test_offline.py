@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offline import TARGETS, Work, crowded
+from offline import FORWARD, TARGETS, Work, crowded
 
 EVERY = os.environ.get("SACCADE_GPU_TESTS") == "all"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -63,7 +63,7 @@ def test_compiles(target):
     assert not without_matrix_units
     if target != "sm_90":
         return
-    many_rows = [k for k in heavy if k["kind"] not in ("decode", "paged")]
+    many_rows = [k for k in heavy if k["kind"] not in FORWARD]
     without_wgmma_and_tma = [name_of(k) for k in many_rows if not (k["wgmma"] and k["tma"])]
     assert not without_wgmma_and_tma
     without_fp8_products = [name_of(k) for k in many_rows if k["dtype"] == "float8_e4m3fn" and not k["wgmma8"]]

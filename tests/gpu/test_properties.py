@@ -165,3 +165,27 @@ def test_scales_that_fp32_does_not_hold(scale):
     got = gradients((q, k, v), mask=saccade.Causal(), scale=scale)
     for x, y in zip(got, gradients((q, k, v), mask=saccade.Causal(), scale=0.0), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_gradients_of_biases_are_apart_and_no_larger_than_they(monkeypatch):
+    """Also of equal shapes; and no tensor of what all of them broadcast to is made for them."""
+    torch.manual_seed(0)
+    B, M, N, H = 3, 33, 47, 2
+    q, k, v = (torch.randn(B, n, H, 16) for n in (M, N, N))
+    shapes = [(H, M, N), (B, 1, 1, N), (H, M, N), (M, 1), (1, N)]
+    terms = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    sizes = []
+    backward = launch._backward
+
+    def seen(*given):
+        made = backward(*given)
+        sizes.extend(made[f"bias {n}"].numel() for n in range(len(terms)))
+        return made
+
+    monkeypatch.setattr(launch, "_backward", seen)
+    total = sum(terms[1:], terms[0] + saccade.Alibi(torch.rand(H)))
+    out = saccade.attention(q, k, v, bias=total, backend="triton")
+    grads = torch.autograd.grad(out.cos().sum(), terms)
+    assert sizes == [x.numel() for x in terms]
+    assert len({x.data_ptr() for x in grads}) == len(terms)
+    assert torch.equal(grads[0], grads[2])

@@ -202,12 +202,12 @@ def combine_kernel(parts, part_lse, out, lse, rows, splits, M, heads, V: tl.cons
     row = tl.program_id(0).to(tl.int64)
     stat = (row // heads // M * heads + row % heads) * M + row // heads % M
     n = tl.arange(0, SPLITS)
-    x = tl.load(part_lse + n * rows.to(tl.int64) + stat, mask=n < splits, other=-INFINITY)
+    x = tl.load(part_lse + n.to(tl.int64) * rows + stat, mask=n < splits, other=-INFINITY)
     peak = tl.max(x, 0)
     weight = tl.math.exp2((x - tl.where(peak == -INFINITY, 0.0, peak)) * LOG2E)
     total = tl.sum(weight, 0)
     columns = tl.arange(0, V)
-    part = tl.load(parts + (n * rows.to(tl.int64) + row)[:, None] * v_dim + columns[None, :],
+    part = tl.load(parts + (n.to(tl.int64) * rows + row)[:, None] * v_dim + columns[None, :],
                    mask=(weight > 0)[:, None] & (columns < v_dim)[None, :], other=0.0)  # fmt: skip
     share = weight / tl.where(total == 0, 1.0, total)
     tl.store(

@@ -190,14 +190,17 @@ def _backward(
             (keys_kernel, (triton.cdiv(N, tile.BN) * G * B,),
              [arguments, queries, grads, *stats, *bounds, dk, dv, constants], tile)
         )  # fmt: skip
-    if any(needs.biases):
-        shape = torch.broadcast_shapes(*(x.shape for x in problem.biases))
-        made["bias"] = query.new_empty(shape, dtype=torch.float32)
+    for n, term in enumerate(problem.biases):
+        if not needs.biases[n]:
+            continue
+        # Each by itself: what all of them broadcast to may be far larger than any of them.
+        shape = term.shape
+        made[f"bias {n}"] = query.new_empty(shape, dtype=torch.float32)
         tile = _tile("bias", problem)
         tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
         launches.append(
             (bias_kernel, (tiles * math.prod(shape[:3]),),
-             [arguments, *stats, made["bias"], *shape, _constants(problem, tile, 1)], tile)
+             [arguments, *stats, made[f"bias {n}"], *shape, _constants(problem, tile, 1)], tile)
         )  # fmt: skip
     if needs.table and problem.table is not None:
         tile = _tile("table", problem)
@@ -212,7 +215,6 @@ def _backward(
 def _gradients(problem: Problem, made: plans.Made, lse: Tensor, needs: Needs) -> Gradients:
     """Gradients in the shape and dtype of what they belong to from what the kernels made."""
     dslopes = dtable = dsinks = None
-    dbiases: list[Tensor | None] = [None] * len(problem.biases)
     if needs.slopes and problem.slopes is not None:
         dslopes = made["slopes"].sum(-1).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
     if needs.table and problem.table is not None:
@@ -222,11 +224,7 @@ def _gradients(problem: Problem, made: plans.Made, lse: Tensor, needs: Needs) ->
         dtable[..., 0] += first
         dtable[..., -1] += last
         dtable = dtable.to(problem.table.dtype)
-    if any(needs.biases):
-        dbiases = [
-            made["bias"].sum_to_size(x.shape).to(x.dtype) if needed else None
-            for x, needed in zip(problem.biases, needs.biases, strict=True)
-        ]
+    dbiases = [made[f"bias {n}"].to(term.dtype) if needs.biases[n] else None for n, term in enumerate(problem.biases)]
     if needs.sinks and problem.sinks is not None:
         dsinks = _sinks_gradient(problem.sinks, lse, made["delta"])
     dq = made["query"] if needs.query else None
