@@ -133,7 +133,7 @@ class Problem(NamedTuple):
         return pairs
 
 
-class Layout(NamedTuple):
+class HeadLayout(NamedTuple):
     """How the user wrote query and output, to give the results back in the same form."""
 
     dims: int
@@ -170,7 +170,7 @@ def make_problem(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
-) -> tuple[Problem, Layout]:
+) -> tuple[Problem, HeadLayout]:
     """Check what the user gave and bring it into canonical form, without copying where strides allow."""
     _check_tensors(query, key, value)
     scales = (
@@ -291,25 +291,25 @@ _Rows = tuple[Tensor, Tensor | None]
 _Keys = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, Layout]:
+def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, HeadLayout]:
     """Query and its scale, keys, values and their scales with heads as `[G, H]` and `[G]`."""
     query, query_scale = rows
     key, value, key_scale, value_scale = keys
     if query.dim() == 3:
-        layout = Layout(3, 1, 1)
+        layout = HeadLayout(3, 1, 1)
     elif query.dim() == 4:
         Hq, G = query.shape[2], key.shape[2]
         if value.shape[2] != G:
             raise ValueError(f"value: got {value.shape[2]} heads, want {G} as in key")
         if G < 1 or Hq < 1 or Hq % G:
             raise ValueError(f"key: got {G} heads, want a divisor of query's {Hq} heads")
-        layout = Layout(4, G, Hq // G)
+        layout = HeadLayout(4, G, Hq // G)
     else:
         G, H = query.shape[2:4]
         for name, x in (("key", key), ("value", value)):
             if x.shape[2] != G or x.shape[3] not in (1, H) or min(G, H) < 1:
                 raise ValueError(f"{name}: got heads {list(x.shape[2:4])}, want [{G}, {H}] as in query, or [{G}, 1]")
-        layout = Layout(5, G, H)
+        layout = HeadLayout(5, G, H)
     shared = layout.dims < 5 or all(x is None or _shared_by_group(x) for x in keys)
 
     def of_query(x: Tensor) -> Tensor:
@@ -391,7 +391,7 @@ def _ranges(mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, devi
 class _Broadcast:
     """Views a tensor broadcastable to the user's score matrix as `[B|1, g|1, h|1, M|1, N|1]`."""
 
-    def __init__(self, layout: Layout, B: int, g: int, h: int, M: int, N: int):
+    def __init__(self, layout: HeadLayout, B: int, g: int, h: int, M: int, N: int):
         self.layout, self.groups, self.per_group = layout, g, h
         heads = {3: (), 4: (layout.groups * layout.heads,), 5: (layout.groups, layout.heads)}[layout.dims]
         self.want = (B, *heads, M, N)
@@ -417,7 +417,7 @@ class _Broadcast:
 
 def _bias_terms(
     bias: Bias | Tensor | None,
-    layout: Layout,
+    layout: HeadLayout,
     to_five: _Broadcast,
     B: int,
     G: int,
@@ -458,7 +458,9 @@ def _sum_tables(a: Tensor, b: Tensor) -> Tensor:
     return stretched(a) + stretched(b)
 
 
-def _check_head_tensor(name: str, x: Tensor, layout: Layout, device: torch.device, batch: int | None = None) -> None:
+def _check_head_tensor(
+    name: str, x: Tensor, layout: HeadLayout, device: torch.device, batch: int | None = None
+) -> None:
     """One value per query head: [Hq], [G, H], and with `batch` also with a leading batch dimension."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(

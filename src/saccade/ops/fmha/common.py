@@ -21,7 +21,7 @@ from saccade.core.biases import Bias
 from saccade.core.library import attend
 from saccade.core.masks import Mask
 from saccade.core.merge import merge
-from saccade.core.problem import DTYPES, Layout, Problem, make_problem
+from saccade.core.problem import DTYPES, HeadLayout, Problem, make_problem
 from saccade.core.ranges import KeyRanges
 from saccade.ops.fmha import attn_bias as masks
 from saccade.ops.fmha.attn_bias import AttentionBias
@@ -97,7 +97,7 @@ class Inputs:
         if not 0 <= self.p <= 1:
             raise ValueError(f"p: got {self.p}, want a probability in [0, 1]")
 
-    def canonical(self) -> tuple[Problem, Layout]:
+    def canonical(self) -> tuple[Problem, HeadLayout]:
         """The problem every backend of saccade takes, and how to give its results the user's layout."""
         query, key, value, terms = self.arguments()
         return make_problem(*autocast_inputs(query, key, value), **terms, dropout_p=float(self.p) % 1)
