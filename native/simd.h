@@ -129,7 +129,7 @@ INLINE vf exp2(vf x) {
 }
 
 INLINE vf tanh(vf x) {
-    // 1 − 2 / (e^2x + 1) errs by 1e-7 absolutely, which is much where the cap is far above the scores: near 0 the series.
+    // 1 − 2 / (e^2x + 1) errs by 1e-7 absolutely, too much where the cap is far above the scores: near 0 the series.
     const vf bounded = largest(all(-15.0f), x);
     const vf low = -largest(all(-15.0f), -bounded);
     const vf far = 1.0f - 2.0f / (exp2<5>(low * 2.8853900817779268f) + 1.0f);
