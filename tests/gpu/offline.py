@@ -142,7 +142,7 @@ FEW = {
               ("bfloat16", 128, "decode", "int8"), ("bfloat16", 128, "paged", "float8_e4m3fn")],
     "sm_80": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
     "sm_100": [("bfloat16", 128, "causal"), ("float8_e4m3fn", 128, "causal")],
-    "gfx942": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
+    "gfx942": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8"), ("bfloat16", 16, "causal")],
 }  # fmt: skip
 """A few of all works, for every day."""
 
@@ -154,7 +154,7 @@ def works(name: str, every: bool) -> list[Work]:
     kinds = ("causal", "full", "alibi", "table", "bias")
     found = [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in kinds]
     found += [Work(dtype, 128, kind) for dtype in ("bfloat16", "float16") for kind in ("decode", "paged")]
-    found += [Work("float16", 128, "causal"), Work("bfloat16", 64, "one")]
+    found += [Work("float16", 128, "causal"), Work("bfloat16", 64, "one"), Work("bfloat16", 16, "causal")]
     stored = ("int8",) if name == "sm_80" else ("int8", "float8_e4m3fn")
     found += [Work(dtype, D, kind, s) for s in stored for dtype, D, kind in (
         ("bfloat16", 128, "decode"), ("bfloat16", 128, "paged"), ("bfloat16", 64, "paged"), ("bfloat16", 256, "paged"),

@@ -189,3 +189,23 @@ def test_gradients_of_biases_are_apart_and_no_larger_than_they(monkeypatch):
     assert sizes == [x.numel() for x in terms]
     assert len({x.data_ptr() for x in grads}) == len(terms)
     assert torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("bias", [-1e4, -1e9, -1e9 * (1 + 3 / 7), -1e30])
+def test_rows_hidden_by_a_bias_do_no_harm(bias):
+    """Of such a row an output is made and not used; lse is rounded by more than what a weight may be off by."""
+    for seed in (0, 3):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(1, 20, 1, 16) for _ in range(3))
+        term = torch.zeros(20, 20)
+        term[3] = bias
+        go = torch.randn(1, 20, 1, 16)
+        go[:, 3] = 0
+
+        def run(backend, q=q, k=k, v=v, term=term, go=go):
+            inputs = [x.clone().requires_grad_() for x in (10 * q, k, v, term)]
+            out = saccade.attention(*inputs[:3], bias=inputs[3], scale=1.0, backend=backend)
+            return [out * (go != 0), *torch.autograd.grad(out, inputs, go)]
+
+        for got, want in zip(run("triton"), run("reference"), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

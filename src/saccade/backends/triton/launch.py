@@ -363,12 +363,13 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
     K, V = problem.query.shape[-1], problem.value.shape[-1]
     plain = not problem.biases and problem.slopes is None and not problem.softcap
     paged = problem.block_table is not None
+    amd = _family(problem.query.device) == "amd"
     return Constants(
         BM=tile.BM,
         BN=tile.BN,
-        # Products of 8 bits are of at least 32.
-        K=max(32 if problem.query.element_size() == 1 else 16, triton.next_power_of_2(K)),
-        V=max(16, triton.next_power_of_2(V)),
+        # Products of 8 bits are of at least 32, and of fewer columns Triton 3.6 does not compile backward for AMD.
+        K=max(32 if amd or problem.query.element_size() == 1 else 16, triton.next_power_of_2(K)),
+        V=max(32 if amd else 16, triton.next_power_of_2(V)),
         k_dim=K,
         v_dim=V,
         H=problem.query.shape[3],

@@ -142,6 +142,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
+LARGEST = tl.constexpr(2.0**24)
+"""Beyond it fp32 has no fractions."""
 # Triton 3.9 warns where `reshape` is told that the order does not matter, and 3.10 will not be told.
 MAY_REORDER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
@@ -529,9 +531,10 @@ def load_stats(lse, delta, at):
 
 @triton.jit
 def load_lse(lse, at):
-    """lse in log₂, with +inf in place of −inf so that empty rows get weights of 0."""
+    """lse in log₂; +inf, so that all weights are 0, for empty rows and for those hidden by a bias of −10⁹, say: of an lse
+    so large the rounding alone makes weights of 2¹²⁸."""
     x = tl.load(lse + at) * LOG2E
-    return tl.where(x == -INFINITY, INFINITY, x)
+    return tl.where(tl.abs(x) > LARGEST, INFINITY, x)
 
 
 @triton.jit
