@@ -54,7 +54,7 @@ def name_of(kernel: dict[str, Any]) -> str:
 def test_compiles(target):
     # One test per architecture: what is compiled is not shared between the processes that run tests.
     kernels = compiled(target)
-    assert {"forward_kernel", "delta_kernel", "keys_kernel", "queries_kernel"} <= {k["kernel"] for k in kernels}
+    assert {"forward_kernel", "stats_kernel", "keys_kernel", "queries_kernel"} <= {k["kernel"] for k in kernels}
     too_much_shared_memory = {name_of(k): k["shared"] for k in kernels if k["shared"] > SHARED[target]}
     assert not too_much_shared_memory
     half = [k for k in kernels if k["dtype"] != "float32"]
