@@ -40,6 +40,8 @@ class Candidate(NamedTuple):
 
 
 SHARED = 227 * 1024
+STORED = ("fp8", "int8 keys", "fp8 keys")
+"""Query, keys and values of 8 bits; keys and values of 8 bits with a query in bf16."""
 
 
 def candidates() -> list[Candidate]:
@@ -88,6 +90,15 @@ def candidates() -> list[Candidate]:
             BM, BN, warps, stages = tile
             if 256 <= BM * BN / warps <= 1024 and (BM + BN * stages) * head_dim * 8 <= SHARED:
                 found.append(Candidate(kernel, head_dim, "float32", "causal", tile))
+    for head_dim, stored in itertools.product((64, 128, 256), STORED):
+        for tile in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+            BM, BN, warps, _ = tile
+            if 16 * warps <= BM and BN * head_dim <= 16384 and BM * (BN + head_dim) / (32 * warps) <= 300:
+                found.append(Candidate("forward", head_dim, stored, "causal", tile))
+    for kind, stored in itertools.product(("decode", "paged"), STORED[1:]):
+        for tile in itertools.product((16,), (32, 64, 128, 256), (2, 4, 8), (2, 3, 4)):
+            if 8 <= tile[1] // tile[2] <= 32:
+                found.append(Candidate("decode", 128, stored, kind, tile))
     for kernel, head_dim in itertools.product(("table", "bias"), (64, 128)):
         for tile in itertools.product((32, 64), (32, 64), (4, 8), (1, 2)):
             found.append(Candidate(kernel, head_dim, "bfloat16", kernel, tile))
@@ -102,6 +113,9 @@ def problem_of(c: Candidate) -> Problem:
     key = c[1:4]
     if key not in PROBLEMS:
         torch.manual_seed(0)
+        if c.dtype in STORED:
+            PROBLEMS[key] = stored_problem(c)
+            return PROBLEMS[key]
         dtype = getattr(torch, c.dtype)
         N = 16384 if c.kind == "packed" else 2048 if c.dtype == "float32" or c.kind == "bias" else 8192
         H = 2048 // c.head_dim
@@ -111,6 +125,30 @@ def problem_of(c: Candidate) -> Problem:
             bias = torch.rand(1, H, N, N, device="cuda", dtype=dtype)
         PROBLEMS[key] = make_problem(q, k, v, mask=mask_of(c.kind), bias=bias)[0]
     return PROBLEMS[key]
+
+
+def stored_problem(c: Candidate) -> Problem:
+    """The same with inputs of 8 bits; decoding: a token for each of 32 sequences of 8192 keys, 32 query heads on 8."""
+    B, M, N, H, G = 2, 8192, 8192, 2048 // c.head_dim, 2048 // c.head_dim
+    copies, run = 1, None
+    mask: saccade.Mask = saccade.Causal()
+    if c.kernel == "decode":
+        B, M, H, G, copies, run = 1, 32, 32, 8, 32, 64 if c.kind == "paged" else N
+        one = torch.ones(M, device="cuda", dtype=torch.int32)
+        stored: saccade.Mask = saccade.PaddedKeys(one, N * one, N)
+        if c.kind == "paged":
+            pages = torch.randperm(M * N // run, device="cuda").int().view(M, -1)
+            stored = saccade.PagedKeys(one, N * one, pages, run)
+        mask = stored & saccade.Causal("bottom_right")
+    sizes = ((M, H), (N, G), (N, G))
+    q, k, v = (torch.randn(B, n, h, c.head_dim, device="cuda", dtype=torch.bfloat16) for n, h in sizes)
+    kind = torch.int8 if c.dtype == "int8 keys" else torch.float8_e4m3fn
+    # All sequences are the same: the processes that compile would not find room to convert 32 each.
+    k, key_scale, v, value_scale = (torch.cat([y] * copies, 1) for x in (k, v) for y in saccade.quantize(x, kind, run))
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    if c.dtype == "fp8":
+        q, scales["query_scale"] = saccade.quantize(q, kind)
+    return make_problem(q, k, v, mask=mask, output_dtype=torch.bfloat16, **scales)[0]
 
 
 class Ready(NamedTuple):
@@ -130,14 +168,14 @@ def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Ten
     from saccade.backends.triton import launch, plans
 
     problem = problem_of(c)
-    if c.kernel != "forward" and c[1:4] not in READY:
+    if c.kernel not in ("forward", "decode") and c[1:4] not in READY:
         out, lse = launch.forward(problem)
         READY[c[1:4]] = Ready(torch.randn_like(out), out, lse)
     config.tile = lambda kernel, *a: config.Tile(*tile) if tile and kernel == c.kernel else table(kernel, *a)
     try:
         # What was launched with an earlier tile must not be launched again.
         plans.forget()
-        if c.kernel == "forward":
+        if c.kernel in ("forward", "decode"):
             return list(launch.forward(problem))
         ready = READY[c[1:4]]
         keys, values = (c.kernel in ("keys", alone) for alone in ("keys alone", "values alone"))

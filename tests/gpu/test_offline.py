@@ -19,10 +19,11 @@ from offline import FORWARD, TARGETS, Work, crowded
 EVERY = os.environ.get("SACCADE_GPU_TESTS") == "all"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory a program may have."""
-SPILLS = {"forward_kernel": 0, "queries_kernel": 0, "keys_kernel": 140}
+SPILLS = {"forward_kernel": 0, "queries_kernel": 12, "keys_kernel": 140}
 """Most local loads and stores on sm_90, of 16-bit elements with head dimensions up to 128. keys_kernel holds two
-accumulators; what it spills is in the path for a NaN."""
-SPILLS_READING = {"forward_kernel": 40, "queries_kernel": 140, "keys_kernel": 260}
+accumulators; what it spills is in the path for a NaN. queries_kernel puts aside what it needs between and after its
+walks."""
+SPILLS_READING = {"forward_kernel": 40, "queries_kernel": 170, "keys_kernel": 260}
 """The same where scores read an entry each: of a dense bias, or of a table near the diagonal, in few of all tiles."""
 
 pytestmark = pytest.mark.timeout(1500)
@@ -54,7 +55,7 @@ def name_of(kernel: dict[str, Any]) -> str:
 def test_compiles(target):
     # One test per architecture: what is compiled is not shared between the processes that run tests.
     kernels = compiled(target)
-    assert {"forward_kernel", "delta_kernel", "keys_kernel", "queries_kernel"} <= {k["kernel"] for k in kernels}
+    assert {"forward_kernel", "stats_kernel", "keys_kernel", "queries_kernel"} <= {k["kernel"] for k in kernels}
     too_much_shared_memory = {name_of(k): k["shared"] for k in kernels if k["shared"] > SHARED[target]}
     assert not too_much_shared_memory
     half = [k for k in kernels if k["dtype"] != "float32"]

@@ -31,13 +31,17 @@ from saccade.backends.triton.primitives import (
     score_gradient,
     slope_of,
     span_of,
+    stats_at,
     weights_of,
 )
 
 
 @triton.jit
-def delta_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, C: tl.constexpr):
-    """delta [B, G, H, M] = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse. Grid: (tiles · H · G · B)."""
+def stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, C: tl.constexpr):
+    """Stats, see `stats_at`: lse in log₂; delta = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse.
+
+    Grid: (tiles · H · G · B).
+    """
     M, G = a.M, a.G
     tiles = tl.cdiv(M, C.BM)
     i = tl.program_id(0) % tiles * C.BM + tl.arange(0, C.BM)
@@ -53,7 +57,9 @@ def delta_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, delta, 
     stat = bgh.to(tl.int64) * M + i
     if grad_lse is not None:
         total -= tl.load(grad_lse + stat, mask=i < M, other=0.0)
-    tl.store(delta + stat, total, mask=i < M)
+    at, rows = stats_at(a, stats, b, g, h, C)
+    tl.store(at + i, load_lse(lse, stat), mask=i < M)
+    tl.store(at + rows + i, total, mask=i < M)
 
 
 @triton.jit
@@ -78,7 +84,7 @@ def bounds_kernel(a, bounds, C: tl.constexpr):
 
 
 @triton.jit
-def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, bounds, bounds_s,
+def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h, stats, bounds, bounds_s,
                 bounds_b, dk, dv, C: tl.constexpr):  # fmt: skip
     """dk [B, N, G, K] and dv [B, N, G, V], contiguous, or one of them alone. Grid: (key blocks · G · B).
 
@@ -100,14 +106,14 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
         if a.dense is None:
             far = right - f0 + f1 - left
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
-                                        grad_h, lse, delta, dk, dv, s, b, g, n0, f0, f0 + far, right, left, f1, f1,
+                                        grad_h, stats, dk, dv, s, b, g, n0, f0, f0 + far, right, left, f1, f1,
                                         False, C)  # fmt: skip
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
-                                        grad_h, lse, delta, dk, dv, s, b, g, n0, t0, t1 - far, f0, right, left, f1,
+                                        grad_h, stats, dk, dv, s, b, g, n0, t0, t1 - far, f0, right, left, f1,
                                         True, C)  # fmt: skip
         else:
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g,
-                                        grad_h, lse, delta, dk, dv, s, b, g, n0, t0, t1, t1, t1, t1, t1,
+                                        grad_h, stats, dk, dv, s, b, g, n0, t0, t1, t1, t1, t1, t1,
                                         True, C)  # fmt: skip
     if a.seed is not None:
         dv_acc *= a.keep_scale
@@ -123,7 +129,7 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
                  mask=inside & (columns < C.v_dim)[None, :])  # fmt: skip
     if any_nan(dk_acc) | any_nan(dv_acc):
         tl.debug_barrier()
-        keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dk, dv, b, g, n0, C)
+        keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dk, dv, b, g, n0, C)
 
 
 @triton.jit
@@ -178,7 +184,7 @@ def _tiles_of(a, bounds, bounds_s, bounds_b, s: tl.constexpr, b, n0, C: tl.const
 
 
 @triton.jit
-def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dk_out,
+def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h, stats, dk_out,
                dv_out, s: tl.constexpr, b, g, n0, t0, t1, x0, x1, y0, y1, MASKED: tl.constexpr,
                C: tl.constexpr):  # fmt: skip
     """dk and dv of one key block over query tiles t0 … t1 − 1 of all heads, counted without x0 … x1 − 1 and
@@ -199,12 +205,11 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
             q = load_tile(at, r, a.q_m, a.M - i0, MASKED, C.K, C.k_dim)
         raw = tl.dot(k, tl.trans(q), input_precision=C.precision)
         # What there is of a query takes as many registers as a tile's row has columns: each is read where it is needed.
-        i = tl.minimum(i0 + r, a.M - 1)
-        lo, hi, diagonal = range_of(a, s, b, i, C)
-        hi = tl.where(i0 + r < a.M, hi, lo)
+        i = i0 + r
+        lo, hi, diagonal = range_of(a, s, b, i, C, i < a.M if MASKED else None)
         lo, hi, diagonal, i_ = lo[None, :], hi[None, :], diagonal[None, :], i[None, :]
-        stat = ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i
-        lse2 = load_lse(lse, stat)[None, :]
+        stat, rows = stats_at(a, stats, b, g, h, C)
+        lse2 = tl.load(stat + i)[None, :]
         slope_h, ends_h = slope, ends
         if C.H > 1:
             slope_h, ends_h = slope_of(a, b, g, h), ends_of(a, g, h)
@@ -227,7 +232,9 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
             if dk_out is not None:
                 dp = tl.where(keep, dp * a.keep_scale, 0.0)
         if dk_out is not None:
-            ds = raw_gradient(score_gradient(p, dp, tl.load(delta + stat)[None, :], MASKED), unit, C)
+            # Nothing was written behind the last row, and a NaN there would not be hidden.
+            delta = tl.load(stat + rows + i, mask=i < a.M if MASKED else None, other=0.0 if MASKED else None)
+            ds = raw_gradient(p * (dp - delta[None, :]), unit, C)
         if dv_out is not None:
             dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=C.precision)
         if dk_out is not None:
@@ -236,9 +243,9 @@ def _keys_walk(dk, dv, k, v, a, query_tiles, grad_tiles, grad, grad_b, grad_m, g
 
 
 @triton.jit
-def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, out, grad_lse, dq,
+def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, dq,
                    dslopes, dends, C: tl.constexpr):  # fmt: skip
-    """dq [B, M, G, H, K]; delta as `delta_kernel` makes it, for it has been read what that takes; where asked for, per
+    """dq [B, M, G, H, K]; stats as `stats_kernel` makes them, for it has been read what that takes; where asked for, per
     row, the slope's gradient [B, G, H, M] and those of the table's first and last entry [2, B, G, H, M].
 
     Grid: (tiles · H · G · B).
@@ -251,6 +258,8 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     i, _, valid = rows_of(a, tile * C.BM, 0, C.BM, C)
     r = tl.arange(0, C.BM)
     i0 = tile * C.BM
+    # Before the tiles are read: done after them it costs a twentieth of all the time.
+    walk = _walk_of(a, 0, b, i, C)
     at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
     q = load_tile(at, r, a.q_m, a.M - i0, True, C.K, C.k_dim)
     at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
@@ -259,11 +268,13 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
     columns = tl.arange(0, C.V)
     weighted = tl.load(out + row[:, None] * C.v_dim + columns[None, :], mask=(columns < C.v_dim)[None, :], other=0.0)
-    delta_ = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
+    delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)
     if grad_lse is not None:
-        delta_ -= tl.load(grad_lse + stat)
-    tl.store(delta + stat, delta_, mask=valid)
+        delta -= tl.load(grad_lse + stat)
     lse2 = load_lse(lse, stat)
+    at, rows = stats_at(a, stats, b, g, h, C)
+    tl.store(at + i, lse2, mask=valid)
+    tl.store(at + rows + i, delta, mask=valid)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
     slope = slope_of(a, b, g, h)
@@ -277,21 +288,21 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     low = dslope
     high = dslope
     for s in tl.static_range(max(C.S, 1)):
-        lo, hi, diagonal = range_of(a, s, b, i, C)
-        first, full_first, full_last, last = bounds_of(lo, hi)
-        begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, 0, 1, C.BN)
+        if s > 0:
+            walk = _walk_of(a, s, b, i, C)
+        lo, hi, diagonal, last, begin, t0, t1, f0, f1 = walk
         sums = (dslope, reached, exact, low, high)
         if a.dense is None:
             left, right = far_of(a, begin, f0, f1, lo < hi, diagonal, C.BN)
             far = left - f0 + f1 - right
-            acc, sums = _queries_walk(acc, sums, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
+            acc, sums = _queries_walk(acc, sums, q, do, lse2, delta, a, key, value, key_tiles, value_tiles, b, g, h, i,
                                       slope, ends, lo, hi, diagonal, dslopes, dends, begin, f0, f0 + far, left, right,
                                       f1, f1, last, False, C)  # fmt: skip
-            acc, sums = _queries_walk(acc, sums, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
+            acc, sums = _queries_walk(acc, sums, q, do, lse2, delta, a, key, value, key_tiles, value_tiles, b, g, h, i,
                                       slope, ends, lo, hi, diagonal, dslopes, dends, begin, t0, t1 - far, f0, left,
                                       right, f1, last, True, C)  # fmt: skip
         else:
-            acc, sums = _queries_walk(acc, sums, q, do, lse2, delta_, a, key, value, key_tiles, value_tiles, b, g, h, i,
+            acc, sums = _queries_walk(acc, sums, q, do, lse2, delta, a, key, value, key_tiles, value_tiles, b, g, h, i,
                                       slope, ends, lo, hi, diagonal, dslopes, dends, begin, t0, t1, t1, t1, t1, t1,
                                       last, True, C)  # fmt: skip
         dslope, reached, exact, low, high = sums
@@ -302,14 +313,23 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
         true = exact
         if grad_lse is not None:
             true -= tl.load(grad_lse + stat)
-        dslope -= (delta_ - true) * reached
+        dslope -= (delta - true) * reached
         tl.store(dslopes + stat, dslope, mask=valid)
     if dends is not None:
         tl.store(dends + stat, low, mask=valid)
         tl.store(dends + (tl.num_programs(0) // tiles).to(tl.int64) * a.M + stat, high, mask=valid)
     if any_nan(acc):
         tl.debug_barrier()
-        queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslopes, dends, b, g, h, tile, C)
+        queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dq, dslopes, dends, b, g, h, tile, C)
+
+
+@triton.jit
+def _walk_of(a, s: tl.constexpr, b, i, C: tl.constexpr):
+    """lo, hi and diagonal of rows i in range s, the last key that any of them sees, and the blocks of keys to visit."""
+    lo, hi, diagonal = range_of(a, s, b, i, C)
+    first, full_first, full_last, last = bounds_of(lo, hi)
+    begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, 0, 1, C.BN)
+    return lo, hi, diagonal, last, begin, t0, t1, f0, f1
 
 
 @triton.jit
@@ -338,7 +358,7 @@ def _queries_walk(acc, sums, q, do, lse2, delta, a, key, value, key_tiles, value
         dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
         if a.seed is not None:
             dp = tl.where(kept(a, b, i * 0 + g * C.H + h, i, j0, C.BM, C.BN, C), dp * a.keep_scale, 0.0)
-        ds = score_gradient(p, dp, delta[:, None], MASKED)
+        ds = p * (dp - delta[:, None])
         if dslopes is not None:
             distance = tl.abs(j - diagonal[:, None]).to(tl.float32)
             dslope -= tl.sum(ds * distance, 1)
@@ -359,7 +379,7 @@ def _queries_walk(acc, sums, q, do, lse2, delta, a, key, value, key_tiles, value
 
 
 @triton.jit
-def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.constexpr, b, g, h, i, valid, i0, j0, last,
+def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, stats, s: tl.constexpr, b, g, h, i, valid, i0, j0, last,
                 C: tl.constexpr):  # fmt: skip
     """Gradient of the biased scores of one tile [BM, BN], 0 where hidden; and lo < hi and diagonal of its rows."""
     r, n = tl.arange(0, C.BM), tl.arange(0, C.BN)
@@ -367,7 +387,7 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
     q = load_tile(at, r, a.q_m, a.M - i0, True, C.K, C.k_dim)
     at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
     do = load_tile(at, r, grad_m, a.M - i0, True, C.V, C.v_dim)
-    lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
+    lse2, delta = load_stats(a, stats, b, g, h, i, C)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
     k = load_keys(key, a.k_n, n, j0, last, True, C.BN, C.K, C.k_dim, 0)
@@ -381,11 +401,11 @@ def _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.const
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
     if a.seed is not None:
         dp = tl.where(kept(a, b, i * 0 + g * C.H + h, i, j0, C.BM, C.BN, C), dp * a.keep_scale, 0.0)
-    return score_gradient(p, dp, delta_[:, None], True)
+    return score_gradient(p, dp, delta[:, None])
 
 
 @triton.jit
-def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dbias, Bb, Gb, Hb, Mb, Nb, C: tl.constexpr):
+def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dbias, Bb, Gb, Hb, Mb, Nb, C: tl.constexpr):
     """dbias [Bb, Gb, Hb, Mb, Nb], contiguous, each dimension 1 or as the scores'; summed over those that are 1.
 
     Grid: (key blocks or 1 · row tiles or 1 · Hb · Gb · Bb). A program owns one tile and walks all that maps to it.
@@ -412,7 +432,7 @@ def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dbias, Bb, 
             lo, hi, _ = range_of(a, s, b, i, C)
             first, _1, _2, last = bounds_of(lo, hi)
             if (first < j0 + C.BN) & (last > j0):
-                total += _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s, b, g, h, i, i0 + r < a.M,
+                total += _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, stats, s, b, g, h, i, i0 + r < a.M,
                                      i0, j0, tl.minimum(last, a.N), C)  # fmt: skip
     row = (bgh.to(tl.int64) * Mb + tile_p * C.BM) * Nb + block_p * C.BN
     n = tl.arange(0, C.BN)
@@ -430,7 +450,7 @@ def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dbias, Bb, 
 
 
 @triton.jit
-def table_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, parts, C: tl.constexpr):
+def table_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, parts, C: tl.constexpr):
     """Parts [slots, G, H, 2R + 1] of the relative table's gradient, but for its two ends, which `queries_kernel` sums.
 
     Grid: (slots, G · H). A slot takes every `slots`-th query tile and, of the keys, those within reach. Scores of a tile
@@ -458,7 +478,7 @@ def table_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, parts, C: 
             end = tl.minimum(last, highest + a.reach)
             for block in tl.range(0, tl.cdiv(end - tl.minimum(begin, end), C.BN)):
                 j0 = begin + block * C.BN
-                ds = _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s, b, g, h, i, i0 + r < a.M,
+                ds = _score_tile(a, grad, grad_b, grad_m, grad_g, grad_h, stats, s, b, g, h, i, i0 + r < a.M,
                                  i0, j0, last, C)  # fmt: skip
                 for window in tl.range(0, tl.cdiv(C.BN + highest - lowest, W)):
                     d0 = j0 - highest + window * W

@@ -1,7 +1,7 @@
 """Tile sizes, warps and stages by kernel, element size, head dimension and architecture. Knows no problem and no launch.
 
-The table is plain data; nothing is tuned at run time. What it says of `hopper` was the fastest on an H200 among what
-benchmarks/tune_triton.py tries; the other families were only compiled.
+The table is plain data; nothing is tuned at run time. What it says of `hopper` was the fastest on an H200 or an H100
+among what benchmarks/tune_triton.py tries; the other families were only compiled.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Row = tuple[Tile, Tile, Tile]
 _HALF: dict[str, dict[str, Row]] = {
     "hopper": {
         "forward": (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        "keys": (Tile(32, 128, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        "keys": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
         "queries": (Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
         "table": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
     },

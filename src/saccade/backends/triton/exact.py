@@ -19,6 +19,7 @@ from saccade.backends.triton.primitives import (
     kept,
     key_scales,
     load_keys,
+    load_lse,
     load_stats,
     load_tile,
     range_of,
@@ -72,7 +73,7 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
         if q.dtype == tl.float8e4nv:
             q = q.to(tl.bfloat16)
         stat = ((split * a.B + b).to(tl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
-        lse2, _ = load_stats(lse, lse, stat)
+        lse2 = load_lse(lse, stat)
         slope = slope_of(a, b, g, h[:, None])
         acc = tl.full([STEP, C.V], 0.0, tl.float32)
         for s in tl.static_range(max(C.S, 1)):
@@ -116,7 +117,7 @@ def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
 
 
 @triton.jit
-def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.constexpr, b, g, h, i0, j0, end,
+def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, s: tl.constexpr, b, g, h, i0, j0, end,
                C: tl.constexpr):  # fmt: skip
     """Rows i0 … and keys j0 … of one step: q, k, do [16, ·], weights with dropout, gradient of q·k, where visible."""
     n = tl.arange(0, STEP)
@@ -125,7 +126,7 @@ def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.conste
     q = load_tile(at, n, a.q_m, a.M - i0, True, C.K, C.k_dim)
     at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
     do = load_tile(at, n, grad_m, a.M - i0, True, C.V, C.v_dim)
-    lse2, delta_ = load_stats(lse, delta, ((b * a.G + g) * C.H + h).to(tl.int64) * a.M + i)
+    lse2, delta = load_stats(a, stats, b, g, h, i, C)
     key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
     value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
     k = load_keys(key, a.k_n, n, j0, end, True, STEP, C.K, C.k_dim, 0)
@@ -143,12 +144,12 @@ def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s: tl.conste
         keep = kept(a, b, i * 0 + g * C.H + h, i, j0, STEP, STEP, C)
         dropped = tl.where(keep, p * a.keep_scale, 0.0)
         dp = tl.where(keep, dp * a.keep_scale, 0.0)
-    ds = score_gradient(p, tl.where(visible, dp, 0.0), delta_[:, None], True)
+    ds = score_gradient(p, tl.where(visible, dp, 0.0), delta[:, None])
     return q, k, do, dropped, ds, raw_gradient(ds, unit, C), visible, j - diagonal[:, None]
 
 
 @triton.jit
-def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dk, dv, b, g, n0, C: tl.constexpr):
+def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dk, dv, b, g, n0, C: tl.constexpr):
     """The block of `keys_kernel`; visits every query."""
     n = tl.arange(0, STEP)
     columns, columns_v = tl.arange(0, C.K), tl.arange(0, C.V)
@@ -163,7 +164,7 @@ def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dk, dv, b, g
                 lo, hi, _ = range_of(a, s, b, tl.minimum(i0 + n, a.M - 1), C)
                 first, _1, _2, last = bounds_of(lo, hi)
                 if (first < j0 + STEP) & (last > j0):
-                    q, _3, do, p, _4, ds, visible, _5 = pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta,
+                    q, _3, do, p, _4, ds, visible, _5 = pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats,
                                                                    s, b, g, h, i0, j0, a.N, C)  # fmt: skip
                     seen = tl.trans(visible.to(tl.int32)) != 0
                     dv_acc = exact_dot(tl.trans(p), seen, do, dv_acc, C)
@@ -179,7 +180,7 @@ def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dk, dv, b, g
 
 
 @triton.jit
-def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslopes, dends, b, g, h, tile,
+def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dq, dslopes, dends, b, g, h, tile,
                   C: tl.constexpr):  # fmt: skip
     """The tile of `queries_kernel`."""
     n = tl.arange(0, STEP)
@@ -197,7 +198,7 @@ def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, dq, dslop
             begin = tl.minimum(first, last) // 16 * 16
             for t in tl.range(0, tl.cdiv(last - begin, STEP), num_stages=1):
                 _3, k, _4, _5, dbias, ds, visible, distance = pair_exact(
-                    a, grad, grad_b, grad_m, grad_g, grad_h, lse, delta, s, b, g, h, i0, begin + t * STEP, last, C)  # fmt: skip
+                    a, grad, grad_b, grad_m, grad_g, grad_h, stats, s, b, g, h, i0, begin + t * STEP, last, C)  # fmt: skip
                 acc = exact_dot(ds, visible, k, acc, C)
                 if dslopes is not None:
                     dslope -= tl.sum(dbias * tl.abs(distance).to(tl.float32), 1)

@@ -18,13 +18,13 @@ from saccade.backends.triton import config, plans
 from saccade.backends.triton.backward_kernels import (
     bias_kernel,
     bounds_kernel,
-    delta_kernel,
     keys_kernel,
     queries_kernel,
+    stats_kernel,
     table_kernel,
 )
 from saccade.backends.triton.forward_kernels import combine_kernel, forward_kernel
-from saccade.backends.triton.primitives import Arguments, Constants
+from saccade.backends.triton.primitives import STATS, Arguments, Constants
 from saccade.core.problem import Problem
 
 _CACHED_KEYS = 16 * 2**20
@@ -137,10 +137,11 @@ def _backward(
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
-    delta = torch.empty_like(lse)
-    made = {"delta": delta}
+    padded = triton.cdiv(M, STATS.value) * STATS.value
+    stats = lse.new_empty((B, G, H, 2, padded))
+    made = {"stats": stats}
     arguments = _arguments(problem)
-    stats = (grad, *grad.stride()[:4], lse, delta)
+    grads = (grad, *grad.stride()[:4])
     launches: list[Launch] = []
     if needs.query or needs.slopes or needs.table:
         tile = _tile("queries", problem)
@@ -154,13 +155,13 @@ def _backward(
         by_row = [made.get(name) for name in ("query", "slopes", "ends")]
         launches.append(
             (queries_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
-             [arguments, keys, values, *stats, out, grad_lse, *by_row, constants], tile)
+             [arguments, keys, values, *grads, out, grad_lse, lse, stats, *by_row, constants], tile)
         )  # fmt: skip
     else:
         tile = config.Tile(32, 0, 4, 1)
         launches.append(
-            (delta_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
-             [arguments, grad, *grad.stride()[:4], out, grad_lse, delta, _constants(problem, tile, 1)], tile)
+            (stats_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
+             [arguments, *grads, out, grad_lse, lse, stats, _constants(problem, tile, 1)], tile)
         )  # fmt: skip
     if needs.key:
         made["key"] = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
@@ -185,10 +186,10 @@ def _backward(
             bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
             launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.Tile(0, 0, 1, 1)))
         constants = constants._replace(descriptors=constants.descriptors and _describable(grad))
-        queries, grads = _query_tiles(problem, grad, constants)
+        tiles_of = _query_tiles(problem, grad, constants)
         launches.append(
             (keys_kernel, (triton.cdiv(N, tile.BN) * G * B,),
-             [arguments, queries, grads, *stats, *bounds, dk, dv, constants], tile)
+             [arguments, *tiles_of, *grads, stats, *bounds, dk, dv, constants], tile)
         )  # fmt: skip
     for n, term in enumerate(problem.biases):
         if not needs.biases[n]:
@@ -200,15 +201,16 @@ def _backward(
         tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
         launches.append(
             (bias_kernel, (tiles * math.prod(shape[:3]),),
-             [arguments, *stats, made[f"bias {n}"], *shape, _constants(problem, tile, 1)], tile)
+             [arguments, *grads, stats, made[f"bias {n}"], *shape, _constants(problem, tile, 1)], tile)
         )  # fmt: skip
     if needs.table and problem.table is not None:
         tile = _tile("table", problem)
         slots = min(B * triton.cdiv(M, tile.BM), max(1, 8 * _processors(query.device) // (G * H)))
         made["table"] = query.new_empty((slots, *problem.table.shape), dtype=torch.float32)
         launches.append(
-            (table_kernel, (slots, G * H), [arguments, *stats, made["table"], _constants(problem, tile, 1)], tile)
-        )
+            (table_kernel, (slots, G * H),
+             [arguments, *grads, stats, made["table"], _constants(problem, tile, 1)], tile)
+        )  # fmt: skip
     return made, _launched(query, launches)
 
 
@@ -226,7 +228,7 @@ def _gradients(problem: Problem, made: plans.Made, lse: Tensor, needs: Needs) ->
         dtable = dtable.to(problem.table.dtype)
     dbiases = [made[f"bias {n}"].to(term.dtype) if needs.biases[n] else None for n, term in enumerate(problem.biases)]
     if needs.sinks and problem.sinks is not None:
-        dsinks = _sinks_gradient(problem.sinks, lse, made["delta"])
+        dsinks = _sinks_gradient(problem.sinks, lse, made["stats"][..., 1, : lse.shape[-1]])
     dq = made["query"] if needs.query else None
     return Gradients(dq, made.get("key"), made.get("value"), dslopes, dtable, dsinks, dbiases)
 

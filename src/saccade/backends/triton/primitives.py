@@ -144,6 +144,8 @@ FAR = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(2.0**24)
 """Beyond it fp32 has no fractions."""
+STATS = tl.constexpr(128)
+"""To a multiple of this rows of a head's statistics are padded; every tile's rows divide it."""
 # Triton 3.9 warns where `reshape` is told that the order does not matter, and 3.10 will not be told.
 MAY_REORDER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
@@ -160,16 +162,20 @@ def rows_of(a, start, h0, BM: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def range_of(a, s: tl.constexpr, b, i, C: tl.constexpr):
-    """lo, hi and diagonal of rows i in range s."""
+def range_of(a, s: tl.constexpr, b, i, C: tl.constexpr, valid=None):
+    """lo, hi and diagonal of rows i in range s; rows that are not valid, where that is given, see nothing."""
     if C.S == 0:
         lo = i * 0
         hi = lo + a.N
+        if valid is not None:
+            hi = tl.where(valid, hi, lo)
         diagonal = i
     else:
-        lo = tl.load(a.lo + s * a.lo_s + b * a.lo_b + i * a.lo_m)
-        hi = tl.load(a.hi + s * a.hi_s + b * a.hi_b + i * a.hi_m)
-        diagonal = tl.load(a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m)
+        none = None if valid is None else 0
+        lo = tl.load(a.lo + s * a.lo_s + b * a.lo_b + i * a.lo_m, mask=valid, other=none)
+        hi = tl.load(a.hi + s * a.hi_s + b * a.hi_b + i * a.hi_m, mask=valid, other=none)
+        at = a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m
+        diagonal = tl.load(at, mask=valid, other=none)
     if C.page > 0:
         # The row of keys is the sequences' logical keys laid end to end.
         base = tl.load(a.sequence + i) * a.period
@@ -507,12 +513,9 @@ def weights_of(s, a, b, g, h, i, j, lo, hi, diagonal, slope, tilt, lse2, MASKED:
 
 
 @triton.jit
-def score_gradient(p, dp, delta, MASKED: tl.constexpr):
+def score_gradient(p, dp, delta):
     """Gradient of the biased score (natural units) from that of the weight; 0 where hidden even if dp is NaN."""
-    ds = p * (dp - delta)
-    if MASKED:
-        ds = tl.where(p == 0, 0.0, ds)
-    return ds
+    return tl.where(p == 0, 0.0, p * (dp - delta))
 
 
 @triton.jit
@@ -524,9 +527,20 @@ def raw_gradient(ds, unit, C: tl.constexpr):
 
 
 @triton.jit
-def load_stats(lse, delta, at):
-    """`load_lse`, and delta."""
-    return load_lse(lse, at), tl.load(delta + at)
+def stats_at(a, stats, b, g, h, C: tl.constexpr):
+    """Where lse in log₂ of a head's rows lies, and how far behind it delta does, in stats [B, G, H, 2, padded M].
+
+    Heads begin aligned and no tile ends outside of its head, so that many rows are read at once, without a mask.
+    """
+    rows = tl.cdiv(a.M, STATS) * STATS
+    return stats + ((b * a.G + g) * C.H + h).to(tl.int64) * (2 * rows), rows
+
+
+@triton.jit
+def load_stats(a, stats, b, g, h, i, C: tl.constexpr):
+    """lse in log₂ and delta of rows i."""
+    at, rows = stats_at(a, stats, b, g, h, C)
+    return tl.load(at + i), tl.load(at + rows + i)
 
 
 @triton.jit
