@@ -154,7 +154,7 @@ def test_batches_of_more_than_65535_heads(monkeypatch):
     out, lse = launch.forward(problem)
     for asked in (True, False):
         launch.backward(problem, out, None, out, lse, Needs(asked, True, True, False, asked, False, [True]))
-    assert set(grids) == {"forward_kernel", "delta_kernel", "queries_kernel", "bounds_kernel", "keys_kernel",
+    assert set(grids) == {"forward_kernel", "stats_kernel", "queries_kernel", "bounds_kernel", "keys_kernel",
                           "bias_kernel", "table_kernel"}  # fmt: skip
     assert all(n < 65536 for grid in grids.values() for n in grid[1:])
 
