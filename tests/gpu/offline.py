@@ -243,7 +243,9 @@ def main(name: str, every: bool, plain: bool) -> None:
                 needs = Needs(True, True, True, False, problem.table is not None, False, [True] * len(problem.biases))
                 launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
                 # Where no query's gradient is asked for, what that kernel makes for others has one of its own.
-                launch.backward(problem, torch.zeros_like(out), None, out, lse, Needs(*[False] * 6, []))
+                launch.backward(
+                    problem, torch.zeros_like(out), None, out, lse, Needs(*[False] * 6, [False] * len(problem.biases))
+                )
             for result in results:
                 print(json.dumps({**work._asdict(), **result._asdict()}), flush=True)
             results.clear()
