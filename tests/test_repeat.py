@@ -173,6 +173,8 @@ def test_bad_input_is_seen_behind_a_good_call():
     with pytest.raises(ValueError, match="mask"):
         saccade.attention(q, k, v, scale=1, mask=7)
     with pytest.raises(ValueError, match="key"):
+        saccade.attention(q, k[0], v, bias=torch.ones(5, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match="key"):
         saccade.attention(q, k[0], v, scale=1, mask=saccade.Causal())
 
 

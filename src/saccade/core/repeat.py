@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.backends import Again, Recorder, load
-from saccade.core.biases import Alibi, Bias, DenseBias, RelativeBias, as_bias
+from saccade.core.biases import Alibi, Bias, DenseBias, RelativeBias
 from saccade.core.library import attend
 from saccade.core.lowering import EVERYTHING, Kept, kept
 from saccade.core.masks import Mask
@@ -53,15 +53,19 @@ def look(
     if others is not None:
         found.append(tuple(x is None for x in others))
         told += [x for x in others if x is not None]
-    if bias is not None:
-        if not isinstance(bias, (Bias, Tensor)):
+    if isinstance(bias, Tensor):
+        found.append(DenseBias)
+        told.append(bias)
+    elif bias is not None:
+        if not isinstance(bias, Bias):
             return None
-        for term in as_bias(bias).terms:
+        for term in bias.terms:
             if type(term) not in _TERMS:
                 return None
             found.append(type(term))
             told += vars(term).values()
     pointers: list[int] = []
+    held: object = told
     graded = torch.is_grad_enabled()
     try:
         for x in told:
@@ -71,19 +75,20 @@ def look(
             pointers.append(pointer)
             # Kernels are made for aligned memory.
             found += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)
+        if mask is not None or bias is not None:
+            if type(mask) is KeyRanges:
+                seen = mask.seen()
+            else:
+                known = _kept(EVERYTHING if mask is None else mask, query, key)
+                if known is None:
+                    return None
+                held, seen = (told, known), known.seen
+            if seen is None:
+                return None
+            found.append(seen.form)
+            pointers += seen.pointers
     except RuntimeError:  # of a sparse tensor
         return None
-    held: object = told
-    if mask is not None or bias is not None:
-        if type(mask) is KeyRanges:
-            seen = mask.seen()
-        else:
-            known = _kept(EVERYTHING if mask is None else mask, query, key)
-            held, seen = (told, known), None if known is None else known.seen
-        if seen is None:
-            return None
-        found.append(seen.form)
-        pointers += seen.pointers
     # Tensors are told apart by their addresses, so those that share one must do so again.
     if len(set(pointers)) < len(pointers):
         found.append(tuple(map(pointers.index, pointers)))
