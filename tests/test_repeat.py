@@ -360,6 +360,18 @@ def test_tensors_to_be_negated_when_read(backend):
     torch.testing.assert_close(got, torch.autograd.grad(want, plain, grad.clone())[0])
 
 
+@needs_library
+def test_zeros_that_have_no_memory():
+    """As torch has them for gradients; what reads memory would read at address 0."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    zeros = torch._efficientzerotensor(q.shape)
+    for _ in range(3):
+        out = saccade.attention(q.detach(), k.detach(), torch._efficientzerotensor(v.shape))
+        assert torch.equal(out, torch.zeros_like(out))
+    for grad in torch.autograd.grad(saccade.attention(q, k, v), (q, k, v), zeros):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
 def test_masks_of_numbers_are_lowered_once():
     cpu = torch.device("cpu")
     mask = saccade.Documents([2, 3]) & saccade.Causal()

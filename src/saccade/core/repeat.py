@@ -72,6 +72,8 @@ def look(
             if type(x) not in PLAIN or x.is_neg() or (graded and x.requires_grad):
                 return None
             pointer = x.data_ptr()
+            if not pointer and x.numel():  # zeros that have no memory
+                return None
             pointers.append(pointer)
             # Kernels are made for aligned memory.
             found += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)

@@ -34,5 +34,6 @@ def unwatched() -> bool:
 
 
 def plain(x: Tensor) -> bool:
-    """Whether a tensor is what its address, strides and dtype say: of no subclass, and not to be negated when read."""
-    return type(x) in PLAIN and not x.is_neg()
+    """Whether a tensor is what its address, strides and dtype say: of no subclass, not to be negated when read, and not
+    zeros that have no memory."""
+    return type(x) in PLAIN and not x.is_neg() and not x._is_zerotensor()
