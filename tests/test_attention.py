@@ -335,6 +335,19 @@ def test_compile_fullgraph_without_recompiling_for_new_lengths():
     assert counter.frame_count == 1
 
 
+def test_compiled_with_symbols_for_all_sizes_and_a_bias_made_inside():
+    """The heads are a symbol in the query and a number in the slopes."""
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    q, k, v = qkv(M=9, N=9, B=1)
+
+    def f(q, k, v):
+        return saccade.attention(q, k, v, bias=saccade.Alibi(torch.full((4,), 0.5)))
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), f(q, k, v))
+
+
 def test_masks_and_biases_meet_tensors_inside_a_compiled_function():
     """`&` and `+` with a tensor on either side; no recompile for other values."""
     torch.use_deterministic_algorithms(False)

@@ -1,6 +1,8 @@
 """Calls made again without being looked at anew: when they are, and that nothing that matters goes unseen."""
 
 import warnings
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 import saccade
 from saccade.backends import native
-from saccade.core import lowering, repeat
+from saccade.core import biases, lowering, masks, repeat
 from saccade.core.ranges import KeyRanges
 
 needs_library = pytest.mark.skipif(
@@ -153,16 +155,25 @@ def test_bad_input_is_seen_behind_a_good_call():
             saccade.attention(q, k, v, scale=scale)
         with pytest.raises(ValueError, match="scale"):
             saccade.attention(q, k, v, scale=bad)
-    with pytest.raises(ValueError, match="dropout_p"):
-        saccade.attention(q, k, v, scale=1, dropout_p=False)
+    for bad in (False, torch.zeros(2), torch.zeros(1, device="meta")):
+        with pytest.raises(ValueError, match="dropout_p"):
+            saccade.attention(q, k, v, scale=1, dropout_p=bad)
     with pytest.raises(ValueError, match="query"):
         saccade.attention(q.to_sparse(), k, v, scale=1)
     with pytest.raises(ValueError, match="query"):
         saccade.attention(7, k, v, scale=1)
+    for bad in (None, 7, Tensor):
+        with pytest.raises(ValueError, match="query"):
+            saccade.attention(bad, k, v, mask=saccade.Causal())
+        with pytest.raises(ValueError, match="key"):
+            saccade.attention(q, bad, v, mask=saccade.Causal())
+    assert len(saccade.attention(q, k, v, return_lse=[1])) == 2, "what is no bool has a truth all the same"
     with pytest.raises(ValueError, match="bias"):
         saccade.attention(q, k, v, scale=1, bias=7)
     with pytest.raises(ValueError, match="mask"):
         saccade.attention(q, k, v, scale=1, mask=7)
+    with pytest.raises(ValueError, match="key"):
+        saccade.attention(q, k[0], v, bias=torch.ones(5, 7, dtype=torch.int64))
     with pytest.raises(ValueError, match="key"):
         saccade.attention(q, k[0], v, scale=1, mask=saccade.Causal())
 
@@ -205,6 +216,74 @@ def test_ranges_for_any_number_of_keys_are_cut_off_each_time(repeated):
     ranges.hi.fill_(99)
     assert torch.equal(saccade.attention(q, k, v, mask=ranges), saccade.attention(q, k, v))
     assert not any(repeated)
+
+
+@needs_library
+def test_ranges_that_are_given_another_form_in_place_are_checked_again():
+    q, k, v = tensors(N=5)
+    changes = (
+        lambda x: x.resize_(1, 1, 2),
+        lambda x: x.squeeze_(),
+        lambda x: setattr(x, "data", x.long()),
+    )
+    for change in changes:
+        ranges = saccade.Causal().lower(1, 5, 5)
+        for _ in range(3):
+            saccade.attention(q, k, v, mask=ranges)
+        change(ranges.hi)
+        with pytest.raises(ValueError, match="ranges"):
+            saccade.attention(q, k, v, mask=ranges)
+
+
+@needs_library
+def test_a_lowered_mask_outlives_its_being_forgotten():
+    """Another thread may forget it between the look at a call and its computation."""
+    q, k, v = tensors(N=5)
+    for _ in range(2):
+        want = saccade.attention(q, k, v, mask=saccade.Causal())
+    held = weakref.ref(next(iter(lowering._kept.values())).ranges.lo)
+    call = repeat.look(q, k, v, saccade.Causal(), None, None, (1,))
+    lowering._kept.clear()
+    assert held() is not None
+    del call
+    assert held() is None
+    assert torch.equal(saccade.attention(q, k, v, mask=saccade.Causal()), want)
+
+
+class Learned(biases.Bias):
+    """A user's bias, which makes its term whenever it is asked."""
+
+    def __init__(self, log):
+        self.log = log
+
+    @property
+    def terms(self):
+        return (saccade.Alibi(self.log.exp()),)
+
+
+class Hidden(saccade.Alibi):
+    """A user's bias whose slopes no field tells of."""
+
+    log = torch.zeros(4, requires_grad=True)
+
+    def __init__(self):
+        pass
+
+    @property
+    def slopes(self):
+        return self.log.exp()
+
+
+@needs_library
+def test_biases_that_a_user_makes():
+    # As much memory for the output as for the slopes: what nobody held would be given to it.
+    q, k, v = tensors(M=1, Hq=4, Hkv=4, K=1, V=1)
+    want = saccade.attention(q, k, v, bias=saccade.Alibi(torch.ones(4)), backend="reference")
+    learned = Learned(torch.zeros(4))
+    for _ in range(5):
+        torch.testing.assert_close(saccade.attention(q, k, v, bias=learned), want)
+    for _ in range(3):
+        assert saccade.attention(q, k, v, bias=Hidden()).requires_grad
 
 
 @needs_library
@@ -281,6 +360,18 @@ def test_tensors_to_be_negated_when_read(backend):
     torch.testing.assert_close(got, torch.autograd.grad(want, plain, grad.clone())[0])
 
 
+@needs_library
+def test_zeros_that_have_no_memory():
+    """As torch has them for gradients; what reads memory would read at address 0."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    zeros = torch._efficientzerotensor(q.shape)
+    for _ in range(3):
+        out = saccade.attention(q.detach(), k.detach(), torch._efficientzerotensor(v.shape))
+        assert torch.equal(out, torch.zeros_like(out))
+    for grad in torch.autograd.grad(saccade.attention(q, k, v), (q, k, v), zeros):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
 def test_masks_of_numbers_are_lowered_once():
     cpu = torch.device("cpu")
     mask = saccade.Documents([2, 3]) & saccade.Causal()
@@ -301,7 +392,56 @@ def test_masks_of_numbers_are_lowered_once():
         lowering.lower(saccade.Window(n), 1, 5, 5, cpu)
     assert len(lowering._kept) <= lowering._MOST
     lowering.lower(saccade.Causal(), 1, lowering._LARGEST + 1, 5, cpu)
-    assert not any(x.lo.numel() > lowering._LARGEST for x in lowering._kept.values())
+    assert not any(x.ranges.lo.numel() > lowering._LARGEST for x in lowering._kept.values())
+
+
+class Halved(masks.Combined):
+    """A user's mask that is lowered in its own way."""
+
+    def lower(self, batch, M, N, device="cpu"):
+        made = super().lower(batch, M, N, device)
+        return replace(made, hi=torch.minimum(made.hi, torch.tensor(2)).int())
+
+
+class Upto(masks.Layout):
+    """A user's layout that depends on more than its fields."""
+
+    stop = 2
+
+    def frame(self, batch, M, N, device):
+        row = torch.arange(M, dtype=torch.int32, device=device).reshape(1, 1, M)
+        return masks.Frame(row * 0, row * 0 + self.stop, row, row)
+
+
+def test_masks_that_a_user_makes_are_lowered_each_time(monkeypatch):
+    q, k, v = tensors(N=5)
+    causal = saccade.Causal() & saccade.Window(3)
+    halved = Halved(causal.parts)
+    for mask in (causal, halved, causal, halved):
+        want = saccade.attention(q, k, v, mask=mask.materialize(5, 5), backend="reference")
+        torch.testing.assert_close(saccade.attention(q, k, v, mask=mask), want)
+    before = saccade.attention(q, k, v, mask=Upto())
+    monkeypatch.setattr(Upto, "stop", 4)
+    assert not torch.equal(saccade.attention(q, k, v, mask=Upto()), before)
+
+
+def test_what_is_lowered_where_torch_makes_something_else_is_not_kept():
+    q, k, v = tensors(N=5)
+    want = saccade.attention(q, k, v, mask=torch.ones(5, 5, dtype=torch.bool).tril())
+
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda q: saccade.attention(q, k, v, mask=saccade.Causal()).sum())(q)
+    with Watching():
+        saccade.attention(q, k, v, mask=saccade.Causal())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(lambda q: saccade.attention(q, k, v, mask=saccade.Causal()), q, check_trace=False)
+    assert not lowering._kept
+    torch.testing.assert_close(saccade.attention(q, k, v, mask=saccade.Causal()), want)
 
 
 def test_no_more_calls_are_known_than_shall_be(monkeypatch):

@@ -145,7 +145,7 @@ def test_a_call_again_makes_what_is_asked_for(results):
         others = sorted(given[results:])
         assert all(x % 16 == 0 for x in others)
         assert all(b - a >= 32 * 2 * 4 for a, b in pairwise(others))
-        scratch = plans._scratch.by_stream[99]
+        scratch = plans._scratch.by_stream[torch.device("cpu"), 99]
         assert scratch.data_ptr() == others[0]
         assert others[-1] + call.made[-1].nbytes <= scratch.data_ptr() + scratch.nbytes
 
@@ -169,7 +169,9 @@ def test_scratch_is_of_a_thread_and_a_stream_and_of_no_graph(monkeypatch):
     large = plans._scratch(10**6, torch.device("cpu"), 98)
     assert large.nbytes >= 10**6
     where()
-    assert plans._scratch.by_stream[98] is large
+    assert plans._scratch.by_stream[torch.device("cpu"), 98] is large
+    plans._scratch(8, torch.device("meta"), 98)
+    assert plans._scratch.by_stream[torch.device("cpu"), 98] is large, "another device has a stream of the same number"
 
 
 def test_a_call_again_sees_what_has_changed(monkeypatch):

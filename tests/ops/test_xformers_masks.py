@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xformers_definitions import KINDS, dense_attention, instances, leaves, random
 
-from saccade import Alibi, Causal, Documents, attention
+from saccade import Alibi, Causal, Documents, Window, attention
 from saccade.backends import choose
 from saccade.backends.native import library
 from saccade.ops import fmha
@@ -457,11 +457,44 @@ def test_masks_known_to_the_host_are_lowered_once_and_still_seen_when_they_chang
     with pytest.raises(ValueError, match="query"):
         fmha.memory_efficient_attention(q[:, 1:], k, v, attn_bias=other)
 
-    class Mine(masks.BlockDiagonalMask):
-        def lower(self, batch, M, N, device="cpu"):
-            return Causal().lower(batch, M, N, device)
 
-    mine = Mine(**other._parts())
-    torch.testing.assert_close(
-        fmha.memory_efficient_attention(q, k, v, attn_bias=mine), attention(q, k, v, mask=Causal())
-    )
+class Lowered(masks.BlockDiagonalMask):
+    def lower(self, batch, M, N, device="cpu"):
+        return Causal().lower(batch, M, N, device)
+
+
+class Multiplied(masks.BlockDiagonalMask):
+    def product(self):
+        return super().product() & Window(1)
+
+
+class LaidOut(masks.BlockDiagonalMask):
+    def layout(self):
+        return Documents([4, 5])
+
+
+class Seen(masks.BlockDiagonalMask):
+    def visibility(self):
+        return Causal()
+
+
+class WithBias(masks.MaskWithBias):
+    def lower(self, batch, M, N, device="cpu"):
+        return Causal().lower(batch, M, N, device)
+
+
+def test_masks_that_a_user_derives_say_what_they_are():
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    known = masks.BlockDiagonalMask.from_seqlens([2, 7], device="cpu")
+    documents = Documents([2, 7])
+    for mine, want in (
+        (Lowered(**known._parts()), Causal()),
+        (Multiplied(**known._parts()), documents & Window(1)),
+        (LaidOut(**known._parts()), Documents([4, 5])),
+        (Seen(**known._parts()), documents & Causal()),
+        (WithBias(known, torch.zeros(1, 1, 1, 9)), Causal()),
+        (masks.MaskWithBias(Lowered(**known._parts()), torch.zeros(1, 1, 1, 9)), Causal()),
+    ):
+        for _ in range(3):
+            got = fmha.memory_efficient_attention(q, k, v, attn_bias=mine)
+            torch.testing.assert_close(got, attention(q, k, v, mask=want, backend="reference"))

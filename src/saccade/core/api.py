@@ -125,9 +125,11 @@ def attention(
     others = None
     if not sinks is query_scale is key_scale is value_scale is None:
         others = (sinks, query_scale, key_scale, value_scale)
-    # True is no scale, though it equals one.
-    numbers = (scale, type(scale), softcap, type(softcap), type(dropout_p), return_lse, output_dtype, backend)
-    call = None if dropout_p else repeat.look(query, key, value, mask, bias, others, numbers)
+    call = None
+    if type(dropout_p) in (float, int) and not dropout_p:
+        # True is no scale, though it equals one.
+        numbers = (scale, type(scale), softcap, type(softcap), bool(return_lse), output_dtype, backend)
+        call = repeat.look(query, key, value, mask, bias, others, numbers)
     results = None if call is None else repeat.again(call)
     if results is None:
         query, key, value = autocast_inputs(query, key, value)

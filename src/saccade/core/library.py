@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from saccade.backends import Gradients, Needs, load
 from saccade.core.flops import register_when_imported
 from saccade.core.problem import Problem
+from saccade.core.watch import plain, unwatched
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? diagonal, Tensor? sequence, "
@@ -64,35 +65,6 @@ def _refuse_transforms(problem: Problem) -> None:
             "saccade.attention has no rule for torch.func (vmap, grad, jacrev, …); give it the batch as B, and "
             "differentiate with torch.autograd"
         )
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
-# Asked before every call: looked up once.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transform = torch._C._functorch.maybe_current_level
-_profiled = torch._C._autograd._profiler_enabled
-_traced = torch._C._get_tracing_state
-
-
-def unwatched() -> bool:
-    """Whether no compiler, mode, transform or profiler would notice the op."""
-    return not (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or _dispatch_modes()
-        or _function_modes()
-        or _transform() is not None
-        or _profiled()
-        or _traced() is not None
-    )
-
-
-def plain(x: Tensor) -> bool:
-    """Whether a tensor is what its address, strides and dtype say: of no subclass, and not to be negated when read."""
-    return type(x) in PLAIN and not x.is_neg()
 
 
 def _unobserved(problem: Problem) -> bool:

@@ -471,7 +471,8 @@ def _check_head_tensor(
         heads.append([layout.groups, layout.heads])
     if batch is not None:
         heads += [[batch, *shape] for shape in heads]
-    if list(x.shape) not in heads:
+    # Not `in`: torch's compiler takes a number and a symbol for two things there, though they are equal.
+    if not any(list(x.shape) == shape for shape in heads):
         raise ValueError(f"{name}: got shape {list(x.shape)} (heads), want {' or '.join(map(str, heads))}")
     if x.device != device:
         raise ValueError(f"{name}: got a tensor on {x.device}, want {device} as query")

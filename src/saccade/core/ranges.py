@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Seen(NamedTuple):
+    """Key ranges as those see them who know what to do with the memory."""
+
+    form: tuple[object, ...]
+    """All but where the tensors lie and what they hold."""
+    pointers: list[int]
+    """Addresses of the tensors that are given, in the order of the fields."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +51,20 @@ class KeyRanges:
     dense: Tensor | None = None
     keys: int | None = None
 
-    @cached_property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Those that are given, in the order of the fields."""
-        return tuple(x for x in vars(self).values() if isinstance(x, Tensor))
-
-    @cached_property
-    def form(self) -> Hashable:
-        """All but where the tensors lie and what they hold; None where a subclass of tensors watches."""
-        if any(type(x) is not Tensor for x in self.tensors):
-            return None
-        tensors = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table, self.dense)
-        told = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
-        return (*told, self.page_size, self.keys)
+    def seen(self) -> Seen | None:
+        """As they are now, for a tensor may be given other sizes in place; None where a subclass of tensors watches."""
+        form: list[object] = [self.page_size, self.keys]
+        pointers: list[int] = []
+        for x in (self.lo, self.hi, self.diagonal, self.sequence, self.block_table, self.dense):
+            if x is None:
+                form.append(None)
+            elif type(x) is Tensor:
+                pointer = x.data_ptr()
+                pointers.append(pointer)
+                form += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)
+            else:
+                return None
+        return Seen(tuple(form), pointers)
 
     def to(self, device: torch.device | str) -> KeyRanges:
         """The same ranges on another device."""

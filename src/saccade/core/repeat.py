@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from saccade.backends import Again, Recorder, load
-from saccade.core.biases import Bias, as_bias
-from saccade.core.library import PLAIN, attend, unwatched
-from saccade.core.lowering import EVERYTHING, kept
+from saccade.core.biases import Alibi, Bias, DenseBias, RelativeBias
+from saccade.core.library import attend
+from saccade.core.lowering import EVERYTHING, Kept, kept
 from saccade.core.masks import Mask
 from saccade.core.problem import Problem
 from saccade.core.ranges import KeyRanges
+from saccade.core.watch import PLAIN, unwatched
 
 _MOST = 1024
+_TERMS = (Alibi, RelativeBias, DenseBias)
 
-
-Call = tuple[Hashable, list[int]]
-"""All that a call depends on but where its tensors lie and what they hold, and where they lie."""
+Call = tuple[Hashable, list[int], object]
+"""All that a call depends on but where its tensors lie and what they hold; where they lie; and what holds them, for
+nobody else may: another thread may forget a mask that was lowered before, and a user's bias may make its terms anew."""
 _known: dict[Hashable, Again | None] = {}
 """How calls are made again; None for those that cannot be."""
 
@@ -46,49 +48,57 @@ def look(
     """
     if torch._C._is_any_autocast_enabled() or not unwatched():
         return None
+    found: list[Any] = [numbers]
     told: list[Any] = [query, key, value]
     if others is not None:
-        told += others
-    if bias is not None:
-        if not isinstance(bias, (Bias, Tensor)):
+        found.append(tuple(x is None for x in others))
+        told += [x for x in others if x is not None]
+    if isinstance(bias, Tensor):
+        found.append(DenseBias)
+        told.append(bias)
+    elif bias is not None:
+        if not isinstance(bias, Bias):
             return None
-        for term in as_bias(bias).terms:
-            told += (type(term), *vars(term).values())
-    found: list[Any] = [numbers]
+        for term in bias.terms:
+            if type(term) not in _TERMS:
+                return None
+            found.append(type(term))
+            told += vars(term).values()
     pointers: list[int] = []
+    held: object = told
     graded = torch.is_grad_enabled()
     try:
         for x in told:
-            if type(x) in PLAIN:
-                if x.is_neg() or (graded and x.requires_grad):
-                    return None
-                pointer = x.data_ptr()
-                pointers.append(pointer)
-                # Kernels are made for aligned memory.
-                found += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)
-            elif x is None or isinstance(x, type):
-                found.append(x)
-            else:
+            if type(x) not in PLAIN or x.is_neg() or (graded and x.requires_grad):
                 return None
+            pointer = x.data_ptr()
+            if not pointer and x.numel():  # zeros that have no memory
+                return None
+            pointers.append(pointer)
+            # Kernels are made for aligned memory.
+            found += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)
+        if mask is not None or bias is not None:
+            if type(mask) is KeyRanges:
+                seen = mask.seen()
+            else:
+                known = _kept(EVERYTHING if mask is None else mask, query, key)
+                if known is None:
+                    return None
+                held, seen = (told, known), known.seen
+            if seen is None:
+                return None
+            found.append(seen.form)
+            pointers += seen.pointers
     except RuntimeError:  # of a sparse tensor
         return None
-    if mask is not None or bias is not None:
-        if not isinstance(mask, KeyRanges):
-            mask = _kept(mask, query, key)
-        if mask is None or mask.form is None:
-            return None
-        found.append(mask.form)
-        pointers += map(Tensor.data_ptr, mask.tensors)
     # Tensors are told apart by their addresses, so those that share one must do so again.
     if len(set(pointers)) < len(pointers):
         found.append(tuple(map(pointers.index, pointers)))
-    return tuple(found), pointers
+    return tuple(found), pointers, held
 
 
-def _kept(mask: Any, query: Tensor, key: Tensor) -> KeyRanges | None:
+def _kept(mask: Any, query: Tensor, key: Tensor) -> Kept | None:
     """The mask as it was lowered before."""
-    if mask is None:
-        mask = EVERYTHING
     if not isinstance(mask, Mask) or min(query.dim(), key.dim()) < 2:
         return None
     return kept(mask, query.shape[0], query.shape[1], key.shape[1], query.device)
@@ -96,7 +106,7 @@ def _kept(mask: Any, query: Tensor, key: Tensor) -> KeyRanges | None:
 
 def again(call: Call) -> list[Tensor] | None:
     """The results of a call that was made before; None where it must be made the long way."""
-    key, pointers = call
+    key, pointers, _ = call
     try:
         known = _known.get(key)
     except TypeError:  # not hashable, so nothing that was accepted before
@@ -110,7 +120,7 @@ def first(call: Call, problem: Problem, backend: str, shapes: Sequence[Sequence[
     Args:
         shapes: of what the user wants of it: of out, or of out and lse.
     """
-    key, pointers = call
+    key, pointers, _ = call
     recorder: Recorder | None = getattr(load(backend), "record", None)
     if recorder is None or _known.get(key, recorder) is None:
         return attend(problem, backend)

@@ -143,15 +143,17 @@ class _Scratch(threading.local):
     the one before. A thread has its own, for two may mix their launches."""
 
     def __init__(self) -> None:
-        self.by_stream: dict[int, Tensor] = {}
+        self.by_stream: dict[tuple[torch.device, int], Tensor] = {}
 
     def __call__(self, size: int, device: torch.device, stream: int) -> Tensor:
         """So many bytes; what is returned must be held until the launches are made."""
         if _capturing():  # a graph may run beside what is launched later
             return torch.empty(size, dtype=torch.uint8, device=device)
-        found = self.by_stream.get(stream)
-        if found is None or found.device != device or found.nbytes < size:
-            found = self.by_stream[stream] = torch.empty(size, dtype=torch.uint8, device=device)
+        # Each device numbers its streams for itself; 0 is a stream of all of them.
+        where = device, stream
+        found = self.by_stream.get(where)
+        if found is None or found.nbytes < size:
+            found = self.by_stream[where] = torch.empty(size, dtype=torch.uint8, device=device)
         return found
 
 

@@ -149,7 +149,7 @@ class MaskWithBias(AttentionBias):
         return self.mask.lower(batch, M, N, device)
 
     def lowered(self, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
-        return self.mask.lowered(batch, M, N, device)
+        return (self.mask.lowered if _ours(self) else self.lower)(batch, M, N, device)
 
     def to(self, device: torch.device | str) -> AttentionBias:
         bias = self.bias.to(device) if isinstance(self.bias, Tensor) else self.bias
@@ -275,11 +275,11 @@ class BlockDiagonalMask(_Blocks):
 
     def lowered(self, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
         q, k = self.q_seqinfo.host, self.k_seqinfo.host
-        if type(self).lower is not BlockDiagonalMask.lower or q is None or k is None or not lowering.keeps(device):
-            return super().lowered(batch, M, N, device)
+        if not _ours(self) or q is None or k is None or not lowering.keeps(device):
+            return self.lower(batch, M, N, device)
         # The host knows the lengths: a mask of numbers, of which one lowering serves all layers of a model.
-        _holds("query", self.q_seqinfo, M)
         _holds("key", self.k_seqinfo, N)
+        _holds("query", self.q_seqinfo, M)
         layout, visibility = _documents(tuple(q), tuple(k)), self.visibility()
         return lowering.lower(layout if visibility is None else layout & visibility, batch, M, N, device)
 
@@ -656,6 +656,11 @@ VARLEN_BIASES = (
     PagedBlockDiagonalPaddedKeysMask,
     PagedBlockDiagonalGappyKeysMask,
 )
+
+
+def _ours(mask: AttentionBias) -> bool:
+    """Whether this module says what a mask is; a user's subclass may say it anew, whole or in part."""
+    return type(mask).__module__ == __name__
 
 
 def _is_bool(term: Tensor | Bias) -> TypeGuard[Tensor]:
