@@ -46,7 +46,7 @@ def look(
         others: further tensors that stand for themselves; None where none is given.
         numbers: whatever else the user gave.
     """
-    if torch._C._is_any_autocast_enabled() or not unwatched():
+    if not unwatched() or torch._C._is_any_autocast_enabled():
         return None
     found: list[Any] = [numbers]
     told: list[Any] = [query, key, value]
