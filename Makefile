@@ -26,13 +26,13 @@ $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard native/*)
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/saccade demo
+	$(BIN)/keyspan demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
 
 test-gpu-offline: $(READY)
-	SACCADE_GPU_TESTS=all $(BIN)/python -m pytest -n 2 tests/gpu
+	KEYSPAN_GPU_TESTS=all $(BIN)/python -m pytest -n 2 tests/gpu
 
 # With the machine's own torch and triton, from the checkout: nothing is installed.
 gpu-check:
@@ -47,7 +47,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
-	$(BIN)/saccade bench attention
+	$(BIN)/keyspan bench attention
 
 # Random problems on every instruction set of this machine, under ASan + UBSan and under TSan. After a failure,
 # `build/asan/fuzz 1 SEED` is that problem again; more of them: `build/asan/fuzz COUNT FIRST_SEED`. Needs g++ or clang++
@@ -56,7 +56,7 @@ bench: $(READY)
 ASAN := -O1 -g1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 TSAN := -O1 -g1 -fsanitize=thread
 CXX ?= g++
-FUZZ = $(CXX) -std=c++17 -O2 native/tests/fuzz.cpp build/$(1)/libsaccade.* -Wl,-rpath,$(CURDIR)/build/$(1) -o build/$(1)/fuzz
+FUZZ = $(CXX) -std=c++17 -O2 native/tests/fuzz.cpp build/$(1)/libkeyspan.* -Wl,-rpath,$(CURDIR)/build/$(1) -o build/$(1)/fuzz
 
 sanitize:
 	$(PYTHON) native/build.py build/asan --flags='$(ASAN)'

@@ -1,6 +1,6 @@
 """Builds the native library when the package is installed or a wheel is made. Knows no compiler: native/build.py does.
 
-Where it cannot be built the install goes on without it, and the reason is kept for `saccade info`.
+Where it cannot be built the install goes on without it, and the reason is kept for `keyspan info`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
-TARGET = Path("src/saccade/backends/native")
+TARGET = Path("src/keyspan/backends/native")
 
 
 class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]
@@ -26,12 +26,12 @@ class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]
         import build  # native/build.py
 
         why_not = ROOT / TARGET / "not_built.txt"
-        for stale in (*(ROOT / TARGET).glob("libsaccade.*"), why_not):
+        for stale in (*(ROOT / TARGET).glob("libkeyspan.*"), why_not):
             stale.unlink(missing_ok=True)
         try:
             made = build.build(ROOT / TARGET)
         except build.CannotBuildError as reason:
-            self.app.display_warning(f"saccade is installed without its native backend: {reason}")
+            self.app.display_warning(f"keyspan is installed without its native backend: {reason}")
             why_not.write_text(f"{reason}\n", encoding="utf-8")
             made = why_not
         else:

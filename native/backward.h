@@ -4,8 +4,8 @@
 #pragma once
 #include "forward.h"
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
 // Rows of a tile in both forms: each row (broadcast), and row by row (loaded), which for floats are the same.
@@ -332,5 +332,5 @@ void backward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chun
 }
 
 }  // namespace
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

@@ -40,12 +40,12 @@ def find_compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise CannotBuildError(
-        "no C++ compiler was found when saccade was installed (looked for $CXX, c++, g++ and clang++)"
+        "no C++ compiler was found when keyspan was installed (looked for $CXX, c++, g++ and clang++)"
     )
 
 
 def library_name() -> str:
-    return {"Darwin": "libsaccade.dylib", "Windows": "libsaccade.dll"}.get(platform.system(), "libsaccade.so")
+    return {"Darwin": "libkeyspan.dylib", "Windows": "libkeyspan.dll"}.get(platform.system(), "libkeyspan.so")
 
 
 def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
@@ -56,12 +56,12 @@ def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
     """
     compiler = find_compiler()
     common = [*shlex.split(FLAGS), *shlex.split(flags)]
-    threads = ["-pthread", "-DSACCADE_STD_THREADS"] if std_threads else ["-fopenmp", "-pthread"]
+    threads = ["-pthread", "-DKEYSPAN_STD_THREADS"] if std_threads else ["-fopenmp", "-pthread"]
     if not std_threads and not _accepts(compiler, threads):
-        threads = ["-pthread", "-DSACCADE_STD_THREADS"]  # a compiler without OpenMP, as Apple's
+        threads = ["-pthread", "-DKEYSPAN_STD_THREADS"]  # a compiler without OpenMP, as Apple's
     units = [("plan.cpp", "plan", threads), ("kernels.cpp", "portable", [])]
     if platform.machine().lower() in ("x86_64", "amd64"):
-        units += [("kernels.cpp", isa, [f"-DSACCADE_{isa}", *options.split()]) for isa, options in X86.items()]
+        units += [("kernels.cpp", isa, [f"-DKEYSPAN_{isa}", *options.split()]) for isa, options in X86.items()]
     with tempfile.TemporaryDirectory() as scratch:
 
         def compile_one(unit: tuple[str, str, list[str]]) -> str:
@@ -91,7 +91,7 @@ def _run(command: list[str]) -> None:
     done = _call(command)
     if done.returncode:
         raise CannotBuildError(
-            f"the C++ compiler failed when saccade was installed: {shlex.join(command)}\n{done.stderr}"
+            f"the C++ compiler failed when keyspan was installed: {shlex.join(command)}\n{done.stderr}"
         )
     sys.stderr.write(done.stderr)
 
@@ -100,7 +100,7 @@ def _call(command: list[str], text: str = "") -> subprocess.CompletedProcess[str
     try:
         return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise CannotBuildError(f"the C++ compiler could not be run when saccade was installed: {error}") from None
+        raise CannotBuildError(f"the C++ compiler could not be run when keyspan was installed: {error}") from None
 
 
 if __name__ == "__main__":

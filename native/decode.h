@@ -6,8 +6,8 @@
 #pragma once
 #include "forward.h"
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
 constexpr int BLOCK = STREAMS * RUN;          // keys whose scores are held at a time
@@ -70,7 +70,7 @@ INLINE void fetch_step(const char *p) { __builtin_prefetch(p, 0, 2); }
 // Sums of each of COUNT vectors, a multiple of four.
 template <int COUNT>
 INLINE void sums(const vf *x, float *to) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     // Four vectors at a time become one, whose lanes of four hold their partial sums; then lanes are added up.
     __m512 four[COUNT / 4];
     for (int i = 0; i < COUNT; i += 4) {
@@ -154,7 +154,7 @@ INLINE void weigh_columns(const float *weights, const char *const *values, int64
         for (int c = 0; c < C; c++) store(out + r * width + column + c * W, acc[r][c]);
 }
 
-#if defined(SACCADE_AVX512BF16)
+#if defined(KEYSPAN_AVX512BF16)
 // The same for C · 32 columns of bf16 values: rows of two streams are interleaved, which leaves the columns of `out` in
 // another order until `straighten`; weights [R][STREAMS / 2][RUN] in pairs, in rows of BLOCK words.
 template <int R, int C>
@@ -196,7 +196,7 @@ INLINE void weigh_pairs(const uint32_t *weights, const char *const *values, int6
 
 // The columns of a row that `weigh_pairs` has summed, in their order.
 INLINE void straighten(float *out, int64_t width) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     for (int64_t v = 0; v < width; v += 2 * W) {
@@ -211,7 +211,7 @@ template <int R, int KIND>
 INLINE void weigh(int64_t dims, const float *weights, const char *const *values, int64_t ahead,
                   float *out, int64_t width) {
     int64_t v = 0;
-#if defined(SACCADE_AVX512BF16)
+#if defined(KEYSPAN_AVX512BF16)
     if constexpr (KIND == PAIRS) {
         const uint32_t *pairs = (const uint32_t *)weights;
         for (; v + 4 * W <= dims; v += 4 * W) weigh_pairs<R, 2>(pairs, values, ahead, v, out, width);
@@ -226,7 +226,7 @@ INLINE void weigh(int64_t dims, const float *weights, const char *const *values,
 }
 
 // Three rows occur only where four share a load; where two do, that case must still compile.
-#define SACCADE_BY_ROWS(rows, call)      \
+#define KEYSPAN_BY_ROWS(rows, call)      \
     switch (least(SHARING, rows)) {      \
     case 1: call(1); break;              \
     case 2: call(2); break;              \
@@ -305,8 +305,8 @@ struct Unit {
             for (int share = 0; share < shares; share++) {
                 const T *first = queries + (g * plan.rows + share * SHARING) * query_width;
                 float *to = products + square(g, share) + n * SIDE;
-#define SACCADE_DOTS(R) dots<R, KIND>(p.K, first, query_width, keys.at, keys_ahead, to)
-                SACCADE_BY_ROWS(rows - share * SHARING, SACCADE_DOTS)
+#define KEYSPAN_DOTS(R) dots<R, KIND>(p.K, first, query_width, keys.at, keys_ahead, to)
+                KEYSPAN_BY_ROWS(rows - share * SHARING, KEYSPAN_DOTS)
             }
     }
 
@@ -370,9 +370,9 @@ struct Unit {
             GroupRows<DEPTH * STREAMS> values(seen, g0 * stride, stride);
             for (int64_t g = g0; g < g1; g++, values.step()) {
                 const float *first = scores + square(g, r / SHARING) + r % SHARING * BLOCK + n;
-#define SACCADE_WEIGH(R) \
+#define KEYSPAN_WEIGH(R) \
     weigh<R, VALUES>(p.V, first, values.at, values_ahead, out_row(g, r), plan.value_width)
-                SACCADE_BY_ROWS(alike, SACCADE_WEIGH)
+                KEYSPAN_BY_ROWS(alike, KEYSPAN_WEIGH)
             }
         }
     }
@@ -466,5 +466,5 @@ void combine(const Plan &plan, int64_t b, int64_t query_tile, char *scratch) {
 }
 
 }  // namespace
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

@@ -3,8 +3,8 @@
 #include "product.h"
 #include "rows.h"
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
 // Hands out aligned parts of a thread's scratch memory.
@@ -14,7 +14,7 @@ struct Arena {
     X *take(int64_t count) {
         X *here = (X *)next;
         const int64_t bytes = count * (int64_t)sizeof(X);
-        SACCADE_GUARD(here, bytes);
+        KEYSPAN_GUARD(here, bytes);
         next += (bytes + 63) / 64 * 64 + GUARD;
         return here;
     }
@@ -198,5 +198,5 @@ void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t head_
 }
 
 }  // namespace
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

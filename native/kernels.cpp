@@ -6,8 +6,8 @@
 #include "backward.h"
 #include "decode.h"
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
 void pack_either(const Plan &plan, bool with_gradients, int64_t slot, int64_t b, int64_t g, int64_t panel) {
@@ -37,5 +37,5 @@ const Kernels *kernels() {
     return &all;
 }
 
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

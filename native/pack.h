@@ -6,8 +6,8 @@
 #include "plan.h"
 #include "simd.h"
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
 constexpr int WIDEST = 256;  // head dim
@@ -106,7 +106,7 @@ constexpr int SIDE = 16;
 
 // [SIDE][from_width] words to [SIDE][to_width].
 INLINE void transpose_square(const uint32_t *from, int64_t from_width, uint32_t *to, int64_t to_width) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     // Four rounds of exchanges between rows 1, 2, 4 and 8 apart.
     __m512i x[SIDE], y[SIDE];
     for (int i = 0; i < SIDE; i++) x[i] = _mm512_loadu_si512(from + i * from_width);
@@ -220,5 +220,5 @@ void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t
 }
 
 }  // namespace
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

@@ -1,11 +1,11 @@
 // The C ABI: what Python hands over in one flat block of 8-byte fields. Knows nothing of how attention is computed.
 //
 // Letters: B batch, M queries, N keys in memory, G key/value heads, H query heads per group, K key dim, V value dim.
-// Strides count elements. The same order of fields is packed by saccade/backends/native/library.py.
+// Strides count elements. The same order of fields is packed by keyspan/backends/native/library.py.
 #pragma once
 #include <cstdint>
 
-namespace saccade {
+namespace keyspan {
 
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 
@@ -47,9 +47,9 @@ struct Params {
     int64_t S, RB;
     int64_t sequences, pages, page_size;
     int64_t bias_count, slopes_by_batch, reach;
-    int64_t chunks;                           // runs of rows, as `saccade_backward_chunks` said
+    int64_t chunks;                           // runs of rows, as `keyspan_backward_chunks` said
     int64_t fold_batch, fold_groups;          // a bias gradient is shared by all batches, or all groups
     double scale, softcap, dropout_p;
 };
 
-}  // namespace saccade
+}  // namespace keyspan

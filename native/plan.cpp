@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#if defined(SACCADE_STD_THREADS)
+#if defined(KEYSPAN_STD_THREADS)
 #include <thread>
 #elif defined(_OPENMP)
 #include <omp.h>
@@ -17,12 +17,12 @@
 #include <unistd.h>
 #endif
 
-namespace saccade {
+namespace keyspan {
 namespace {
 
 // ---- threads ----------------------------------------------------------------------------------------------------------
 
-#if defined(_OPENMP) && !defined(SACCADE_STD_THREADS) && (defined(__unix__) || defined(__APPLE__))
+#if defined(_OPENMP) && !defined(KEYSPAN_STD_THREADS) && (defined(__unix__) || defined(__APPLE__))
 // GNU's OpenMP hangs in a forked child whose parent used it; such a child works on its own.
 bool forked = false;
 const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -42,7 +42,7 @@ void share(int64_t threads, int64_t units, const Work &work) {
     const auto run = [&](int64_t thread) {
         for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, thread);
     };
-#if defined(SACCADE_STD_THREADS) || !defined(_OPENMP)
+#if defined(KEYSPAN_STD_THREADS) || !defined(_OPENMP)
     std::vector<std::thread> others;
     for (int64_t thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
     run(0);
@@ -93,7 +93,7 @@ struct Layout : Plan {
     X *part(int64_t size) {
         char *here = params->workspace ? params->workspace + bytes : nullptr;
         bytes += round_up(size, 64) + GUARD;
-        if (here) SACCADE_GUARD(here, size);
+        if (here) KEYSPAN_GUARD(here, size);
         return (X *)here;
     }
 };
@@ -250,7 +250,7 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
     plan.scratch_stride = round_up(scratch, GUARD ? 64 : 4096) + GUARD;
     plan.scratch = plan.part<char>(p.threads * plan.scratch_stride);
     for (int64_t thread = 1; p.workspace && thread <= p.threads; thread++)
-        SACCADE_GUARD(plan.scratch + thread * plan.scratch_stride - GUARD, 0);
+        KEYSPAN_GUARD(plan.scratch + thread * plan.scratch_stride - GUARD, 0);
     if (plan.decode && plan.splits > 1)
         plan.partial = plan.part<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 2) * 4);
     if (backward) {
@@ -353,7 +353,7 @@ void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, i
 }
 
 }  // namespace
-}  // namespace saccade
+}  // namespace keyspan
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -361,14 +361,14 @@ void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, i
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-using namespace saccade;
+using namespace keyspan;
 
-EXPORT int64_t saccade_params_size() { return sizeof(Params); }
-EXPORT int64_t saccade_dense_size() { return sizeof(Dense); }
-EXPORT int64_t saccade_supports(int64_t isa) { return supported(isa); }
+EXPORT int64_t keyspan_params_size() { return sizeof(Params); }
+EXPORT int64_t keyspan_dense_size() { return sizeof(Dense); }
+EXPORT int64_t keyspan_supports(int64_t isa) { return supported(isa); }
 
-EXPORT const char *saccade_threading() {
-#if defined(SACCADE_STD_THREADS) || !defined(_OPENMP)
+EXPORT const char *keyspan_threading() {
+#if defined(KEYSPAN_STD_THREADS) || !defined(_OPENMP)
     return "std::thread";
 #else
     return "OpenMP";
@@ -393,16 +393,16 @@ int64_t with_workspace(const Params *p, bool backward, const Run &run) {
     return 0;
 }
 
-EXPORT int64_t saccade_forward(const Params *p) {
+EXPORT int64_t keyspan_forward(const Params *p) {
     return with_workspace(p, false, [](const Params &own, const Layout &plan, const Kernels &kernels, int64_t threads) {
         (plan.decode ? run_decode : run_forward)(own, plan, kernels, threads);
     });
 }
 
-EXPORT int64_t saccade_backward(const Params *p) { return with_workspace(p, true, run_backward); }
+EXPORT int64_t keyspan_backward(const Params *p) { return with_workspace(p, true, run_backward); }
 
 // Runs of rows that backward is cut into: how many sums the caller provides for.
-EXPORT int64_t saccade_backward_chunks(const Params *p) {
+EXPORT int64_t keyspan_backward_chunks(const Params *p) {
     Params one = *p;
     one.chunks = 1;
     Layout plan{};

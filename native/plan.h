@@ -13,17 +13,17 @@
 
 #include "params.h"
 
-namespace saccade {
+namespace keyspan {
 
 // Under the address sanitizer a part of the workspace ends in bytes that may not be touched.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int64_t GUARD = 64;
-#define SACCADE_GUARD(start, size)                                                                             \
+#define KEYSPAN_GUARD(start, size)                                                                             \
     (__asan_unpoison_memory_region(start, (size_t)(size)),                                                     \
      __asan_poison_memory_region((char *)(start) + (size), (size_t)((63 - ((size) + 63) % 64) + GUARD)))
 #else
 constexpr int64_t GUARD = 0;
-#define SACCADE_GUARD(start, size) ((void)0)
+#define KEYSPAN_GUARD(start, size) ((void)0)
 #endif
 
 constexpr int PANEL = 64;         // keys packed side by side
@@ -106,4 +106,4 @@ namespace avx512bf16 {
 const Kernels *kernels();
 }
 
-}  // namespace saccade
+}  // namespace keyspan

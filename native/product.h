@@ -4,8 +4,8 @@
 #pragma once
 #include "simd.h"
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
 template <class T>
@@ -72,5 +72,5 @@ INLINE void product(int rows, int64_t count, const T *a, int64_t a_row, int64_t 
 }
 
 }  // namespace
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

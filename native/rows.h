@@ -2,8 +2,8 @@
 #pragma once
 #include "pack.h"
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
 constexpr float LOG2E = 1.4426950408889634f;
@@ -232,5 +232,5 @@ INLINE float weight_element(const float *row, int64_t i) { return row[i]; }
 INLINE float weight_element(const uint32_t *row, int64_t i) { return from_bf16(((const uint16_t *)row)[i]); }
 
 }  // namespace
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

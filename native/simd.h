@@ -11,39 +11,39 @@
 #include <immintrin.h>
 #endif
 
-#if defined(SACCADE_AVX512BF16)
-#define SACCADE_NAMESPACE avx512bf16
-#define SACCADE_VECTOR 64
-#elif defined(SACCADE_AVX512)
-#define SACCADE_NAMESPACE avx512
-#define SACCADE_VECTOR 64
-#elif defined(SACCADE_AVX2)
-#define SACCADE_NAMESPACE avx2
-#define SACCADE_VECTOR 32
+#if defined(KEYSPAN_AVX512BF16)
+#define KEYSPAN_NAMESPACE avx512bf16
+#define KEYSPAN_VECTOR 64
+#elif defined(KEYSPAN_AVX512)
+#define KEYSPAN_NAMESPACE avx512
+#define KEYSPAN_VECTOR 64
+#elif defined(KEYSPAN_AVX2)
+#define KEYSPAN_NAMESPACE avx2
+#define KEYSPAN_VECTOR 32
 #else
-#define SACCADE_NAMESPACE portable
-#define SACCADE_VECTOR 16
+#define KEYSPAN_NAMESPACE portable
+#define KEYSPAN_VECTOR 16
 #endif
 
 #define INLINE inline __attribute__((always_inline))
 
-namespace saccade {
-namespace SACCADE_NAMESPACE {
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
 namespace {
 
-constexpr int W = SACCADE_VECTOR / 4;
+constexpr int W = KEYSPAN_VECTOR / 4;
 // Registers of a product's accumulators: ROWS rows of up to COLUMNS vectors; 24 of 32, or 12 of 16.
 constexpr int ROWS = 6;
 constexpr int COLUMNS = W == 16 ? 4 : 2;
 
-typedef float vf __attribute__((vector_size(SACCADE_VECTOR)));
-typedef int32_t vi __attribute__((vector_size(SACCADE_VECTOR)));
-typedef uint32_t vu __attribute__((vector_size(SACCADE_VECTOR)));
-typedef uint16_t vh __attribute__((vector_size(SACCADE_VECTOR / 2)));
-typedef float vf_any __attribute__((vector_size(SACCADE_VECTOR), aligned(4), may_alias));
-typedef uint32_t vu_any __attribute__((vector_size(SACCADE_VECTOR), aligned(4), may_alias));
-typedef uint16_t vh_any __attribute__((vector_size(SACCADE_VECTOR / 2), aligned(2), may_alias));
-typedef uint32_t vu_halves __attribute__((vector_size(SACCADE_VECTOR), aligned(2), may_alias));
+typedef float vf __attribute__((vector_size(KEYSPAN_VECTOR)));
+typedef int32_t vi __attribute__((vector_size(KEYSPAN_VECTOR)));
+typedef uint32_t vu __attribute__((vector_size(KEYSPAN_VECTOR)));
+typedef uint16_t vh __attribute__((vector_size(KEYSPAN_VECTOR / 2)));
+typedef float vf_any __attribute__((vector_size(KEYSPAN_VECTOR), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(KEYSPAN_VECTOR), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(KEYSPAN_VECTOR / 2), aligned(2), may_alias));
+typedef uint32_t vu_halves __attribute__((vector_size(KEYSPAN_VECTOR), aligned(2), may_alias));
 
 template <class T>
 INLINE T least(T a, T b) {
@@ -72,9 +72,9 @@ INLINE vi counting() {
 
 // a > b ? a : b, so that a NaN in `b` comes through and one in `a` does not.
 INLINE vf largest(vf a, vf b) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#elif SACCADE_VECTOR == 32
+#elif KEYSPAN_VECTOR == 32
     return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
@@ -84,7 +84,7 @@ INLINE vf largest(vf a, vf b) {
 INLINE vf absolute(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 
 INLINE float sum(vf x) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     return _mm512_reduce_add_ps((__m512)x);
 #else
     float total = 0;
@@ -94,7 +94,7 @@ INLINE float sum(vf x) {
 }
 
 INLINE float highest(vf x) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     return _mm512_reduce_max_ps((__m512)x);
 #else
     float top = x[0];
@@ -193,9 +193,9 @@ INLINE vf widen_bf16(const uint16_t *p) {
 }
 
 INLINE vf widen_f16(const uint16_t *p) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif SACCADE_VECTOR == 32
+#elif KEYSPAN_VECTOR == 32
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
     vf x;
@@ -212,7 +212,7 @@ INLINE vu rounded_bf16(vf x) {
 }
 
 INLINE vh narrow_bf16(vf x) {
-#if defined(SACCADE_AVX512BF16)
+#if defined(KEYSPAN_AVX512BF16)
     return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
     return __builtin_convertvector(rounded_bf16(x) >> 16, vh);
@@ -220,9 +220,9 @@ INLINE vh narrow_bf16(vf x) {
 }
 
 INLINE vh narrow_f16(vf x) {
-#if SACCADE_VECTOR == 64
+#if KEYSPAN_VECTOR == 64
     return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif SACCADE_VECTOR == 32
+#elif KEYSPAN_VECTOR == 32
     return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     vh y;
@@ -233,7 +233,7 @@ INLINE vh narrow_f16(vf x) {
 
 // Two rows of bf16 as pairs: `a` in the lower half of each word, `b` in the upper.
 INLINE vu pairs_bf16(vf a, vf b) {
-#if defined(SACCADE_AVX512BF16)
+#if defined(KEYSPAN_AVX512BF16)
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
     return (vu)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
@@ -246,7 +246,7 @@ INLINE vu pairs_bf16(vf a, vf b) {
 
 INLINE vf multiply_add(vf acc, vf a, vf b) { return a * b + acc; }
 
-#if defined(SACCADE_AVX512BF16)
+#if defined(KEYSPAN_AVX512BF16)
 constexpr bool HAS_PAIRS = true;
 INLINE vf multiply_add(vf acc, vu a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -259,5 +259,5 @@ INLINE vf multiply_add(vf acc, vu a, vu b) {  // never taken: bf16 is widened wh
 #endif
 
 }  // namespace
-}  // namespace SACCADE_NAMESPACE
-}  // namespace saccade
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan

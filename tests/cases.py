@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import saccade
-from saccade.core.problem import Problem, make_problem
+import keyspan
+from keyspan.core.problem import Problem, make_problem
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Case:
         terms: list[object] = [values(*shape) for shape in self.bias]
         if self.alibi:
             shape = (self.B, self.heads) if self.batched_slopes else (self.heads,)
-            terms.append(saccade.Alibi((values(*shape).abs() * 0.2).to(dtype).double()))
+            terms.append(keyspan.Alibi((values(*shape).abs() * 0.2).to(dtype).double()))
         if self.reach is not None:
-            terms.append(saccade.RelativeBias(values(self.heads, 2 * self.reach + 1)))
+            terms.append(keyspan.RelativeBias(values(self.heads, 2 * self.reach + 1)))
         bias = None
         for term in terms:
             bias = term if bias is None else bias + term
@@ -85,7 +85,7 @@ class Case:
             k, scales["key_scale"] = self.quantized(k)
             v, scales["value_scale"] = self.quantized(v)
             if self.query_run is not None:
-                q, scales["query_scale"] = saccade.quantize(q.float(), self.stored, self.query_run)
+                q, scales["query_scale"] = keyspan.quantize(q.float(), self.stored, self.query_run)
         return make_problem(
             q, k, v, mask=mask, bias=bias, scale=self.scale, softcap=self.softcap, sinks=sinks, dropout_p=self.dropout,
             **scales,
@@ -95,9 +95,9 @@ class Case:
         """Keys or values as they are stored, and their scale; keys and heads differ in size, and so do scales."""
         x = x.float() * torch.exp2(torch.randint(-2, 2, x.shape[:-1]))[..., None]
         if self.run != 0:
-            return saccade.quantize(x, self.stored, self.run)
+            return keyspan.quantize(x, self.stored, self.run)
         # As one row, which has one scale.
-        stored, scale = saccade.quantize(x.reshape(1, -1, x.shape[-1]), self.stored)
+        stored, scale = keyspan.quantize(x.reshape(1, -1, x.shape[-1]), self.stored)
         return stored.view(x.shape), scale[0, 0]
 
 
@@ -105,7 +105,7 @@ def _holes(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.4
 
 
-S = saccade
+S = keyspan
 TABLE = torch.tensor([[3, 0, 5], [6, 1, 2], [4, 0, 3]], dtype=torch.int32)
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 SHORT = [5, 0, 9, 1, 17, 1, 7, 23]

@@ -1,4 +1,4 @@
-"""`saccade.attention` as users call it: layouts, errors, autocast, compile, checkpointing, FLOPs, merging, explain."""
+"""`keyspan.attention` as users call it: layouts, errors, autocast, compile, checkpointing, FLOPs, merging, explain."""
 
 import contextlib
 import itertools
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import saccade
+import keyspan
 from cases import CASES
-from saccade.backends import load
-from saccade.core.library import attend
-from saccade.core.problem import make_problem
-from saccade.testing import differentiable, results, tolerances, with_inputs, worst
+from keyspan.backends import load
+from keyspan.core.library import attend
+from keyspan.core.problem import make_problem
+from keyspan.testing import differentiable, results, tolerances, with_inputs, worst
 
 
 def qkv(M=5, N=7, H=4, G=2, K=8, V=6, B=2, **kw):
@@ -36,13 +36,13 @@ def test_equals_torch(causal):
     want = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
     ).transpose(1, 2)
-    torch.testing.assert_close(saccade.attention(q, k, v, mask=saccade.Causal() if causal else None), want)
+    torch.testing.assert_close(keyspan.attention(q, k, v, mask=keyspan.Causal() if causal else None), want)
 
 
 def test_layouts_agree():
     """4-D with grouped heads, 5-D with shared, expanded or separate keys, and 3-D one head at a time: one result."""
     q, k, v = qkv()
-    out, lse = saccade.attention(q, k, v, return_lse=True)
+    out, lse = keyspan.attention(q, k, v, return_lse=True)
     assert out.shape == (2, 5, 4, 6)
     assert lse.shape == (2, 4, 5)
     five = q.unflatten(2, (2, 2))
@@ -51,11 +51,11 @@ def test_layouts_agree():
         (k[:, :, :, None].expand(-1, -1, -1, 2, -1), v[:, :, :, None].expand(-1, -1, -1, 2, -1)),
         (k[:, :, :, None].repeat(1, 1, 1, 2, 1), v[:, :, :, None]),
     ):
-        out5, lse5 = saccade.attention(five, keys, values, return_lse=True)
+        out5, lse5 = keyspan.attention(five, keys, values, return_lse=True)
         torch.testing.assert_close(out5, out.unflatten(2, (2, 2)))
         torch.testing.assert_close(lse5, lse.unflatten(1, (2, 2)))
     for h in range(4):
-        out3, lse3 = saccade.attention(q[:, :, h], k[:, :, h // 2], v[:, :, h // 2], return_lse=True)
+        out3, lse3 = keyspan.attention(q[:, :, h], k[:, :, h // 2], v[:, :, h // 2], return_lse=True)
         torch.testing.assert_close(out3, out[:, :, h])
         torch.testing.assert_close(lse3, lse[:, h])
 
@@ -64,10 +64,10 @@ def test_gradient_of_expanded_keys_has_an_entry_for_every_head():
     q = torch.randn(1, 5, 2, 3, 4, dtype=torch.float64)
     k = torch.randn(1, 5, 2, 1, 4, dtype=torch.float64).expand(-1, -1, -1, 3, -1).detach().requires_grad_()
     v = torch.randn(1, 5, 2, 3, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda k: saccade.attention(q, k, v), k.clone().requires_grad_())
-    (got,) = torch.autograd.grad(saccade.attention(q, k, v).sin().sum(), k)
+    assert torch.autograd.gradcheck(lambda k: keyspan.attention(q, k, v), k.clone().requires_grad_())
+    (got,) = torch.autograd.grad(keyspan.attention(q, k, v).sin().sum(), k)
     copied = k.detach().clone().requires_grad_()
-    (want,) = torch.autograd.grad(saccade.attention(q, copied, v).sin().sum(), copied)
+    (want,) = torch.autograd.grad(keyspan.attention(q, copied, v).sin().sum(), copied)
     torch.testing.assert_close(got, want)
 
 
@@ -75,20 +75,20 @@ def test_bias_in_five_dims():
     q, k, v = qkv()
     five, k5, v5 = q.unflatten(2, (2, 2)), k[:, :, :, None], v[:, :, :, None]
     bias = torch.randn(2, 4, 5, 7)
-    want = saccade.attention(q, k, v, bias=bias)
-    got = saccade.attention(five, k5, v5, bias=bias.unflatten(1, (2, 2)))
+    want = keyspan.attention(q, k, v, bias=bias)
+    got = keyspan.attention(five, k5, v5, bias=bias.unflatten(1, (2, 2)))
     torch.testing.assert_close(got.flatten(2, 3), want)
     by_group = torch.randn(2, 1, 1, 7)  # one bias per group, where every head has its own keys
     separate = k5.repeat(1, 1, 1, 2, 1), v5.repeat(1, 1, 1, 2, 1)
-    got = saccade.attention(five, *separate, bias=by_group, sinks=torch.zeros(2, 2))
-    want = saccade.attention(q, k, v, bias=by_group.expand(2, 2, 1, 7).flatten(0, 1), sinks=torch.zeros(4))
+    got = keyspan.attention(five, *separate, bias=by_group, sinks=torch.zeros(2, 2))
+    want = keyspan.attention(q, k, v, bias=by_group.expand(2, 2, 1, 7).flatten(0, 1), sinks=torch.zeros(4))
     torch.testing.assert_close(got.flatten(2, 3), want)
 
 
 def test_sum_of_biases_is_the_sum():
     q, k, _ = qkv(M=7)
-    a, b = (saccade.RelativeBias(torch.randn(4, 2 * r + 1)) for r in (2, 4))
-    s, t = (saccade.Alibi(torch.rand(4)) for _ in range(2))
+    a, b = (keyspan.RelativeBias(torch.randn(4, 2 * r + 1)) for r in (2, 4))
+    s, t = (keyspan.Alibi(torch.rand(4)) for _ in range(2))
     dense = torch.randn(7, 7)
 
     def picture(*terms):
@@ -96,7 +96,7 @@ def test_sum_of_biases_is_the_sum():
         for term in terms:
             # With V = one-hot keys and no content, the softmax of the bias alone is what comes out.
             eye = torch.eye(7)[None, :, None].expand(1, 7, 2, 7)
-            out.append(saccade.attention(q[:1] * 0, k[:1] * 0, eye, bias=term).log())
+            out.append(keyspan.attention(q[:1] * 0, k[:1] * 0, eye, bias=term).log())
         return sum(x - x[..., :1] for x in out)
 
     total = picture(a + b + s + dense + t)
@@ -121,30 +121,30 @@ ERRORS = [
     (dict(mask="causal"), "mask", "str"),
     (dict(mask=torch.zeros(5, 7)), "mask", "float32"),
     (dict(mask=torch.zeros(5, 8, dtype=torch.bool)), "mask", r"\[5, 8\]"),
-    (dict(mask=saccade.Documents([2, 2])), "q_lengths", "4 in all"),
-    (dict(mask=saccade.Documents([5], [6])), "k_lengths", "6 in all"),
-    (dict(mask=saccade.Documents(torch.tensor([9]), torch.tensor([7]))), "q_lengths", "9 in all"),
-    (dict(mask=saccade.PaddedKeys([5], [3], 8)), "padding", "1 documents of 8"),
-    (dict(mask=saccade.GappyKeys([5], [3], [5])), "k_starts", "up to 8"),
-    (dict(mask=saccade.PagedKeys([5], [3], [[1, 2]], 2)), "key", "N = 7"),
-    (dict(mask=saccade.PagedKeys([5], [3], [[1, 9]], 7)), "block_table", "page 1"),
-    (dict(mask=saccade.PagedKeys([5], [3], [[-1, 0]], 7)), "block_table", "page -1"),
-    (dict(mask=saccade.KeyLengths([3, 4])), "lengths", "2 entries"),
-    (dict(mask=saccade.KeyLengths([8])), "lengths", "up to 8"),
-    (dict(mask=saccade.SharedPrompt([3], [[2]])), "prompt_lengths", "M = 5, N = 7"),
-    (dict(mask=saccade.Causal().lower(1, 6, 7)), "mask", r"\[1, 1, 6\]"),
-    (dict(mask=saccade.Causal().lower(1, 5, 9)), "mask", "N = 9"),
-    (dict(mask=replace(saccade.Causal().lower(1, 5, 7), hi=torch.zeros(2, 1, 5))), "mask", r"\[2, 1, 5\]"),
-    (dict(mask=replace(saccade.Causal().lower(1, 5, 7), lo=torch.zeros(1, 1, 5))), "mask", "float32"),
-    (dict(mask=replace(saccade.Causal().lower(1, 5, 7), page_size=4)), "mask", "some of"),
+    (dict(mask=keyspan.Documents([2, 2])), "q_lengths", "4 in all"),
+    (dict(mask=keyspan.Documents([5], [6])), "k_lengths", "6 in all"),
+    (dict(mask=keyspan.Documents(torch.tensor([9]), torch.tensor([7]))), "q_lengths", "9 in all"),
+    (dict(mask=keyspan.PaddedKeys([5], [3], 8)), "padding", "1 documents of 8"),
+    (dict(mask=keyspan.GappyKeys([5], [3], [5])), "k_starts", "up to 8"),
+    (dict(mask=keyspan.PagedKeys([5], [3], [[1, 2]], 2)), "key", "N = 7"),
+    (dict(mask=keyspan.PagedKeys([5], [3], [[1, 9]], 7)), "block_table", "page 1"),
+    (dict(mask=keyspan.PagedKeys([5], [3], [[-1, 0]], 7)), "block_table", "page -1"),
+    (dict(mask=keyspan.KeyLengths([3, 4])), "lengths", "2 entries"),
+    (dict(mask=keyspan.KeyLengths([8])), "lengths", "up to 8"),
+    (dict(mask=keyspan.SharedPrompt([3], [[2]])), "prompt_lengths", "M = 5, N = 7"),
+    (dict(mask=keyspan.Causal().lower(1, 6, 7)), "mask", r"\[1, 1, 6\]"),
+    (dict(mask=keyspan.Causal().lower(1, 5, 9)), "mask", "N = 9"),
+    (dict(mask=replace(keyspan.Causal().lower(1, 5, 7), hi=torch.zeros(2, 1, 5))), "mask", r"\[2, 1, 5\]"),
+    (dict(mask=replace(keyspan.Causal().lower(1, 5, 7), lo=torch.zeros(1, 1, 5))), "mask", "float32"),
+    (dict(mask=replace(keyspan.Causal().lower(1, 5, 7), page_size=4)), "mask", "some of"),
     (dict(value=torch.zeros(1, 7, 2, 0)), "value", r"\[1, 7, 2, 0\]"),
     (dict(query=torch.zeros(1, 5, 4, 8).to_sparse()), "query", "sparse"),
     (dict(scale=10**400), "scale", "1000"),
     (dict(bias=torch.zeros(5, 8)), "bias", r"\[5, 8\]"),
     (dict(bias=torch.zeros(5, 7, dtype=torch.bool)), "bias", "bool"),
     (dict(bias="alibi"), "bias", "str"),
-    (dict(bias=saccade.Alibi(torch.ones(3))), "slopes", r"\[3\]"),
-    (dict(bias=saccade.RelativeBias(torch.ones(2, 5))), "table", r"\[2\]"),
+    (dict(bias=keyspan.Alibi(torch.ones(3))), "slopes", r"\[3\]"),
+    (dict(bias=keyspan.RelativeBias(torch.ones(2, 5))), "table", r"\[2\]"),
     (dict(sinks=torch.zeros(2)), "sinks", r"\[2\]"),
     (dict(sinks=torch.zeros(4, dtype=torch.int64)), "sinks", "int64"),
     (dict(scale=math.nan), "scale", "nan"),
@@ -163,46 +163,46 @@ def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name
     given = dict(query=torch.zeros(1, 5, 4, 8), key=torch.zeros(1, 7, 2, 8), value=torch.zeros(1, 7, 2, 6)) | changed
     tensors = [given.pop(n) for n in ("query", "key", "value")]
     with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
-        saccade.attention(*tensors, **given)
+        keyspan.attention(*tensors, **given)
 
 
 CONSTRUCTORS = [
-    (lambda: saccade.Documents([1, -2]), "q_lengths", "-2"),
-    (lambda: saccade.Documents([1.5]), "q_lengths", "1.5"),
-    (lambda: saccade.Documents(3), "q_lengths", "3"),
-    (lambda: saccade.Documents([True]), "q_lengths", "True"),
-    (lambda: saccade.Documents(torch.tensor([1.0])), "q_lengths", "float32"),
-    (lambda: saccade.Documents(torch.tensor([-1])), "q_lengths", "-1"),
-    (lambda: saccade.Documents([1], [1, 2]), "k_lengths", "2 documents"),
-    (lambda: saccade.PaddedKeys([1], [5], 4), "k_lengths", "5 keys"),
-    (lambda: saccade.PaddedKeys([1], [1], 0), "padding", "0"),
-    (lambda: saccade.PagedKeys([1], [5], [[0, 1]], 2), "k_lengths", "5 keys"),
-    (lambda: saccade.PagedKeys([1], [1], [0], 2), "block_table", r"\[1\]"),
-    (lambda: saccade.PagedKeys([1], [1], [[0]], -2), "page_size", "-2"),
-    (lambda: saccade.SharedPrompt([1, 2], [[1]]), "answer_lengths", "1 rows"),
-    (lambda: saccade.SharedPrompt([1], torch.tensor([[-1]])), "answer_lengths", "-1"),
-    (lambda: saccade.Window(-1), "left", "-1"),
-    (lambda: saccade.Window(0, 1.5), "right", "1.5"),
-    (lambda: saccade.Causal("middle"), "align", "'middle'"),
+    (lambda: keyspan.Documents([1, -2]), "q_lengths", "-2"),
+    (lambda: keyspan.Documents([1.5]), "q_lengths", "1.5"),
+    (lambda: keyspan.Documents(3), "q_lengths", "3"),
+    (lambda: keyspan.Documents([True]), "q_lengths", "True"),
+    (lambda: keyspan.Documents(torch.tensor([1.0])), "q_lengths", "float32"),
+    (lambda: keyspan.Documents(torch.tensor([-1])), "q_lengths", "-1"),
+    (lambda: keyspan.Documents([1], [1, 2]), "k_lengths", "2 documents"),
+    (lambda: keyspan.PaddedKeys([1], [5], 4), "k_lengths", "5 keys"),
+    (lambda: keyspan.PaddedKeys([1], [1], 0), "padding", "0"),
+    (lambda: keyspan.PagedKeys([1], [5], [[0, 1]], 2), "k_lengths", "5 keys"),
+    (lambda: keyspan.PagedKeys([1], [1], [0], 2), "block_table", r"\[1\]"),
+    (lambda: keyspan.PagedKeys([1], [1], [[0]], -2), "page_size", "-2"),
+    (lambda: keyspan.SharedPrompt([1, 2], [[1]]), "answer_lengths", "1 rows"),
+    (lambda: keyspan.SharedPrompt([1], torch.tensor([[-1]])), "answer_lengths", "-1"),
+    (lambda: keyspan.Window(-1), "left", "-1"),
+    (lambda: keyspan.Window(0, 1.5), "right", "1.5"),
+    (lambda: keyspan.Causal("middle"), "align", "'middle'"),
     (
-        lambda: saccade.Causal("bottom_right") & saccade.Window(1, align="top_left"),
+        lambda: keyspan.Causal("bottom_right") & keyspan.Window(1, align="top_left"),
         "align",
         "bottom_right and top_left",
     ),
-    (lambda: saccade.SharedPrompt([1], [[1]]) & saccade.Causal("bottom_right"), "align", "bottom_right"),
-    (lambda: saccade.Documents([math.inf]), "q_lengths", "inf"),
-    (lambda: saccade.SharedPrompt([2], 5), "answer_lengths", "5"),
-    (lambda: saccade.SharedPrompt([2], [[6]]) & saccade.Sinks(4), "count", "4"),
-    (lambda: saccade.PagedKeys([1], [1], None, 2), "block_table", "None"),
-    (lambda: saccade.PagedKeys([1], [1], torch.ones(1, 1, dtype=torch.bool), 2), "block_table", "bool"),
-    (lambda: saccade.Prefix(-1), "length", "-1"),
-    (lambda: saccade.Sinks(2.0), "count", "2.0"),
-    (lambda: saccade.Documents([1]) & saccade.KeyLengths([1]), "mask", "Documents & KeyLengths"),
-    (lambda: saccade.Sinks(1) & saccade.Sinks(2), "mask", "Sinks & Sinks"),
-    (lambda: saccade.Causal().draw(), "M", "None"),
-    (lambda: saccade.Causal().draw(-1, 3), "M", "-1"),
-    (lambda: saccade.Alibi([0.5]), "slopes", "list"),
-    (lambda: saccade.RelativeBias(torch.ones(2, 4)), "table", r"\[2, 4\]"),
+    (lambda: keyspan.SharedPrompt([1], [[1]]) & keyspan.Causal("bottom_right"), "align", "bottom_right"),
+    (lambda: keyspan.Documents([math.inf]), "q_lengths", "inf"),
+    (lambda: keyspan.SharedPrompt([2], 5), "answer_lengths", "5"),
+    (lambda: keyspan.SharedPrompt([2], [[6]]) & keyspan.Sinks(4), "count", "4"),
+    (lambda: keyspan.PagedKeys([1], [1], None, 2), "block_table", "None"),
+    (lambda: keyspan.PagedKeys([1], [1], torch.ones(1, 1, dtype=torch.bool), 2), "block_table", "bool"),
+    (lambda: keyspan.Prefix(-1), "length", "-1"),
+    (lambda: keyspan.Sinks(2.0), "count", "2.0"),
+    (lambda: keyspan.Documents([1]) & keyspan.KeyLengths([1]), "mask", "Documents & KeyLengths"),
+    (lambda: keyspan.Sinks(1) & keyspan.Sinks(2), "mask", "Sinks & Sinks"),
+    (lambda: keyspan.Causal().draw(), "M", "None"),
+    (lambda: keyspan.Causal().draw(-1, 3), "M", "-1"),
+    (lambda: keyspan.Alibi([0.5]), "slopes", "list"),
+    (lambda: keyspan.RelativeBias(torch.ones(2, 4)), "table", r"\[2, 4\]"),
 ]
 
 
@@ -213,23 +213,23 @@ def test_constructor_errors(make, name, got):
 
 
 def test_the_choice_of_backend_does_not_depend_on_requires_grad(monkeypatch):
-    from saccade.core import api
+    from keyspan.core import api
 
     seen = []
     choose = api.choose
     monkeypatch.setattr(api, "choose", lambda *given: seen.append(choose(*given)) or seen[-1])
     for needed in (False, True):
         q, k, v = (x.requires_grad_(needed) for x in qkv())
-        saccade.attention(q, k, v)
+        keyspan.attention(q, k, v)
     assert seen[0] == seen[1]
 
 
 def test_an_explicit_backend_never_falls_back(monkeypatch):
-    from saccade.backends import reference
+    from keyspan.backends import reference
 
     monkeypatch.setattr(reference, "reason_against", lambda problem: "it is Monday")
     with pytest.raises(NotImplementedError, match=r"'reference'.*it is Monday"):
-        saccade.attention(*qkv(), backend="reference")
+        keyspan.attention(*qkv(), backend="reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -238,9 +238,9 @@ def test_autocast(dtype):
     q, k, v = (x.requires_grad_() for x in qkv())
     bias = torch.randn(5, 7, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
-        out, lse = saccade.attention(q, k, v.to(dtype), bias=bias, return_lse=True)
+        out, lse = keyspan.attention(q, k, v.to(dtype), bias=bias, return_lse=True)
     with torch.autocast("cpu", enabled=False):  # inputs cast by hand
-        want, want_lse = saccade.attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, return_lse=True)
+        want, want_lse = keyspan.attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, return_lse=True)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     assert torch.equal(out, want)
@@ -252,9 +252,9 @@ def test_autocast(dtype):
 
 def test_output_dtype():
     q, k, v = (x.requires_grad_() for x in qkv(dtype=torch.bfloat16))
-    out = saccade.attention(q, k, v, output_dtype=torch.float32)
+    out = keyspan.attention(q, k, v, output_dtype=torch.float32)
     assert out.dtype == torch.float32
-    assert torch.equal(out.bfloat16(), saccade.attention(q, k, v))
+    assert torch.equal(out.bfloat16(), keyspan.attention(q, k, v))
     out.sum().backward()
     assert q.grad.dtype == torch.bfloat16
 
@@ -263,7 +263,7 @@ def test_activation_checkpointing_with_dropout():
     q, k, v = (x.requires_grad_() for x in qkv(M=7, dtype=torch.float64))
 
     def f(q, k, v):
-        return saccade.attention(q, k, v, mask=saccade.Causal(), dropout_p=0.3)
+        return keyspan.attention(q, k, v, mask=keyspan.Causal(), dropout_p=0.3)
 
     grads = []
     for run in (f, lambda *x: checkpoint(f, *x, use_reentrant=False)):
@@ -280,13 +280,13 @@ def test_opcheck(backend, terms):
     if terms == "plain":  # of another order in memory, which that of the results does not follow
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    kw = dict(mask=saccade.Causal("bottom_right"))
+    kw = dict(mask=keyspan.Causal("bottom_right"))
     if terms == "all":
         tensors = [torch.randn(s, requires_grad=True) for s in ((4,), (4, 5), (4, 1, 8), (6, 1), (4,))]
-        bias = saccade.Alibi(tensors[0]) + saccade.RelativeBias(tensors[1]) + tensors[2] + tensors[3]
+        bias = keyspan.Alibi(tensors[0]) + keyspan.RelativeBias(tensors[1]) + tensors[2] + tensors[3]
         kw |= dict(bias=bias, sinks=tensors[4], softcap=2.0, dropout_p=0.2)
     elif terms == "paged":
-        kw = dict(mask=saccade.PagedKeys([2, 4], [3, 4], [[1, 0], [3, 2]], 2) & saccade.Causal("bottom_right"))
+        kw = dict(mask=keyspan.PagedKeys([2, 4], [3, 4], [[1, 0], [3, 2]], 2) & keyspan.Causal("bottom_right"))
     else:
         kw = {}
     problem, _ = make_problem(q, k, v, **kw)
@@ -295,8 +295,8 @@ def test_opcheck(backend, terms):
     # Leaves: opcheck reads `.grad` of what it is given.
     leaves = {name: x.detach().requires_grad_() for name, x in differentiable(problem).items()}
     problem = with_inputs(problem, leaves)
-    torch.library.opcheck(torch.ops.saccade.attention_forward.default, (*problem, backend))
-    out, lse = torch.ops.saccade.attention_forward(*problem, backend)
+    torch.library.opcheck(torch.ops.keyspan.attention_forward.default, (*problem, backend))
+    out, lse = torch.ops.keyspan.attention_forward(*problem, backend)
     needs = [
         True,
         True,
@@ -310,7 +310,7 @@ def test_opcheck(backend, terms):
     plain = plain._replace(biases=[x.detach() for x in problem.biases])
     args = (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), *plain, needs, backend)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.saccade.attention_backward.default, args, test_utils=utils)
+    torch.library.opcheck(torch.ops.keyspan.attention_backward.default, args, test_utils=utils)
 
 
 def test_compile_fullgraph_without_recompiling_for_new_lengths():
@@ -319,8 +319,8 @@ def test_compile_fullgraph_without_recompiling_for_new_lengths():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def f(q, k, v, lengths, slopes):
-        mask = saccade.Documents(lengths) & saccade.Causal() & saccade.Window(5) & saccade.Sinks(1)
-        return saccade.attention(q, k, v, mask=mask, bias=saccade.Alibi(slopes), return_lse=True)
+        mask = keyspan.Documents(lengths) & keyspan.Causal() & keyspan.Window(5) & keyspan.Sinks(1)
+        return keyspan.attention(q, k, v, mask=mask, bias=keyspan.Alibi(slopes), return_lse=True)
 
     compiled = torch.compile(f, fullgraph=True, backend=counter)
     slopes = torch.rand(4, requires_grad=True)
@@ -342,7 +342,7 @@ def test_compiled_with_symbols_for_all_sizes_and_a_bias_made_inside():
     q, k, v = qkv(M=9, N=9, B=1)
 
     def f(q, k, v):
-        return saccade.attention(q, k, v, bias=saccade.Alibi(torch.full((4,), 0.5)))
+        return keyspan.attention(q, k, v, bias=keyspan.Alibi(torch.full((4,), 0.5)))
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), f(q, k, v))
@@ -356,9 +356,9 @@ def test_masks_and_biases_meet_tensors_inside_a_compiled_function():
     q, k, v = qkv(M=9, N=9, B=1)
 
     def f(lengths, holes, slopes, dense):
-        masks = (saccade.Documents(lengths) & saccade.Causal() & holes, holes & saccade.Window(3))
-        biases = (saccade.Alibi(slopes) + dense, dense + saccade.Alibi(slopes), sum([saccade.Alibi(slopes), dense]))
-        return [saccade.attention(q, k, v, mask=mask, bias=bias) for mask in masks for bias in biases]
+        masks = (keyspan.Documents(lengths) & keyspan.Causal() & holes, holes & keyspan.Window(3))
+        biases = (keyspan.Alibi(slopes) + dense, dense + keyspan.Alibi(slopes), sum([keyspan.Alibi(slopes), dense]))
+        return [keyspan.attention(q, k, v, mask=mask, bias=bias) for mask in masks for bias in biases]
 
     compiled = torch.compile(f, fullgraph=True, backend=counter)
     for lengths in ([5, 4], [1, 8]):
@@ -384,16 +384,16 @@ class Calls(torch.nn.Module):
 
 def test_flop_counter_counts_the_visible_area():
     q, k, v = (x.requires_grad_() for x in qkv(M=64, N=64, B=1))
-    for mask, area in ((None, 64 * 64), (saccade.Causal(), 64 * 65 // 2), (saccade.Documents([32, 32]), 2 * 32 * 32)):
+    for mask, area in ((None, 64 * 64), (keyspan.Causal(), 64 * 65 // 2), (keyspan.Documents([32, 32]), 2 * 32 * 32)):
         with FlopCounterMode(display=False) as counter:
-            out = saccade.attention(q, k, v, mask=mask)
+            out = keyspan.attention(q, k, v, mask=mask)
         assert counter.get_total_flops() == 2 * 4 * area * (8 + 6)
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
         assert counter.get_total_flops() == 2 * 4 * area * (3 * 8 + 2 * 6)
 
 
-@pytest.mark.parametrize("order", [("saccade", "torch.utils.flop_counter"), ("torch.utils.flop_counter", "saccade")])
+@pytest.mark.parametrize("order", [("keyspan", "torch.utils.flop_counter"), ("torch.utils.flop_counter", "keyspan")])
 def test_flops_are_counted_whichever_is_imported_first(order):
     """In a fresh process, with the counter made before the first call."""
     code = f"""
@@ -402,7 +402,7 @@ assert ("torch.utils.flop_counter" in sys.modules) == (sys.argv[1] == "torch.uti
 import {order[1]}
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
-    saccade.attention(*(torch.zeros(1, 3, 1, 4) for _ in "qkv"))
+    keyspan.attention(*(torch.zeros(1, 3, 1, 4) for _ in "qkv"))
 assert counter.get_total_flops() == 2 * 3 * 3 * (4 + 4)
 loader = torch.utils.flop_counter.__spec__.loader
 assert loader.get_source("torch.utils.flop_counter").startswith("# mypy")  # torch's own, as if nobody had looked
@@ -419,12 +419,12 @@ def test_merge_of_parts_is_the_whole(cuts, seed):
     q, k, v = (torch.randn(2, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (5, 9, 9))
 
     def parts():
-        mask = saccade.Causal("bottom_right").materialize(5, 9)[0]
+        mask = keyspan.Causal("bottom_right").materialize(5, 9)[0]
         spans = [slice(a, b) for a, b in itertools.pairwise(cuts)]
-        return [saccade.attention(q, k[:, s], v[:, s], mask=mask[:, s], return_lse=True) for s in spans]
+        return [keyspan.attention(q, k[:, s], v[:, s], mask=mask[:, s], return_lse=True) for s in spans]
 
-    got = saccade.merge(parts())
-    want = saccade.attention(q, k, v, mask=saccade.Causal("bottom_right"), return_lse=True)
+    got = keyspan.merge(parts())
+    want = keyspan.attention(q, k, v, mask=keyspan.Causal("bottom_right"), return_lse=True)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
     grads = [torch.autograd.grad(o.sin().sum() + s.cos().sum(), (q, k, v)) for o, s in (got, want)]
@@ -436,22 +436,22 @@ def test_merge_edges():
     out, lse = torch.full((1, 2, 1, 3), torch.nan), torch.full((1, 1, 2), -torch.inf)
     other = torch.ones(1, 2, 1, 3), torch.tensor([[[0.5, -torch.inf]]])
     live = [x.clone().requires_grad_() for x in other]
-    saccade.merge([(out, lse), tuple(live)])[0].sum().backward()
+    keyspan.merge([(out, lse), tuple(live)])[0].sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in live)
-    merged, total = saccade.merge([(out, lse), other])
+    merged, total = keyspan.merge([(out, lse), other])
     assert torch.equal(merged[0, 0, 0], torch.ones(3))
     assert torch.equal(merged[0, 1, 0], torch.zeros(3))
     assert torch.equal(total, other[1])
-    three, three_lse = saccade.attention(*(torch.randn(2, 4, 3) for _ in range(3)), return_lse=True)
-    torch.testing.assert_close(saccade.merge([(three, three_lse)])[0], three)
-    five = saccade.attention(torch.randn(1, 3, 2, 2, 4), *(torch.randn(1, 3, 2, 1, 4) for _ in "kv"), return_lse=True)
-    torch.testing.assert_close(saccade.merge([five, five])[0], five[0])
+    three, three_lse = keyspan.attention(*(torch.randn(2, 4, 3) for _ in range(3)), return_lse=True)
+    torch.testing.assert_close(keyspan.merge([(three, three_lse)])[0], three)
+    five = keyspan.attention(torch.randn(1, 3, 2, 2, 4), *(torch.randn(1, 3, 2, 1, 4) for _ in "kv"), return_lse=True)
+    torch.testing.assert_close(keyspan.merge([five, five])[0], five[0])
     with pytest.raises(ValueError, match="parts: got none"):
-        saccade.merge([])
+        keyspan.merge([])
     with pytest.raises(ValueError, match=r"parts\[0\]: got Tensor, want a pair"):
-        saccade.merge([three])
+        keyspan.merge([three])
     with pytest.raises(ValueError, match=r"parts\[1\]: got out"):
-        saccade.merge([other, (torch.ones(1, 3, 1, 3), torch.ones(1, 1, 3))])
+        keyspan.merge([other, (torch.ones(1, 3, 1, 3), torch.ones(1, 1, 3))])
 
 
 @settings(max_examples=60, deadline=None)
@@ -470,25 +470,25 @@ def test_random_problems(data):
     pages = torch.randint(0, 5, (len(q_lengths), 4), generator=torch.Generator().manual_seed(B))
     layout, N = {
         "batch": lambda: (None, draw(st.integers(0, 30))),
-        "documents": lambda: (saccade.Documents(q_lengths, k_lengths), sum(k_lengths)),
-        "padded": lambda: (saccade.PaddedKeys(q_lengths, k_lengths, 12), 12 * len(q_lengths)),
-        "paged": lambda: (saccade.PagedKeys(q_lengths, k_lengths, pages, 3), 15),
-        "lengths": lambda: (saccade.KeyLengths([min(n, 20) for n in (*k_lengths, 3, 9)][:B]), 20),
+        "documents": lambda: (keyspan.Documents(q_lengths, k_lengths), sum(k_lengths)),
+        "padded": lambda: (keyspan.PaddedKeys(q_lengths, k_lengths, 12), 12 * len(q_lengths)),
+        "paged": lambda: (keyspan.PagedKeys(q_lengths, k_lengths, pages, 3), 15),
+        "lengths": lambda: (keyspan.KeyLengths([min(n, 20) for n in (*k_lengths, 3, 9)][:B]), 20),
     }[kind]()  # fmt: skip
     align = draw(st.sampled_from(["top_left", "bottom_right"]))
     mask = layout
     for part in (
-        saccade.Causal(align),
-        saccade.Window(draw(st.integers(0, 6)), 2, align),
-        saccade.Sinks(2),
-        saccade.Prefix(1),
+        keyspan.Causal(align),
+        keyspan.Window(draw(st.integers(0, 6)), 2, align),
+        keyspan.Sinks(2),
+        keyspan.Prefix(1),
     ):
         if draw(st.booleans()):
             mask = part if mask is None else mask & part
     torch.manual_seed(draw(st.integers(0, 99)))
     bias = None
     logical = 12 if kind == "paged" else N
-    for term in (saccade.Alibi(torch.rand(G * H)), saccade.RelativeBias(torch.randn(G * H, 2 * 3 + 1)),
+    for term in (keyspan.Alibi(torch.rand(G * H)), keyspan.RelativeBias(torch.randn(G * H, 2 * 3 + 1)),
                  torch.randn(G * H, M, logical), torch.randn(M, 1)):  # fmt: skip
         if draw(st.booleans()):
             bias = term if bias is None else bias + term
@@ -503,8 +503,8 @@ def test_random_problems(data):
     stored = draw(st.sampled_from([None, None, torch.int8, torch.float8_e4m3fn]))
     if stored is not None:
         run = draw(st.sampled_from([n for n in range(1, N + 1) if N % n == 0] or [None]))
-        k, scales["key_scale"] = saccade.quantize(k, stored, run)
-        v, scales["value_scale"] = saccade.quantize(v, stored, draw(st.sampled_from([run, None])))
+        k, scales["key_scale"] = keyspan.quantize(k, stored, run)
+        v, scales["value_scale"] = keyspan.quantize(v, stored, draw(st.sampled_from([run, None])))
     problem, _ = make_problem(
         q, k, v, mask=mask, bias=bias, softcap=draw(st.none() | st.just(3.0)),
         sinks=torch.randn(G * H) if draw(st.booleans()) else None, dropout_p=draw(st.sampled_from([0.0, 0.3])),
@@ -514,9 +514,9 @@ def test_random_problems(data):
         biases=[x.to(dtype).double() for x in problem.biases],
         **{n: x.to(dtype).double() for n in ("slopes", "table", "sinks") if (x := getattr(problem, n)) is not None},
     )
-    want = results(lambda p: torch.ops.saccade.attention_forward(*p, "reference"), problem, torch.float64)
+    want = results(lambda p: torch.ops.keyspan.attention_forward(*p, "reference"), problem, torch.float64)
     allowed = tolerances(problem, dtype, want)
-    got = results(lambda p: torch.ops.saccade.attention_forward(*p, "chunked"), problem, dtype)
+    got = results(lambda p: torch.ops.keyspan.attention_forward(*p, "chunked"), problem, dtype)
     for name, x in want.items():
         assert worst(got[name], x) <= allowed[name], name
 
@@ -530,7 +530,7 @@ def test_gradients_past_the_op_are_its_own(backend):
             return results(lambda p: call(p), problem, torch.float32)
 
     def by_op(p):
-        return torch.ops.saccade.attention_forward(*p, backend)
+        return torch.ops.keyspan.attention_forward(*p, backend)
 
     def direct(p):
         out, lse = attend(p, backend)
@@ -546,7 +546,7 @@ def test_differentiable_once_whichever_way():
     q, k, v = (x.requires_grad_() for x in qkv())
     for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
         with mode:
-            out = saccade.attention(q, k, v)
+            out = keyspan.attention(q, k, v)
         (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiable once"):
             grad.sum().backward()
@@ -556,7 +556,7 @@ def test_saved_tensors_are_asked_for_once():
     seen = []
     q, k, v = (x.requires_grad_() for x in qkv())
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: seen.append(x) or x):
-        out = saccade.attention(q, k, v, bias=torch.zeros(1, k.shape[1]).requires_grad_())
+        out = keyspan.attention(q, k, v, bias=torch.zeros(1, k.shape[1]).requires_grad_())
     out.sum().backward()
     assert seen
     assert len({id(x) for x in seen}) == len(seen)
@@ -564,14 +564,14 @@ def test_saved_tensors_are_asked_for_once():
 
 def test_explain():
     q, k, v = qkv(M=1024, N=1024, B=1)
-    told = saccade.explain(q, k, v, mask=saccade.Causal())
+    told = keyspan.explain(q, k, v, mask=keyspan.Causal())
     assert told.backend == next(name for name in ("native", "chunked") if told.reasons[name] is None)
     assert told.reasons["reference"] is None
     assert told.visible == 4 * 1024 * 1025 // 2
     assert (told.tiles, told.tiles_skipped) == (10, 6)
     assert told.forward_flops == 2 * told.visible * (8 + 6)
     assert "50.0%" in str(told)
-    assert saccade.explain(q, k, v, mask=saccade.Documents([256] * 4)).tiles == 4
+    assert keyspan.explain(q, k, v, mask=keyspan.Documents([256] * 4)).tiles == 4
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 7, 9), (1, 4, 1, 9), (7, 1), (7, 9)])
@@ -580,35 +580,35 @@ def test_what_a_dense_mask_hides_is_not_counted(shape):
     holes = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
     causal = torch.ones(7, 9, dtype=torch.bool).tril()
     visible = int((causal & holes).expand(2, 4, 7, 9).sum())
-    assert saccade.explain(q, k, v, mask=saccade.Causal() & holes).visible == visible
+    assert keyspan.explain(q, k, v, mask=keyspan.Causal() & holes).visible == visible
     with FlopCounterMode(display=False) as counter:
-        saccade.attention(q, k, v, mask=saccade.Causal() & holes)
+        keyspan.attention(q, k, v, mask=keyspan.Causal() & holes)
     assert counter.get_total_flops() == 2 * visible * (4 + 4)
 
 
 def test_info_runs_with_torch_alone():
-    """No module outside torch's own needs is imported by `import saccade` or `python -m saccade.info`."""
+    """No module outside torch's own needs is imported by `import keyspan` or `python -m keyspan.info`."""
     code = (
-        "import sys, torch; torchs = set(sys.modules); import saccade, saccade.info; "
+        "import sys, torch; torchs = set(sys.modules); import keyspan, keyspan.info; "
         "bad = {'tyro', 'rich', 'matplotlib', 'safetensors', 'triton', 'xformers'} & (set(sys.modules) - torchs); "
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
     told = subprocess.run(
-        [sys.executable, "-m", "saccade.info", "--json"], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "keyspan.info", "--json"], check=True, capture_output=True, text=True
     ).stdout
     info = json.loads(told)
-    assert info["saccade"] == saccade.__version__
+    assert info["keyspan"] == keyspan.__version__
     assert info["backends"]["chunked"] is None
-    text = subprocess.run([sys.executable, "-m", "saccade.info"], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run([sys.executable, "-m", "keyspan.info"], check=True, capture_output=True, text=True).stdout
     assert "attention.chunked" in text
     assert "available" in text
 
 
 def test_info_asks_each_backend_about_every_device(monkeypatch):
     """A backend for the accelerator alone is available on a machine that has one."""
-    from saccade import info
-    from saccade.backends import chunked
+    from keyspan import info
+    from keyspan.backends import chunked
 
     assert info.collect()["devices"][0] == "cpu"
     monkeypatch.setattr(info, "find_device", lambda name: torch.device("meta" if name == "auto" else name))
@@ -622,25 +622,25 @@ def test_info_asks_each_backend_about_every_device(monkeypatch):
 def test_ranges_made_by_hand_are_cut_off_at_the_keys():
     q, k, v = qkv(M=5, N=7)
     wide = torch.full((1, 1, 5), 10**6, dtype=torch.int32)
-    got = saccade.attention(q, k, v, mask=saccade.KeyRanges(-wide, wide, wide * 0))
-    torch.testing.assert_close(got, saccade.attention(q, k, v))
+    got = keyspan.attention(q, k, v, mask=keyspan.KeyRanges(-wide, wide, wide * 0))
+    torch.testing.assert_close(got, keyspan.attention(q, k, v))
 
 
 def test_sums_begin_at_zero_and_foreign_operands_are_refused():
     q, k, v = qkv(M=5, N=7)
-    terms = [saccade.Alibi(torch.rand(4)), saccade.RelativeBias(torch.randn(4, 5)), torch.randn(5, 7)]
+    terms = [keyspan.Alibi(torch.rand(4)), keyspan.RelativeBias(torch.randn(4, 5)), torch.randn(5, 7)]
     torch.testing.assert_close(
-        saccade.attention(q, k, v, bias=sum(terms)),
-        saccade.attention(q, k, v, bias=terms[0] + terms[1] + terms[2]),
+        keyspan.attention(q, k, v, bias=sum(terms)),
+        keyspan.attention(q, k, v, bias=terms[0] + terms[1] + terms[2]),
     )
     tensor = torch.ones(5, 7, dtype=torch.bool)
     for wrong in (
         lambda: 1.0 + terms[0],
-        lambda: None & saccade.Causal(),
-        lambda: saccade.Causal() & 1,
-        lambda: tensor | saccade.Causal(),
+        lambda: None & keyspan.Causal(),
+        lambda: keyspan.Causal() & 1,
+        lambda: tensor | keyspan.Causal(),
         lambda: terms[2] - terms[0],
-        lambda: torch.relu(saccade.Causal()),
+        lambda: torch.relu(keyspan.Causal()),
     ):
         with pytest.raises(TypeError):
             wrong()
@@ -649,14 +649,14 @@ def test_sums_begin_at_zero_and_foreign_operands_are_refused():
 def test_forward_mode_is_refused_not_zero():
     q, k, v = qkv()
     with pytest.raises((RuntimeError, NotImplementedError), match=r"forward-mode|not implemented"):
-        torch.func.jvp(lambda x: saccade.attention(x, k, v), (q,), (torch.ones_like(q),))
+        torch.func.jvp(lambda x: keyspan.attention(x, k, v), (q,), (torch.ones_like(q),))
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev, torch.func.grad])
 def test_function_transforms_are_refused_in_words(transform):
     q, k, v = qkv()
     with pytest.raises(RuntimeError, match=r"no rule for torch\.func.*torch\.autograd"):
-        transform(lambda x: saccade.attention(x, k, v).sum())(q[None] if transform is torch.func.vmap else q)
+        transform(lambda x: keyspan.attention(x, k, v).sum())(q[None] if transform is torch.func.vmap else q)
 
 
 def test_shapes_without_values():
@@ -664,12 +664,12 @@ def test_shapes_without_values():
     shapes = []
     for device in ("cpu", "meta"):
         q, k, v = (x.to(device).requires_grad_() for x in qkv())
-        mask = saccade.KeyLengths(torch.tensor([5, 7], device=device)) & saccade.Window(3)
-        out, lse = saccade.attention(q, k, v, mask=mask, return_lse=True)
+        mask = keyspan.KeyLengths(torch.tensor([5, 7], device=device)) & keyspan.Window(3)
+        out, lse = keyspan.attention(q, k, v, mask=mask, return_lse=True)
         (out.sum() + lse.sum()).backward()
         shapes.append([(x.shape, x.dtype) for x in (out, lse, q.grad, k.grad, v.grad)])
         with torch.no_grad():
-            assert saccade.attention(q, k, v, mask=mask).device.type == device
+            assert keyspan.attention(q, k, v, mask=mask).device.type == device
     assert shapes[0] == shapes[1]
 
 
@@ -678,16 +678,16 @@ def test_wide_block_tables_do_not_overflow():
     table = torch.zeros(3, 2**20, dtype=torch.int32)
     table[:, 0] = torch.arange(3)
     q, k, v = torch.randn(1, 3, 1, 4), torch.randn(1, 3072, 1, 4), torch.randn(1, 3072, 1, 4)
-    out = saccade.attention(q, k, v, mask=saccade.PagedKeys([1, 1, 1], [5, 5, 5], table, 1024), backend="chunked")
+    out = keyspan.attention(q, k, v, mask=keyspan.PagedKeys([1, 1, 1], [5, 5, 5], table, 1024), backend="chunked")
     for n in range(3):
         keys = slice(n * 1024, n * 1024 + 5)
-        torch.testing.assert_close(out[:, n], saccade.attention(q[:, n : n + 1], k[:, keys], v[:, keys])[:, 0])
+        torch.testing.assert_close(out[:, n], keyspan.attention(q[:, n : n + 1], k[:, keys], v[:, keys])[:, 0])
 
 
 def test_explain_draws_nothing():
     tensors = qkv()
     state = torch.get_rng_state()
-    saccade.explain(*tensors, dropout_p=0.5, return_lse=True)
+    keyspan.explain(*tensors, dropout_p=0.5, return_lse=True)
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match=r"dropout_p: got 1\.5, want"):
-        saccade.explain(*tensors, dropout_p=1.5)
+        keyspan.explain(*tensors, dropout_p=1.5)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-import saccade
+import keyspan
 from cases import CASES, SHORT, Case
-from saccade import Causal
-from saccade.backends import load
-from saccade.bench.shapes import SHAPES
-from saccade.core.library import attend
-from saccade.testing import results, textbook, tolerances, worst
+from keyspan import Causal
+from keyspan.backends import load
+from keyspan.bench.shapes import SHAPES
+from keyspan.core.library import attend
+from keyspan.testing import results, textbook, tolerances, worst
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -23,7 +23,7 @@ def probe(q):
     return CASES[0].problem(q.dtype)._replace(query=q, key=q[..., 0], value=q[..., 0], output_dtype=q.dtype)
 
 
-RUNNABLE = [name for name in saccade.BACKENDS if accepts(name, torch.float32)]
+RUNNABLE = [name for name in keyspan.BACKENDS if accepts(name, torch.float32)]
 TESTED = [name for name in RUNNABLE if name != "reference"]
 TYPED = [(name, dtype) for name in TESTED for dtype in DTYPES if accepts(name, dtype)]
 
@@ -134,11 +134,11 @@ def test_what_nobody_may_see_does_not_leak(backend, special, softcap):
     lengths = SHORT
     bad = slice(5, 14)  # the document of 9 tokens
     q, k, v = (torch.randn(1, 63, 2, 8) for _ in range(3))
-    mask = saccade.Documents(lengths) & saccade.Causal()
+    mask = keyspan.Documents(lengths) & keyspan.Causal()
 
     def run(q, k, v):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, lse = saccade.attention(*inputs, mask=mask, softcap=softcap, return_lse=True, backend=backend)
+        out, lse = keyspan.attention(*inputs, mask=mask, softcap=softcap, return_lse=True, backend=backend)
         keep = torch.ones(63, dtype=torch.bool)
         keep[bad] = False
         grads = torch.autograd.grad((out.cos() * 2).sum() + lse.sum(), inputs)
@@ -157,7 +157,7 @@ def test_visible_nan_does_reach(backend):
     q, k, v = (torch.randn(1, 9, 1, 8) for _ in range(3))
     v[0, 4, 0, 2] = torch.nan
     v[0, 6, 0, 3] = torch.inf
-    out = saccade.attention(q, k, v, mask=saccade.Causal(), backend=backend)[0, :, 0]
+    out = keyspan.attention(q, k, v, mask=keyspan.Causal(), backend=backend)[0, :, 0]
     assert torch.isnan(out[4:, 2]).all()
     assert torch.isinf(out[6:, 3]).all()
     assert torch.isfinite(out[:4]).all()
@@ -173,9 +173,9 @@ def test_gradcheck(backend):
     dense = torch.randn(4, 1, 7, dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, slopes, table, dense, sinks):
-        return saccade.attention(
-            q, k, v, mask=saccade.Causal("bottom_right") & saccade.Window(3), softcap=3.0, sinks=sinks,
-            bias=saccade.Alibi(slopes) + saccade.RelativeBias(table) + dense, return_lse=True, backend=backend,
+        return keyspan.attention(
+            q, k, v, mask=keyspan.Causal("bottom_right") & keyspan.Window(3), softcap=3.0, sinks=sinks,
+            bias=keyspan.Alibi(slopes) + keyspan.RelativeBias(table) + dense, return_lse=True, backend=backend,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(f, (q, k, v, slopes, table, dense, sinks))
@@ -191,8 +191,8 @@ def test_each_gradient_alone(backend, name):
 
     def grads(needed):
         x = {n: t.clone().requires_grad_(n in needed) for n, t in inputs.items()}
-        bias = saccade.Alibi(x["slopes"]) + saccade.RelativeBias(x["table"]) + x["dense"]
-        out = saccade.attention(x["query"], x["key"], x["value"], mask=saccade.Causal(), bias=bias,
+        bias = keyspan.Alibi(x["slopes"]) + keyspan.RelativeBias(x["table"]) + x["dense"]
+        out = keyspan.attention(x["query"], x["key"], x["value"], mask=keyspan.Causal(), bias=bias,
                                 sinks=x["sinks"], backend=backend)  # fmt: skip
         out.cos().sum().backward()
         return {n: t.grad for n, t in x.items()}
@@ -205,7 +205,7 @@ def test_each_gradient_alone(backend, name):
 
 def test_double_backward_is_refused():
     q = torch.randn(1, 4, 1, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(saccade.attention(q, q, q).sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(keyspan.attention(q, q, q).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
 
@@ -214,14 +214,14 @@ def test_memory_is_linear_in_length():
     """Peak extra memory of forward and of forward with backward grows with exponent at most 1.05 from 1k to 32k."""
     import math
 
-    from saccade.testing import peak_memory
+    from keyspan.testing import peak_memory
 
     def peak(n, backward):
         q, k, v = (torch.randn(1, n, 1, 8, requires_grad=backward) for _ in range(3))
 
         def run():
             # A window keeps the time linear too; memory does not depend on what is visible.
-            out = saccade.attention(q, k, v, mask=saccade.Causal() & saccade.Window(64), backend="chunked")
+            out = keyspan.attention(q, k, v, mask=keyspan.Causal() & keyspan.Window(64), backend="chunked")
             if backward:
                 out.sum().backward()
 
@@ -235,7 +235,7 @@ def test_memory_is_linear_in_length():
         assert exponent <= 1.05, peaks
         # The whole score matrix at 32k would be 4 GiB; what is held is some vectors of that length and one tile.
         assert peaks[-1] < 64 * 2**20, peaks
-    full = peak_memory(lambda: saccade.attention(*(torch.randn(1, 8192, 1, 8) for _ in range(3)), backend="chunked"))
+    full = peak_memory(lambda: keyspan.attention(*(torch.randn(1, 8192, 1, 8) for _ in range(3)), backend="chunked"))
     assert full < 8192 * 8192  # a quarter of the fp32 score matrix, without any mask
 
 
@@ -244,12 +244,12 @@ def test_dropout_keeps_the_stated_share_and_every_backend_drops_the_same():
     q, k = torch.zeros(2, 2, 256, 3, 4)
     v = torch.ones(2, 256, 3, 4)
     torch.manual_seed(5)
-    out = saccade.attention(q, k, v, dropout_p=0.25, backend="chunked")
+    out = keyspan.attention(q, k, v, dropout_p=0.25, backend="chunked")
     torch.manual_seed(5)
-    same = saccade.attention(q, k, v, dropout_p=0.25, backend="reference")
+    same = keyspan.attention(q, k, v, dropout_p=0.25, backend="reference")
     torch.testing.assert_close(out, same)
     # Each output is a mean of 256 independent drops, scaled by 1/(1 − p): its mean is 1, its variance p/(1 − p)/256.
     assert abs(out[..., 0].mean() - 1) < 5 * (1 / 3 / 256 / out[..., 0].numel()) ** 0.5
     assert 0.8 < out[..., 0].var() / (1 / 3 / 256) < 1.2
     torch.manual_seed(6)
-    assert not torch.equal(out, saccade.attention(q, k, v, dropout_p=0.25, backend="chunked"))
+    assert not torch.equal(out, keyspan.attention(q, k, v, dropout_p=0.25, backend="chunked"))

@@ -6,19 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saccade import cli
-from saccade.bench import attention, measure, providers
-from saccade.bench.attention import Bench, Row, main, summary, verdict
-from saccade.bench.works import DTYPES, TABLE
+from keyspan import cli
+from keyspan.bench import attention, measure, providers
+from keyspan.bench.attention import Bench, Row, main, summary, verdict
+from keyspan.bench.works import DTYPES, TABLE
 
 CPU = torch.device("cpu")
 WORKS = {name: target.work.quick() for name, target in TABLE.items()}
 
 
 def measured(row, provider, dtype="fp32"):
-    """The rows of Saccade and of another provider on one work, tiny."""
+    """The rows of Keyspan and of another provider on one work, tiny."""
     work = WORKS[row]
-    makers = {"saccade": lambda: providers.make("saccade", work, DTYPES[dtype], CPU), "other": lambda: provider}
+    makers = {"keyspan": lambda: providers.make("keyspan", work, DTYPES[dtype], CPU), "other": lambda: provider}
     return measure.measure(row, work, (dtype, DTYPES[dtype]), makers, {}, CPU, repeats=1)
 
 
@@ -31,14 +31,14 @@ def test_every_row_and_the_sweep_come_out(tmp_path, capsys):
     for name, target in TABLE.items():
         for dtype in ("fp32", "bf16"):
             rows = {r["provider"]: r for r in found["table"] if r["row"] == name and r["dtype"] == dtype}
-            assert set(rows) == {"saccade", *target.against} - {"flex compiled"}
+            assert set(rows) == {"keyspan", *target.against} - {"flex compiled"}
             for row in rows.values():
                 assert row["note"] == ""
                 assert row["ratio"] > 0
                 assert (row["milliseconds"] is None) == (row["provider"] == "bound")
         assert f"| {name} | {target.work.quick().title} | {', '.join(target.against)} |" in shown
     assert {r["row"] for r in found["sweep"]} == {"causal 8", "causal 16"}
-    assert {"saccade:chunked", "sdpa", "dense softmax"} <= {r["provider"] for r in found["sweep"]}
+    assert {"keyspan:chunked", "sdpa", "dense softmax"} <= {r["provider"] for r in found["sweep"]}
     assert all(r["milliseconds"] > 0 and r["peak_mib"] > 0 for r in found["sweep"])
     assert (tmp_path / "results.png").stat().st_size > 0
     assert summary([Row(**r) for r in found["table"]], ("fp32", "bf16")) in (tmp_path / "results.md").read_text()
@@ -66,9 +66,9 @@ def test_a_wrong_provider_is_refused(row, wrong, name, dtype):
     assert accepted.ratio > 0
 
 
-def test_nothing_is_compared_with_a_wrong_result_of_saccade(monkeypatch):
+def test_nothing_is_compared_with_a_wrong_result_of_keyspan(monkeypatch):
     right = providers.make("sdpa", WORKS["full"], torch.float32, CPU)
-    monkeypatch.setattr("saccade.attention", lambda q, k, v, **_: q + 0 * (k.sum() + v.sum()))
+    monkeypatch.setattr("keyspan.attention", lambda q, k, v, **_: q + 0 * (k.sum() + v.sum()))
     ours, other = measured("full", right)
     assert ours.note.startswith("WRONG: out")
     assert other.milliseconds > 0
@@ -87,7 +87,7 @@ def test_the_best_of_the_others_counts():
     def row(provider, ratio, note=""):
         return Row("documents-train", "", provider, "fp32", True, ratio=ratio, note=note)
 
-    ours = row("saccade", 1.0)
+    ours = row("keyspan", 1.0)
     assert verdict([ours, row("sdpa", 9.0), row("sdpa padded", 3.1)], "fp32") == "3.10 (wanted 3.00: met)"
     assert verdict([ours, row("sdpa", 9.0), row("sdpa padded", 2.9)], "fp32") == "2.90 (wanted 3.00: short)"
     assert verdict([ours, row("sdpa", 9.0), row("sdpa padded", None, "WRONG")], "fp32") == (
@@ -109,7 +109,7 @@ def test_what_was_measured_is_kept_when_stopped(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main(Bench(rows=("full", "overhead"), dtypes=("fp32",), quick=True, sweep=False, out=tmp_path))
     rows = json.loads((tmp_path / "results.json").read_text())["table"]
-    assert [(r["row"], r["provider"]) for r in rows] == [("full", "saccade"), ("full", "sdpa")]
+    assert [(r["row"], r["provider"]) for r in rows] == [("full", "keyspan"), ("full", "sdpa")]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_was_measured_is_kept_when_stopped(tmp_path, monkeypatch):
 )
 def test_wrong_options(capsys, tmp_path, options, message):
     assert cli.main(["bench", "attention", "--out", str(tmp_path / "x"), *options.split()]) == 1
-    assert capsys.readouterr().err.startswith(f"saccade: {message}")
+    assert capsys.readouterr().err.startswith(f"keyspan: {message}")
     assert not (tmp_path / "x").exists()
 
 

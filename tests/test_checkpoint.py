@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from saccade.training import checkpoint
-from saccade.training.checkpoint import MODEL, STATE, TRAINING, Progress
+from keyspan.training import checkpoint
+from keyspan.training.checkpoint import MODEL, STATE, TRAINING, Progress
 
 
 def make(width: int = 3, steps: int = 0, fp16: bool = False):
@@ -213,8 +213,8 @@ BROKEN = {
     "no state": (lambda f: (f / STATE).unlink(), f"{STATE}: missing"),
     "half a state": (half_state, f"{STATE}: not JSON"),
     "binary state": (lambda f: (f / STATE).write_bytes(b"\xff\x00"), f"{STATE}: not JSON"),
-    "foreign state": (lambda f: (f / STATE).write_text('{"epoch": 3}'), f"{STATE}: not a checkpoint of saccade"),
-    "a list for a state": (lambda f: (f / STATE).write_text("[1]"), f"{STATE}: not a checkpoint of saccade"),
+    "foreign state": (lambda f: (f / STATE).write_text('{"epoch": 3}'), f"{STATE}: not a checkpoint of keyspan"),
+    "a list for a state": (lambda f: (f / STATE).write_text("[1]"), f"{STATE}: not a checkpoint of keyspan"),
     "no step": (lambda f: edit(f, step=None), f"{STATE}: got step = None"),
     "no sizes": (lambda f: edit(f, files={}), f"{STATE}: records no size"),
     "foreign scale": (lambda f: edit(f, scaler={"x": 1}), f"{STATE}: got a loss scale of"),

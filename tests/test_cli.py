@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from saccade import cli
-from saccade.training.config import PRESETS, TrainConfig
-from saccade.training.loop import load_run, read_config
+from keyspan import cli
+from keyspan.training.config import PRESETS, TrainConfig
+from keyspan.training.loop import load_run, read_config
 
 TINY = "--task sort --max-length 4 --dim 16 --tokens 128 --steps 4 --warmup 1 --device cpu"
 
@@ -19,7 +19,7 @@ TINY = "--task sort --max-length 4 --dim 16 --tokens 128 --steps 4 --warmup 1 --
 @pytest.fixture(autouse=True)
 def few_held_out_problems(monkeypatch):
     """The last evaluation of 2000 problems would take longer than these runs."""
-    monkeypatch.setattr("saccade.training.tasks.HELD_OUT_PROBLEMS", 60)
+    monkeypatch.setattr("keyspan.training.tasks.HELD_OUT_PROBLEMS", 60)
 
 
 @pytest.mark.parametrize("task", PRESETS)
@@ -83,8 +83,8 @@ def test_usage(capsys, words, status, stream):
     found = capsys.readouterr()
     shown = getattr(found, stream)
     if words and status:
-        assert f"saccade: command: got {words[0]!r}" in found.err
-    assert shown.startswith("usage: saccade COMMAND")
+        assert f"keyspan: command: got {words[0]!r}" in found.err
+    assert shown.startswith("usage: keyspan COMMAND")
     for command in ("train", "generate", "demo", "info", "explain", "bench attention"):
         assert f"\n  {command} " in shown
 
@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     assert cli.main(words.split()) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"saccade: {message}")
+    assert error.startswith(f"keyspan: {message}")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -131,7 +131,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path, missing):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Blocker(missing), *sys.meta_path])
     assert cli.main(["train", *TINY.split()]) == 1
-    assert capsys.readouterr().err == f"saccade: train needs {missing}: pip install 'saccade[train]'\n"
+    assert capsys.readouterr().err == f"keyspan: train needs {missing}: pip install 'keyspan[train]'\n"
     assert list(tmp_path.iterdir()) == []  # said before the work, not after
 
 
@@ -147,24 +147,24 @@ class Blocker:
 
 
 def test_any_other_missing_module_is_our_own_fault(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [Blocker("saccade"), *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "saccade.training.loop")
-    with pytest.raises(ModuleNotFoundError, match=r"saccade\.training\.loop"):
+    monkeypatch.setattr(sys, "meta_path", [Blocker("keyspan"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "keyspan.training.loop")
+    with pytest.raises(ModuleNotFoundError, match=r"keyspan\.training\.loop"):
         cli.main(["train", *TINY.split()])
 
 
 def test_commands_of_others_are_found_when_asked_for(monkeypatch, capsys):
     """info, explain and bench take their options from the functions they call."""
     called = []
-    for name in ("saccade.info", "saccade.bench.attention"):
+    for name in ("keyspan.info", "keyspan.bench.attention"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
     def record(length: int = 3) -> None:
         called.append(length)
 
-    sys.modules["saccade.info"].main = lambda json: called.append(json)
-    sys.modules["saccade.info"].explain_main = record
-    sys.modules["saccade.bench.attention"].main = record
+    sys.modules["keyspan.info"].main = lambda json: called.append(json)
+    sys.modules["keyspan.info"].explain_main = record
+    sys.modules["keyspan.bench.attention"].main = record
     for words in ("info", "info --json", "explain --length 7", "bench attention --length 8"):
         assert cli.main(words.split()) == 0
     assert called == [False, True, 7, 8]
@@ -200,7 +200,7 @@ def test_train_resume_and_generate(tmp_path, monkeypatch, capsys):
     assert len(drawn) == 3
 
     assert cli.main(["generate", str(run), "--prompt", "Ä"]) == 1
-    assert capsys.readouterr().err.startswith("saccade: prompt: got 'Ä'")
+    assert capsys.readouterr().err.startswith("keyspan: prompt: got 'Ä'")
 
 
 def test_demo_shows_the_baselines_and_writes_source_code(tmp_path, monkeypatch, capsys):
@@ -208,8 +208,8 @@ def test_demo_shows_the_baselines_and_writes_source_code(tmp_path, monkeypatch, 
     library.mkdir()
     for i in range(40):
         (library / f"m{i}.py").write_bytes(b"def f(x):\n    return x\n" * (1 + i % 5))
-    monkeypatch.setattr("saccade.training.data.sysconfig.get_path", lambda name: str(library))
-    from saccade.training.data import _documents, _split
+    monkeypatch.setattr("keyspan.training.data.sysconfig.get_path", lambda name: str(library))
+    from keyspan.training.data import _documents, _split
 
     _split.cache_clear()
     _documents.cache_clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import saccade
+import keyspan
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,13 +29,13 @@ def test_pictures_of_masks():
     path = ROOT / "docs" / "masks.md"
     # An empty line between pictures would end what doctest expects.
     examples = "\n".join(block.replace("\n\n", "\n<BLANKLINE>\n") for block in blocks(path, "pycon"))
-    names = {"saccade": saccade, "torch": torch}
+    names = {"keyspan": keyspan, "torch": torch}
     test = doctest.DocTestParser().get_doctest(examples, names, "masks.md", str(path), 0)
     runner = doctest.DocTestRunner()
     runner.run(test)
     assert runner.failures == 0
     assert runner.tries >= 15
     text = path.read_text(encoding="utf-8")
-    for name in saccade.__all__:
-        if isinstance(getattr(saccade, name), type) and issubclass(getattr(saccade, name), saccade.core.masks.Mask):
+    for name in keyspan.__all__:
+        if isinstance(getattr(keyspan, name), type) and issubclass(getattr(keyspan, name), keyspan.core.masks.Mask):
             assert f"### `{name}`" in text

@@ -2,7 +2,7 @@
 
 import torch
 
-from saccade.core.dropout import kept, philox
+from keyspan.core.dropout import kept, philox
 
 # Random123's known-answer tests for philox4x32-10: (counter, key, result).
 KNOWN = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.inference import KVCache, generate, probabilities, sample, stream
-from saccade.models import GPT
+from keyspan.inference import KVCache, generate, probabilities, sample, stream
+from keyspan.models import GPT
 from test_gpt import POSITIONS, draw, small
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2, 3]]

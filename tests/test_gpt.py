@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.layers import rms_norm, rotary, swiglu
-from saccade.models import GPT, GPTConfig, alibi_slopes
+from keyspan.layers import rms_norm, rotary, swiglu
+from keyspan.models import GPT, GPTConfig, alibi_slopes
 
 POSITIONS = ["rope", "alibi", "none"]
 LENGTHS = [5, 1, 9, 3]

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-import saccade
+import keyspan
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -99,8 +99,8 @@ def board(tmp_path, monkeypatch):
     for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     monkeypatch.setattr(clock, "flush", lambda: None)
-    attention = saccade.attention
-    monkeypatch.setattr(saccade, "attention", lambda *x, backend, **given: attention(*x, backend="chunked", **given))
+    attention = keyspan.attention
+    monkeypatch.setattr(keyspan, "attention", lambda *x, backend, **given: attention(*x, backend="chunked", **given))
     board = Board(tmp_path)
     board.head = {"torch": "2", "triton": "3", "device": "none", "matmul_tflops": 1e-3}
     with _OnCpu():
@@ -109,7 +109,7 @@ def board(tmp_path, monkeypatch):
 
 def test_bench_and_what_is_written(board, monkeypatch):
     monkeypatch.setattr(works, "DOCUMENTS", [5, 40, 1, 14])
-    chosen = {"saccade": providers.ours, "flash": providers.sdpa(SDPBackend.MATH)}
+    chosen = {"keyspan": providers.ours, "flash": providers.sdpa(SDPBackend.MATH)}
     for kind in KINDS:
         measure.bench(board, Work(2, 4, 2, 60, 16, kind), chosen, lambda: 100)
     rows = json.loads((board.out / "bench.json").read_text())["rows"]
@@ -117,12 +117,12 @@ def test_bench_and_what_is_written(board, monkeypatch):
     for row in rows:
         w = Work(*(row[name] for name in Work._fields))
         products = 2 if row["direction"] == "forward" else 5
-        assert set(row["tflops"]) == ({"saccade", "flash"} if w.kind in works.PLAIN else {"saccade"})
+        assert set(row["tflops"]) == ({"keyspan", "flash"} if w.kind in works.PLAIN else {"keyspan"})
         for name, ms in row["ms"].items():
             assert row["tflops"][name] == pytest.approx(w.flops(products) / ms / 1e9)
         if w.kind in works.PLAIN:
             assert row["difference"] < 2e-2
-            assert row["ratio"] == row["ms"]["flash"] / row["ms"]["saccade"]
+            assert row["ratio"] == row["ms"]["flash"] / row["ms"]["keyspan"]
             assert row["best_peer"] == "flash"
     table = (board.out / "bench.md").read_text()
     assert table.count("| D16 B2 H4/2 N60 ") == len(rows)
@@ -136,11 +136,11 @@ def test_decoding(board, page, monkeypatch):
     monkeypatch.setattr(measure, "CACHES", 1)
     measure.decode(board, 3, 32, 4, 2, 16, page, lambda: 100)
     (row,) = board.rows
-    assert {"saccade", "saccade int8", "saccade fp8"} <= set(row["ms"])
+    assert {"keyspan", "keyspan int8", "keyspan fp8"} <= set(row["ms"])
     for _, difference in row["of_bf16_speed_and_difference"].values():
         assert 0 < difference < 0.1
     name = "pages of 8" if page else "contiguous"
-    assert f"| B3 N32 H4/2 D16 {name} | saccade " in (board.out / "bench.md").read_text()
+    assert f"| B3 N32 H4/2 D16 {name} | keyspan " in (board.out / "bench.md").read_text()
 
 
 def test_a_long_sequence(board):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from saccade.layers import (
+from keyspan.layers import (
     Linear,
     RMSNorm,
     SwiGLU,
@@ -17,7 +17,7 @@ from saccade.layers import (
     rotary,
     swiglu,
 )
-from saccade.testing import peak_memory
+from keyspan.testing import peak_memory
 
 LOW = [torch.bfloat16, torch.float16]
 DEVICES = [

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import saccade
-from saccade.core import masks
+import keyspan
+from keyspan.core import masks
 
-MASKS = [getattr(saccade, name) for name in ("Causal", "Window", "Prefix", "Sinks", "Documents", "PaddedKeys",
+MASKS = [getattr(keyspan, name) for name in ("Causal", "Window", "Prefix", "Sinks", "Documents", "PaddedKeys",
          "GappyKeys", "PagedKeys", "KeyLengths", "SharedPrompt")]  # fmt: skip
 
 
@@ -31,10 +31,10 @@ def visibility(draw):
     left, right = (draw(st.none() | st.integers(0, 5)) for _ in range(2))
     windowed = draw(st.booleans())
     sinks, prefix = (draw(st.none() | st.integers(0, 4)) for _ in range(2))
-    parts = [saccade.Causal(align)] if causal else []
-    parts += [saccade.Window(left, right, align)] if windowed else []
-    parts += [saccade.Sinks(sinks)] if sinks is not None else []
-    parts += [saccade.Prefix(prefix)] if prefix is not None else []
+    parts = [keyspan.Causal(align)] if causal else []
+    parts += [keyspan.Window(left, right, align)] if windowed else []
+    parts += [keyspan.Sinks(sinks)] if sinks is not None else []
+    parts += [keyspan.Prefix(prefix)] if prefix is not None else []
     draw(st.randoms()).shuffle(parts)
 
     def seen(i, j, Nq, Nk):
@@ -63,7 +63,7 @@ def test_documents(vis, data):
     k = data.draw(st.lists(st.integers(0, 6), min_size=len(q), max_size=len(q)))
     as_tensor = data.draw(st.booleans())
     given_q, given_k = (torch.tensor(x) for x in (q, k)) if as_tensor else (q, k)
-    got = combined([saccade.Documents(given_q, given_k), *parts]).materialize(sum(q), sum(k))[0]
+    got = combined([keyspan.Documents(given_q, given_k), *parts]).materialize(sum(q), sum(k))[0]
     want = torch.zeros(sum(q), sum(k), dtype=torch.bool)
     for d, (nq, nk) in enumerate(zip(q, k, strict=True)):
         for i in range(nq):
@@ -81,15 +81,15 @@ def test_padded_gappy_and_paged_keys(vis, data):
     kind = data.draw(st.sampled_from(["padded", "gappy", "paged"]))
     n = len(q)
     if kind == "padded":
-        layout, N = saccade.PaddedKeys(q, k, 6), 6 * n
+        layout, N = keyspan.PaddedKeys(q, k, 6), 6 * n
         slot = [[6 * d + j for j in range(6)] for d in range(n)]
     elif kind == "gappy":
         starts = [data.draw(st.integers(0, 9)) for _ in q]
-        layout, N = saccade.GappyKeys(q, starts, k), 15
+        layout, N = keyspan.GappyKeys(q, starts, k), 15
         slot = [[s + j for j in range(6)] for s in starts]
     else:
         table = [[data.draw(st.integers(0, 4)) for _ in range(3)] for _ in q]
-        layout, N = saccade.PagedKeys(q, k, torch.tensor(table), 2), 10
+        layout, N = keyspan.PagedKeys(q, k, torch.tensor(table), 2), 10
         slot = [[row[j // 2] * 2 + j % 2 for j in range(6)] for row in table]
     got = combined([layout, *parts]).materialize(sum(q), N)[0]
     want = torch.zeros(sum(q), N, dtype=torch.bool)
@@ -108,7 +108,7 @@ def test_batch_with_and_without_key_lengths(vis, M, N, data):
         want = torch.tensor([[seen(i, j, M, N) for j in range(N)] for i in range(M)]).reshape(M, N)
         assert torch.equal(combined(parts).materialize(M, N)[0], want.bool())
     length = data.draw(st.lists(st.integers(0, N), min_size=1, max_size=3))
-    got = combined([saccade.KeyLengths(length), *parts]).materialize(M, N)
+    got = combined([keyspan.KeyLengths(length), *parts]).materialize(M, N)
     for b, n in enumerate(length):
         want = torch.tensor([[j < n and seen(i, j, M, n) for j in range(N)] for i in range(M)]).reshape(M, N)
         assert torch.equal(got[b], want.bool())
@@ -116,11 +116,11 @@ def test_batch_with_and_without_key_lengths(vis, M, N, data):
 
 def test_left_padding_is_what_dense_users_write():
     """`j ≤ i and start ≤ j`, as a causal mask and a key padding mask give together."""
-    got = (saccade.KeyLengths([3, 5], [2, 0]) & saccade.Causal()).materialize(5, 5)
+    got = (keyspan.KeyLengths([3, 5], [2, 0]) & keyspan.Causal()).materialize(5, 5)
     i, j = torch.arange(5)[:, None], torch.arange(5)
     assert torch.equal(got[0], (j <= i) & (j >= 2))
     assert torch.equal(got[1], j <= i)
-    bottom = (saccade.KeyLengths([3, 5], [2, 0]) & saccade.Causal("bottom_right")).materialize(5, 5)
+    bottom = (keyspan.KeyLengths([3, 5], [2, 0]) & keyspan.Causal("bottom_right")).materialize(5, 5)
     assert torch.equal(bottom, got)
 
 
@@ -132,18 +132,18 @@ def test_shared_prompt_equals_each_answer_alone(groups):
     prompts, answers = [p for p, _ in groups], [a for _, a in groups]
     T = sum(p + sum(a) for p, a in groups)
     q, k, v = (torch.randn(1, T, 2, 4, dtype=torch.float64) for _ in range(3))
-    bias = saccade.Alibi(torch.tensor([0.5, 0.1], dtype=torch.float64))
+    bias = keyspan.Alibi(torch.tensor([0.5, 0.1], dtype=torch.float64))
     width = max((len(a) for a in answers), default=0)
     padded = torch.tensor([a + [0] * (width - len(a)) for a in answers], dtype=torch.int64).reshape(len(answers), width)
-    for mask in (saccade.SharedPrompt(prompts, answers), saccade.SharedPrompt(torch.tensor(prompts), padded)):
-        out = saccade.attention(q, k, v, mask=mask, bias=bias)
+    for mask in (keyspan.SharedPrompt(prompts, answers), keyspan.SharedPrompt(torch.tensor(prompts), padded)):
+        out = keyspan.attention(q, k, v, mask=mask, bias=bias)
         at = 0
         for p, a in groups:
             begin = at
             at += p
             for n in [0, *a]:
                 rows = [*range(begin, begin + p), *range(at, at + n)]
-                alone = saccade.attention(*(x[:, rows] for x in (q, k, v)), mask=saccade.Causal(), bias=bias)
+                alone = keyspan.attention(*(x[:, rows] for x in (q, k, v)), mask=keyspan.Causal(), bias=bias)
                 torch.testing.assert_close(out[:, rows[p:]], alone[:, p:])
                 if n == 0:
                     torch.testing.assert_close(out[:, rows[:p]], alone[:, :p])
@@ -153,45 +153,45 @@ def test_shared_prompt_equals_each_answer_alone(groups):
 def test_dense_masks_combine_from_both_sides():
     keys = torch.tensor([True, False, True])
     want = torch.ones(3, 3, dtype=torch.bool).tril() & keys
-    assert torch.equal((saccade.Causal() & keys).materialize(3, 3)[0], want)
-    assert torch.equal((keys & saccade.Causal()).materialize(3, 3)[0], want)
+    assert torch.equal((keyspan.Causal() & keys).materialize(3, 3)[0], want)
+    assert torch.equal((keys & keyspan.Causal()).materialize(3, 3)[0], want)
     rows = torch.tensor([[True], [False], [True]])
-    assert torch.equal((saccade.Causal() & keys & rows).materialize(3, 3)[0], want & rows)
+    assert torch.equal((keyspan.Causal() & keys & rows).materialize(3, 3)[0], want & rows)
 
 
 def test_unbounded_windows_by_large_numbers():
     for large in (2**31 - 1, 2**40):
-        assert torch.equal(saccade.Window(0, large).materialize(3, 3), saccade.Window(0, None).materialize(3, 3))
-        assert torch.equal(saccade.Window(large, 0).materialize(3, 3), saccade.Window(None, 0).materialize(3, 3))
-        documents = saccade.Documents([1, 2]) & saccade.Causal()
-        for widened in (saccade.Window(0) & saccade.Sinks(large), saccade.Prefix(large)):
+        assert torch.equal(keyspan.Window(0, large).materialize(3, 3), keyspan.Window(0, None).materialize(3, 3))
+        assert torch.equal(keyspan.Window(large, 0).materialize(3, 3), keyspan.Window(None, 0).materialize(3, 3))
+        documents = keyspan.Documents([1, 2]) & keyspan.Causal()
+        for widened in (keyspan.Window(0) & keyspan.Sinks(large), keyspan.Prefix(large)):
             assert (documents & widened).materialize()[0, 1:, 1].all()
 
 
 def test_dense_masks_of_five_dims_and_of_few():
     five = torch.rand(2, 3, 2, 4, 4) < 0.5
-    got = (saccade.KeyLengths([2, 4]) & five).materialize(4, 4)
+    got = (keyspan.KeyLengths([2, 4]) & five).materialize(4, 4)
     keys = torch.arange(4) < torch.tensor([2, 4])[:, None]
     assert torch.equal(got, five & keys[:, None, None, None])
     rows = torch.ones(4, 4, dtype=torch.bool)
-    assert (saccade.Causal() & rows & rows[0]).draw() == saccade.Causal().draw(4, 4)
+    assert (keyspan.Causal() & rows & rows[0]).draw() == keyspan.Causal().draw(4, 4)
 
 
 def test_equality_and_hash():
-    assert saccade.Causal() == saccade.Causal()
-    assert saccade.Causal() != saccade.Causal("bottom_right")
-    assert saccade.Documents([1, 2]) == saccade.Documents((1, 2))
-    assert saccade.Documents(torch.tensor([1, 2])) == saccade.Documents(torch.tensor([1, 2]))
-    assert saccade.Documents(torch.tensor([1, 2])) != saccade.Documents(torch.tensor([2, 1]))
-    assert len({saccade.Window(1), saccade.Window(1), saccade.Window(2)}) == 2
-    assert (saccade.Causal() & saccade.Window(2)) == (saccade.Causal() & saccade.Window(2))
+    assert keyspan.Causal() == keyspan.Causal()
+    assert keyspan.Causal() != keyspan.Causal("bottom_right")
+    assert keyspan.Documents([1, 2]) == keyspan.Documents((1, 2))
+    assert keyspan.Documents(torch.tensor([1, 2])) == keyspan.Documents(torch.tensor([1, 2]))
+    assert keyspan.Documents(torch.tensor([1, 2])) != keyspan.Documents(torch.tensor([2, 1]))
+    assert len({keyspan.Window(1), keyspan.Window(1), keyspan.Window(2)}) == 2
+    assert (keyspan.Causal() & keyspan.Window(2)) == (keyspan.Causal() & keyspan.Window(2))
 
 
 def test_lowered_once_is_the_same_as_lowered_each_time():
     q = torch.randn(1, 9, 2, 4)
-    mask = saccade.Documents([4, 5]) & saccade.Causal()
+    mask = keyspan.Documents([4, 5]) & keyspan.Causal()
     lowered = mask.lower(1, 9, 9)
-    assert torch.equal(saccade.attention(q, q, q, mask=mask), saccade.attention(q, q, q, mask=lowered))
+    assert torch.equal(keyspan.attention(q, q, q, mask=mask), keyspan.attention(q, q, q, mask=lowered))
     moved = mask.to("cpu").lower(1, 9, 9).to("cpu")
     assert torch.equal(moved.lo, lowered.lo)
     assert lowered.lo.dtype == lowered.hi.dtype == lowered.diagonal.dtype == torch.int32
@@ -201,25 +201,25 @@ def test_masks_move_to_a_device_and_lower_there_without_values():
     """On a device whose values cannot be read (meta), lowering with tensor lengths still works: it never reads them."""
     lengths = torch.tensor([4, 5], device="meta")
     table = torch.zeros(2, 3, dtype=torch.int32, device="meta")
-    layouts = [saccade.Documents(lengths), saccade.PaddedKeys(lengths, lengths, 6)]
-    layouts += [saccade.GappyKeys(lengths, lengths, lengths), saccade.PagedKeys(lengths, lengths, table, 2)]
+    layouts = [keyspan.Documents(lengths), keyspan.PaddedKeys(lengths, lengths, 6)]
+    layouts += [keyspan.GappyKeys(lengths, lengths, lengths), keyspan.PagedKeys(lengths, lengths, table, 2)]
     for layout in layouts:
-        ranges = (layout & saccade.Causal() & saccade.Window(3) & saccade.Sinks(1)).lower(1, 9, 12, "meta")
+        ranges = (layout & keyspan.Causal() & keyspan.Window(3) & keyspan.Sinks(1)).lower(1, 9, 12, "meta")
         assert ranges.lo.shape == (2, 1, 9)
-    assert (saccade.KeyLengths(lengths) & saccade.Causal()).lower(2, 3, 9, "meta").hi.shape == (1, 2, 3)
-    assert saccade.SharedPrompt(lengths, lengths[:, None]).lower(1, 18, 18, "meta").hi.shape == (2, 1, 18)
-    moved = (saccade.Documents(torch.tensor([4, 5])) & saccade.Causal()).to("meta")
+    assert (keyspan.KeyLengths(lengths) & keyspan.Causal()).lower(2, 3, 9, "meta").hi.shape == (1, 2, 3)
+    assert keyspan.SharedPrompt(lengths, lengths[:, None]).lower(1, 18, 18, "meta").hi.shape == (2, 1, 18)
+    moved = (keyspan.Documents(torch.tensor([4, 5])) & keyspan.Causal()).to("meta")
     assert moved.parts[0].q_lengths.device.type == "meta"
 
 
 def test_draw_writes_a_picture(tmp_path):
-    mask = saccade.Causal() & saccade.Window(2, 0) & saccade.Sinks(1)
+    mask = keyspan.Causal() & keyspan.Window(2, 0) & keyspan.Sinks(1)
     text = mask.draw(6, 6, path=tmp_path / "mask.png")
     assert text.splitlines()[5] == "■ · · ■ ■ ■"
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
-    assert saccade.KeyLengths([1, 2]).draw(1, 2).split("\n\n") == ["■ ·", "■ ■"]
+    assert keyspan.KeyLengths([1, 2]).draw(1, 2).split("\n\n") == ["■ ·", "■ ■"]
     with pytest.raises(ValueError, match=r"path: got a mask of shape \[1, 0, 0\], want at least one key"):
-        saccade.Documents([]).draw(path=tmp_path / "nothing.png")
+        keyspan.Documents([]).draw(path=tmp_path / "nothing.png")
 
 
 @settings(max_examples=100, deadline=None)
@@ -227,11 +227,11 @@ def test_draw_writes_a_picture(tmp_path):
 def test_shared_prompt_by_its_definition(vis, groups):
     """Each answer sees what it would see alone behind its prompt. Prompts have 4 keys or more: parts may name 4."""
     parts, _ = vis
-    parts = [replace(part, align=None) if isinstance(part, saccade.Window) else part for part in parts]
-    parts = [part for part in parts if not isinstance(part, saccade.Causal)]
+    parts = [replace(part, align=None) if isinstance(part, keyspan.Window) else part for part in parts]
+    parts = [part for part in parts if not isinstance(part, keyspan.Causal)]
     prompts, answers = [p for p, _ in groups], [a for _, a in groups]
     T = sum(p + sum(a) for p, a in groups)
-    got = combined([saccade.SharedPrompt(prompts, answers), *parts]).materialize(T, T)[0]
+    got = combined([keyspan.SharedPrompt(prompts, answers), *parts]).materialize(T, T)[0]
     want = torch.zeros(T, T, dtype=torch.bool)
     at = 0
     for p, a in groups:
@@ -239,7 +239,7 @@ def test_shared_prompt_by_its_definition(vis, groups):
         at += p
         for n in [0, *a]:
             rows = torch.tensor([*range(begin, begin + p), *range(at, at + n)])
-            alone = combined([saccade.Causal(), *parts]).materialize(p + n, p + n)[0]
+            alone = combined([keyspan.Causal(), *parts]).materialize(p + n, p + n)[0]
             want[rows[p:, None], rows] = alone[p:]
             want[rows[:p, None], rows[:p]] = alone[:p, :p]
             at += n

@@ -14,19 +14,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import saccade
+import keyspan
 from cases import CASES, Case
-from saccade import info
-from saccade.backends import choose, native
-from saccade.backends.native import library, use_isa
-from saccade.core.library import attend
-from saccade.core.masks import Mask
-from saccade.core.problem import make_problem
-from saccade.testing import peak_memory, results, tolerances, worst
+from keyspan import info
+from keyspan.backends import choose, native
+from keyspan.backends.native import library, use_isa
+from keyspan.core.library import attend
+from keyspan.core.masks import Mask
+from keyspan.core.problem import make_problem
+from keyspan.testing import peak_memory, results, tolerances, worst
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=f"no native library: {library.WHY_ABSENT}")
 
-S = saccade
+S = keyspan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BEST = library.SUPPORTED[-1:]
 OTHERS = library.SUPPORTED[:-1]
@@ -316,12 +316,12 @@ def test_several_python_threads_at_once():
 
 
 FORK = """
-import os, sys, torch, saccade
+import os, sys, torch, keyspan
 torch.set_num_threads(2)
 q, k, v = (torch.randn(2, 300, 2, 16, requires_grad=True) for _ in range(3))
 
 def run():
-    out = saccade.attention(q, k, v, mask=saccade.Causal(), backend="native")
+    out = keyspan.attention(q, k, v, mask=keyspan.Causal(), backend="native")
     return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
 
 before = run()
@@ -354,7 +354,7 @@ def test_memory_is_packed_keys_and_some_tiles(backward, dtype):
 
         def run():
             # A window keeps the time linear too; memory does not depend on what is visible.
-            out = saccade.attention(q, k, v, mask=saccade.Causal() & saccade.Window(64), backend="native")
+            out = keyspan.attention(q, k, v, mask=keyspan.Causal() & keyspan.Window(64), backend="native")
             if backward:
                 out.sum().backward()
 
@@ -433,10 +433,10 @@ def test_without_the_library_chunked_runs_and_info_says_why(monkeypatch, capsys)
 def test_why_there_is_no_library(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "_HERE", tmp_path)
     monkeypatch.setattr(library, "_WHY_NOT_BUILT", tmp_path / "not_built.txt")
-    assert library._load() == (None, "the native library was not built: install saccade with pip")
+    assert library._load() == (None, "the native library was not built: install keyspan with pip")
     (tmp_path / "not_built.txt").write_text("the compiler failed\n")
     assert library._load() == (None, "the compiler failed")
-    (tmp_path / "libsaccade.so").write_text("no library")
+    (tmp_path / "libkeyspan.so").write_text("no library")
     found, why = library._load()
     assert found is None
     assert why.startswith("the native library cannot be loaded: ")
@@ -445,7 +445,7 @@ def test_why_there_is_no_library(monkeypatch, tmp_path):
 def test_a_library_of_another_version_is_not_used(monkeypatch):
     monkeypatch.setattr(library, "DENSE", library.NUMBERS)
     assert library._load() == (
-        None, "the native library was built from another version of saccade: install saccade again"
+        None, "the native library was built from another version of keyspan: install keyspan again"
     )  # fmt: skip
 
 
@@ -520,7 +520,7 @@ def problems(draw):
 
 def test_the_fuzz_driver_that_sanitizers_run(tmp_path):
     root = Path(__file__).parent.parent
-    libraries = sorted(Path(library.__file__).parent.glob("libsaccade.*"))
+    libraries = sorted(Path(library.__file__).parent.glob("libkeyspan.*"))
     compiler = next((x for x in ("c++", "g++", "clang++") if shutil.which(x)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-import saccade
-from saccade.backends import AUTOMATIC, load
-from saccade.core.problem import make_problem
+import keyspan
+from keyspan.backends import AUTOMATIC, load
+from keyspan.core.problem import make_problem
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 STORED = pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
@@ -22,8 +22,8 @@ def qkv(M=5, N=8, H=4, G=2, K=16, V=8, B=2, dtype=torch.float32):
 def stored(dtype, run=None, **sizes):
     """(query, key, value, scales) with keys and values stored as `dtype`."""
     q, k, v = qkv(**sizes)
-    k, key_scale = saccade.quantize(k, dtype, run)
-    v, value_scale = saccade.quantize(v, dtype, run)
+    k, key_scale = keyspan.quantize(k, dtype, run)
+    v, value_scale = keyspan.quantize(v, dtype, run)
     return q, k, v, {"key_scale": key_scale, "value_scale": value_scale}
 
 
@@ -43,7 +43,7 @@ def test_quantize_rounds_to_the_nearest(data):
     x = torch.randn(shape[0], runs * run, *shape[1:]).mul(10.0 ** draw(st.integers(-6, 6))).to(dtype)
     x[:, :run] *= draw(st.sampled_from([0, 1]))
     for kind in (INT8, FP8):
-        got, scale = saccade.quantize(x, kind, run)
+        got, scale = keyspan.quantize(x, kind, run)
         assert got.dtype == kind
         assert got.shape == x.shape
         assert scale.shape == (shape[0], runs, *shape[1:-1])
@@ -52,7 +52,7 @@ def test_quantize_rounds_to_the_nearest(data):
         # Half of what lies between two numbers: of int8 1 everywhere; of e4m3 an eighth of the number, down to 2⁻⁹.
         apart = largest if kind == INT8 else torch.maximum(x.double().abs() / 8, largest * 2**-9)
         assert ((restored(got, scale) - x.double()).abs() <= apart * 0.5001).all()
-        again = saccade.quantize(x, kind, run)
+        again = keyspan.quantize(x, kind, run)
         assert torch.equal(again[0].view(torch.uint8), got.view(torch.uint8))
         assert torch.equal(again[1], scale)
 
@@ -64,7 +64,7 @@ def test_zeros_and_what_is_not_finite(dtype):
     x[0, 2, 0, 1] = torch.nan
     x[0, 5, 1, 3] = torch.inf
     x[0, 6:] = 1e-42
-    got, scale = saccade.quantize(x, dtype, 2)
+    got, scale = keyspan.quantize(x, dtype, 2)
     back = restored(got, scale)
     assert torch.equal(back[0, 0:2], torch.zeros_like(back[0, 0:2]))
     assert torch.equal(scale[0, 0], torch.ones(2))
@@ -73,7 +73,7 @@ def test_zeros_and_what_is_not_finite(dtype):
     assert torch.isfinite(back[0, 2:4, 1]).all()
     assert torch.isfinite(back[0, 4:, 0]).all()
     for shape in ((1, 0, 2, 4), (0, 8, 2, 4)):
-        got, scale = saccade.quantize(torch.ones(shape), dtype)
+        got, scale = keyspan.quantize(torch.ones(shape), dtype)
         assert got.shape == shape
         assert scale.shape == (shape[0], 1, 2)
 
@@ -93,7 +93,7 @@ QUANTIZE_ERRORS = [
 @pytest.mark.parametrize(("changed", "name", "got"), QUANTIZE_ERRORS)
 def test_quantize_names_what_is_wrong(changed, name, got):
     with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
-        saccade.quantize(**(dict(x=torch.zeros(1, 8, 2, 4), dtype=INT8) | changed))
+        keyspan.quantize(**(dict(x=torch.zeros(1, 8, 2, 4), dtype=INT8) | changed))
 
 
 ONE = torch.ones(())
@@ -127,7 +127,7 @@ def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name
         given[n] = given[n].to(x) if n in ("query", "key", "value") else x
     tensors = [given.pop(n) for n in ("query", "key", "value")]
     with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
-        saccade.attention(*tensors, **given)
+        keyspan.attention(*tensors, **given)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_gradients_are_refused_not_dropped(name):
 
     def call(needed):
         tensors = {n: x.detach().clone().requires_grad_(needed and n == name) for n, x in (given | terms).items()}
-        bias = tensors.pop("bias") + saccade.Alibi(tensors.pop("slopes")) + saccade.RelativeBias(tensors.pop("table"))
+        bias = tensors.pop("bias") + keyspan.Alibi(tensors.pop("slopes")) + keyspan.RelativeBias(tensors.pop("table"))
         qkv = [tensors.pop(n) for n in ("query", "key", "value")]
-        return saccade.attention(*qkv, bias=bias, **tensors)
+        return keyspan.attention(*qkv, bias=bias, **tensors)
 
     with pytest.raises(ValueError, match=rf"^{name}: got a tensor that requires a gradient, want none"):
         call(True)
@@ -154,10 +154,10 @@ def test_gradients_are_refused_not_dropped(name):
 def test_gradients_are_refused_by_transforms_and_by_the_op():
     q, k, v, scales = stored(INT8)
     with pytest.raises(ValueError, match=r"^query: got a tensor that requires a gradient"):
-        torch.func.grad(lambda x: saccade.attention(x, k, v, **scales).sum())(q)
+        torch.func.grad(lambda x: keyspan.attention(x, k, v, **scales).sum())(q)
     problem = make_problem(q, k, v, **scales)[0]
     problem = problem._replace(query=problem.query.requires_grad_())
-    out, _ = torch.ops.saccade.attention_forward(*problem, "chunked")
+    out, _ = torch.ops.keyspan.attention_forward(*problem, "chunked")
     with pytest.raises(RuntimeError, match=r"no gradient where keys are torch\.int8"):
         out.sum().backward()
 
@@ -166,46 +166,46 @@ def test_gradients_are_refused_by_transforms_and_by_the_op():
 @STORED
 def test_equals_attention_over_what_the_numbers_stand_for(dtype, run):
     q, k, v, scales = stored(dtype, run)
-    got = saccade.attention(q, k, v, mask=saccade.Causal(), **scales)
+    got = keyspan.attention(q, k, v, mask=keyspan.Causal(), **scales)
     full = (restored(x, scales[name]).float() for x, name in ((k, "key_scale"), (v, "value_scale")))
-    torch.testing.assert_close(got, saccade.attention(q, *full, mask=saccade.Causal()))
+    torch.testing.assert_close(got, keyspan.attention(q, *full, mask=keyspan.Causal()))
     assert got.dtype == q.dtype
 
 
 def test_fp8_without_a_scale_counts_as_it_is():
     q, k, v = (x.to(FP8) for x in qkv())
-    want = saccade.attention(*(x.float() for x in (q, k, v)))
-    torch.testing.assert_close(saccade.attention(q, k, v, output_dtype=torch.float32), want)
-    torch.testing.assert_close(saccade.attention(q.float(), k, v), want)
-    out, lse = saccade.attention(q, k, v, return_lse=True)
+    want = keyspan.attention(*(x.float() for x in (q, k, v)))
+    torch.testing.assert_close(keyspan.attention(q, k, v, output_dtype=torch.float32), want)
+    torch.testing.assert_close(keyspan.attention(q.float(), k, v), want)
+    out, lse = keyspan.attention(q, k, v, return_lse=True)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("run", [None, 4], ids=str)
 def test_layouts_agree(run):
     q, k, v, scales = stored(INT8, run)
-    want = saccade.attention(q, k, v, **scales)
+    want = keyspan.attention(q, k, v, **scales)
     five, k5, v5 = q.unflatten(2, (2, 2)), k[:, :, :, None], v[:, :, :, None]
     by_five = {name: x[..., None] for name, x in scales.items()}
-    torch.testing.assert_close(saccade.attention(five, k5, v5, **by_five).flatten(2, 3), want)
+    torch.testing.assert_close(keyspan.attention(five, k5, v5, **by_five).flatten(2, 3), want)
     # A scale for each head of a group keeps their keys apart.
     expanded = [x.expand(-1, -1, -1, 2, -1) for x in (k5, v5)]
     by_head = {name: x.expand(-1, -1, -1, 2) * torch.tensor([1.0, 2.0]) for name, x in by_five.items()}
-    got = saccade.attention(five, *expanded, **by_head)
-    torch.testing.assert_close(got[:, :, :, 0], saccade.attention(five, k5, v5, **by_five)[:, :, :, 0])
-    doubled = saccade.attention(five, k5, v5, **{name: x * 2 for name, x in by_five.items()})
+    got = keyspan.attention(five, *expanded, **by_head)
+    torch.testing.assert_close(got[:, :, :, 0], keyspan.attention(five, k5, v5, **by_five)[:, :, :, 0])
+    doubled = keyspan.attention(five, k5, v5, **{name: x * 2 for name, x in by_five.items()})
     torch.testing.assert_close(got[:, :, :, 1], doubled[:, :, :, 1])
     for h in range(4):
         by_three = {name: x[..., h // 2] for name, x in scales.items()}
-        got = saccade.attention(q[:, :, h], k[:, :, h // 2], v[:, :, h // 2], **by_three)
+        got = keyspan.attention(q[:, :, h], k[:, :, h // 2], v[:, :, h // 2], **by_three)
         torch.testing.assert_close(got, want[:, :, h])
 
 
 def test_scales_broadcast():
     q, k, v, _ = stored(INT8)
-    want = saccade.attention(q, k, v, key_scale=torch.full((2, 8, 2), 0.01), value_scale=torch.full((2, 1, 2), 0.5))
+    want = keyspan.attention(q, k, v, key_scale=torch.full((2, 8, 2), 0.01), value_scale=torch.full((2, 1, 2), 0.5))
     for a in (torch.tensor(0.01), torch.full((1,), 0.01), torch.full((1, 4, 1), 0.01), torch.full((2, 1, 1), 0.01)):
-        got = saccade.attention(q, k, v, key_scale=a.double(), value_scale=torch.full((1, 2, 2), 0.5).half())
+        got = keyspan.attention(q, k, v, key_scale=a.double(), value_scale=torch.full((1, 2, 2), 0.5).half())
         torch.testing.assert_close(got, want)
 
 
@@ -213,26 +213,26 @@ def test_scales_broadcast():
 def test_scales_of_any_sign(sign):
     q, k, v, scales = stored(FP8)
     full = restored(k, scales["key_scale"]).float() * sign, restored(v, scales["value_scale"]).float() * sign
-    got = saccade.attention(q, k, v, **{name: x * sign for name, x in scales.items()})
-    torch.testing.assert_close(got, saccade.attention(q, *full))
+    got = keyspan.attention(q, k, v, **{name: x * sign for name, x in scales.items()})
+    torch.testing.assert_close(got, keyspan.attention(q, *full))
 
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_scales_nobody_may_see_do_not_leak(backend, special):
     q, k, v, scales = stored(FP8, 2, B=1, M=3)
-    mask = saccade.GappyKeys([3], [2], [4])
-    want = saccade.attention(q, k, v, mask=mask, backend=backend, **scales)
+    mask = keyspan.GappyKeys([3], [2], [4])
+    want = keyspan.attention(q, k, v, mask=mask, backend=backend, **scales)
     for x in scales.values():
         x[:, :1] = x[:, 3:] = special
-    got = saccade.attention(q, k, v, mask=mask, backend=backend, **scales)
+    got = keyspan.attention(q, k, v, mask=mask, backend=backend, **scales)
     assert torch.equal(got, want)
 
 
 @STORED
 def test_explain_counts_what_is_stored(dtype):
     q, k, v, scales = stored(dtype, 4)
-    told = saccade.explain(q, k, v, **scales)
+    told = keyspan.explain(q, k, v, **scales)
     assert told.backend == "chunked"
     assert "key is" in told.reasons["native"]
     moved = 2 * 5 * 4 * 16 * 4 + 2 * 8 * 2 * (16 + 8) * 1 + 2 * (2 * 2 * 2) * 4 + 2 * 5 * 4 * (8 + 1) * 4
@@ -243,14 +243,14 @@ def test_explain_counts_what_is_stored(dtype):
 def test_native_is_refused_by_name():
     q, k, v, scales = stored(INT8)
     with pytest.raises(NotImplementedError, match=r"'native'.*"):
-        saccade.attention(q, k, v, backend="native", **scales)
+        keyspan.attention(q, k, v, backend="native", **scales)
     problem = make_problem(q, k, v, **scales)[0]
     assert [name for name in AUTOMATIC if load(name).reason_against(problem) is None] == ["chunked"]
 
 
 @pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_triton_refuses_fp8_where_nothing_converts_it(monkeypatch, capability, can):
-    from saccade.backends import triton
+    from keyspan.backends import triton
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "this GPU")
@@ -262,25 +262,25 @@ def test_triton_refuses_fp8_where_nothing_converts_it(monkeypatch, capability, c
 def test_autocast_leaves_stored_numbers_alone():
     q, k, v, scales = stored(FP8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = saccade.attention(q, k, v, **scales)
+        got = keyspan.attention(q, k, v, **scales)
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, saccade.attention(q.bfloat16(), k, v, **scales))
+    assert torch.equal(got, keyspan.attention(q.bfloat16(), k, v, **scales))
 
 
 @STORED
 def test_the_registered_op(dtype):
     q, k, v, scales = stored(dtype, 4)
     if dtype == FP8:
-        q, scales["query_scale"] = saccade.quantize(q, FP8)
-    problem = make_problem(q, k, v, mask=saccade.Causal(), **scales)[0]
+        q, scales["query_scale"] = keyspan.quantize(q, FP8)
+    problem = make_problem(q, k, v, mask=keyspan.Causal(), **scales)[0]
     torch.library.opcheck(
-        torch.ops.saccade.attention_forward.default,
+        torch.ops.keyspan.attention_forward.default,
         (*problem, "chunked"),
         # The check of the schema adds up inputs, which torch cannot do in fp8.
         test_utils=("test_faketensor", *(("test_schema", "test_autograd_registration") if dtype == INT8 else ())),
     )
     with FlopCounterMode(display=False) as counter:
-        saccade.attention(q, k, v, mask=saccade.Causal(), **scales)
+        keyspan.attention(q, k, v, mask=keyspan.Causal(), **scales)
     assert counter.get_total_flops() == 2 * 2 * 4 * 15 * (16 + 8)
 
 
@@ -291,17 +291,17 @@ def test_compiles_as_one_graph(dtype):
     q, k, v, scales = stored(dtype, 4)
 
     def f(q, k, v, scales):
-        return saccade.attention(q, k, v, mask=saccade.Causal(), **scales)
+        return keyspan.attention(q, k, v, mask=keyspan.Causal(), **scales)
 
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(q, k, v, scales)
     assert torch.equal(got, f(q, k, v, scales))
 
 
 def test_memory_does_not_hold_the_cache_in_another_dtype():
-    from saccade.testing import peak_memory
+    from keyspan.testing import peak_memory
 
     N = 2**16
     q, k = torch.randn(1, 1, 1, 64), torch.zeros(1, N, 1, 64, dtype=INT8)
     torch.use_deterministic_algorithms(False)
-    peak = peak_memory(lambda: saccade.attention(q, k, k, key_scale=ONE, value_scale=ONE, backend="chunked"))
+    peak = peak_memory(lambda: keyspan.attention(q, k, k, key_scale=ONE, value_scale=ONE, backend="chunked"))
     assert peak < k.numel() * 4 / 2

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import saccade
-from saccade.backends import native
-from saccade.core import biases, lowering, masks, repeat
-from saccade.core.ranges import KeyRanges
+import keyspan
+from keyspan.backends import native
+from keyspan.core import biases, lowering, masks, repeat
+from keyspan.core.ranges import KeyRanges
 
 needs_library = pytest.mark.skipif(
-    native.reason_against(saccade.core.problem.make_problem(*[torch.zeros(1, 1, 1, 1)] * 3)[0]) is not None,
+    native.reason_against(keyspan.core.problem.make_problem(*[torch.zeros(1, 1, 1, 1)] * 3)[0]) is not None,
     reason="the native library is not built here",
 )
 
@@ -47,17 +47,17 @@ def tensors(B=1, M=5, N=7, Hq=4, Hkv=2, K=8, V=8, dtype=torch.float32) -> list[T
 def the_long_way(*args, **kw):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeat, "look", lambda *_: None)
-        return saccade.attention(*args, **kw)
+        return keyspan.attention(*args, **kw)
 
 
 CALLS = {
     "plain": {},
-    "causal": {"mask": saccade.Causal("bottom_right")},
-    "packed": {"mask": saccade.Documents([2, 3], [4, 3]) & saccade.Causal() & saccade.Window(1, 0)},
-    "two ranges": {"mask": saccade.Causal("bottom_right") & saccade.Window(1, 0) & saccade.Sinks(1)},
-    "ranges": {"mask": saccade.Causal().lower(1, 5, 7)},
-    "alibi": {"bias": saccade.Alibi(torch.rand(4))},
-    "table": {"mask": saccade.Causal(), "bias": saccade.RelativeBias(torch.randn(4, 5))},
+    "causal": {"mask": keyspan.Causal("bottom_right")},
+    "packed": {"mask": keyspan.Documents([2, 3], [4, 3]) & keyspan.Causal() & keyspan.Window(1, 0)},
+    "two ranges": {"mask": keyspan.Causal("bottom_right") & keyspan.Window(1, 0) & keyspan.Sinks(1)},
+    "ranges": {"mask": keyspan.Causal().lower(1, 5, 7)},
+    "alibi": {"bias": keyspan.Alibi(torch.rand(4))},
+    "table": {"mask": keyspan.Causal(), "bias": keyspan.RelativeBias(torch.randn(4, 5))},
     "softcap, sinks, scale": {"softcap": 3.0, "sinks": torch.randn(4), "scale": -0.3},
     "lse": {"return_lse": True},
     "output": {"output_dtype": torch.bfloat16},
@@ -82,7 +82,7 @@ def test_again_on_other_memory(name, layout, repeated):
 
     calls = [given() for _ in range(5)]
     for q, k, v in calls:
-        got = saccade.attention(q, k, v, **kw)
+        got = keyspan.attention(q, k, v, **kw)
         want = the_long_way(q, k, v, **kw)
         if not kw.get("return_lse"):
             got, want = (got,), (want,)
@@ -99,7 +99,7 @@ def test_again_on_other_memory(name, layout, repeated):
 @needs_library
 def test_results_are_new_each_time():
     q, k, v = tensors()
-    outs = [saccade.attention(q, k, v) for _ in range(4)]
+    outs = [keyspan.attention(q, k, v) for _ in range(4)]
     assert len({x.data_ptr() for x in outs}) == 4
 
 
@@ -119,10 +119,10 @@ def test_results_are_new_each_time():
 def test_other_forms_are_other_calls(other, repeated):
     given = tensors()
     for _ in range(2):
-        saccade.attention(*given)
+        keyspan.attention(*given)
     assert repeated == [False, True]
     q, k, v = other(*given)
-    assert torch.equal(saccade.attention(q, k, v), the_long_way(q, k, v))
+    assert torch.equal(keyspan.attention(q, k, v), the_long_way(q, k, v))
     assert repeated[2] is False
 
 
@@ -130,15 +130,15 @@ def test_other_forms_are_other_calls(other, repeated):
 def test_other_numbers_are_other_calls(repeated):
     q, k, v = tensors(N=5)
     outs = [
-        saccade.attention(q, k, v, **kw)
+        keyspan.attention(q, k, v, **kw)
         for kw in (
             {},
             {"scale": 0.5},
             {"softcap": 1.0},
-            {"mask": saccade.Causal()},
-            {"mask": saccade.Causal()},
-            {"mask": saccade.Causal() & saccade.Window(1)},
-            {"mask": saccade.Causal() & saccade.Window(2)},
+            {"mask": keyspan.Causal()},
+            {"mask": keyspan.Causal()},
+            {"mask": keyspan.Causal() & keyspan.Window(1)},
+            {"mask": keyspan.Causal() & keyspan.Window(2)},
         )
     ]
     assert len(repeated) == 4, "a mask that was never lowered is not looked up"
@@ -153,44 +153,44 @@ def test_bad_input_is_seen_behind_a_good_call():
     q, k, v = tensors()
     for scale, bad in ((1, True), (1.0, True), (1, [1])):
         for _ in range(2):
-            saccade.attention(q, k, v, scale=scale)
+            keyspan.attention(q, k, v, scale=scale)
         with pytest.raises(ValueError, match="scale"):
-            saccade.attention(q, k, v, scale=bad)
+            keyspan.attention(q, k, v, scale=bad)
     for bad in (False, torch.zeros(2), torch.zeros(1, device="meta")):
         with pytest.raises(ValueError, match="dropout_p"):
-            saccade.attention(q, k, v, scale=1, dropout_p=bad)
+            keyspan.attention(q, k, v, scale=1, dropout_p=bad)
     with pytest.raises(ValueError, match="query"):
-        saccade.attention(q.to_sparse(), k, v, scale=1)
+        keyspan.attention(q.to_sparse(), k, v, scale=1)
     with pytest.raises(ValueError, match="query"):
-        saccade.attention(7, k, v, scale=1)
+        keyspan.attention(7, k, v, scale=1)
     for bad in (None, 7, Tensor):
         with pytest.raises(ValueError, match="query"):
-            saccade.attention(bad, k, v, mask=saccade.Causal())
+            keyspan.attention(bad, k, v, mask=keyspan.Causal())
         with pytest.raises(ValueError, match="key"):
-            saccade.attention(q, bad, v, mask=saccade.Causal())
-    assert len(saccade.attention(q, k, v, return_lse=[1])) == 2, "what is no bool has a truth all the same"
+            keyspan.attention(q, bad, v, mask=keyspan.Causal())
+    assert len(keyspan.attention(q, k, v, return_lse=[1])) == 2, "what is no bool has a truth all the same"
     with pytest.raises(ValueError, match="bias"):
-        saccade.attention(q, k, v, scale=1, bias=7)
+        keyspan.attention(q, k, v, scale=1, bias=7)
     with pytest.raises(ValueError, match="mask"):
-        saccade.attention(q, k, v, scale=1, mask=7)
+        keyspan.attention(q, k, v, scale=1, mask=7)
     with pytest.raises(ValueError, match="key"):
-        saccade.attention(q, k[0], v, bias=torch.ones(5, 7, dtype=torch.int64))
+        keyspan.attention(q, k[0], v, bias=torch.ones(5, 7, dtype=torch.int64))
     with pytest.raises(ValueError, match="key"):
-        saccade.attention(q, k[0], v, scale=1, mask=saccade.Causal())
+        keyspan.attention(q, k[0], v, scale=1, mask=keyspan.Causal())
 
 
 @needs_library
 def test_what_is_written_into_tensors_is_seen(repeated):
     q, k, v = tensors(N=5)
     lengths = torch.tensor([2, 3])
-    ranges = saccade.Causal().lower(1, 5, 5)
+    ranges = keyspan.Causal().lower(1, 5, 5)
     slopes = torch.rand(4)
 
     def results():
         return [
-            saccade.attention(q, k, v, mask=saccade.Documents(lengths)),
-            saccade.attention(q, k, v, mask=ranges),
-            saccade.attention(q, k, v, mask=ranges, bias=saccade.Alibi(slopes)),
+            keyspan.attention(q, k, v, mask=keyspan.Documents(lengths)),
+            keyspan.attention(q, k, v, mask=ranges),
+            keyspan.attention(q, k, v, mask=ranges, bias=keyspan.Alibi(slopes)),
         ]
 
     for _ in range(3):
@@ -200,22 +200,22 @@ def test_what_is_written_into_tensors_is_seen(repeated):
     ranges.hi[..., -1] = 1
     slopes.mul_(2)
     for old, new, mask, bias in zip(
-        before, results(), (saccade.Documents([4, 1]), ranges, ranges), (None, None, saccade.Alibi(slopes)), strict=True
+        before, results(), (keyspan.Documents([4, 1]), ranges, ranges), (None, None, keyspan.Alibi(slopes)), strict=True
     ):
         assert not torch.equal(old, new)
-        assert torch.equal(new, saccade.attention(q, k, v, mask=mask, bias=bias, backend="native"))
+        assert torch.equal(new, keyspan.attention(q, k, v, mask=mask, bias=bias, backend="native"))
 
 
 @needs_library
 def test_ranges_for_any_number_of_keys_are_cut_off_each_time(repeated):
     q, k, v = tensors(N=5)
-    made = saccade.Causal().lower(1, 5, 5)
+    made = keyspan.Causal().lower(1, 5, 5)
     ranges = KeyRanges(made.lo, made.hi.clone(), made.diagonal)
-    want = saccade.attention(q, k, v, mask=saccade.Causal())
+    want = keyspan.attention(q, k, v, mask=keyspan.Causal())
     for _ in range(3):
-        assert torch.equal(saccade.attention(q, k, v, mask=ranges), want)
+        assert torch.equal(keyspan.attention(q, k, v, mask=ranges), want)
     ranges.hi.fill_(99)
-    assert torch.equal(saccade.attention(q, k, v, mask=ranges), saccade.attention(q, k, v))
+    assert torch.equal(keyspan.attention(q, k, v, mask=ranges), keyspan.attention(q, k, v))
     assert not any(repeated)
 
 
@@ -228,12 +228,12 @@ def test_ranges_that_are_given_another_form_in_place_are_checked_again():
         lambda x: setattr(x, "data", x.long()),
     )
     for change in changes:
-        ranges = saccade.Causal().lower(1, 5, 5)
+        ranges = keyspan.Causal().lower(1, 5, 5)
         for _ in range(3):
-            saccade.attention(q, k, v, mask=ranges)
+            keyspan.attention(q, k, v, mask=ranges)
         change(ranges.hi)
         with pytest.raises(ValueError, match="ranges"):
-            saccade.attention(q, k, v, mask=ranges)
+            keyspan.attention(q, k, v, mask=ranges)
 
 
 @needs_library
@@ -241,14 +241,14 @@ def test_a_lowered_mask_outlives_its_being_forgotten():
     """Another thread may forget it between the look at a call and its computation."""
     q, k, v = tensors(N=5)
     for _ in range(2):
-        want = saccade.attention(q, k, v, mask=saccade.Causal())
+        want = keyspan.attention(q, k, v, mask=keyspan.Causal())
     held = weakref.ref(next(iter(lowering._kept.values())).ranges.lo)
-    call = repeat.look(q, k, v, saccade.Causal(), None, None, (1,))
+    call = repeat.look(q, k, v, keyspan.Causal(), None, None, (1,))
     lowering._kept.clear()
     assert held() is not None
     del call
     assert held() is None
-    assert torch.equal(saccade.attention(q, k, v, mask=saccade.Causal()), want)
+    assert torch.equal(keyspan.attention(q, k, v, mask=keyspan.Causal()), want)
 
 
 class Learned(biases.Bias):
@@ -259,10 +259,10 @@ class Learned(biases.Bias):
 
     @property
     def terms(self):
-        return (saccade.Alibi(self.log.exp()),)
+        return (keyspan.Alibi(self.log.exp()),)
 
 
-class Hidden(saccade.Alibi):
+class Hidden(keyspan.Alibi):
     """A user's bias whose slopes no field tells of."""
 
     log = torch.zeros(4, requires_grad=True)
@@ -279,27 +279,27 @@ class Hidden(saccade.Alibi):
 def test_biases_that_a_user_makes():
     # As much memory for the output as for the slopes: what nobody held would be given to it.
     q, k, v = tensors(M=1, Hq=4, Hkv=4, K=1, V=1)
-    want = saccade.attention(q, k, v, bias=saccade.Alibi(torch.ones(4)), backend="reference")
+    want = keyspan.attention(q, k, v, bias=keyspan.Alibi(torch.ones(4)), backend="reference")
     learned = Learned(torch.zeros(4))
     for _ in range(5):
-        torch.testing.assert_close(saccade.attention(q, k, v, bias=learned), want)
+        torch.testing.assert_close(keyspan.attention(q, k, v, bias=learned), want)
     for _ in range(3):
-        assert saccade.attention(q, k, v, bias=Hidden()).requires_grad
+        assert keyspan.attention(q, k, v, bias=Hidden()).requires_grad
 
 
 @needs_library
 def test_gradients_go_the_long_way(repeated):
     q, k, v = tensors()
     for _ in range(2):
-        saccade.attention(q, k, v)
+        keyspan.attention(q, k, v)
     q.requires_grad_()
-    assert saccade.attention(q, k, v).requires_grad
+    assert keyspan.attention(q, k, v).requires_grad
     slopes = torch.rand(4)
     for _ in range(3):
-        saccade.attention(q.detach(), k, v, bias=saccade.Alibi(slopes))
-    assert saccade.attention(q.detach(), k, v, bias=saccade.Alibi(slopes.requires_grad_())).requires_grad
+        keyspan.attention(q.detach(), k, v, bias=keyspan.Alibi(slopes))
+    assert keyspan.attention(q.detach(), k, v, bias=keyspan.Alibi(slopes.requires_grad_())).requires_grad
     with torch.no_grad():
-        assert not saccade.attention(q, k, v).requires_grad
+        assert not keyspan.attention(q, k, v).requires_grad
     assert repeated == [False, True, False, True, True]
 
 
@@ -307,21 +307,21 @@ def test_gradients_go_the_long_way(repeated):
 def test_settings_are_read_each_time(repeated):
     q, k, v = tensors(M=40, N=40)
     for _ in range(2):
-        want = saccade.attention(q, k, v)
+        want = keyspan.attention(q, k, v)
     with torch.autocast("cpu"):
-        assert saccade.attention(q, k, v).dtype == torch.bfloat16
+        assert keyspan.attention(q, k, v).dtype == torch.bfloat16
     threads = torch.get_num_threads()
     for isa in native.library.SUPPORTED:
         with native.use_isa(isa):
-            torch.testing.assert_close(saccade.attention(q, k, v), want)
-            assert torch.equal(saccade.attention(q, k, v), the_long_way(q, k, v))
+            torch.testing.assert_close(keyspan.attention(q, k, v), want)
+            assert torch.equal(keyspan.attention(q, k, v), the_long_way(q, k, v))
     try:
         torch.set_num_threads(1)
-        torch.testing.assert_close(saccade.attention(q, k, v), want)
+        torch.testing.assert_close(keyspan.attention(q, k, v), want)
     finally:
         torch.set_num_threads(threads)
     with torch.inference_mode():
-        assert saccade.attention(q, k, v).is_inference()
+        assert keyspan.attention(q, k, v).is_inference()
     assert repeated[1]
     assert repeated[-1]
 
@@ -330,16 +330,16 @@ def test_settings_are_read_each_time(repeated):
 def test_who_watches_sees_the_op():
     q, k, v = tensors()
     for _ in range(2):
-        want = saccade.attention(q, k, v)
+        want = keyspan.attention(q, k, v)
     with torch.profiler.profile() as profile:
-        saccade.attention(q, k, v)
-    assert "saccade::attention_forward" in {x.key for x in profile.key_averages()}
+        keyspan.attention(q, k, v)
+    assert "keyspan::attention_forward" in {x.key for x in profile.key_averages()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, and tells that shapes become constants
-        traced = torch.jit.trace(lambda q: saccade.attention(q, k, v), q)
+        traced = torch.jit.trace(lambda q: keyspan.attention(q, k, v), q)
     assert torch.equal(traced(q), want)
-    assert torch.equal(traced(q + 1), saccade.attention(q + 1, k, v)), "a trace must not hold the result"
-    compiled = torch.compile(lambda q: saccade.attention(q, k, v), backend="eager", fullgraph=True)
+    assert torch.equal(traced(q + 1), keyspan.attention(q + 1, k, v)), "a trace must not hold the result"
+    compiled = torch.compile(lambda q: keyspan.attention(q, k, v), backend="eager", fullgraph=True)
     assert torch.equal(compiled(q), want)
 
 
@@ -353,9 +353,9 @@ def test_tensors_to_be_negated_when_read(backend):
     assert marked.is_neg()
     plain = marked.clone().requires_grad_()
     others = [z.real.contiguous(), z.real.contiguous()]
-    want = saccade.attention(plain, *others, backend=backend)
+    want = keyspan.attention(plain, *others, backend=backend)
     for _ in range(3):
-        torch.testing.assert_close(saccade.attention(marked, *others, backend=backend), want)
+        torch.testing.assert_close(keyspan.attention(marked, *others, backend=backend), want)
     grad = torch.randn(1, 6, 2, 8, dtype=torch.complex64).conj().imag
     (got,) = torch.autograd.grad(want, plain, grad, retain_graph=True)
     torch.testing.assert_close(got, torch.autograd.grad(want, plain, grad.clone())[0])
@@ -367,32 +367,32 @@ def test_zeros_that_have_no_memory():
     q, k, v = (x.requires_grad_() for x in tensors())
     zeros = torch._efficientzerotensor(q.shape)
     for _ in range(3):
-        out = saccade.attention(q.detach(), k.detach(), torch._efficientzerotensor(v.shape))
+        out = keyspan.attention(q.detach(), k.detach(), torch._efficientzerotensor(v.shape))
         assert torch.equal(out, torch.zeros_like(out))
-    for grad in torch.autograd.grad(saccade.attention(q, k, v), (q, k, v), zeros):
+    for grad in torch.autograd.grad(keyspan.attention(q, k, v), (q, k, v), zeros):
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
 def test_masks_of_numbers_are_lowered_once():
     cpu = torch.device("cpu")
-    mask = saccade.Documents([2, 3]) & saccade.Causal()
+    mask = keyspan.Documents([2, 3]) & keyspan.Causal()
     first = lowering.lower(mask, 1, 5, 5, cpu)
-    same = saccade.Documents([2, 3]) & saccade.Causal()
+    same = keyspan.Documents([2, 3]) & keyspan.Causal()
     assert lowering.lower(same, 1, 5, 5, cpu) is first
     others = [
-        lowering.lower(saccade.Documents([3, 2]) & saccade.Causal(), 1, 5, 5, cpu),
-        lowering.lower(saccade.Documents([2, 3]) & saccade.Causal("bottom_right"), 1, 5, 5, cpu),
-        lowering.lower(saccade.Documents(torch.tensor([2, 3])) & saccade.Causal(), 1, 5, 5, cpu),
+        lowering.lower(keyspan.Documents([3, 2]) & keyspan.Causal(), 1, 5, 5, cpu),
+        lowering.lower(keyspan.Documents([2, 3]) & keyspan.Causal("bottom_right"), 1, 5, 5, cpu),
+        lowering.lower(keyspan.Documents(torch.tensor([2, 3])) & keyspan.Causal(), 1, 5, 5, cpu),
         lowering.lower(mask & torch.ones(5, 5, dtype=torch.bool), 1, 5, 5, cpu),
     ]
     assert all(x is not first for x in others)
     with torch.inference_mode():
-        made = lowering.lower(saccade.Causal(), 1, 5, 5, cpu)
+        made = lowering.lower(keyspan.Causal(), 1, 5, 5, cpu)
     assert not made.lo.is_inference(), "it will be saved for backward"
     for n in range(2 * lowering._MOST):
-        lowering.lower(saccade.Window(n), 1, 5, 5, cpu)
+        lowering.lower(keyspan.Window(n), 1, 5, 5, cpu)
     assert len(lowering._kept) <= lowering._MOST
-    lowering.lower(saccade.Causal(), 1, lowering._LARGEST + 1, 5, cpu)
+    lowering.lower(keyspan.Causal(), 1, lowering._LARGEST + 1, 5, cpu)
     assert not any(x.ranges.lo.numel() > lowering._LARGEST for x in lowering._kept.values())
 
 
@@ -416,38 +416,38 @@ class Upto(masks.Layout):
 
 def test_masks_that_a_user_makes_are_lowered_each_time(monkeypatch):
     q, k, v = tensors(N=5)
-    causal = saccade.Causal() & saccade.Window(3)
+    causal = keyspan.Causal() & keyspan.Window(3)
     halved = Halved(causal.parts)
     for mask in (causal, halved, causal, halved):
-        want = saccade.attention(q, k, v, mask=mask.materialize(5, 5), backend="reference")
-        torch.testing.assert_close(saccade.attention(q, k, v, mask=mask), want)
-    before = saccade.attention(q, k, v, mask=Upto())
+        want = keyspan.attention(q, k, v, mask=mask.materialize(5, 5), backend="reference")
+        torch.testing.assert_close(keyspan.attention(q, k, v, mask=mask), want)
+    before = keyspan.attention(q, k, v, mask=Upto())
     monkeypatch.setattr(Upto, "stop", 4)
-    assert not torch.equal(saccade.attention(q, k, v, mask=Upto()), before)
+    assert not torch.equal(keyspan.attention(q, k, v, mask=Upto()), before)
 
 
 def test_what_is_lowered_where_torch_makes_something_else_is_not_kept():
     q, k, v = tensors(N=5)
-    want = saccade.attention(q, k, v, mask=torch.ones(5, 5, dtype=torch.bool).tril())
+    want = keyspan.attention(q, k, v, mask=torch.ones(5, 5, dtype=torch.bool).tril())
 
     class Watching(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
     with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.grad(lambda q: saccade.attention(q, k, v, mask=saccade.Causal()).sum())(q)
+        torch.func.grad(lambda q: keyspan.attention(q, k, v, mask=keyspan.Causal()).sum())(q)
     with Watching():
-        saccade.attention(q, k, v, mask=saccade.Causal())
+        keyspan.attention(q, k, v, mask=keyspan.Causal())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(lambda q: saccade.attention(q, k, v, mask=saccade.Causal()), q, check_trace=False)
+        torch.jit.trace(lambda q: keyspan.attention(q, k, v, mask=keyspan.Causal()), q, check_trace=False)
     assert not lowering._kept
-    torch.testing.assert_close(saccade.attention(q, k, v, mask=saccade.Causal()), want)
+    torch.testing.assert_close(keyspan.attention(q, k, v, mask=keyspan.Causal()), want)
 
 
 def test_no_more_calls_are_known_than_shall_be(monkeypatch):
     monkeypatch.setattr(repeat, "_MOST", 4)
     for n in range(1, 12):
         q = torch.zeros(1, n, 1, 4)
-        saccade.attention(q, q, q)
+        keyspan.attention(q, q, q)
         assert len(repeat._known) <= 4

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import saccade
-from saccade.backends.schedule import tiles
+import keyspan
+from keyspan.backends.schedule import tiles
 
 
 @settings(max_examples=150, deadline=None)
@@ -42,11 +42,11 @@ def spans(mask, M, N, rows=256, overhead=1000.0):
 
 def test_documents_do_not_meet_and_decode_rows_stay_apart():
     area = sum(
-        (t.end - t.begin) * (s.last - s.first) for t in spans(saccade.Documents([64] * 16), 1024, 1024) for s in t.spans
+        (t.end - t.begin) * (s.last - s.first) for t in spans(keyspan.Documents([64] * 16), 1024, 1024) for s in t.spans
     )
     assert area <= 16 * 64 * 64 * 2
-    decode = spans(saccade.PaddedKeys([1] * 8, [5000] * 8, 5000) & saccade.Causal("bottom_right"), 8, 40000)
+    decode = spans(keyspan.PaddedKeys([1] * 8, [5000] * 8, 5000) & keyspan.Causal("bottom_right"), 8, 40000)
     assert len(decode) == 8
-    causal = spans(saccade.Causal(), 1024, 1024, overhead=1e6)
+    causal = spans(keyspan.Causal(), 1024, 1024, overhead=1e6)
     assert [t.spans[0].last for t in causal] == [256, 512, 768, 1024]
     assert [t.spans[0].full_last for t in causal] == [1, 257, 513, 769]

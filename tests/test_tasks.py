@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from saccade.inference.generate import generate
-from saccade.models.gpt import GPT, GPTConfig
-from saccade.training.data import (
+from keyspan.inference.generate import generate
+from keyspan.models.gpt import GPT, GPTConfig
+from keyspan.training.data import (
     START,
     StandardLibrary,
     bigram_bits_per_byte,
@@ -19,9 +19,9 @@ from saccade.training.data import (
     pack_bytes,
     python_files,
 )
-from saccade.training.evaluate import evaluate
-from saccade.training.packing import IGNORE, Batch, pack
-from saccade.training.tasks import HELD_OUT_PROBLEMS, PROBLEMS, SyntheticTask
+from keyspan.training.evaluate import evaluate
+from keyspan.training.packing import IGNORE, Batch, pack
+from keyspan.training.tasks import HELD_OUT_PROBLEMS, PROBLEMS, SyntheticTask
 
 LONGEST = {"copy": 64, "reverse": 64, "sort": 24, "associative-recall": 16, "addition": 4}
 LOWER, UPPER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"

@@ -13,11 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saccade.info import find_device
-from saccade.training import checkpoint
-from saccade.training.config import PRESETS, TrainConfig
-from saccade.training.data import is_held_out
-from saccade.training.loop import (
+from keyspan.info import find_device
+from keyspan.training import checkpoint
+from keyspan.training.config import PRESETS, TrainConfig
+from keyspan.training.data import is_held_out
+from keyspan.training.loop import (
     learning_rate,
     load_run,
     make_model,
@@ -28,8 +28,8 @@ from saccade.training.loop import (
     take_step,
     train,
 )
-from saccade.training.packing import Batch
-from saccade.training.report import read_metrics
+from keyspan.training.packing import Batch
+from keyspan.training.report import read_metrics
 
 CPU = torch.device("cpu")
 TINY = TrainConfig(
@@ -53,7 +53,7 @@ TINY = TrainConfig(
 @pytest.fixture(autouse=True)
 def few_held_out_problems(monkeypatch):
     """The last evaluation of 2000 problems would take longer than these runs."""
-    monkeypatch.setattr("saccade.training.tasks.HELD_OUT_PROBLEMS", 60)
+    monkeypatch.setattr("keyspan.training.tasks.HELD_OUT_PROBLEMS", 60)
 
 
 def parts(config, dtype=torch.float32):
@@ -262,8 +262,8 @@ def test_text_is_trained_on_and_compared(tmp_path, monkeypatch):
     for i in range(60):
         (source / f"m{i}.py").write_bytes(b"def f(x):\n    return x\n" * (1 + i % 5))
     assert 0 < sum(is_held_out(f"m{i}.py") for i in range(60)) < 60
-    monkeypatch.setattr("saccade.training.data.sysconfig.get_path", lambda name: str(source))
-    from saccade.training.data import _documents, _split
+    monkeypatch.setattr("keyspan.training.data.sysconfig.get_path", lambda name: str(source))
+    from keyspan.training.data import _documents, _split
 
     _split.cache_clear(), _documents.cache_clear()
     config = replace(TINY, task="stdlib", max_length=64, tokens=512, steps=60, lr=2e-2, precision="bf16")
@@ -278,7 +278,7 @@ def test_text_is_trained_on_and_compared(tmp_path, monkeypatch):
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     run = tmp_path / "run"
     options = "--task copy --max-length 4 --dim 16 --tokens 64 --steps 100000 --eval-every 100000 --device cpu"
-    command = [sys.executable, "-m", "saccade", "train", *options.split(), "--out", str(run)]
+    command = [sys.executable, "-m", "keyspan", "train", *options.split(), "--out", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
@@ -293,7 +293,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in error
     step = losses(run)[-1][0]
-    assert f"interrupted after step {step}; go on with: saccade train --resume {run}" in out.replace("\n", " ")
+    assert f"interrupted after step {step}; go on with: keyspan train --resume {run}" in out.replace("\n", " ")
     assert checkpoint.latest(run).name == f"step-{step:08d}"
     assert json.loads((run / "result.json").read_text())["interrupted"]
     result = train(replace(read_config(run), resume=run, steps=step + 2), quiet=True)
@@ -302,7 +302,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
 
 
 def test_ctrl_c_in_the_last_evaluation_ends_a_run_that_is_done(tmp_path, monkeypatch):
-    from saccade.training import loop
+    from keyspan.training import loop
 
     def evaluate(*arguments):
         os.kill(os.getpid(), signal.SIGINT)

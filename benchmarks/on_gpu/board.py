@@ -33,16 +33,16 @@ class Board:
         """What was timed, as the documentation shows it."""
         ceiling = self.head.get("matmul_tflops", math.nan)
         lines = [", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.head.items()), "",
-                 "| work | pass | Saccade TFLOP/s | of GEMM | peers' TFLOP/s | best peer's time ÷ Saccade's "
+                 "| work | pass | Keyspan TFLOP/s | of GEMM | peers' TFLOP/s | best peer's time ÷ Keyspan's "
                  "| peak MiB |",
                  "|---|---|--:|--:|---|--:|--:|"]  # fmt: skip
         for row in self.rows:
             if "tflops" in row and "direction" in row:
                 rates = dict(row["tflops"])
-                own = rates.pop("saccade", math.nan)
+                own = rates.pop("keyspan", math.nan)
                 peers = ", ".join(f"{n} {r:.0f}" for n, r in rates.items()) or "–"
                 ratio = f"{row['ratio']:.2f} ({row['best_peer']})" if row["ratio"] else "–"
-                peak = f"{row['peak_mib']['saccade']:.0f}" if "saccade" in row["peak_mib"] else "–"
+                peak = f"{row['peak_mib']['keyspan']:.0f}" if "keyspan" in row["peak_mib"] else "–"
                 cells = (_title(row), row["direction"], f"{own:.0f}", f"{own / ceiling:.0%}", peers, ratio, peak)
                 lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "| decoding | TB/s of keys and values, read once | µs |", "|---|---|---|"]
@@ -64,7 +64,7 @@ class Board:
             return
         timed = [row for row in self.rows if "direction" in row]
         labels = list(dict.fromkeys(_title(row) for row in timed))
-        names = [n for n in ("saccade", "cudnn", "flash", "efficient", "flex") if any(n in r["tflops"] for r in timed)]
+        names = [n for n in ("keyspan", "cudnn", "flash", "efficient", "flex") if any(n in r["tflops"] for r in timed)]
         if not labels:
             return
         figure = Figure(figsize=(12, 1.5 + 0.55 * len(labels)), layout="constrained")

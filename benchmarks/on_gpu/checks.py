@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import saccade
+import keyspan
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # the cases, which nothing installs
 
@@ -29,9 +29,9 @@ def moved(problem: Any, device: str) -> Any:
 def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
     """One case of the tests on the GPU: errors as shares of what is allowed, and whether a second run is the same."""
     from cases import CASES
-    from saccade.backends.triton import launch
-    from saccade.core.library import attend
-    from saccade.testing import results, tolerances, worst
+    from keyspan.backends.triton import launch
+    from keyspan.core.library import attend
+    from keyspan.testing import results, tolerances, worst
 
     if not descriptors:
         launch._descriptors_allowed = lambda x: False
@@ -55,7 +55,7 @@ def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
 
 def check_large(name: str) -> dict[str, Any]:
     """Real tile sizes and head dimensions against fp32 on the GPU, where only dense formulas are at hand."""
-    from saccade.testing import worst
+    from keyspan.testing import worst
 
     torch.manual_seed(0)
     sizes = {"D64": (64, 64), "D128": (128, 128), "D256": (256, 256), "K128 V64": (128, 64), "D96": (96, 96)}
@@ -63,12 +63,12 @@ def check_large(name: str) -> dict[str, Any]:
     K, V = sizes[which]
     masks = {
         "full": None,
-        "causal": saccade.Causal(),
-        "packed": saccade.Documents([300, 5, 700, 19, 1024]) & saccade.Causal(),
-        "window": saccade.Causal() & saccade.Window(300, 0) & saccade.Sinks(4),
-        "alibi": saccade.Causal(),
-        "table": saccade.Causal(),
-        "bias": saccade.Causal(),
+        "causal": keyspan.Causal(),
+        "packed": keyspan.Documents([300, 5, 700, 19, 1024]) & keyspan.Causal(),
+        "window": keyspan.Causal() & keyspan.Window(300, 0) & keyspan.Sinks(4),
+        "alibi": keyspan.Causal(),
+        "table": keyspan.Causal(),
+        "bias": keyspan.Causal(),
     }
     M, G, H = 2048, 2, 2
     q, k, v = (torch.randn(1, M, h, d, device="cuda", dtype=torch.bfloat16) for h, d in ((G * H, K), (G, K), (G, V)))
@@ -79,8 +79,8 @@ def check_large(name: str) -> dict[str, Any]:
     def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
         e = None if extra is None else extra.clone().requires_grad_()
-        bias = {"alibi": saccade.Alibi, "table": saccade.RelativeBias}[kind](e) if kind in ("alibi", "table") else e
-        out = saccade.attention(*x, mask=masks[kind], bias=bias, backend=backend)
+        bias = {"alibi": keyspan.Alibi, "table": keyspan.RelativeBias}[kind](e) if kind in ("alibi", "table") else e
+        out = keyspan.attention(*x, mask=masks[kind], bias=bias, backend=backend)
         inputs = x if e is None else [*x, e]
         return [t.detach().float() for t in (out, *torch.autograd.grad(out, inputs, go.to(dtype)))]
 
@@ -96,27 +96,27 @@ def check_large(name: str) -> dict[str, Any]:
 
 def check_again(name: str) -> dict[str, Any]:
     """Calls made again, which are launched without being looked at anew, on other memory and in a CUDA graph."""
-    from saccade.core import repeat
+    from keyspan.core import repeat
 
     torch.manual_seed(0)
     M, N, Hq, Hkv, D = {"decode": (1, 8192, 16, 4, 128), "fp32": (300, 300, 4, 4, 64)}.get(
         name, (1024, 1024, 4, 2, 128)
     )
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
-    mask: Any = saccade.Causal("bottom_right")
+    mask: Any = keyspan.Causal("bottom_right")
     if name == "ranges":
-        mask = (saccade.Documents([1000, 24]) & saccade.Causal()).lower(1, M, N, "cuda")
+        mask = (keyspan.Documents([1000, 24]) & keyspan.Causal()).lower(1, M, N, "cuda")
     slopes, table = torch.rand(Hq, device="cuda"), torch.randn(Hq, 65, device="cuda")
     terms: dict[str, dict[str, Any]] = {
-        "alibi": {"bias": saccade.Alibi(slopes)},
-        "table": {"bias": saccade.RelativeBias(table)},
+        "alibi": {"bias": keyspan.Alibi(slopes)},
+        "table": {"bias": keyspan.RelativeBias(table)},
         "bias": {"bias": torch.randn(Hq, M, N, device="cuda") if name == "bias" else None},
         "lse": {"return_lse": True},
         "sinks": {"sinks": torch.randn(Hq, device="cuda"), "softcap": 5.0, "scale": -0.1},
     }
 
     def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        found = saccade.attention(*tensors, mask=mask, backend="triton", **terms.get(name, {}))
+        found = keyspan.attention(*tensors, mask=mask, backend="triton", **terms.get(name, {}))
         return list(found) if isinstance(found, tuple) else [found]
 
     known = repeat.look
@@ -155,26 +155,26 @@ def check_stored(name: str) -> dict[str, Any]:
     M, N = (len(lengths), len(lengths) * SLOT) if few else (SLOT, SLOT)
     masks: dict[str, Callable[[], Any]] = {
         "full": lambda: None,
-        "causal": saccade.Causal,
-        "decode": lambda: saccade.PaddedKeys(ones, lengths, SLOT) & saccade.Causal("bottom_right"),
+        "causal": keyspan.Causal,
+        "decode": lambda: keyspan.PaddedKeys(ones, lengths, SLOT) & keyspan.Causal("bottom_right"),
         "paged": lambda: (
-            saccade.PagedKeys(ones, lengths, torch.randperm(N // 64, device="cuda").int().view(M, -1), 64)
-            & saccade.Causal("bottom_right")
+            keyspan.PagedKeys(ones, lengths, torch.randperm(N // 64, device="cuda").int().view(M, -1), 64)
+            & keyspan.Causal("bottom_right")
         ),
     }
     run = {"decode": SLOT, "paged": 64}.get(kind)
     q, k, v = (torch.randn(1, n, h, D, device="cuda") for n, h in ((M, G * H), (N, G), (N, G)))
     mask = masks[kind]()
     scales = {}
-    k, scales["key_scale"] = saccade.quantize(k, dtype, run)
-    v, scales["value_scale"] = saccade.quantize(v, dtype, run)
+    k, scales["key_scale"] = keyspan.quantize(k, dtype, run)
+    v, scales["value_scale"] = keyspan.quantize(v, dtype, run)
     if query == "fp8":
-        q, scales["query_scale"] = saccade.quantize(q, dtype, 1)
+        q, scales["query_scale"] = keyspan.quantize(q, dtype, 1)
     else:
         q = q.to(getattr(torch, query))
 
     def attend(query: torch.Tensor, backend: str) -> torch.Tensor:
-        return saccade.attention(query, k, v, mask=mask, backend=backend, output_dtype=torch.float32, **scales)
+        return keyspan.attention(query, k, v, mask=mask, backend=backend, output_dtype=torch.float32, **scales)
 
     want, got = attend(q if query == "fp8" else q.float(), "reference"), attend(q, "triton")
     same = all(torch.equal(got, attend(q, "triton")) for _ in range(5))

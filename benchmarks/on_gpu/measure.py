@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import saccade
+import keyspan
 from on_gpu.board import Board
 from on_gpu.checks import STORED
 from on_gpu.clock import as_graph, times
@@ -55,17 +55,17 @@ def bench(board: Board, w: Work, chosen: dict[str, Provider], left: Callable[[],
                 if left() > 6:
                     found[n] += times(call, 60)
         medians = {n: statistics.median(x) for n, x in found.items() if x}
-        if "saccade" not in medians:
+        if "keyspan" not in medians:
             continue
-        peers = {n: m for n, m in medians.items() if n != "saccade"}
+        peers = {n: m for n, m in medians.items() if n != "keyspan"}
         best = min(peers, key=peers.__getitem__) if peers else None
         rates = {n: w.flops(products) / m / 1e9 for n, m in medians.items()}
         off = None
-        if against and "saccade" in results:
+        if against and "keyspan" in results:
             pick = slice(0, 1) if direction == "forward" else slice(1, None)
-            pairs = zip(results["saccade"][pick], results[against][pick], strict=True)
+            pairs = zip(results["keyspan"][pick], results[against][pick], strict=True)
             off = max(_difference(a, b) for a, b in pairs)
-        ratio = medians[best] / medians["saccade"] if best else None
+        ratio = medians[best] / medians["keyspan"] if best else None
         line = f"{w!s:34s} {direction:8s} " + "  ".join(f"{n} {r:.0f}" for n, r in rates.items())
         line += f"  | x{ratio:.2f} of {best}" if best else ""
         line += "" if off is None else f"  diff {off:.1e}"
@@ -93,17 +93,17 @@ def decode(board: Board, B: int, N: int, H: int, G: int, D: int, page: int | Non
     ones = torch.ones(B, device="cuda", dtype=torch.int32)
     if page:
         table = torch.randperm(B * N // page, device="cuda").int().view(B, -1)
-        mask = saccade.PagedKeys(ones, lengths, table, page) & saccade.Causal("bottom_right")
+        mask = keyspan.PagedKeys(ones, lengths, table, page) & keyspan.Causal("bottom_right")
     else:
-        mask = saccade.PaddedKeys(ones, lengths, N) & saccade.Causal("bottom_right")
+        mask = keyspan.PaddedKeys(ones, lengths, N) & keyspan.Causal("bottom_right")
     ranges = mask.lower(1, B, B * N, "cuda")
     calls: dict[str, Callable[..., Any]] = {
-        "saccade": lambda k, v: saccade.attention(q, k, v, mask=ranges, backend="triton").view(B, H, D)
+        "keyspan": lambda k, v: keyspan.attention(q, k, v, mask=ranges, backend="triton").view(B, H, D)
     }
     if not page:
         qt = q.view(B, 1, H, D).transpose(1, 2)
-        ranges_b = (saccade.KeyLengths(lengths) & saccade.Causal("bottom_right")).lower(B, 1, N, "cuda")
-        calls["saccade batch"] = lambda k, v: saccade.attention(
+        ranges_b = (keyspan.KeyLengths(lengths) & keyspan.Causal("bottom_right")).lower(B, 1, N, "cuda")
+        calls["keyspan batch"] = lambda k, v: keyspan.attention(
             q.view(B, 1, H, D), *(x.view(B, N, G, D) for x in (k, v)), mask=ranges_b, backend="triton"
         ).view(B, H, D)
         for name, kind in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
@@ -127,11 +127,11 @@ def decode(board: Board, B: int, N: int, H: int, G: int, D: int, page: int | Non
     # The same numbers in 8 bits, with a scale for each sequence and head, or for each page and head.
     run = page or N
     stored = {
-        f"saccade {name}": [[saccade.quantize(x, kind, run) for x in cache] for cache in caches]
+        f"keyspan {name}": [[keyspan.quantize(x, kind, run) for x in cache] for cache in caches]
         for name, kind in STORED.items()
     }
     for name in stored:
-        calls[name] = lambda k, v: saccade.attention(
+        calls[name] = lambda k, v: keyspan.attention(
             q, k[0], v[0], mask=ranges, key_scale=k[1], value_scale=v[1], backend="triton"
         ).view(B, H, D)
     graphs: dict[str, list[Callable[[], Any]]] = {}
@@ -156,13 +156,13 @@ def decode(board: Board, B: int, N: int, H: int, G: int, D: int, page: int | Non
     state = 4 * B * N * G * D
     ms = {n: statistics.median(x) for n, x in found.items() if x}
     rates = {n: of_cache.get(n, state) / m / 1e9 for n, m in ms.items()}
-    peers = {n: m for n, m in ms.items() if not n.startswith("saccade")}
-    against_bf16 = {n: [round(ms["saccade"] / ms[n], 3), _difference(outs[n], outs["saccade"])]
-                    for n in stored if n in ms and "saccade" in ms}  # fmt: skip
+    peers = {n: m for n, m in ms.items() if not n.startswith("keyspan")}
+    against_bf16 = {n: [round(ms["keyspan"] / ms[n], 3), _difference(outs[n], outs["keyspan"])]
+                    for n in stored if n in ms and "keyspan" in ms}  # fmt: skip
     best = min(peers, key=peers.__getitem__) if peers else None
-    ratio = peers[best] / ms["saccade"] if best else None
-    against = next((n for n in outs if n != "saccade" and n not in stored), None)
-    off = _difference(outs["saccade"], outs[against]) if against else None
+    ratio = peers[best] / ms["keyspan"] if best else None
+    against = next((n for n in outs if n != "keyspan" and n not in stored), None)
+    off = _difference(outs["keyspan"], outs[against]) if against else None
     line = f"decode B{B} N{N} H{H}/{G} D{D} {'pages of ' + str(page) if page else 'contiguous'}: "
     line += "  ".join(f"{n} {r:.2f} TB/s ({ms[n] * 1e3:.0f} µs)" for n, r in rates.items())
     line += f"  ratio {ratio} diff {off}; of bf16's speed, and difference: {against_bf16}"
@@ -181,10 +181,10 @@ def forward_stored(board: Board, D: int, kind: str) -> None:
 
     def call(dtype: torch.dtype | None, first: int) -> Callable[[], torch.Tensor]:
         """Attention with inputs from `first` on stored as `dtype`."""
-        stored = [saccade.quantize(t, dtype) for t in x[first:]] if dtype else []
+        stored = [keyspan.quantize(t, dtype) for t in x[first:]] if dtype else []
         scales = {name: scale for name, (_, scale) in zip(names[first:], stored, strict=False)}
         inputs = [*x[:first], *(t for t, _ in stored)] if dtype else x
-        return lambda: saccade.attention(*inputs, mask=ranges, backend="triton", output_dtype=torch.bfloat16, **scales)
+        return lambda: keyspan.attention(*inputs, mask=ranges, backend="triton", output_dtype=torch.bfloat16, **scales)
 
     calls = {"bf16": call(None, 0), "fp8": call(torch.float8_e4m3fn, 0), "fp8 keys": call(torch.float8_e4m3fn, 1),
              "int8 keys": call(torch.int8, 1)}  # fmt: skip
@@ -204,7 +204,7 @@ def forward_stored(board: Board, D: int, kind: str) -> None:
 def long(board: Board, N: int) -> float:
     """One sequence, forward and backward: time and peak memory. The second turn counts; returns forward's rate."""
     q, k, v = (torch.randn(1, N, 1, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    ranges = saccade.Causal().lower(1, N, N, "cuda")
+    ranges = keyspan.Causal().lower(1, N, N, "cuda")
     go = torch.randn_like(q)
     before = torch.cuda.memory_allocated()
     turns = []
@@ -212,7 +212,7 @@ def long(board: Board, N: int) -> float:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         began = time.time()
-        out = saccade.attention(q, k, v, mask=ranges, backend="triton")
+        out = keyspan.attention(q, k, v, mask=ranges, backend="triton")
         torch.cuda.synchronize()
         middle = time.time()
         grads = torch.autograd.grad(out, (q, k, v), go)

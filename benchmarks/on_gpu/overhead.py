@@ -8,10 +8,10 @@ import time
 import torch
 import torch.nn.functional as F
 
-import saccade
+import keyspan
 from on_gpu.board import Board
-from saccade.backends import load
-from saccade.core.problem import make_problem
+from keyspan.backends import load
+from keyspan.core.problem import make_problem
 
 
 def overhead(board: Board) -> None:
@@ -20,7 +20,7 @@ def overhead(board: Board) -> None:
     one, cache = (torch.randn(8, n, 4, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 2048))
     needed = q.clone().requires_grad_()
     grad = torch.randn_like(q)
-    ranges = saccade.Causal().lower(1, 128, 128, "cuda")
+    ranges = keyspan.Causal().lower(1, 128, 128, "cuda")
     problem = make_problem(q, q, q, mask=ranges)[0]
 
     def sdpa(x: torch.Tensor) -> torch.Tensor:
@@ -28,15 +28,15 @@ def overhead(board: Board) -> None:
 
     found = {}
     for name, f in {
-        "saccade": lambda: saccade.attention(q, q, q, mask=ranges),
-        "saccade, mask=Causal()": lambda: saccade.attention(q, q, q, mask=saccade.Causal()),
-        "saccade, no mask": lambda: saccade.attention(q, q, q),
-        "saccade, decoding in splits": lambda: saccade.attention(one, cache, cache),
-        "saccade, the long way": lambda: load("triton").forward(make_problem(q, q, q, mask=ranges)[0]),
-        "saccade, launch alone": lambda: load("triton").forward(problem),
+        "keyspan": lambda: keyspan.attention(q, q, q, mask=ranges),
+        "keyspan, mask=Causal()": lambda: keyspan.attention(q, q, q, mask=keyspan.Causal()),
+        "keyspan, no mask": lambda: keyspan.attention(q, q, q),
+        "keyspan, decoding in splits": lambda: keyspan.attention(one, cache, cache),
+        "keyspan, the long way": lambda: load("triton").forward(make_problem(q, q, q, mask=ranges)[0]),
+        "keyspan, launch alone": lambda: load("triton").forward(problem),
         "sdpa": lambda: sdpa(q),
-        "saccade, forward and backward": lambda: torch.autograd.grad(
-            saccade.attention(needed, needed, needed, mask=ranges), needed, grad
+        "keyspan, forward and backward": lambda: torch.autograd.grad(
+            keyspan.attention(needed, needed, needed, mask=ranges), needed, grad
         ),
         "sdpa, forward and backward": lambda: torch.autograd.grad(sdpa(needed), needed, grad),
     }.items():

@@ -9,7 +9,7 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 
-import saccade
+import keyspan
 from on_gpu.works import DOCUMENTS, PLAIN, REACH, WINDOW, Work, bias_of, mask_of
 
 Call = Callable[[Any, Any, Any, Any], Any]
@@ -24,7 +24,7 @@ def ours(w: Work) -> Call:
 
     def call(q: Any, k: Any, v: Any, term: Any) -> Any:
         inputs = (x.transpose(1, 2) for x in (q, k, v))
-        return saccade.attention(*inputs, mask=ranges, bias=bias_of(w.kind, term), backend="triton").transpose(1, 2)
+        return keyspan.attention(*inputs, mask=ranges, bias=bias_of(w.kind, term), backend="triton").transpose(1, 2)
 
     return call
 
@@ -84,7 +84,7 @@ def providers() -> dict[str, Provider]:
     from torch.nn.attention import SDPBackend
 
     return {
-        "saccade": ours,
+        "keyspan": ours,
         "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),

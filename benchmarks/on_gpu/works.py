@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-import saccade
+import keyspan
 
 DOCUMENTS = [4096, 512, 2048, 1024, 128, 3072, 256, 1536, 64, 768, 2048, 832]
 """Lengths of the packed documents: 16384 tokens."""
@@ -65,15 +65,15 @@ def works(quick: bool) -> list[Work]:
     return found
 
 
-def mask_of(kind: str) -> saccade.Mask | None:
+def mask_of(kind: str) -> keyspan.Mask | None:
     """The mask of a kind of work."""
     if kind == "full":
         return None
     if kind == "packed":
-        return saccade.Documents(DOCUMENTS) & saccade.Causal()
+        return keyspan.Documents(DOCUMENTS) & keyspan.Causal()
     if kind == "window":
-        return saccade.Causal() & saccade.Window(WINDOW - 1, 0)
-    return saccade.Causal()
+        return keyspan.Causal() & keyspan.Window(WINDOW - 1, 0)
+    return keyspan.Causal()
 
 
 def term_of(kind: str, heads: int) -> torch.Tensor | None:
@@ -82,11 +82,11 @@ def term_of(kind: str, heads: int) -> torch.Tensor | None:
     return None if shape is None else torch.rand(shape, device="cuda")
 
 
-def bias_of(kind: str, term: torch.Tensor | None) -> saccade.Bias | None:
+def bias_of(kind: str, term: torch.Tensor | None) -> keyspan.Bias | None:
     """The bias of that."""
     if kind == "alibi":
-        return saccade.Alibi(term)
-    return saccade.RelativeBias(term) if kind == "table" else None
+        return keyspan.Alibi(term)
+    return keyspan.RelativeBias(term) if kind == "table" else None
 
 
 class Inputs(NamedTuple):

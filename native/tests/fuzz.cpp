@@ -15,13 +15,13 @@
 
 #include "../params.h"
 
-using namespace saccade;
+using namespace keyspan;
 
 extern "C" {
-int64_t saccade_supports(int64_t);
-int64_t saccade_forward(const Params *);
-int64_t saccade_backward_chunks(const Params *);
-int64_t saccade_backward(const Params *);
+int64_t keyspan_supports(int64_t);
+int64_t keyspan_forward(const Params *);
+int64_t keyspan_backward_chunks(const Params *);
+int64_t keyspan_backward(const Params *);
 }
 
 namespace {
@@ -598,13 +598,13 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
     std::vector<float> lse((size_t)(p.B * p.G * p.H * p.M), NAN);
     p.out = out.data();
     p.lse = lse.data();
-    run(saccade_forward, p);
+    run(keyspan_forward, p);
     compare("out", want.out, doubles(p.out_dtype, out), stored, computed);
     compare("lse", want.lse, std::vector<double>(lse.begin(), lse.end()), EPSILON[F32], computed);
     std::vector<char> alone = blank((int64_t)out.size());
     p.out = alone.data();
     p.lse = nullptr;
-    run(saccade_forward, p);
+    run(keyspan_forward, p);
     if (alone != out) throw Failure{"out differs where no lse is asked for"};
     p.out = out.data();
     p.lse = lse.data();
@@ -617,7 +617,7 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
         p.fold_groups |= shape[1] < p.G;
     }
     p.chunks = 1;
-    p.chunks = saccade_backward_chunks(&p);
+    p.chunks = keyspan_backward_chunks(&p);
     const bool paged = p.sequence != nullptr;
     const auto keys_of = [&](int64_t dims) {
         const int64_t count = p.B * p.N * p.G * dims;
@@ -651,7 +651,7 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
         dbiases[i].assign((size_t)stride, 0);
         biases[i].grad = dbiases[i].data();
     }
-    run(saccade_backward, p);
+    run(keyspan_backward, p);
     if (p.dq) compare("dq", want.dq, doubles(p.dtype, dq), stored, computed);
     if (p.dk) compare("dk", want.dk, doubles(paged ? F32 : p.dtype, dk), stored, computed);
     if (p.dv) compare("dv", want.dv, doubles(paged ? F32 : p.dtype, dv), stored, computed);
@@ -679,7 +679,7 @@ int main(int count, char **words) {
         fprintf(stderr, "\rseed %lu", seed);
         const Answer want = solve(problem);
         for (int64_t isa = 0; isa < ISAS; isa++) {
-            if (!saccade_supports(isa)) continue;
+            if (!keyspan_supports(isa)) continue;
             try {
                 check(problem, want, isa);
                 checked++;

@@ -11,7 +11,7 @@ else:
     # Read by triton when a kernel is decorated, its own among them; taken back, so that other tests do not choose this
     # backend for the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
-    from saccade.backends.triton import config, launch
+    from keyspan.backends.triton import config, launch
 
     del os.environ["TRITON_INTERPRET"]
 

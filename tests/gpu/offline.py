@@ -65,7 +65,7 @@ def target(name: str) -> Any:
         import triton
         from triton.backends.compiler import GPUTarget
 
-        from saccade.backends.triton import config, launch
+        from keyspan.backends.triton import config, launch
 
         capability = TARGETS[name]
         if capability is None:
@@ -175,29 +175,29 @@ def problem_of(work: Work) -> Any:
     """A problem of this kind; its sizes matter only where the launcher looks at them."""
     import torch
 
-    import saccade
-    from saccade.core.problem import STORED, make_problem
+    import keyspan
+    from keyspan.core.problem import STORED, make_problem
 
     M, N, G, H = 1024, 1024, 2, 1
-    mask: saccade.Mask | None = saccade.Causal()
-    bias: saccade.Bias | torch.Tensor | None = None
+    mask: keyspan.Mask | None = keyspan.Causal()
+    bias: keyspan.Bias | torch.Tensor | None = None
     if work.kind == "full":
         mask = None
     elif work.kind == "alibi":
-        bias = saccade.Alibi(torch.rand(G))
+        bias = keyspan.Alibi(torch.rand(G))
     elif work.kind == "table":
-        bias = saccade.RelativeBias(torch.rand(G, 257))
+        bias = keyspan.RelativeBias(torch.rand(G, 257))
     elif work.kind == "bias":
         bias = torch.zeros(G, M, N)
     elif work.kind == "decode":
         M, H = 1, 4
-        mask = saccade.KeyLengths(torch.tensor([900])) & saccade.Causal("bottom_right")
+        mask = keyspan.KeyLengths(torch.tensor([900])) & keyspan.Causal("bottom_right")
     elif work.kind == "one":
         M, G, mask = 1, 1, None
     elif work.kind == "paged":
         M, H = 4, 4
         pages = torch.arange(16, dtype=torch.int32).view(4, 4)
-        mask = saccade.PagedKeys([1] * 4, [200] * 4, pages, 64) & saccade.Causal("bottom_right")
+        mask = keyspan.PagedKeys([1] * 4, [200] * 4, pages, 64) & keyspan.Causal("bottom_right")
     dtype = getattr(torch, work.dtype)
     stored = getattr(torch, work.stored or work.dtype)
     q, k, v = (
@@ -225,12 +225,12 @@ def main(name: str, every: bool, plain: bool) -> None:
     """
     import torch
 
-    from saccade.backends import Needs
+    from keyspan.backends import Needs
 
     with target(name) as results:
         import triton
 
-        from saccade.backends.triton import forward_kernels, launch
+        from keyspan.backends.triton import forward_kernels, launch
 
         todo = works(name, every)
         if plain:

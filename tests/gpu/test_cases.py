@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-import saccade
+import keyspan
 from cases import CASES
-from saccade.backends import Needs
-from saccade.backends.triton import backward_kernels, config, launch
-from saccade.backends.triton.primitives import STATS, Arguments
-from saccade.core.library import attend
-from saccade.core.problem import make_problem
-from saccade.testing import results, tolerances, worst
+from keyspan.backends import Needs
+from keyspan.backends.triton import backward_kernels, config, launch
+from keyspan.backends.triton.primitives import STATS, Arguments
+from keyspan.core.library import attend
+from keyspan.core.problem import make_problem
+from keyspan.testing import results, tolerances, worst
 
 # The interpreter warns where NumPy meets what the kernels mean: log2(0) of an empty row, inf − inf of a NaN test.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -29,7 +29,7 @@ def test_the_kernels_run(monkeypatch):
     launched = []
     monkeypatch.setattr(launch, "run", lambda kernel, grid, *_, **__: launched.append((kernel.fn.__name__, grid)))
     q = torch.zeros(1, 100, 3, 16)
-    saccade.attention(q, q, q, backend="triton")
+    keyspan.attention(q, q, q, backend="triton")
     assert launched == [("forward_kernel", (3 * 7, 1))]
 
 
@@ -101,15 +101,15 @@ def test_scales_nobody_may_see_do_not_leak(layout, special):
     """Two sequences, of 17 and 5 keys, in slots of 32: scales of what lies behind them may be anything."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 16) for n in (9, 64, 64))
-    k, key_scale = saccade.quantize(k, torch.float8_e4m3fn, 1)
-    v, value_scale = saccade.quantize(v, torch.float8_e4m3fn, 1)
-    mask = saccade.PaddedKeys([4, 5], [17, 5], 32)
+    k, key_scale = keyspan.quantize(k, torch.float8_e4m3fn, 1)
+    v, value_scale = keyspan.quantize(v, torch.float8_e4m3fn, 1)
+    mask = keyspan.PaddedKeys([4, 5], [17, 5], 32)
     if layout == "paged":
-        mask = saccade.PagedKeys([4, 5], [17, 5], [[0, 1], [2, 3]], 16)
+        mask = keyspan.PagedKeys([4, 5], [17, 5], [[0, 1], [2, 3]], 16)
 
     def run():
         scales = {"key_scale": key_scale, "value_scale": value_scale}
-        return saccade.attention(q, k, v, mask=mask & saccade.Causal("bottom_right"), backend="triton", **scales)
+        return keyspan.attention(q, k, v, mask=mask & keyspan.Causal("bottom_right"), backend="triton", **scales)
 
     want = run()
     assert want.abs().min() > 0
@@ -121,13 +121,13 @@ def test_scales_nobody_may_see_do_not_leak(layout, special):
 def test_visible_nan_of_a_scale_and_of_a_number_do_reach():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 16) for n in (5, 40, 40))
-    k, key_scale = saccade.quantize(k, torch.float8_e4m3fn, 8)
-    v, value_scale = saccade.quantize(v, torch.float8_e4m3fn, 8)
+    k, key_scale = keyspan.quantize(k, torch.float8_e4m3fn, 8)
+    v, value_scale = keyspan.quantize(v, torch.float8_e4m3fn, 8)
     value_scale[:, 1, 0] = torch.nan
     v[:, 30, 1, 3] = torch.nan
 
     def run(**mask):
-        return saccade.attention(q, k, v, key_scale=key_scale, value_scale=value_scale, backend="triton", **mask)[0]
+        return keyspan.attention(q, k, v, key_scale=key_scale, value_scale=value_scale, backend="triton", **mask)[0]
 
     out = run()
     assert torch.isnan(out[:, 0]).all()
@@ -137,7 +137,7 @@ def test_visible_nan_of_a_scale_and_of_a_number_do_reach():
     hidden[2, 8:16] = hidden[2, 30] = False
     partly = run(mask=hidden)
     assert torch.isfinite(partly[2]).all()
-    want = saccade.attention(q, k, v, key_scale=key_scale, value_scale=value_scale, mask=hidden, backend="reference")[0]
+    want = keyspan.attention(q, k, v, key_scale=key_scale, value_scale=value_scale, mask=hidden, backend="reference")[0]
     torch.testing.assert_close(partly[2], want[2])
 
 
@@ -156,7 +156,7 @@ def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
 
     def problem(run):
         q, k, v = (torch.randn(1, n, 2, 16) for n in (1, 64, 64))
-        stored = [saccade.quantize(x, torch.float8_e4m3fn, run) for x in (q, k, v)] if run else []
+        stored = [keyspan.quantize(x, torch.float8_e4m3fn, run) for x in (q, k, v)] if run else []
         if not run:
             stored = [(q, None), *((x.to(torch.float8_e4m3fn), None) for x in (k, v))]
         names = ("query_scale", "key_scale", "value_scale")

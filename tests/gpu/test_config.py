@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from saccade.backends.triton import config
-from saccade.backends.triton.primitives import STATS
+from keyspan.backends.triton import config
+from keyspan.backends.triton.primitives import STATS
 
 tile = config.tile  # as it is; tests here run with a smaller one
 

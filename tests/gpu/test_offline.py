@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, for architectures that are not there: no spills, no serialised wgmma, what fits.
 
-`SACCADE_GPU_TESTS=all` (`make test-gpu-offline`) takes every configuration instead of a few.
+`KEYSPAN_GPU_TESTS=all` (`make test-gpu-offline`) takes every configuration instead of a few.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from offline import FORWARD, TARGETS, Work, crowded
 
-EVERY = os.environ.get("SACCADE_GPU_TESTS") == "all"
+EVERY = os.environ.get("KEYSPAN_GPU_TESTS") == "all"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory a program may have."""
 SPILLS = {"forward_kernel": 0, "queries_kernel": 12, "keys_kernel": 140}

@@ -8,9 +8,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import saccade
-from saccade.backends.triton import launch, plans
-from saccade.core.problem import make_problem
+import keyspan
+from keyspan.backends.triton import launch, plans
+from keyspan.core.problem import make_problem
 
 
 class Kernel:
@@ -31,7 +31,7 @@ class Kernel:
 
 
 def problem_of(q, k):
-    return make_problem(q, k, k, mask=saccade.Causal())[0]
+    return make_problem(q, k, k, mask=keyspan.Causal())[0]
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import saccade
-from saccade.backends import Needs
-from saccade.backends.triton import launch
-from saccade.core.problem import make_problem
+import keyspan
+from keyspan.backends import Needs
+from keyspan.backends.triton import launch
+from keyspan.core.problem import make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 def gradients(inputs, **given):
     """Output, lse and the gradients of `inputs`, through both."""
     x = [t.detach().requires_grad_() for t in inputs]
-    out, lse = saccade.attention(*x, return_lse=True, backend="triton", **given)
+    out, lse = keyspan.attention(*x, return_lse=True, backend="triton", **given)
     loss = (out.float().cos() * 2).sum() + torch.where(lse.isfinite(), lse, 0).sum()
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, x)]
 
@@ -22,8 +22,8 @@ def gradients(inputs, **given):
 TERMS = {
     "plain": {},
     "softcap": {"softcap": 5.0},
-    "alibi": {"bias": saccade.Alibi(torch.tensor([0.1, 0.7]))},
-    "table": {"bias": saccade.RelativeBias(torch.arange(10.0).reshape(2, 5) / 7)},
+    "alibi": {"bias": keyspan.Alibi(torch.tensor([0.1, 0.7]))},
+    "table": {"bias": keyspan.RelativeBias(torch.arange(10.0).reshape(2, 5) / 7)},
 }
 
 
@@ -37,7 +37,7 @@ def test_what_nobody_may_see_does_not_leak(terms, special):
     bad[7:15] = True
 
     def run():
-        found = gradients((q, k, v), mask=saccade.Documents([7, 8, 12]) & saccade.Causal(), **TERMS[terms])
+        found = gradients((q, k, v), mask=keyspan.Documents([7, 8, 12]) & keyspan.Causal(), **TERMS[terms])
         return [x[..., ~bad] if x.dim() == 3 else x[:, ~bad] for x in found]
 
     clean = run()
@@ -57,11 +57,11 @@ def test_pages_behind_a_document_are_not_followed(page, queries, stored):
     q, k, v = torch.randn(1, sum(queries), 2, 16), torch.randn(1, 40, 2, 16), torch.randn(1, 40, 2, 16)
     scales = {}
     if stored is not None:
-        (k, scales["key_scale"]), (v, scales["value_scale"]) = (saccade.quantize(x, stored, 8) for x in (k, v))
+        (k, scales["key_scale"]), (v, scales["value_scale"]) = (keyspan.quantize(x, stored, 8) for x in (k, v))
 
     def run(table):
-        mask = saccade.PagedKeys(queries, k_lengths, table, 8) & saccade.Causal("bottom_right")
-        return saccade.attention(q, k, v, mask=mask, backend="triton", **scales)
+        mask = keyspan.PagedKeys(queries, k_lengths, table, 8) & keyspan.Causal("bottom_right")
+        return keyspan.attention(q, k, v, mask=mask, backend="triton", **scales)
 
     want = run(table)
     for document, length in enumerate(k_lengths):
@@ -74,8 +74,8 @@ def test_pages_behind_a_document_are_not_followed(page, queries, stored):
 def test_gradients_where_the_output_has_another_dtype(inputs, output, descriptors):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 33, 2, 16).to(inputs) for _ in range(3))
-    want = gradients((q, k, v), mask=saccade.Causal())
-    got = gradients((q, k, v), mask=saccade.Causal(), output_dtype=output)
+    want = gradients((q, k, v), mask=keyspan.Causal())
+    got = gradients((q, k, v), mask=keyspan.Causal(), output_dtype=output)
     assert got[0].dtype == output
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         assert x.dtype == y.dtype or name == "out"
@@ -108,7 +108,7 @@ def test_heads_farther_apart_than_32_bits_reach(heads, sparse):
     assert inputs[0].stride(2) == apart
     go = torch.randn(1, M, 3, D).half()
     for x in (inputs, other):
-        saccade.attention(*x, mask=saccade.Causal(), backend="triton").backward(go)
+        keyspan.attention(*x, mask=keyspan.Causal(), backend="triton").backward(go)
     for x, y in zip(inputs, other, strict=True):
         assert torch.equal(x.grad, y.grad)
 
@@ -132,8 +132,8 @@ def test_gradients_of_a_value_that_tma_reads_beside_a_gradient_that_it_does_not(
     """A value that is a part of something aligned; the output's rows, and its gradient's, are not."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 40, 2, 32, dtype=torch.float16) for _ in range(3))
-    cut = gradients((q, k, v[..., :20]), mask=saccade.Causal())
-    alone = gradients((q, k, v[..., :20].contiguous()), mask=saccade.Causal())
+    cut = gradients((q, k, v[..., :20]), mask=keyspan.Causal())
+    alone = gradients((q, k, v[..., :20].contiguous()), mask=keyspan.Causal())
     for x, y in zip(cut, alone, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -148,8 +148,8 @@ def test_batches_of_more_than_65535_heads(monkeypatch):
     monkeypatch.setattr(launch, "run", run)
     B = 70_000
     q = torch.zeros(B, 2, 1, 4)
-    mask = saccade.KeyLengths(torch.ones(B, dtype=torch.int32))
-    bias = torch.zeros(B, 1, 2, 2) + saccade.RelativeBias(torch.zeros(1, 3))
+    mask = keyspan.KeyLengths(torch.ones(B, dtype=torch.int32))
+    bias = torch.zeros(B, 1, 2, 2) + keyspan.RelativeBias(torch.zeros(1, 3))
     problem = make_problem(q, q, q, mask=mask, bias=bias)[0]
     out, lse = launch.forward(problem)
     for asked in (True, False):
@@ -162,8 +162,8 @@ def test_batches_of_more_than_65535_heads(monkeypatch):
 @pytest.mark.parametrize("scale", [1e-50, -1e-50, 1e-40, 0.0])
 def test_scales_that_fp32_does_not_hold(scale):
     q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
-    got = gradients((q, k, v), mask=saccade.Causal(), scale=scale)
-    for x, y in zip(got, gradients((q, k, v), mask=saccade.Causal(), scale=0.0), strict=True):
+    got = gradients((q, k, v), mask=keyspan.Causal(), scale=scale)
+    for x, y in zip(got, gradients((q, k, v), mask=keyspan.Causal(), scale=0.0), strict=True):
         torch.testing.assert_close(x, y)
 
 
@@ -183,8 +183,8 @@ def test_gradients_of_biases_are_apart_and_no_larger_than_they(monkeypatch):
         return made, calls
 
     monkeypatch.setattr(launch, "_backward", seen)
-    total = sum(terms[1:], terms[0] + saccade.Alibi(torch.rand(H)))
-    out = saccade.attention(q, k, v, bias=total, backend="triton")
+    total = sum(terms[1:], terms[0] + keyspan.Alibi(torch.rand(H)))
+    out = keyspan.attention(q, k, v, bias=total, backend="triton")
     grads = torch.autograd.grad(out.cos().sum(), terms)
     assert sizes == [x.numel() for x in terms]
     assert len({x.data_ptr() for x in grads}) == len(terms)
@@ -204,7 +204,7 @@ def test_rows_hidden_by_a_bias_do_no_harm(bias):
 
         def run(backend, q=q, k=k, v=v, term=term, go=go):
             inputs = [x.clone().requires_grad_() for x in (10 * q, k, v, term)]
-            out = saccade.attention(*inputs[:3], bias=inputs[3], scale=1.0, backend=backend)
+            out = keyspan.attention(*inputs[:3], bias=inputs[3], scale=1.0, backend=backend)
             return [out * (go != 0), *torch.autograd.grad(out, inputs, go)]
 
         for got, want in zip(run("triton"), run("reference"), strict=True):

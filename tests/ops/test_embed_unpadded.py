@@ -1,4 +1,4 @@
-"""The example's real model: unpadded through saccade and padded through torch give the same embeddings."""
+"""The example's real model: unpadded through keyspan and padded through torch give the same embeddings."""
 
 from __future__ import annotations
 

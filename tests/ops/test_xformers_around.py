@@ -8,20 +8,20 @@ from packaging.version import Version
 from torch import nn
 from xformers_definitions import KINDS, random
 
-from saccade.interop import xformers
-from saccade.interop.xformers import info
-from saccade.interop.xformers._cpp_lib import _register_extensions
-from saccade.interop.xformers.attn_bias_utils import create_attn_bias, pack_kv_cache, ref_attention, ref_attention_bmhk
-from saccade.interop.xformers.checkpoint import (
+from keyspan.interop import xformers
+from keyspan.interop.xformers import info
+from keyspan.interop.xformers._cpp_lib import _register_extensions
+from keyspan.interop.xformers.attn_bias_utils import create_attn_bias, pack_kv_cache, ref_attention, ref_attention_bmhk
+from keyspan.interop.xformers.checkpoint import (
     _knapsack,
     checkpoint,
     get_optimal_checkpoint_policy,
     list_operators,
     selective_checkpoint_wrapper,
 )
-from saccade.interop.xformers.support import mask_classes
-from saccade.ops import fmha
-from saccade.ops.fmha import attn_bias as masks
+from keyspan.interop.xformers.support import mask_classes
+from keyspan.ops import fmha
+from keyspan.ops.fmha import attn_bias as masks
 
 exact = {"rtol": 1e-11, "atol": 1e-12}
 
@@ -51,7 +51,7 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-ATTENTION, PRODUCT = "saccade.attention_forward.default", "aten.addmm.default"
+ATTENTION, PRODUCT = "keyspan.attention_forward.default", "aten.addmm.default"
 
 
 def gradients(run, block, x):
@@ -188,5 +188,5 @@ def test_version_and_info(capsys):
     info.print_info()
     printed = capsys.readouterr().out
     assert "memory_efficient_attention.chunked:" in printed
-    assert "memory_efficient_attention.fa2F@saccade:" in printed
+    assert "memory_efficient_attention.fa2F@keyspan:" in printed
     assert set(mask_classes()) == set(KINDS)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from xformers_definitions import dense_attention, leaves, random
 
-from saccade.ops import fmha
-from saccade.ops.fmha import attn_bias as masks
-from saccade.ops.fmha import merge_training
+from keyspan.ops import fmha
+from keyspan.ops.fmha import attn_bias as masks
+from keyspan.ops.fmha import merge_training
 
 mea = fmha.memory_efficient_attention
 exact = {"rtol": 1e-11, "atol": 1e-12}

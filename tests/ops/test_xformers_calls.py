@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from xformers_definitions import dense_attention, leaves, random
 
-import saccade.ops as xops
-import saccade.ops.fmha as xformers
-from saccade.ops import fmha
+import keyspan.ops as xops
+import keyspan.ops.fmha as xformers
+from keyspan.ops import fmha
 
 exact = {"rtol": 1e-10, "atol": 1e-11}
 

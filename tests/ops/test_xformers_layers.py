@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from xformers_definitions import dense_attention, leaves, random
 
-import saccade.ops as xops
-from saccade.ops import fmha
-from saccade.ops.fmha import attn_bias as masks
-from saccade.ops.tree_attention import (
+import keyspan.ops as xops
+from keyspan.ops import fmha
+from keyspan.ops.fmha import attn_bias as masks
+from keyspan.ops.tree_attention import (
     SplitKAutotune,
     TreeAttnMetadata,
     construct_full_tree_choices,

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xformers_definitions import KINDS, dense_attention, instances, leaves, random
 
-from saccade import Alibi, Causal, Documents, Window, attention
-from saccade.backends import choose
-from saccade.backends.native import library
-from saccade.ops import fmha
-from saccade.ops.fmha import attn_bias as masks
-from saccade.ops.fmha.seq_info import _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo
-from saccade.testing import results, tolerances, worst
+from keyspan import Alibi, Causal, Documents, Window, attention
+from keyspan.backends import choose
+from keyspan.backends.native import library
+from keyspan.ops import fmha
+from keyspan.ops.fmha import attn_bias as masks
+from keyspan.ops.fmha.seq_info import _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo
+from keyspan.testing import results, tolerances, worst
 
 classes = pytest.mark.parametrize("cls", KINDS, ids=lambda cls: cls.__name__)
 many = settings(max_examples=60, deadline=None, derandomize=True)
@@ -104,14 +104,14 @@ def test_attention_in_the_dtypes_of_users(cls, dtype, data):
 
         return dense
 
-    def by_saccade(p):
+    def by_keyspan(p):
         k, v = p.key.clone(), p.value.clone()
         k[:, unused], v[:, unused] = torch.nan, torch.nan
         out, lse = fmha.memory_efficient_attention_partial(p.query.flatten(2, 3), k, v, mask)
         return out.view(1, M, 2, 2, 5), lse.view(1, 2, 2, M)
 
     want = results(by_definition(instance.times), problem, torch.float64)
-    got, again = results(by_saccade, problem, dtype), results(by_saccade, problem, dtype)
+    got, again = results(by_keyspan, problem, dtype), results(by_keyspan, problem, dtype)
     allowed = tolerances(problem, dtype, want)
     for name, x in want.items():
         assert worst(got[name], x) <= allowed[name], name
@@ -424,7 +424,7 @@ def test_make_paged_from_gappy():
         unpaged.make_paged(table, page, 9, masks.PagedBlockDiagonalGappyKeysMask)
 
 
-def test_a_mask_is_a_product_saccade_takes():
+def test_a_mask_is_a_product_keyspan_takes():
     mask = masks.BlockDiagonalMask.from_seqlens([2, 3]).make_causal()
     x = random(1, 5, 2, 4)
     assert torch.equal(attention(x, x, x, mask=mask.product()), fmha.memory_efficient_attention(x, x, x, mask))

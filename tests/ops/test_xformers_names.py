@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from saccade import ops
-from saccade.interop.xformers.support import table
-from saccade.ops import fmha
-from saccade.ops.left_out import LEFT_OUT
+from keyspan import ops
+from keyspan.interop.xformers.support import table
+from keyspan.ops import fmha
+from keyspan.ops.left_out import LEFT_OUT
 
 NAMES = {
-    "saccade.ops": """AttentionBias AttentionMask AttentionOp AttentionOpBase LowerTriangularMask
+    "keyspan.ops": """AttentionBias AttentionMask AttentionOp AttentionOpBase LowerTriangularMask
         MemoryEfficientAttentionCutlassFwdFlashBwOp MemoryEfficientAttentionCutlassOp
         MemoryEfficientAttentionFlashAttentionOp MemoryEfficientAttentionCkOp MemoryEfficientAttentionSplitKCkOp
         memory_efficient_attention memory_efficient_attention_forward memory_efficient_attention_forward_requires_grad
@@ -23,14 +23,14 @@ NAMES = {
         fused_allgather_and_anything fused_allgather_and_linear fused_anything_and_reducescatter
         fused_linear_and_reducescatter SwiGLU swiglu swiglu_packed SwiGLUEagerOp SwiGLUOp SwiGLUOpDispatch tiled_matmul
         get_stack_strides stack_or_none unbind masked_matmul fmha tree_attention""",
-    "saccade.ops.fmha": """memory_efficient_attention memory_efficient_attention_forward
+    "keyspan.ops.fmha": """memory_efficient_attention memory_efficient_attention_forward
         memory_efficient_attention_forward_requires_grad memory_efficient_attention_backward
         memory_efficient_attention_partial merge_attentions BlockDiagonalMask LowerTriangularMask AttentionBias
         VARLEN_BIASES Inputs Context Gradients AttentionOp AttentionOpBase AttentionFwOpBase AttentionBwOpBase
         ALL_FW_OPS ALL_BW_OPS _get_use_fa3 _set_use_fa3 _OPS_LOOKUP _fMHA _dispatch_fw _dispatch_bw
         MemoryEfficientAttentionCutlassBlackwellOp attn_bias common dispatch cutlass cutlass_blackwell flash
         flash3 triton_splitk ck ck_splitk merge_training torch_attention_compat""",
-    "saccade.ops.fmha.attn_bias": """AttentionBias LowerTriangularMask LowerTriangularMaskWithTensorBias
+    "keyspan.ops.fmha.attn_bias": """AttentionBias LowerTriangularMask LowerTriangularMaskWithTensorBias
         LowerTriangularFromBottomRightMask LowerTriangularFromBottomRightLocalAttentionMask
         LocalAttentionFromBottomRightMask BlockDiagonalMask BlockDiagonalCausalMask
         BlockDiagonalCausalFromBottomRightMask BlockDiagonalCausalLocalAttentionMask
@@ -41,20 +41,20 @@ NAMES = {
         PagedBlockDiagonalCausalWithOffsetPaddedKeysMask PagedBlockDiagonalGappyKeysMask
         PagedBlockDiagonalCausalWithOffsetGappyKeysMask PagedBlockDiagonalCausalLocalPaddedKeysMask
         BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask _SeqLenInfo _PaddedSeqLenInfo _GappySeqInfo""",
-    "saccade.ops.fmha.common": "Inputs Context Gradients AttentionOpBase AttentionFwOpBase AttentionBwOpBase",
-    "saccade.ops.fmha.merge_training": """Partial memory_efficient_attention_partial_autograd
+    "keyspan.ops.fmha.common": "Inputs Context Gradients AttentionOpBase AttentionFwOpBase AttentionBwOpBase",
+    "keyspan.ops.fmha.merge_training": """Partial memory_efficient_attention_partial_autograd
         merge_attentions_autograd""",
-    "saccade.ops.tree_attention": """TreeAttnMetadata tree_attention construct_full_tree_choices construct_tree_choices
+    "keyspan.ops.tree_attention": """TreeAttnMetadata tree_attention construct_full_tree_choices construct_tree_choices
         get_full_tree_size select_prefix_op use_triton_splitk_for_prefix SplitKAutotune""",
-    "saccade.interop.xformers": "__version__ _is_triton_available _has_cpp_library",
-    "saccade.interop.xformers._cpp_lib": "_register_extensions",
-    "saccade.interop.xformers.attn_bias_utils": "create_attn_bias ref_attention ref_attention_bmhk pack_kv_cache",
-    "saccade.interop.xformers.checkpoint": """checkpoint list_operators selective_checkpoint_wrapper
+    "keyspan.interop.xformers": "__version__ _is_triton_available _has_cpp_library",
+    "keyspan.interop.xformers._cpp_lib": "_register_extensions",
+    "keyspan.interop.xformers.attn_bias_utils": "create_attn_bias ref_attention ref_attention_bmhk pack_kv_cache",
+    "keyspan.interop.xformers.checkpoint": """checkpoint list_operators selective_checkpoint_wrapper
         get_optimal_checkpoint_policy selective_checkpoint_context_fn""",
-    "saccade.interop.xformers.info": "get_info print_info",
-    **{f"saccade.ops.fmha.{op}": "FwOp BwOp" for op in ("flash", "flash3", "cutlass", "cutlass_blackwell", "ck")},
-    "saccade.ops.fmha.triton_splitk": "FwOp",
-    "saccade.ops.fmha.ck_splitk": "FwOp",
+    "keyspan.interop.xformers.info": "get_info print_info",
+    **{f"keyspan.ops.fmha.{op}": "FwOp BwOp" for op in ("flash", "flash3", "cutlass", "cutlass_blackwell", "ck")},
+    "keyspan.ops.fmha.triton_splitk": "FwOp",
+    "keyspan.ops.fmha.ck_splitk": "FwOp",
 }
 
 ATTRIBUTES = """OPERATOR NAME OPERATOR_CATEGORY SUPPORTED_DEVICES SUPPORTED_DTYPES SUPPORTED_MAX_K SUPPORTED_MIN_K
@@ -77,17 +77,17 @@ def test_pairs_of_operators():
         assert [name for name in ATTRIBUTES.split() if not hasattr(op, name)] == []
 
 
-@pytest.mark.parametrize("module", ["saccade.ops", "saccade.ops.fmha"])
+@pytest.mark.parametrize("module", ["keyspan.ops", "keyspan.ops.fmha"])
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_what_is_left_out_says_so(module, name):
     found = importlib.import_module(module)
     assert not hasattr(found, name)
-    with pytest.raises(AttributeError, match=rf"{module}\.{name} is left out of saccade: ."):
+    with pytest.raises(AttributeError, match=rf"{module}\.{name} is left out of keyspan: ."):
         getattr(found, name)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = found.nonsense
     # An import statement drops the message of an AttributeError.
-    with pytest.raises(ImportError, match=rf"{module}\.{name} is left out of saccade: ."):
+    with pytest.raises(ImportError, match=rf"{module}\.{name} is left out of keyspan: ."):
         exec(f"from {module} import {name}")
     with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
         exec(f"from {module} import nonsense")
@@ -97,12 +97,12 @@ DOCS = (Path(__file__).parents[2] / "docs" / "coming_from_xformers.md").read_tex
 
 
 def test_the_table_in_the_docs_is_current():
-    assert table() in DOCS, "paste what `python -m saccade.interop.xformers.support` prints"
+    assert table() in DOCS, "paste what `python -m keyspan.interop.xformers.support` prints"
 
 
 def test_the_docs_go_name_by_name():
     names = {name for found in NAMES.values() for name in found.split()} | set(ops.__all__) | set(fmha.__all__)
-    own = {"parallel"}  # a module of saccade's own, whose names are there
+    own = {"parallel"}  # a module of keyspan's own, whose names are there
     assert sorted(name for name in names - own if f"`{name}`" not in DOCS) == []
 
 

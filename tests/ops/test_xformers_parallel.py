@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from saccade import ops as xops
-from saccade.ops import parallel
+from keyspan import ops as xops
+from keyspan.ops import parallel
 
 RANKS, M, IN, OUTS = 2, 6, 4, [4, 8]
 exact = {"rtol": 1e-12, "atol": 1e-12}

@@ -39,16 +39,16 @@ from xformers.checkpoint import checkpoint as same_checkpoint
 import xformers._cpp_lib
 import xformers.info
 import xformers.version
-import saccade.ops
+import keyspan.ops
 
 assert __version__ == xformers.version.__version__ == version("xformers")
 assert same_checkpoint is checkpoint
 assert xformers._has_cpp_library
 assert torch.cuda.is_available() or not xformers._is_triton_available()
 # One module under two names: one class, so isinstance holds across both.
-assert xops is saccade.ops and fmha is again is saccade.ops.fmha
-assert xops.fmha.attn_bias.BlockDiagonalMask is BlockDiagonalMask is saccade.ops.fmha.BlockDiagonalMask
-assert saccade.ops.__spec__.name == "saccade.ops"
+assert xops is keyspan.ops and fmha is again is keyspan.ops.fmha
+assert xops.fmha.attn_bias.BlockDiagonalMask is BlockDiagonalMask is keyspan.ops.fmha.BlockDiagonalMask
+assert keyspan.ops.__spec__.name == "keyspan.ops"
 
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 7, 2, 8) for _ in range(3))
@@ -67,7 +67,7 @@ for left_out in (
     try:
         exec(left_out)
     except ImportError as error:
-        assert "is left out of saccade: " in str(error), (left_out, error)
+        assert "is left out of keyspan: " in str(error), (left_out, error)
     else:
         raise AssertionError(left_out)
 try:
@@ -81,7 +81,7 @@ print("done")
 
 
 def run(code: list[str], *path: Path) -> subprocess.CompletedProcess[str]:
-    # The saccade of this checkout, whichever one is installed.
+    # The keyspan of this checkout, whichever one is installed.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, Path(__file__).parents[2] / "src")))}
     return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=False)
 

@@ -1,6 +1,6 @@
 """Packages that import xformers, run as they are, small and with random weights: their xFormers path against their own.
 
-Run by test_xformers_third_party.py in a process of its own, with the stand-in installed; knows nothing of saccade.
+Run by test_xformers_third_party.py in a process of its own, with the stand-in installed; knows nothing of keyspan.
 """
 
 from __future__ import annotations

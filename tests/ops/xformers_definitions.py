@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saccade.ops.fmha import attn_bias as masks
+from keyspan.ops.fmha import attn_bias as masks
 
 
 class Block(NamedTuple):

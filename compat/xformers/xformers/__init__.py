@@ -1,4 +1,4 @@
-"""A stand-in for xFormers: its modules are those of `saccade`, under their old names. Holds no code of its own."""
+"""A stand-in for xFormers: its modules are those of `keyspan`, under their old names. Holds no code of its own."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from saccade.interop.xformers import _has_cpp_library, _is_triton_available
-from saccade.ops.left_out import LEFT_OUT, refuse
+from keyspan.interop.xformers import _has_cpp_library, _is_triton_available
+from keyspan.ops.left_out import LEFT_OUT, refuse
 
 from .version import __version__
 
 _MOVED = {
-    "xformers._cpp_lib": "saccade.interop.xformers._cpp_lib",
-    "xformers.attn_bias_utils": "saccade.interop.xformers.attn_bias_utils",
-    "xformers.checkpoint": "saccade.interop.xformers.checkpoint",
-    "xformers.ops.modpar_layers": "saccade.ops.parallel",
-    "xformers.ops.seqpar": "saccade.ops.parallel",
-    "xformers.ops.sequence_parallel_fused_ops": "saccade.ops.parallel",
-    "xformers.ops.differentiable_collectives": "saccade.ops.parallel",
+    "xformers._cpp_lib": "keyspan.interop.xformers._cpp_lib",
+    "xformers.attn_bias_utils": "keyspan.interop.xformers.attn_bias_utils",
+    "xformers.checkpoint": "keyspan.interop.xformers.checkpoint",
+    "xformers.ops.modpar_layers": "keyspan.ops.parallel",
+    "xformers.ops.seqpar": "keyspan.ops.parallel",
+    "xformers.ops.sequence_parallel_fused_ops": "keyspan.ops.parallel",
+    "xformers.ops.differentiable_collectives": "keyspan.ops.parallel",
 }
 
 
@@ -39,7 +39,7 @@ def _real_xformers() -> Iterator[str]:
 
 
 class _Alias(MetaPathFinder, Loader):
-    """Finds `xformers.ops...` as `saccade.ops...`: the same module object, so that classes are the same too."""
+    """Finds `xformers.ops...` as `keyspan.ops...`: the same module object, so that classes are the same too."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -52,7 +52,7 @@ class _Alias(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         why = self._why_not(spec.name)
         if why is not None:
-            raise ModuleNotFoundError(f"{spec.name} is left out of saccade: {why}", name=spec.name)
+            raise ModuleNotFoundError(f"{spec.name} is left out of keyspan: {why}", name=spec.name)
         name = self._name(spec.name)
         assert name is not None
         self._spec = find_spec(name)
@@ -72,12 +72,12 @@ class _Alias(MetaPathFinder, Loader):
         if fullname in _MOVED:
             return _MOVED[fullname]
         inside = fullname == "xformers.ops" or fullname.startswith("xformers.ops.")
-        return "saccade" + fullname.removeprefix("xformers") if inside else None
+        return "keyspan" + fullname.removeprefix("xformers") if inside else None
 
 
 for _other in _real_xformers():
     raise ImportError(
-        f"this is saccade's stand-in for xformers, and there is a real one in {_other}: "
+        f"this is keyspan's stand-in for xformers, and there is a real one in {_other}: "
         "it does not shadow it; uninstall one of the two (pip uninstall xformers)"
     )
 if not any(type(finder).__name__ == _Alias.__name__ for finder in sys.meta_path):

@@ -1,6 +1,6 @@
 """`python -m xformers.info`."""
 
-from saccade.interop.xformers.info import get_info, print_info
+from keyspan.interop.xformers.info import get_info, print_info
 
 __all__ = ["get_info", "print_info"]
 

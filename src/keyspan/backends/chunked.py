@@ -1,0 +1,400 @@
+"""Online-softmax attention over tiles, in plain torch: accepts every problem on every device, in O(M) memory.
+
+Knows nothing of layouts or masks, only of the canonical problem. Derivation: docs/algorithm.md.
+Forward: Milakov & Gimelshein 2018, Rabe & Staats 2021; backward: recomputation from lse, Dao et al. 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from keyspan.backends import Gradients, Needs
+from keyspan.backends.common import dequantized, visible_matmul
+from keyspan.backends.schedule import Span, Tile, tiles, uniform_tiles
+from keyspan.core.dropout import kept
+from keyspan.core.problem import Problem
+
+ROWS = 256
+"""Most query rows in a tile; a power of two."""
+ELEMENTS = 2**19
+"""Scores held at a time, over all heads of a tile; 2 MiB in fp32, so that a tile stays in cache."""
+OVERHEAD = 80_000
+"""What a tile costs besides its elements, in elements: dozens of torch calls of some µs, at about a ns an element."""
+
+
+def reason_against(problem: Problem) -> str | None:
+    return None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    B, M, G, H, _ = problem.query.shape
+    V = problem.value.shape[-1]
+    out = problem.query.new_zeros((B, M, G, H, V), dtype=problem.output_dtype)
+    lse = problem.query.new_full((B, G, H, M), -torch.inf, dtype=problem.compute_dtype)
+    for tile in _tiles(problem):
+        query = tile.query()
+        peak, total, acc = tile.start(V)
+        for chunk in tile.chunks():
+            score, visible, _ = tile.scores(query, chunk)
+            highest = torch.maximum(peak, score.amax(-1, keepdim=True))
+            # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
+            pivot = highest.masked_fill(highest == -torch.inf, 0)
+            weight = score.sub_(pivot).exp_()
+            shrink = torch.exp(peak - pivot)
+            total = total * shrink + weight.sum(-1, keepdim=True)
+            keep = tile.keep(chunk)
+            if keep is not None:
+                weight = weight * keep
+            value = tile.load(problem.value, chunk, problem.value_scale)
+            acc.mul_(shrink)
+            if visible is None:
+                _add_product(acc, weight, value)
+            else:
+                acc += _grouped(visible_matmul, weight, value, visible)
+            peak = highest
+        seen = total > 0
+        total.masked_fill_(~seen, 1)
+        out[tile.rows] = tile.ungroup(acc.div_(total)).to(out.dtype)
+        lse[tile.stats] = torch.where(seen, peak + total.log(), -torch.inf)[..., 0]
+    return out, lse
+
+
+def backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    dtype = problem.compute_dtype
+
+    def zeros(x: Tensor | None, needed: bool) -> Tensor | None:
+        return x.new_zeros(x.shape, dtype=dtype) if x is not None and needed else None
+
+    dq = zeros(problem.query, needs.query)
+    dk, dv = zeros(problem.key, needs.key), zeros(problem.value, needs.value)
+    dslopes, dtable, dsinks = (
+        zeros(getattr(problem, name), getattr(needs, name)) for name in ("slopes", "table", "sinks")
+    )
+    dbiases = [zeros(x, needed) for x, needed in zip(problem.biases, needs.biases, strict=True)]
+    by_distance = dslopes is not None or dtable is not None
+    scores_needed = any(x is not None for x in (dq, dk, dslopes, dtable, *dbiases))
+
+    for tile in _tiles(problem):
+        query = tile.query()
+        grad = tile.group(grad_out)
+        row_lse = lse[tile.stats][..., None]
+        delta = (grad * tile.group(out)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta -= grad_lse[tile.stats][..., None]
+        if dsinks is not None and problem.sinks is not None:
+            weight = torch.exp(tile.heads(problem.sinks.to(dtype))[..., None, None] - row_lse)
+            dsinks[tile.groups] -= torch.where(weight > 0, weight * delta, 0).sum((0, 3, 4))
+        # An empty row has lse −inf; +inf in its place gives it weights of 0.
+        row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
+        dquery = torch.zeros_like(query) if dq is not None else None
+        for chunk in tile.chunks():
+            score, visible, slope = tile.scores(query, chunk)
+            weight = score.sub_(row_lse).exp_()
+            keep = tile.keep(chunk)
+            if dv is not None:
+                dropped = weight if keep is None else weight * keep
+                tile.accumulate(dv, chunk, _transposed_product(dropped, grad, visible))
+            if not scores_needed:
+                continue
+            value = tile.load(problem.value, chunk)
+            dscore = _grouped(torch.matmul, grad, value.transpose(-1, -2))
+            if keep is not None:
+                dscore.mul_(keep)
+            dscore = dscore.sub_(delta).mul_(weight)
+            if visible is not None:
+                dscore.masked_fill_(~visible, 0)
+            for dbias in dbiases:
+                if dbias is not None:
+                    tile.accumulate_bias(dbias, chunk, dscore)
+            if by_distance:
+                tile.accumulate_by_distance(dslopes, dtable, chunk, dscore)
+            if slope is not None:
+                dscore.mul_(slope)
+            if dquery is not None:
+                key = tile.load(problem.key, chunk)
+                if visible is None:
+                    _add_product(dquery, dscore, key)
+                else:
+                    dquery += _grouped(visible_matmul, dscore, key, visible)
+            if dk is not None:
+                tile.accumulate(dk, chunk, _transposed_product(dscore, query, visible))
+        if dq is not None and dquery is not None:
+            dq[tile.rows] = tile.ungroup(dquery.mul_(problem.scale))
+
+    def like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+        return None if grad is None or x is None else grad.to(x.dtype)
+
+    return Gradients(
+        like(dq, problem.query),
+        like(dk, problem.key),
+        like(dv, problem.value),
+        like(dslopes, problem.slopes),
+        like(dtable, problem.table),
+        like(dsinks, problem.sinks),
+        [like(grad, x) for grad, x in zip(dbiases, problem.biases, strict=True)],
+    )
+
+
+class _Chunk(NamedTuple):
+    """Keys `begin … end − 1` of range `range`; `full`: every row of the tile sees them all."""
+
+    range: int
+    begin: int
+    end: int
+    full: bool
+
+
+class _Tile(NamedTuple):
+    """A tile of the schedule for a run of batch entries and groups: what to load, and where results go.
+
+    Inside a tile tensors are `[b, g, H, m, ·]` for queries and `[b, g, n, ·]` for keys, in the compute dtype.
+    """
+
+    problem: Problem
+    ranges: tuple[Tensor, Tensor, Tensor]
+    plan: Tile
+    batches: slice
+    groups: slice
+
+    @property
+    def rows(self) -> tuple[slice, slice, slice]:
+        """Index of this tile in `[B, M, G, H, ·]`."""
+        return self.batches, slice(self.plan.begin, self.plan.end), self.groups
+
+    @property
+    def stats(self) -> tuple[slice, slice, slice, slice]:
+        """Index of this tile in `[B, G, H, M]`."""
+        return self.batches, self.groups, slice(None), slice(self.plan.begin, self.plan.end)
+
+    def group(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """This tile's rows of `[B, M, G, H, ·]`, times their scale, as `[b, g, H, m, ·]`."""
+        return self.scaled(x, scale, self.rows[1]).permute(0, 2, 3, 1, 4).contiguous()
+
+    def scaled(self, x: Tensor, scale: Tensor | None, rows: slice | Tensor) -> Tensor:
+        """Rows of this tile's batch entries and groups, times their scale, in the compute dtype."""
+        here = (self.batches, slice(None), self.groups)
+        return dequantized(x[here], None if scale is None else scale[here], rows, self.problem.compute_dtype)
+
+    def ungroup(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2, 4)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """This tile's heads of `[G, H, …]`."""
+        return x[self.groups]
+
+    def query(self) -> Tensor:
+        return self.group(self.problem.query, self.problem.query_scale) * self.problem.scale
+
+    def start(self, V: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Running peak, total and accumulator; a sink is a key with this score and a value of zero."""
+        problem = self.problem
+        b = len(range(*self.batches.indices(problem.query.shape[0])))
+        g = len(range(*self.groups.indices(problem.query.shape[2])))
+        shape = (b, g, problem.query.shape[3], self.plan.end - self.plan.begin)
+        acc = problem.query.new_zeros((*shape, V), dtype=problem.compute_dtype)
+        peak = acc.new_full((*shape, 1), -torch.inf)
+        if problem.sinks is not None:
+            peak = self.heads(problem.sinks).to(peak.dtype)[..., None, None].expand(peak.shape)
+        return peak, (peak > -torch.inf).to(peak.dtype), acc
+
+    def chunks(self) -> Iterator[_Chunk]:
+        problem = self.problem
+        per_key = math.prod(self.group_shape) * problem.query.shape[3] * (self.plan.end - self.plan.begin)
+        if problem.quantized:
+            # Few rows would bring all keys at once into the compute dtype.
+            widest = max(problem.query.shape[-1], problem.value.shape[-1])
+            per_key = max(per_key, math.prod(self.group_shape) * widest)
+        size = max(64, ELEMENTS // max(per_key, 1) // 64 * 64)
+        for span in self.plan.spans:
+            for begin, end, full in span.chunks(size):
+                yield _Chunk(span.range, begin, end, full)
+
+    @property
+    def group_shape(self) -> tuple[int, int]:
+        B, _, G = self.problem.query.shape[:3]
+        return len(range(*self.batches.indices(B))), len(range(*self.groups.indices(G)))
+
+    def load(self, x: Tensor, chunk: _Chunk, scale: Tensor | None = None) -> Tensor:
+        """Keys or values of a chunk, times their scale, `[b, g, n, ·]`."""
+        slots = self.problem.keys_in_row(chunk.begin, chunk.end)
+        rows = slice(chunk.begin, chunk.end) if slots is None else slots
+        return self.scaled(x, scale, rows).permute(0, 2, 1, 3).contiguous()
+
+    def accumulate(self, total: Tensor, chunk: _Chunk, grad: Tensor) -> None:
+        """Add `[b, g, n, ·]` to the keys or values that `load` read."""
+        slots = self.problem.keys_in_row(chunk.begin, chunk.end)
+        part = total[self.batches, :, self.groups]
+        if slots is None:
+            part[:, chunk.begin : chunk.end] += grad.permute(0, 2, 1, 3)
+        else:
+            # A page may be shared; index_put sums in a fixed order, index_add would not on a GPU.
+            part.transpose(0, 1).index_put_((slots,), grad.permute(2, 0, 1, 3), accumulate=True)
+
+    def scores(self, query: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scores `[b, g, H, m, n]`, −inf where hidden; where visible, `None` for everywhere; and the softcap's slope.
+
+        The slope is that of the capped score by the raw one; `None` without a softcap.
+        """
+        problem = self.problem
+        key = self.load(problem.key, chunk, problem.key_scale)
+        score = _grouped(torch.matmul, query, key.transpose(-1, -2))
+        slope = None
+        if problem.softcap:
+            unit = score.div_(problem.softcap).tanh_()
+            slope = 1 - unit * unit
+            score = unit * problem.softcap
+        for bias in problem.biases:
+            score += self.bias_tile(bias, chunk).to(score.dtype)
+        if problem.slopes is not None:
+            slopes = problem.slopes.to(score.dtype)
+            slopes = slopes[self.batches if slopes.shape[0] > 1 else slice(None), self.groups]
+            score -= slopes[..., None, None] * self.distance(chunk).abs()
+        if problem.table is not None:
+            reach = problem.table.shape[-1] // 2
+            table = self.heads(problem.table).to(score.dtype)
+            score += table[:, :, self.distance(chunk)[:, 0, 0].clamp(-reach, reach) + reach].movedim(2, 0)
+        visible = self.visible(chunk)
+        if visible is not None:
+            score.masked_fill_(~visible, -torch.inf)
+            slope = None if slope is None else slope.masked_fill(~visible, 0)  # that of a hidden score may be NaN
+        return score, visible, slope
+
+    def bounds(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        """`lo`, `hi` or `diagonal` for this tile's rows and a chunk's range, `[b or 1, 1, 1, m, 1]`."""
+        batches = self.batches if x.shape[1] > 1 else slice(None)
+        return x[chunk.range, batches, self.plan.begin : self.plan.end][:, None, None, :, None]
+
+    def distance(self, chunk: _Chunk) -> Tensor:
+        """Key position minus query position, int `[b or 1, 1, 1, m, n]`."""
+        j = torch.arange(chunk.begin, chunk.end, device=self.ranges[2].device, dtype=self.ranges[2].dtype)
+        return j - self.bounds(self.ranges[2], chunk)
+
+    def visible(self, chunk: _Chunk) -> Tensor | None:
+        visible = None
+        if not chunk.full:
+            j = torch.arange(chunk.begin, chunk.end, device=self.ranges[0].device, dtype=self.ranges[0].dtype)
+            lo, hi = (self.bounds(x, chunk) for x in self.ranges[:2])
+            visible = (j >= lo) & (j < hi)
+        if self.problem.dense is not None:
+            dense = self.bias_tile(self.problem.dense, chunk)
+            visible = dense if visible is None else dense & visible
+        return visible
+
+    def columns(self, chunk: _Chunk) -> Tensor:
+        """The keys of a chunk as dense terms and dropout count them: logical ones where keys are paged."""
+        return torch.arange(chunk.begin, chunk.end, device=self.problem.query.device) % max(self.problem.N, 1)
+
+    def bias_index(self, x: Tensor) -> tuple[slice, ...]:
+        whole = slice(None)
+        wanted = (self.batches, self.groups, whole, slice(self.plan.begin, self.plan.end))
+        return tuple(whole if size == 1 else index for size, index in zip(x.shape, wanted, strict=False))
+
+    def bias_tile(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        """The part of a dense term that falls on this tile, each dimension 1 where it broadcasts."""
+        x = x[self.bias_index(x)]
+        if x.shape[-1] == 1:
+            return x
+        if self.problem.block_table is None:
+            return x[..., chunk.begin : chunk.end]
+        return x[..., self.columns(chunk)]
+
+    def accumulate_bias(self, total: Tensor, chunk: _Chunk, dscore: Tensor) -> None:
+        part = total[self.bias_index(total)]
+        broadcast = [dim for dim in range(5) if part.shape[dim] == 1 and dscore.shape[dim] > 1]
+        grad = dscore.sum(broadcast, keepdim=True) if broadcast else dscore
+        if part.shape[-1] == 1:
+            part += grad
+        elif self.problem.block_table is None:
+            part[..., chunk.begin : chunk.end] += grad
+        else:
+            # Two sequences in a chunk may share a logical key; index_put adds both.
+            part.movedim(-1, 0).index_put_((self.columns(chunk),), grad.movedim(-1, 0), accumulate=True)
+
+    def accumulate_by_distance(
+        self, dslopes: Tensor | None, dtable: Tensor | None, chunk: _Chunk, dscore: Tensor
+    ) -> None:
+        distance = self.distance(chunk)
+        if dslopes is not None:
+            grad = -(dscore * distance.abs()).sum((-1, -2))
+            part = dslopes[self.batches if dslopes.shape[0] > 1 else slice(None), self.groups]
+            part += grad if dslopes.shape[0] > 1 else grad.sum(0, keepdim=True)
+        if dtable is not None:
+            reach = dtable.shape[-1] // 2
+            index = (distance.clamp(-reach, reach) + reach).long().expand(dscore.shape[0], 1, 1, -1, -1)
+            for entry, at in zip(dscore, index, strict=True):
+                self.heads(dtable).view(-1, dtable.shape[-1]).index_add_(
+                    1, at.flatten(), entry.flatten(0, 1).flatten(1)
+                )
+
+    def keep(self, chunk: _Chunk) -> Tensor | None:
+        """What dropout multiplies weights by, 0 or 1 / (1 − p), `[b, g, H, m, n]`; `None` without dropout."""
+        problem = self.problem
+        if problem.seed is None:
+            return None
+        B, _, G, H, _ = problem.query.shape
+        device = problem.query.device
+        keep: Tensor = kept(
+            problem.seed,
+            problem.dropout_p,
+            torch.arange(B, device=device)[self.batches],
+            torch.arange(G * H, device=device).view(G, H)[self.groups].flatten(),
+            torch.arange(self.plan.begin, self.plan.end, device=device),
+            self.columns(chunk),
+        )
+        keep = keep.view(keep.shape[0], -1, H, *keep.shape[2:])
+        return keep.to(problem.compute_dtype) / (1 - problem.dropout_p)
+
+
+def _tiles(problem: Problem) -> Iterator[_Tile]:
+    B, M, G, H, _ = problem.query.shape
+    if min(B, M, G * H) == 0:
+        return
+    ranges = problem.ranges
+    rows = min(ROWS, 1 << (M - 1).bit_length())
+    entries = B if ranges[0].shape[1] == 1 else 1
+    overhead = OVERHEAD / (entries * G * H)
+    if problem.lo is None:
+        plans = uniform_tiles(M, problem.row_length, rows)
+    elif rows >= M and M * problem.row_length <= 2 * overhead:
+        # Nothing a schedule could save is worth making one, nor waiting for the device to read the ranges.
+        everything = Span(0, 0, 0, 0, problem.row_length)
+        plans = [Tile(None, 0, M, [everything._replace(range=s) for s in range(ranges[0].shape[0])])]
+    else:
+        plans = tiles(ranges[0], ranges[1], rows, overhead)
+    for plan in plans:
+        # As many groups, then batch entries, at a time as fill the tile's budget with 64 keys.
+        at_once = max(1, ELEMENTS // ((plan.end - plan.begin) * H * 64))
+        group_step, batch_step = min(G, at_once), max(1, at_once // G)
+        batches = [slice(b, b + batch_step) for b in range(0, B, batch_step)] if plan.batch is None else None
+        for batch in batches or [slice(plan.batch, (plan.batch or 0) + 1)]:
+            for g in range(0, G, group_step):
+                yield _Tile(problem, ranges, plan, batch, slice(g, g + group_step))
+
+
+def _grouped(product, left: Tensor, right: Tensor, *visible: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """product(left [b, g, H, m, x], right [b, g, x, y]) -> [b, g, H, m, y]."""
+    if left.shape[2] > 1 and not visible:
+        return product(left.flatten(2, 3), right).unflatten(2, left.shape[2:4])  # type: ignore[no-any-return]
+    return product(left, right[:, :, None], *visible)  # type: ignore[no-any-return]
+
+
+def _add_product(acc: Tensor, left: Tensor, right: Tensor) -> None:
+    """acc [b, g, H, m, y] += left [b, g, H, m, x] @ right [b, g, x, y], in place."""
+    acc.view(-1, acc[0, 0, :, :, 0].numel(), acc.shape[-1]).baddbmm_(
+        left.flatten(2, 3).flatten(0, 1), right.flatten(0, 1)
+    )
+
+
+def _transposed_product(left: Tensor, right: Tensor, visible: Tensor | None) -> Tensor:
+    """Σ over heads and rows of left [b, g, H, m, n] × right [b, g, H, m, y] -> [b, g, n, y]."""
+    if visible is not None:
+        swapped = visible.transpose(-1, -2)
+        return visible_matmul(left.transpose(-1, -2), right, swapped).sum(2)
+    return left.flatten(2, 3).transpose(-1, -2) @ right.flatten(2, 3)

@@ -1,0 +1,83 @@
+"""The fast path on NVIDIA and AMD GPUs, in plain Triton. Knows how to refuse a problem; `launch` knows how to run one.
+
+Triton is imported by the first problem that is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from keyspan.backends import Again, Gradients, Needs
+from keyspan.core.problem import Problem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+
+
+def reason_against(problem: Problem) -> str | None:
+    query = problem.query
+    if query.is_cuda:
+        reason = _device_reason(query.device.index)
+        if reason is not None:
+            return reason
+    elif not (query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        # On the CPU Triton's interpreter runs the kernels, for tests.
+        return f"query is on {query.device}, want a GPU"
+    if query.dtype not in _DTYPES:
+        return f"query is {query.dtype}, want float32, bfloat16, float16 or float8_e4m3fn"
+    if problem.key.dtype == torch.float8_e4m3fn and query.is_cuda:
+        reason = _float8_reason(query.device.index)
+        if reason is not None:
+            return reason
+    for name, x in (("query", query), ("value", problem.value)):
+        if x.shape[-1] > 256:
+            return f"{name} has a head dimension of {x.shape[-1]}, want at most 256"
+    if max(problem.row_length, query.shape[1]) >= 2**31 - 2**16:
+        return f"there are {problem.row_length} keys and {query.shape[1]} queries in a row, want fewer than 2³¹"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _device_reason(index: int) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _float8_reason(index: int) -> str | None:
+    # AMD's older GPUs have another e4m3; Triton converts this one there.
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 9):
+        return f"key is float8_e4m3fn, which {torch.cuda.get_device_name(index)} cannot convert: want compute capability 8.9"
+    return None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    from keyspan.backends.triton import launch
+
+    return launch.forward(problem)
+
+
+def record(
+    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Again | None]:
+    from keyspan.backends.triton import launch
+
+    return launch.record(problem, pointers, shapes)
+
+
+def backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    from keyspan.backends.triton import launch
+
+    return launch.backward(problem, grad_out, grad_lse, out, lse, needs)

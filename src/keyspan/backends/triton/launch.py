@@ -1,0 +1,531 @@
+"""From problems to kernel launches: arguments, constants, grids and buffers. Knows no arithmetic of attention."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from keyspan.backends import Again, Gradients, Needs
+from keyspan.backends.triton import config, plans
+from keyspan.backends.triton.backward_kernels import (
+    bias_kernel,
+    bounds_kernel,
+    keys_kernel,
+    queries_kernel,
+    stats_kernel,
+    table_kernel,
+)
+from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel
+from keyspan.backends.triton.primitives import STATS, Arguments, Constants
+from keyspan.core.problem import Problem
+
+_CACHED_KEYS = 16 * 2**20
+"""Bytes of keys and values that programs running at the same time should share; a third of an H200's L2."""
+_LEAST_SPLIT = 256
+"""Fewest keys worth a split."""
+_SMALLEST = torch.finfo(torch.float32).tiny
+Launch = tuple[Any, tuple[int, ...], list[Any], config.Tile]
+"""Kernel, grid, arguments and tile."""
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> Any:
+    """Launch a kernel; returns it compiled. All launches go through here, so that tests can compile for another GPU."""
+    return kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    seen = plans.look(problem)
+    plan = plans.find(seen)
+    if plan is None:
+        made, calls = _forward(problem)
+        plans.keep(seen, calls, made)
+    else:
+        made = plan(seen.pointers)
+    return made["out"], made["lse"]
+
+
+def record(
+    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Again | None]:
+    made, calls = _forward(problem)
+    return made["out"], made["lse"], plans.repeated(pointers, calls, list(made.values()), shapes)
+
+
+def _forward(problem: Problem) -> tuple[plans.Made, list[plans.Launched]]:
+    """All tensors that are made, `out` and `lse` first, and the launches that fill them."""
+    B, M, G, H, _ = problem.query.shape
+    N, V = problem.key.shape[1], problem.value.shape[-1]
+    query = problem.query
+    out = query.new_empty((B, M, G, H, V), dtype=problem.output_dtype)
+    lse = query.new_empty((B, G, H, M), dtype=torch.float32)
+    made = {"out": out, "lse": lse}
+    if out.numel() == 0 and lse.numel() == 0:
+        return made, []
+    rows = _rows_per_tile(problem)
+    tile = _tile("decode" if rows else "forward", problem)
+    pack = 1
+    if rows:
+        pack = triton.next_power_of_2(H)
+        tile = tile._replace(BM=max(tile.BM, pack * rows))
+        pack = tile.BM // rows
+    heads = B * G * triton.cdiv(H, pack)
+    programs = triton.cdiv(M, tile.BM // pack) * heads
+    splits = _splits(problem, programs, rows > 0)
+    constants = _constants(problem, tile, pack)
+    arguments = _arguments(problem)
+    keys, values = _key_tiles(problem, constants)
+    bytes_per_head = max(1, N * (constants.K + constants.V) * problem.key.element_size() // min(H, max(1, H // pack)))
+    at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
+    parts, part_lse = out, lse
+    if splits > 1:
+        made["parts"] = parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
+        made["part_lse"] = part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+    launches: list[Launch] = [
+        (forward_kernel, (programs, splits),
+         [arguments, keys, values, parts, part_lse, at_once, splits, constants], tile),
+    ]  # fmt: skip
+    if splits > 1:
+        rows = B * M * G * H
+        of_split = [parts, part_lse, out, lse, rows, splits, M, G * H, constants.V, V, triton.next_power_of_2(splits)]
+        launches.append((combine_kernel, (rows,), of_split, config.Tile(0, 0, 2, 1)))
+    return made, _launched(query, launches)
+
+
+def _launched(query: Tensor, launches: list[Launch]) -> list[plans.Launched]:
+    with _on(query):
+        return [(run(kernel, grid, *args, tile=tile), grid, args) for kernel, grid, args, tile in launches]
+
+
+def backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    if problem.block_table is not None:
+        return _paged_backward(problem, grad_out, grad_lse, out, lse, needs)
+    if problem.query.numel() == 0 or problem.key.numel() == 0:
+        return _no_scores(problem, grad_lse, lse, needs)
+    # Products are of the inputs' dtype, which the output need not have.
+    grad = _rows_contiguous(grad_out.to(problem.query.dtype))
+    out, lse = out.contiguous(), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    seen = plans.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
+    plan = plans.find(seen)
+    if plan is None:
+        made, calls = _backward(problem, grad, grad_lse, out, lse, needs)
+        plans.keep(seen, calls, made)
+    else:
+        made = plan(seen.pointers)
+    return _gradients(problem, made, lse, needs)
+
+
+def _backward(
+    problem: Problem,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: Needs,
+) -> tuple[plans.Made, list[plans.Launched]]:
+    """All tensors that are made for the gradients, and the launches that fill them; what is contiguous has been made so."""
+    B, M, G, H, K = problem.query.shape
+    N, V = problem.value.shape[1], problem.value.shape[-1]
+    query = problem.query
+    padded = triton.cdiv(M, STATS.value) * STATS.value
+    stats = lse.new_empty((B, G, H, 2, padded))
+    made = {"stats": stats}
+    arguments = _arguments(problem)
+    grads = (grad, *grad.stride()[:4])
+    launches: list[Launch] = []
+    if needs.query or needs.slopes or needs.table:
+        tile = _tile("queries", problem)
+        constants = _constants(problem, tile, 1)
+        keys, values = _key_tiles(problem, constants)
+        made["query"] = query.new_empty((B, M, G, H, K))
+        if needs.slopes:
+            made["slopes"] = torch.empty_like(lse)
+        if needs.table:
+            made["ends"] = lse.new_empty((2, *lse.shape))
+        by_row = [made.get(name) for name in ("query", "slopes", "ends")]
+        launches.append(
+            (queries_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
+             [arguments, keys, values, *grads, out, grad_lse, lse, stats, *by_row, constants], tile)
+        )  # fmt: skip
+    else:
+        tile = config.Tile(32, 0, 4, 1)
+        launches.append(
+            (stats_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
+             [arguments, *grads, out, grad_lse, lse, stats, _constants(problem, tile, 1)], tile)
+        )  # fmt: skip
+    if needs.key:
+        made["key"] = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
+    if needs.value:
+        made["value"] = query.new_empty((B, N, G, V), dtype=problem.value.dtype)
+    dk, dv = made.get("key"), made.get("value")
+    if _apart(problem):
+        by_kernel = [("keys alone", dk, None), ("values alone", None, dv)]
+    else:
+        by_kernel = [("keys", dk, dv)]
+    for name, dk, dv in by_kernel:
+        if dk is None and dv is None:
+            continue
+        tile = _tile(name, problem)
+        constants = _constants(problem, tile, 1)
+        bounds: list[Any] = [None, 0, 0]
+        if problem.lo is not None:
+            S, entries, _ = problem.lo.shape
+            tiles = triton.cdiv(M, tile.BM)
+            x = query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
+            made[f"bounds for {tile.BM}"] = x
+            bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
+            launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.Tile(0, 0, 1, 1)))
+        constants = constants._replace(descriptors=constants.descriptors and _describable(grad))
+        tiles_of = _query_tiles(problem, grad, constants)
+        launches.append(
+            (keys_kernel, (triton.cdiv(N, tile.BN) * G * B,),
+             [arguments, *tiles_of, *grads, stats, *bounds, dk, dv, constants], tile)
+        )  # fmt: skip
+    for n, term in enumerate(problem.biases):
+        if not needs.biases[n]:
+            continue
+        # Each by itself: what all of them broadcast to may be far larger than any of them.
+        shape = term.shape
+        made[f"bias {n}"] = query.new_empty(shape, dtype=torch.float32)
+        tile = _tile("bias", problem)
+        tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
+        launches.append(
+            (bias_kernel, (tiles * math.prod(shape[:3]),),
+             [arguments, *grads, stats, made[f"bias {n}"], *shape, _constants(problem, tile, 1)], tile)
+        )  # fmt: skip
+    if needs.table and problem.table is not None:
+        tile = _tile("table", problem)
+        slots = min(B * triton.cdiv(M, tile.BM), max(1, 8 * _processors(query.device) // (G * H)))
+        made["table"] = query.new_empty((slots, *problem.table.shape), dtype=torch.float32)
+        launches.append(
+            (table_kernel, (slots, G * H),
+             [arguments, *grads, stats, made["table"], _constants(problem, tile, 1)], tile)
+        )  # fmt: skip
+    return made, _launched(query, launches)
+
+
+def _gradients(problem: Problem, made: plans.Made, lse: Tensor, needs: Needs) -> Gradients:
+    """Gradients in the shape and dtype of what they belong to from what the kernels made."""
+    dslopes = dtable = dsinks = None
+    if needs.slopes and problem.slopes is not None:
+        dslopes = made["slopes"].sum(-1).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
+    if needs.table and problem.table is not None:
+        dtable = made["table"].sum(0)
+        first, last = made["ends"].sum((1, 4))
+        # Both ends are one entry where the reach is 0.
+        dtable[..., 0] += first
+        dtable[..., -1] += last
+        dtable = dtable.to(problem.table.dtype)
+    dbiases = [made[f"bias {n}"].to(term.dtype) if needs.biases[n] else None for n, term in enumerate(problem.biases)]
+    if needs.sinks and problem.sinks is not None:
+        dsinks = _sinks_gradient(problem.sinks, lse, made["stats"][..., 1, : lse.shape[-1]])
+    dq = made["query"] if needs.query else None
+    return Gradients(dq, made.get("key"), made.get("value"), dslopes, dtable, dsinks, dbiases)
+
+
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    share = torch.exp(sinks.float()[..., None] - lse)
+    return torch.where(share > 0, -share * delta, 0).sum((0, 3)).to(sinks.dtype)
+
+
+def _no_scores(problem: Problem, grad_lse: Tensor | None, lse: Tensor, needs: Needs) -> Gradients:
+    """Gradients where there is no query or no key: zero, but for sinks, which lse depends on."""
+    dsinks = None
+    if needs.sinks and problem.sinks is not None:
+        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
+        dsinks = _sinks_gradient(problem.sinks, lse, delta)
+
+    def zeros(x: Tensor | None, needed: bool) -> Tensor | None:
+        return torch.zeros_like(x) if x is not None and needed else None
+
+    fields = ("query", "key", "value", "slopes", "table")
+    return Gradients(
+        *(zeros(getattr(problem, name), getattr(needs, name)) for name in fields),
+        dsinks,
+        [zeros(x, needed) for x, needed in zip(problem.biases, needs.biases, strict=True)],
+    )
+
+
+def _paged_backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
+    """The same with the sequences' logical keys gathered into one row; slots that are shared get the sum."""
+    slots = problem.keys_in_row(0, problem.row_length)
+    assert slots is not None
+    # `reason_against` has seen that they fit.
+    lo, hi, diagonal = (x.int() for x in problem.ranges)
+    column = torch.arange(problem.row_length, device=slots.device) % max(problem.N, 1)
+
+    def in_row(x: Tensor) -> Tensor:
+        return x if x.shape[-1] == 1 else x[..., column]
+
+    row = problem._replace(
+        key=problem.key[:, slots],
+        value=problem.value[:, slots],
+        lo=lo,
+        hi=hi,
+        diagonal=diagonal,
+        sequence=None,
+        block_table=None,
+        # The kernels are told how often dense columns and dropout repeat.
+        page_size=problem.N,
+        dense=None if problem.dense is None else in_row(problem.dense),
+        biases=[in_row(x) for x in problem.biases],
+    )
+    grads = backward(row, grad_out, grad_lse, out, lse, needs)
+
+    def scattered(grad: Tensor | None, like: Tensor) -> Tensor | None:
+        if grad is None:
+            return None
+        total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        # index_put sums in a fixed order where index_add would not.
+        return (
+            total.transpose(0, 1)
+            .index_put_((slots,), grad.transpose(0, 1).float(), accumulate=True)
+            .transpose(0, 1)
+            .to(like.dtype)
+        )
+
+    def folded(grad: Tensor | None, like: Tensor) -> Tensor | None:
+        if grad is None or like.shape[-1] == 1:
+            return grad
+        return grad.float().unflatten(-1, (-1, problem.N)).sum(-2).to(like.dtype)
+
+    return grads._replace(
+        key=scattered(grads.key, problem.key),
+        value=scattered(grads.value, problem.value),
+        biases=[folded(grad, like) for grad, like in zip(grads.biases, problem.biases, strict=True)],
+    )
+
+
+def _arguments(problem: Problem) -> Arguments:
+    q, k, v = problem.query, problem.key, problem.value
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    B, M, G, _, _ = q.shape
+    row = problem.row_length if problem.block_table is not None else k.shape[1]
+    none = (None, 0, 0, 0)
+    lo, hi, diagonal = (
+        none if x is None else (x, *x.stride()[:1], x.stride(1) if x.shape[1] > 1 else 0, x.stride(2))
+        for x in (problem.lo, problem.hi, problem.diagonal)
+    )
+    bias = None
+    for term in problem.biases:
+        bias = term if bias is None else bias + term
+    paged = problem.block_table is not None
+    period = problem.N if paged else problem.page_size or row
+    scale2 = problem.scale / problem.softcap if problem.softcap else problem.scale * math.log2(math.e)
+    # Random bits are compared as signed numbers: subtract 2³¹ from the unsigned threshold.
+    threshold = min(round(problem.dropout_p * 2**32), 2**32 - 1) - 2**31
+    slopes, table, sinks = problem.slopes, problem.table, problem.sinks
+    table = table if table is None or table.stride(-1) == 1 else table.contiguous()
+    return Arguments(
+        q, *q.stride()[:4], k, *k.stride()[:3], v, *v.stride()[:3], *lo, *hi, *diagonal,
+        None if problem.sequence is None else problem.sequence.contiguous(),
+        None if problem.block_table is None else problem.block_table.contiguous(),
+        *_five(None if problem.dense is None else problem.dense.view(torch.uint8)), *_five(bias),
+        *((None, 0, 0, 0) if slopes is None else (slopes, *_strides(slopes))),
+        *((None, 0, 0, 0) if table is None else (table, *table.stride()[:2], table.shape[-1] // 2)),
+        *((None, 0, 0) if sinks is None else (sinks, *sinks.stride())),
+        problem.seed, B, M, row, G, period, k.shape[1] // problem.page_size if paged else 0,
+        *map(_single, (scale2, problem.scale, problem.softcap * math.log2(math.e), 1 / (1 - problem.dropout_p))),
+        threshold,
+        *((None,) * 5 if problem.query_scale is None else (problem.query_scale, *problem.query_scale.stride())),
+        *((None,) * 4 if problem.key_scale is None else (problem.key_scale, *problem.key_scale.stride())),
+        *((None,) * 4 if problem.value_scale is None else (problem.value_scale, *problem.value_scale.stride())),
+    )  # fmt: skip
+
+
+def _single(x: float) -> float:
+    """A number as kernels take it, in fp32: 0 or infinite where that has no normal number for it."""
+    if abs(x) < _SMALLEST:
+        return 0.0
+    return x if abs(x) <= torch.finfo(torch.float32).max else math.copysign(math.inf, x)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides with 0 where a dimension broadcasts."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _five(x: Tensor | None) -> tuple[Any, ...]:
+    return (None, 0, 0, 0, 0, 0) if x is None else (x, *_strides(x))
+
+
+def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
+    K, V = problem.query.shape[-1], problem.value.shape[-1]
+    plain = not problem.biases and problem.slopes is None and not problem.softcap
+    paged = problem.block_table is not None
+    amd = _family(problem.query.device) == "amd"
+    return Constants(
+        BM=tile.BM,
+        BN=tile.BN,
+        # Products of 8 bits are of at least 32, and of fewer columns Triton 3.6 does not compile backward for AMD.
+        K=max(32 if amd or problem.query.element_size() == 1 else 16, triton.next_power_of_2(K)),
+        V=max(32 if amd else 16, triton.next_power_of_2(V)),
+        k_dim=K,
+        v_dim=V,
+        H=problem.query.shape[3],
+        S=0 if problem.lo is None else problem.lo.shape[0],
+        pack=pack,
+        page=problem.page_size if paged else 0,
+        # Hidden scores, −inf, are multiplied by the scale there.
+        simple=plain and problem.scale >= _SMALLEST,
+        softcap=problem.softcap > 0,
+        periodic=problem.page_size > 0,
+        wide=any(
+            x.shape[-1] > 1 and x.shape[-1] * x.stride(-1) >= 2**31
+            for x in (*problem.biases, problem.dense)
+            if x is not None
+        ),
+        descriptors=not paged
+        and _descriptors_allowed(problem.query)
+        and _describable(problem.query, problem.key, problem.value),
+        precision=_precision(),
+        assembly=_assembly(problem.query) if problem.quantized else "none",
+        scaled=problem.quantized
+        and (
+            problem.query.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+            or (problem.key_scale is not None and problem.key_scale.shape[1] == 1)
+        ),
+        query_run=_run(problem.query_scale, problem.query.shape[1]),
+        key_run=_run(problem.key_scale, problem.key.shape[1]),
+        value_run=_run(problem.value_scale, problem.key.shape[1]),
+    )
+
+
+def _run(scale: Tensor | None, rows: int) -> int:
+    """How many rows share an entry of a scale; 0 where all do."""
+    return 0 if scale is None or scale.shape[1] == 1 else rows // scale.shape[1]
+
+
+def _precision() -> str:
+    """How fp32 tiles are multiplied: three tf32 products come to nearly fp32 where the plain cores would take ages."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _assembly(x: Tensor) -> str:
+    """How 8 bits are converted; the compiler for sm_100 and later stops at effects."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return "none"
+    return "pure" if torch.cuda.get_device_capability(x.device) >= (10, 0) else "effectful"
+
+
+def _descriptors_allowed(x: Tensor) -> bool:
+    """TMA pays on sm_90 and later and for products of 16-bit or smaller elements."""
+    return x.element_size() <= 2 and x.is_cuda and _family(x.device) in ("hopper", "blackwell")
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """Whether TMA can read them: contiguous rows, everything else aligned to 16 bytes."""
+    return all(
+        x.numel() > 0
+        and x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(
+            stride > 0 and stride * x.element_size() % 16 == 0
+            for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+            if size > 1
+        )
+        for x in tensors
+    )
+
+
+def _described(x: Tensor, block: list[int]) -> Any:
+    # A dimension of size 1 may have any stride; the descriptor wants a multiple of 16 bytes.
+    strides = [s if n > 1 else 16 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block)
+
+
+def _key_tiles(problem: Problem, c: Constants) -> tuple[Any, Any]:
+    if not c.descriptors:
+        return None, None
+    keys, values = (x.transpose(1, 2) for x in (problem.key, problem.value))
+    return _described(keys, [1, 1, c.BN, c.K]), _described(values, [1, 1, c.BN, c.V])
+
+
+def _query_tiles(problem: Problem, grad: Tensor, c: Constants) -> tuple[Any, Any]:
+    if not c.descriptors:
+        return None, None
+    queries, grads = (x.permute(0, 2, 3, 1, 4) for x in (problem.query, grad))
+    return _described(queries, [1, 1, 1, c.BM, c.K]), _described(grads, [1, 1, 1, c.BM, c.V])
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """A gradient as kernels and TMA want it: often it comes expanded or permuted."""
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and aligned else x.contiguous()
+
+
+def _rows_per_tile(problem: Problem) -> int:
+    """Query rows of a tile where heads of a group should share it, since there are few; 0 where there are many."""
+    B, M, _, H, _ = problem.query.shape
+    if problem.block_table is not None:
+        return 1 if 4 * problem.block_table.shape[0] >= M else 0
+    if M * H <= 64 and (B > 1 or M == 1 or problem.lo is None):
+        return triton.next_power_of_2(M)
+    # Packed: rows that see far more keys than there are rows are most likely sequences that go on by one token.
+    return 1 if problem.lo is not None and problem.key.shape[1] >= M * 128 else 0
+
+
+def _splits(problem: Problem, programs: int, decode: bool) -> int:
+    """Into how many parts each row's keys are divided, so that the device is full."""
+    processors = _processors(problem.query.device)
+    wanted = (3 if decode else 1) * processors // max(programs, 1)
+    longest = problem.N
+    return max(1, min(wanted, longest // _LEAST_SPLIT, 128))
+
+
+def _tile(kernel: str, problem: Problem) -> config.Tile:
+    head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
+    itemsize = problem.query.element_size()
+    if itemsize <= 2:
+        itemsize = problem.key.element_size()
+    return config.tile(kernel, itemsize, head_dim, _family(problem.query.device), _terms(problem))
+
+
+def _terms(problem: Problem) -> str:
+    if problem.biases or problem.dense is not None:
+        return "loads"
+    if problem.slopes is not None or problem.table is not None:
+        return "positions"
+    return "stored" if problem.quantized and problem.query.element_size() > 1 else "plain"
+
+
+def _apart(problem: Problem) -> bool:
+    head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
+    return config.apart(problem.query.element_size(), head_dim, _family(problem.query.device), _terms(problem))
+
+
+def _family(device: torch.device) -> str:
+    return _device(device.index)[0] if device.type == "cuda" else "small"
+
+
+def _processors(device: torch.device) -> int:
+    return _device(device.index)[1] if device.type == "cuda" else 4
+
+
+@functools.cache
+def _device(index: int) -> tuple[str, int]:
+    """Family and number of processors of a device."""
+    amd = torch.version.hip is not None
+    return (
+        config.family(torch.cuda.get_device_capability(index), amd),
+        torch.cuda.get_device_properties(index).multi_processor_count,
+    )
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,1 @@
+"""Benchmarks: what Keyspan takes, in time and memory, beside what a user would pick instead."""

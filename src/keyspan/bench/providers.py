@@ -1,0 +1,197 @@
+"""Who can do a piece of work: Keyspan's backends, and what a user would pick instead. Knows no clock.
+
+Whatever depends on the mask or the positions alone (lowered ranges, a dense mask or bias, flex's block mask) is made
+before the timing, for all alike: a model makes it once per step, not per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import keyspan
+from keyspan.bench.works import Inputs, Work
+
+Provider = Callable[[Inputs], Tensor]
+
+
+def make(name: str, work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    """The provider of that name for a work."""
+    if name.startswith("keyspan"):
+        return _keyspan(work, device, backend=name.partition(":")[2] or None)
+    return _OTHERS[name](work, dtype, device)
+
+
+def installed(work: Work, device: torch.device) -> tuple[str, ...]:
+    """Other attention libraries, where they are installed and the work is one they can do (they need a GPU)."""
+    if device.type != "cuda" or not work.sequence or work.shape.heads != work.shape.kv_heads:
+        return ()
+    return tuple(name for name in ("flash_attn", "xformers") if find_spec(name) is not None)
+
+
+def laid_out(name: str, x: Inputs) -> Inputs:
+    """The inputs as a provider's user keeps them: a cache for torch's kernel has heads before keys in memory."""
+    if not name.endswith("heads first"):
+        return x
+    query, key, value = (y.contiguous().transpose(1, 2) for y in _heads_first(x))
+    return Inputs(query, key, value, x.table)
+
+
+def _keyspan(work: Work, device: torch.device, backend: str | None) -> Provider:
+    positions = work.mask() is not None or work.reach is not None
+    ranges = work.ranges(device) if positions else None
+    alibi = keyspan.Alibi(work.slopes().to(device)) if work.alibi else None
+
+    def run(x: Inputs) -> Tensor:
+        bias = alibi if x.table is None else keyspan.RelativeBias(x.table)
+        return keyspan.attention(x.query, x.key, x.value, mask=ranges, bias=bias, backend=backend)
+
+    return run
+
+
+def _dense_term(work: Work, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Visibility as a bool tensor, with ALiBi as values to add; None where a causal flag says it all."""
+    if work.sequence or work.reach is not None:
+        return None
+    visible = work.ranges(device).materialize(work.N)[0]
+    if not work.alibi:
+        return visible
+    row = torch.arange(work.N, device=device)
+    bias = -work.slopes().to(device)[:, None, None] * (row[:, None] - row).abs()
+    return bias.masked_fill_(~visible, -torch.inf).to(dtype)[None]  # in four dimensions: else torch is not fused
+
+
+def _distances(work: Work, device: torch.device) -> Tensor:
+    """Which entry of a relative table each pair of query and key takes, `[M, N]`."""
+    row, reach = torch.arange(work.N, device=device), work.reach or 0
+    return (row - row[:, None]).clamp(-reach, reach) + reach
+
+
+def _heads_first(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return x.query.transpose(1, 2), x.key.transpose(1, 2), x.value.transpose(1, 2)
+
+
+def _sdpa(work: Work, dtype: torch.dtype, device: torch.device, embedded: bool = False) -> Provider:
+    dense = _dense_term(work, dtype, device)
+    index = None if work.reach is None else _distances(work, device)
+    plain = work.causal and work.sequence
+    gqa = work.shape.heads != work.shape.kv_heads
+
+    def run(x: Inputs) -> Tensor:
+        q, k, v = _heads_first(x)
+        added = dense
+        if x.table is not None and index is not None:  # gathered in every call, since its gradient is asked for
+            added = F.embedding(index, x.table.T).permute(2, 0, 1) if embedded else x.table[:, index]
+            added = added[None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=plain, enable_gqa=gqa)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _dense_softmax(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    dense = _dense_term(work, dtype, device)
+    hidden = ~torch.ones(work.M, work.N, dtype=torch.bool, device=device).tril() if work.causal else None
+    copies = work.shape.heads // work.shape.kv_heads
+
+    def run(x: Inputs) -> Tensor:
+        q, k, v = _heads_first(x)
+        k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+        score = (q @ k.transpose(-1, -2)).float() * work.shape.dim**-0.5
+        if dense is not None:
+            score = score.masked_fill(~dense, -torch.inf) if dense.dtype == torch.bool else score + dense
+        elif hidden is not None:
+            score = score.masked_fill(hidden, -torch.inf)
+        out: Tensor = score.softmax(-1).to(v.dtype) @ v
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _per_document(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    """What users do who have no packing: one call per document."""
+    lengths, gqa = list(work.lengths), work.shape.heads != work.shape.kv_heads
+
+    def run(x: Inputs) -> Tensor:
+        parts = zip(*(y.split(lengths, 2) for y in _heads_first(x)), strict=True)
+        attend = F.scaled_dot_product_attention
+        outs = [attend(q, k, v, is_causal=work.causal, enable_gqa=gqa).transpose(1, 2) for q, k, v in parts]
+        return torch.cat(outs, 1)
+
+    return run
+
+
+def _padded(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    """What users do who have no packing: a batch padded to the longest document."""
+    lengths, gqa = list(work.lengths), work.shape.heads != work.shape.kv_heads
+    # Padding stands behind the keys, so causality hides it from every real query.
+    keys = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    hidden = None if work.causal else keys[:, None, None]
+
+    def run(x: Inputs) -> Tensor:
+        q, k, v = (
+            torch.nn.utils.rnn.pad_sequence(list(y[0].split(lengths)), batch_first=True).transpose(1, 2)
+            for y in (x.query, x.key, x.value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, is_causal=work.causal, enable_gqa=gqa)
+        return out.transpose(1, 2)[keys].unsqueeze(0)
+
+    return run
+
+
+def _flex(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    document = torch.repeat_interleave(torch.arange(len(work.lengths)), torch.tensor(work.lengths)).to(device)
+    slopes = work.slopes().to(device)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        ok = document[i] == document[j]
+        if work.causal:
+            ok = ok & (j <= i)
+        return ok & (j > i - work.window) if work.window is not None else ok
+
+    def alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score - slopes[h] * (i - j).abs()
+
+    block = None if work.mask() is None else create_block_mask(seen, None, None, work.M, work.N, device=str(device))
+    torch.compiler.reset()  # every work is compiled anew, and torch limits how often one function may be
+    compiled = torch.compile(flex_attention, fullgraph=True)
+    gqa = work.shape.heads != work.shape.kv_heads
+
+    def run(x: Inputs) -> Tensor:
+        q, k, v = (y.contiguous() for y in _heads_first(x))
+        out = compiled(q, k, v, score_mod=alibi if work.alibi else None, block_mask=block, enable_gqa=gqa)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _flash_attn(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    from flash_attn import flash_attn_func
+
+    return lambda x: flash_attn_func(x.query, x.key, x.value, causal=work.causal)
+
+
+def _xformers(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    bias = LowerTriangularMask() if work.causal else None
+    return lambda x: memory_efficient_attention(x.query, x.key, x.value, attn_bias=bias)
+
+
+_OTHERS: dict[str, Callable[[Work, torch.dtype, torch.device], Provider]] = {
+    "sdpa": _sdpa,
+    "sdpa embedding": lambda work, dtype, device: _sdpa(work, dtype, device, embedded=True),
+    "sdpa heads first": _sdpa,
+    "sdpa per document": _per_document,
+    "sdpa padded": _padded,
+    "dense softmax": _dense_softmax,
+    "flex compiled": _flex,
+    "flash_attn": _flash_attn,
+    "xformers": _xformers,
+}

@@ -1,0 +1,205 @@
+"""The command `keyspan`: which function answers to which word. Knows nothing of what these functions do.
+
+tyro turns a configuration or a function's parameters into options. It and the other parts of the extra `train` are
+imported only by the commands that use them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keyspan.training.config import PRESETS, TaskName, TrainConfig
+
+if TYPE_CHECKING:
+    from keyspan.training.loop import Result
+
+EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "tyro")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; `arguments` are those after the program's name. Returns the exit status."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    known = [command for command in COMMANDS if words[: len(command.split())] == command.split()]
+    if not known:
+        asked_for_help = words[:1] in (["-h"], ["--help"])
+        print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
+        if words and not asked_for_help:
+            _fail(f"command: got {words[0]!r}, want one of those above")
+        return 0 if asked_for_help else 2
+    run, _ = COMMANDS[known[0]]
+    try:
+        return run(words[len(known[0].split()) :])
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return _fail(f"{known[0]} needs {error.name}: pip install 'keyspan[train]'")
+    except (ValueError, FloatingPointError, OSError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"keyspan: {message}", file=sys.stderr)
+    return 1
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {command:<{width}}  {help}" for command, (_, help) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: keyspan COMMAND [OPTIONS]", "", *rows, "", "keyspan COMMAND --help shows a command's options."]
+    )
+
+
+def _parse(function: Callable[..., Any], words: list[str], command: str) -> Any:
+    """Call the function with its parameters taken from the command line; required ones stand without a name."""
+    import tyro
+
+    return tyro.cli(
+        function,
+        args=words,
+        prog=f"keyspan {command}",
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes),
+    )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The options that choose the defaults of all others."""
+
+    task: TaskName = "stdlib"
+    resume: Path | None = None
+
+
+def parse_train(words: list[str], command: str = "train") -> TrainConfig:
+    """The configuration that `keyspan train` reads from its options.
+
+    The defaults are those of the preset of `--task`, or those of the run to `--resume`.
+    """
+    import tyro
+
+    from keyspan.training.loop import read_config
+
+    choice, _ = tyro.cli(_Choice, args=words, prog=f"keyspan {command}", return_unknown_args=True, add_help=False)
+    default = PRESETS[choice.task] if choice.resume is None else read_config(choice.resume)
+    config: TrainConfig = tyro.cli(
+        TrainConfig,
+        default=default,
+        args=words,
+        prog=f"keyspan {command}",
+        description=f"Train a GPT. The defaults shown are those of {choice.resume or choice.task}.",
+    )
+    return config
+
+
+def _train(words: list[str]) -> int:
+    from keyspan.training.loop import train
+
+    return _show(train(parse_train(words)))
+
+
+def _show(result: Result) -> int:
+    """Print how a run ended; its exit status is that of an interrupted program if it was."""
+    if result.interrupted:
+        print(f"interrupted after step {result.step}; go on with: keyspan train --resume {result.run}")
+        return 130
+    print(f"\n{result.metric.replace('_', ' ')} on held-out data after {result.step} steps, {result.seconds:.0f} s")
+    figures = {"this model": result.held_out, **result.baselines}
+    for name, figure in figures.items():
+        print(f"  {name:<{max(map(len, figures))}}  {figure:.4f}")
+    print(f"run folder: {result.run}")
+    return 0
+
+
+def _generate(words: list[str]) -> int:
+    _parse(generate, words, "generate")
+    return 0
+
+
+def generate(
+    run: Path,
+    prompt: str = "",
+    max_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Continue a prompt with a trained model, and print both.
+
+    Args:
+        run: Folder of a training run.
+        prompt: Text to continue: source code (stdlib), or a problem such as "banana=" (synthetic tasks).
+        max_tokens: Most tokens to generate; a token is a byte or a character.
+        temperature: 0 takes the likeliest token each time; higher is wilder. By default 0.8 for stdlib, else 0.
+        top_p: Draw only from the likeliest tokens whose probabilities sum to this. By default from all.
+        seed: Fixes the draws.
+        device: auto (an accelerator where there is one, else the CPU), or a torch device.
+    """
+    import torch
+
+    from keyspan.inference.generate import generate as continue_prompts
+    from keyspan.training.loop import load_run
+
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, want 0 … 2⁶³ − 1")
+    config, task, model = load_run(run, device)
+    if temperature is None:
+        temperature = 0.8 if config.task == "stdlib" else 0.0
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    tokens = task.encode(prompt)
+    (new,) = continue_prompts(model, [tokens], max_tokens, temperature, top_p, stop=task.stop, generator=generator)
+    print(task.decode(tokens + new))
+
+
+def _demo(words: list[str]) -> int:
+    from keyspan.training.loop import train
+
+    result = train(parse_train(words, "demo"))
+    status = _show(result)
+    if status == 0:
+        for prompt in ("import ", "class ", "def "):
+            print(f"\n--- generated from {prompt!r}")
+            generate(Path(result.run), prompt)
+    return status
+
+
+def info(json: bool = False) -> None:
+    """Show versions, devices, and of each attention backend whether it is available, or why not.
+
+    Args:
+        json: Print JSON.
+    """
+    import_module("keyspan.info").main(json=json)
+
+
+def _info(words: list[str]) -> int:
+    _parse(info, words, "info")
+    return 0
+
+
+def _explain(words: list[str]) -> int:
+    _parse(import_module("keyspan.info").explain_main, words, "explain")
+    return 0
+
+
+def _bench_attention(words: list[str]) -> int:
+    _parse(import_module("keyspan.bench.attention").main, words, "bench attention")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a GPT on a synthetic task or on this Python's standard library"),
+    "generate": (_generate, "continue a prompt with a trained model"),
+    "demo": (_demo, "train on the standard library for some minutes, then generate"),
+    "info": (_info, "show versions, devices and attention backends"),
+    "explain": (_explain, "show which backend computes an attention, and why no other"),
+    "bench attention": (_bench_attention, "time attention against what torch offers"),
+}
+"""Each command: what runs it with the words after it, and its line of help."""

@@ -1,0 +1,170 @@
+"""`attention`: checks what it is given, casts under autocast, and calls the registered op. Knows no kernel."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from keyspan.backends import choose
+from keyspan.core import repeat
+from keyspan.core.biases import Bias
+from keyspan.core.library import attend
+from keyspan.core.masks import Mask
+from keyspan.core.problem import DTYPES, make_problem
+from keyspan.core.ranges import KeyRanges
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | KeyRanges | Tensor | None = ...,
+    bias: Bias | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    query_scale: Tensor | None = ...,
+    key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    output_dtype: torch.dtype | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | KeyRanges | Tensor | None = ...,
+    bias: Bias | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    query_scale: Tensor | None = ...,
+    key_scale: Tensor | None = ...,
+    value_scale: Tensor | None = ...,
+    return_lse: Literal[True],
+    output_dtype: torch.dtype | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | KeyRanges | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    return_lse: bool = False,
+    output_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, `softmax(softcap(scale · Q Kᵀ) + bias, over the visible keys) V`, in memory linear in length.
+
+    The score matrix is never stored, forward or backward. Differentiable in query, key, value, every bias term and
+    `sinks`, through the output and through lse; deterministic. Letters: B batch, M queries, N keys, G key/value
+    heads, H query heads per group, K key dim, V value dim.
+
+    Args:
+        query: `[B, M, Hq, K]`, `[B, M, G, H, K]` or `[B, M, K]` (one head); fp32, fp64, bf16 or fp16; any strides.
+            Under autocast query, key and value are cast to the autocast dtype, but for what is stored in 8 bits.
+            `float8_e4m3fn` where key and value are.
+        key: `[B, N, Hkv, K]` with `Hq % Hkv == 0` (query head h reads key head `h // (Hq // Hkv)`),
+            `[B, N, G, H or 1, K]` or `[B, N, K]`. For paged keys `[1, pages·page_size, …]`. In the query's dtype; or,
+            for inference, stored as `float8_e4m3fn` or `int8` with a scale, as `keyspan.quantize` makes them. There
+            are no gradients then: an input that requires one is an error while grad mode is on.
+        value: as key, with V in place of K.
+        mask: a layout & visibility, e.g. `Documents(lengths) & Causal()`; the same lowered once, `mask.lower(...)`;
+            or a bool tensor broadcastable to the scores, true = visible. `None`: every key is visible.
+            A row that sees nothing gets output 0, lse −inf and zero gradients.
+        bias: `Alibi`, `RelativeBias`, a floating tensor broadcastable to the scores (`[B, Hq, M, N]`,
+            `[B, G, H, M, N]` or `[B, M, N]` as the query's layout), or a sum of them. Added after the scale.
+        scale: factor on `Q Kᵀ`; `None` means `K ** -0.5`.
+        softcap: `c` replaces a scaled score s by `c · tanh(s / c)` (Gemma 2), before the bias; `None` for none.
+        sinks: learned logits `[Hq]` (`[G, H]` for 5-D) of one more key per head whose value is zero (GPT-OSS). lse
+            counts them, so a row that sees no key then has lse = sink.
+        dropout_p: probability in [0, 1) with which a weight is dropped; the others grow by 1/(1 − p). Applied
+            whenever it is not 0. Drawn from torch's generator of the query's device, one number a call.
+        key_scale: what stored 8-bit keys are to be multiplied by; `None` for 1 (`float8_e4m3fn`) and for keys that are
+            not stored so. One element; or `[B or 1, C, Hkv or 1]` where C divides N, one entry for each run of N / C
+            keys as they lie in memory: C = 1 for one per sequence and head, C = N for one per key, C = pages for one
+            per page of paged keys. For other layouts key's shape, likewise, without its last dimension. Any floating
+            dtype.
+        value_scale: the same for values.
+        query_scale: the same for an 8-bit query, `[B or 1, C, Hq or 1]` where C divides M.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        output_dtype: dtype of the output; `None` means the query's (after autocast), bf16 for an 8-bit query.
+        backend: a name from `keyspan.BACKENDS`, which is then used or refused, never replaced; `None` takes the
+            first that has no reason against the problem. `keyspan.explain` tells which and why.
+
+    Returns:
+        `out` in the query's layout with V in place of K; with `return_lse` also lse, fp32 (fp64 for fp64 inputs), in
+        the query's layout without its last dimension and heads before M: `[B, Hq, M]`, `[B, G, H, M]` or `[B, M]`.
+
+    Raises:
+        ValueError: for a wrong argument; the message names it, what was got and what was wanted.
+        NotImplementedError: where the backend asked for by name cannot compute the problem.
+    """
+    others = None
+    if not sinks is query_scale is key_scale is value_scale is None:
+        others = (sinks, query_scale, key_scale, value_scale)
+    call = None
+    if type(dropout_p) in (float, int) and not dropout_p:
+        # True is no scale, though it equals one.
+        numbers = (scale, type(scale), softcap, type(softcap), bool(return_lse), output_dtype, backend)
+        call = repeat.look(query, key, value, mask, bias, others, numbers)
+    results = None if call is None else repeat.again(call)
+    if results is None:
+        query, key, value = autocast_inputs(query, key, value)
+        problem, layout = make_problem(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            query_scale=query_scale,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            output_dtype=output_dtype,
+        )
+        name = choose(problem, backend)
+        if call is None:
+            out, lse = attend(problem, name)
+        else:
+            B, M, *heads, _ = query.shape
+            shapes = [(B, M, *heads, value.shape[-1]), (B, *heads, M)]
+            out, lse = repeat.first(call, problem, name, shapes if return_lse else shapes[:1])
+        results = [layout.output(out), layout.lse(lse)] if return_lse else [layout.output(out)]
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Floating tensors in the autocast dtype where autocast is on; fp64, as torch does, and 8 bits are left alone."""
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.is_meta:  # of which torch knows no autocast
+            return tensors
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)

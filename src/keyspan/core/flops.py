@@ -1,0 +1,92 @@
+"""FLOPs of a problem, and how torch's counter comes to know them. Knows nothing of backends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keyspan.core.problem import Problem
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def forward_flops(problem: Problem) -> int:
+    """FLOPs of the forward pass over the visible area: two products."""
+    return 2 * visible_area(problem) * (problem.query.shape[-1] + problem.value.shape[-1])
+
+
+def backward_flops(problem: Problem) -> int:
+    """FLOPs of the backward pass over the visible area: five products, the recomputed scores among them."""
+    return 2 * visible_area(problem) * (3 * problem.query.shape[-1] + 2 * problem.value.shape[-1])
+
+
+def visible_area(problem: Problem) -> int:
+    """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing)."""
+    if problem.lo is not None and type(problem.lo) is not Tensor:
+        return problem._replace(lo=None, hi=None, diagonal=None, dense=None).visible_pairs()
+    return problem.visible_pairs()
+
+
+def register(counter: ModuleType) -> None:
+    """Tell torch's counter, a module, what the registered ops cost."""
+
+    def count_forward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return forward_flops(Problem(*args[: len(Problem._fields)]))
+
+    def count_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return backward_flops(Problem(*args[4 : 4 + len(Problem._fields)]))
+
+    counter.register_flop_formula(torch.ops.keyspan.attention_forward, get_raw=True)(count_forward)
+    counter.register_flop_formula(torch.ops.keyspan.attention_backward, get_raw=True)(count_backward)
+
+
+def register_when_imported() -> None:
+    """`register` now or, where nobody has imported the counter yet, as soon as somebody does.
+
+    Importing it here would import Triton where there is one, which takes longer than all of keyspan does; and a counter
+    copies what is registered when it is made, so that the first call of an op would be too late.
+    """
+    if COUNTER in sys.modules:
+        register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds the counter alone, once, and by what finds every other module."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    """Loads a module as another loader does, then registers."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        register(module)

@@ -1,0 +1,7 @@
+"""Text from models: a key/value cache, sampling, generation. Knows nothing about tokenizers or training."""
+
+from keyspan.inference.cache import KVCache
+from keyspan.inference.generate import generate, stream
+from keyspan.inference.sampling import probabilities, sample
+
+__all__ = ["generate", "stream", "sample", "probabilities", "KVCache"]

@@ -1,0 +1,90 @@
+"""Keys and values of sequences of different lengths, so that each token is computed once. Knows no model.
+
+Every sequence has a slot of `capacity` tokens in one contiguous row per layer:
+
+    [1, sequences * capacity, G, K]      a a a · b b b b c · · ·      capacity 4, lengths 3, 4, 1
+
+New tokens come packed, without padding, any number per sequence: whole prompts, one token each, or none for sequences
+that have ended. They attend through `PaddedKeys & Causal("bottom_right")`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from keyspan import Causal, KeyRanges, PaddedKeys
+
+
+class KVCache:
+    """A cache for `GPT.forward(..., cache=...)`; for inference: no gradient flows through what it stores.
+
+    Args:
+        sequences: how many sequences it holds.
+        capacity: tokens per sequence for which there is room at first.
+        grow: whether the capacity doubles as often as needed (the storage is then copied); else ValueError.
+
+    Attributes:
+        lengths: tokens stored per sequence.
+        capacity: tokens per sequence for which there is room now.
+    """
+
+    def __init__(self, sequences: int, capacity: int = 256, *, grow: bool = True) -> None:
+        for name, value in (("sequences", sequences), ("capacity", capacity)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, want at least 1")
+        self.lengths = [0] * sequences
+        self.capacity = capacity
+        self.grow = grow
+        self._storage: dict[int, tuple[Tensor, Tensor]] = {}  # per layer: keys, values
+        self._slots = torch.empty(0, dtype=torch.int64)
+
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> KeyRanges:
+        """Makes room for `lengths[b]` new tokens of each sequence b; returns which stored keys each of them sees.
+
+        A tensor of lengths is read on the host. Raises ValueError for another number of sequences, for lengths that do
+        not add up to `tokens`, and where a sequence outgrows a capacity that may not grow.
+        """
+        new = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        if len(new) != len(self.lengths):
+            raise ValueError(f"lengths: got {len(new)} sequences, want the cache's {len(self.lengths)}")
+        if sum(new) != tokens:
+            raise ValueError(f"lengths: got {sum(new)} in all, want the {tokens} tokens")
+        total = [old + n for old, n in zip(self.lengths, new, strict=True)]
+        longest = max(total)
+        if longest > self.capacity:
+            if not self.grow:
+                raise ValueError(
+                    f"lengths: got {longest} tokens in all for sequence {total.index(longest)}, "
+                    f"want at most the cache's capacity = {self.capacity} (or grow=True)"
+                )
+            self._grow_to(longest)
+        mask = PaddedKeys(new, total, self.capacity) & Causal("bottom_right")
+        ranges = mask.lower(1, tokens, len(total) * self.capacity, device)
+        self.lengths = total
+        self._slots = ranges.diagonal[0, 0].long()  # beside a query stands its own key: that is where it goes
+        return ranges
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""
+        if layer not in self._storage:
+            N = len(self.lengths) * self.capacity
+            self._storage[layer] = (
+                key.new_zeros((1, N, *key.shape[2:])),
+                value.new_zeros((1, N, *value.shape[2:])),
+            )
+        for stored, new in zip(self._storage[layer], (key, value), strict=True):
+            stored.index_copy_(1, self._slots, new.detach())
+        return self._storage[layer]
+
+    def _grow_to(self, longest: int) -> None:
+        sequences, old = len(self.lengths), self.capacity
+        while self.capacity < longest:
+            self.capacity *= 2
+
+        def grown(stored: Tensor) -> Tensor:
+            larger = stored.new_zeros((sequences, self.capacity, *stored.shape[2:]))
+            larger[:, :old] = stored.view(sequences, old, *stored.shape[2:])
+            return larger.flatten(0, 1).unsqueeze(0)
+
+        self._storage = {layer: (grown(k), grown(v)) for layer, (k, v) in self._storage.items()}

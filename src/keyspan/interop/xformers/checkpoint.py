@@ -1,0 +1,196 @@
+"""Activation checkpointing that says which operators' results are kept: xFormers' names over torch's own machinery.
+
+Knows nothing of attention. Chen et al. 2016 (checkpointing); which results to keep is a knapsack problem.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import SAC_IGNORED_OPS, create_selective_checkpoint_contexts
+
+Policy: TypeAlias = Callable[..., bool]
+"""(ctx, op, *args, **kwargs) -> whether the op's result is kept."""
+
+KEPT = ("keyspan.attention_forward.default", "aten.addmm.default", "aten.mm.default")
+"""What is kept where no policy is given: what takes long to compute again."""
+
+GRAINS = 1000
+"""Memory is counted in this many parts of the whole, so a policy is optimal to 0.1 % of it."""
+
+
+def _policy(policy_fn: Sequence[Any] | Policy | None) -> Policy:
+    if callable(policy_fn):
+        return copy.deepcopy(policy_fn)  # one that counts starts anew in every checkpoint
+    names = {str(op) for op in (KEPT if policy_fn is None else policy_fn)}
+    return lambda ctx, op, *args, **kwargs: str(op) in names
+
+
+def selective_checkpoint_context_fn(policy_fn: Sequence[Any] | Policy | None = None) -> tuple[Any, Any]:
+    """The `context_fn` of torch.utils.checkpoint for a policy: a function, operators or names, or the default."""
+    policy = _policy(policy_fn)
+    if not torch.is_grad_enabled():
+        return nullcontext(), nullcontext()
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy, allow_cache_entry_mutation=True)
+    return contexts
+
+
+def checkpoint(
+    function: Callable[..., Any],
+    *args: Any,
+    preserve_rng_state: bool = True,
+    policy_fn: Sequence[Any] | Policy | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`function(*args, **kwargs)`, of which backward computes again what `policy_fn` does not keep.
+
+    Args:
+        policy_fn: operators whose results are kept, as `list_operators` gives them or by name; or a function
+            (ctx, op, *args, **kwargs) -> bool; `None` keeps attention and matrix products.
+    """
+    return torch.utils.checkpoint.checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=preserve_rng_state,
+        context_fn=partial(selective_checkpoint_context_fn, policy_fn),
+        **kwargs,
+    )
+
+
+class _Record(TorchDispatchMode):
+    """Notes every operator, how long it took, and what it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, float, list[Tensor], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self.calls.append((func, seconds, _tensors((args, kwargs)), _tensors(out)))
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def list_operators(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """The operators that `function(*args, **kwargs)` calls, in order."""
+    with _Record() as record:
+        function(*args, **kwargs)
+    return [call[0] for call in record.calls]
+
+
+class _OptimalPolicy:
+    """Keeps the calls it was made with, by their number; forward and recomputation are counted apart."""
+
+    def __init__(self, keep: Sequence[bool]) -> None:
+        self.keep = list(keep)
+        self.count = {False: 0, True: 0}
+
+    def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> bool:
+        index = self.count[ctx.is_recompute]
+        self.count[ctx.is_recompute] += 1
+        return index < len(self.keep) and self.keep[index]
+
+
+def get_optimal_checkpoint_policy(function: Callable[..., Any], *args: Any, memory_budget: float) -> Policy:
+    """The policy that saves most time of recomputation within a share of the memory all results would take.
+
+    `function(*args)` is run twice, the second time measured.
+
+    Args:
+        memory_budget: 0 (keep nothing) to 1 (keep everything).
+    """
+    if not 0 <= memory_budget <= 1:
+        raise ValueError(f"memory_budget: got {memory_budget}, want a share between 0 and 1")
+    with torch.random.fork_rng():
+        function(*args)
+        with _Record() as record:
+            out = function(*args)
+    calls = [call for call in record.calls if call[0] not in SAC_IGNORED_OPS]
+    memory, kept_anyway = [], {_storage(x) for x in _tensors(out)}
+    written = {_storage(x) for op, _, inputs, _ in calls if op._schema.is_mutable for x in inputs}
+    for _, _, inputs, outputs in calls:
+        old = {_storage(x) for x in inputs}
+        fresh = [x for x in outputs if _storage(x) not in old]
+        # Views cost nothing to compute again; what is written to later cannot be kept as it is now.
+        usable = bool(fresh) and not any(_storage(x) in written for x in outputs)
+        nbytes = sum(x.untyped_storage().nbytes() for x in fresh if _storage(x) not in kept_anyway)
+        memory.append(nbytes if usable else None)
+    return _OptimalPolicy(_knapsack([call[1] for call in calls], memory, memory_budget))
+
+
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def _knapsack(seconds: Sequence[float], memory: Sequence[int | None], budget: float) -> list[bool]:
+    """Which items to keep for the most seconds within `budget` of the total memory; None can never be kept."""
+    total = sum(m for m in memory if m is not None)
+    capacity = int(budget * GRAINS)
+    # Rounded up, so the budget holds; with all of it, all fits by definition.
+    weights = [None if m is None else 0 if budget == 1 else -(-m * GRAINS // max(total, 1)) for m in memory]
+    best, chosen = [0.0] * (capacity + 1), []
+    for value, weight in zip(seconds, weights, strict=True):
+        before = best
+        if weight is None or weight > capacity:
+            chosen.append([False] * (capacity + 1))
+            continue
+        best = before[:weight] + [
+            max(before[room], before[room - weight] + value) for room in range(weight, capacity + 1)
+        ]
+        chosen.append([after > was for after, was in zip(best, before, strict=True)])
+    keep, room = [False] * len(memory), capacity
+    for index in range(len(memory) - 1, -1, -1):
+        weight = weights[index]
+        if weight is not None and chosen[index][room]:
+            keep[index], room = True, room - weight
+    return keep
+
+
+class SelectiveCheckpointWrapper(ActivationWrapper):
+    """A module under `checkpoint`; its state dict has the names of the module inside."""
+
+    def __init__(
+        self, mod: nn.Module, memory_budget: float | None = None, policy_fn: Sequence[Any] | Policy | None = None
+    ) -> None:
+        super().__init__(mod)  # type: ignore[no-untyped-call]
+        if (memory_budget is None) == (policy_fn is None):
+            raise ValueError("memory_budget: want either it or policy_fn, and not both")
+        self.memory_budget = memory_budget
+        self.policy_fn = policy_fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self._checkpoint_wrapped_module
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        if self.policy_fn is None:
+            assert self.memory_budget is not None
+            # The policy of the first inputs serves for all.
+            self.policy_fn = get_optimal_checkpoint_policy(
+                partial(inner, **kwargs), *args, memory_budget=self.memory_budget
+            )
+        return checkpoint(inner, *args, policy_fn=self.policy_fn, **kwargs)
+
+
+def selective_checkpoint_wrapper(
+    module: nn.Module, memory_budget: float | None = None, policy_fn: Sequence[Any] | Policy | None = None
+) -> SelectiveCheckpointWrapper:
+    """Wrap a module so that its activations are kept by `policy_fn`, or by the best policy within `memory_budget`."""
+    return SelectiveCheckpointWrapper(module, memory_budget, policy_fn)

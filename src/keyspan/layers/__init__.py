@@ -1,0 +1,20 @@
+"""Memory-lean functions and modules for transformers. They know nothing about attention or models."""
+
+from keyspan.layers.cross_entropy import linear_cross_entropy
+from keyspan.layers.gated import SwiGLU, swiglu
+from keyspan.layers.gemm import Linear, linear
+from keyspan.layers.rmsnorm import RMSNorm, rms_norm
+from keyspan.layers.rope import rotary, rotary_table, rotate
+
+__all__ = [
+    "Linear",
+    "linear",
+    "SwiGLU",
+    "swiglu",
+    "RMSNorm",
+    "rms_norm",
+    "rotary",
+    "rotary_table",
+    "rotate",
+    "linear_cross_entropy",
+]

@@ -1,0 +1,394 @@
+"""The one way of a call: xFormers' arguments to the canonical problem and back. Knows masks only by what they lower to.
+
+Also the operator classes users pass as `op=`: here they are hints that change nothing but the form of some results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from keyspan.backends import choose
+from keyspan.core.api import attention, autocast_inputs
+from keyspan.core.biases import Bias
+from keyspan.core.library import attend
+from keyspan.core.masks import Mask
+from keyspan.core.merge import merge
+from keyspan.core.problem import DTYPES, HeadLayout, Problem, make_problem
+from keyspan.core.ranges import KeyRanges
+from keyspan.ops.fmha import attn_bias as masks
+from keyspan.ops.fmha.attn_bias import AttentionBias
+from keyspan.ops.left_out import LEFT_OUT
+
+Biases = AttentionBias | Mask | KeyRanges | Tensor | Bias | None
+
+
+@dataclass
+class Inputs:
+    """The arguments of one attention call, B batch, M queries, N keys, G groups, H heads, K key dim, V value dim.
+
+    Attributes:
+        query: `[B, M, H, K]`, `[B, M, G, H, K]` or `[B, M, K]`.
+        key: `[B, N, H or a divisor, K]`, `[B, N, G, H or 1, K]` or `[B, N, K]`.
+        value: as key, with V in place of K.
+        attn_bias: a mask of `attn_bias`, or a tensor broadcastable to `[B, H, M, N]` (`[B, G, H, M, N]`,
+            `[B, M, N]`), added to the scores if floating, true = visible if bool; or any mask or bias of `keyspan`.
+        p: dropout probability; `scale`: factor on Q·Kᵀ, `None` for K^-½; `output_dtype`: `None` for the query's.
+        is_partial: whether `out` is to be merged with others.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_bias: Biases = None
+    p: float = 0.0
+    scale: float | None = None
+    output_dtype: torch.dtype | None = None
+    is_partial: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def scale_float(self) -> float:
+        return float(self.query.shape[-1]) ** -0.5 if self.scale is None else float(self.scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of query, key and value, without the bias."""
+        return sum(x.untyped_storage().nbytes() for x in (self.query, self.key, self.value))
+
+    def get_output_dtype(self) -> torch.dtype:
+        if self.output_dtype is not None:
+            return self.output_dtype
+        return torch.float32 if self.is_partial and self.query.dtype != torch.float64 else self.query.dtype
+
+    def get_qkv_in_bmghk(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value as `[B, M, G, H, K]`."""
+        return self._with_dims(self.query, 5), self._with_dims(self.key, 5), self._with_dims(self.value, 5)
+
+    def normalize_bmhk(self) -> tuple[int, ...]:
+        """Write 3-D inputs as `[B, M, 1, K]` in place; returns the shape the output had before."""
+        shape = (*self.query.shape[:-1], self.value.shape[-1])
+        if self.query.dim() == 3:
+            self.query, self.key, self.value = (self._with_dims(x, 4) for x in (self.query, self.key, self.value))
+            if isinstance(self.attn_bias, Tensor) and self.attn_bias.dim() == 3:
+                self.attn_bias = self.attn_bias[:, None]
+        return shape
+
+    @staticmethod
+    def _with_dims(x: Tensor, dims: int) -> Tensor:
+        return x if x.dim() >= dims else x.reshape(*x.shape[:2], *[1] * (dims - x.dim()), *x.shape[2:])
+
+    def validate_inputs(self) -> None:
+        """Raises ValueError naming what is wrong; shapes and dtypes of query, key and value are checked in the core."""
+        self._check_dropout()
+        replace(self, p=0.0).canonical()  # no dropout, so that asking draws no random number
+
+    def _check_dropout(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p: got {self.p}, want a probability in [0, 1]")
+
+    def canonical(self) -> tuple[Problem, HeadLayout]:
+        """The problem every backend of keyspan takes, and how to give its results the user's layout."""
+        query, key, value, terms = self.arguments()
+        return make_problem(*autocast_inputs(query, key, value), **terms, dropout_p=float(self.p) % 1)
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Query, key, value and named arguments of `keyspan.attention`, all but the dropout."""
+        self._check_dropout()
+        for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
+            if x.dtype == torch.int32:  # xFormers' form of a quantised cache
+                raise ValueError(f"{name}: got {x.dtype}: {LEFT_OUT['InputsFp8']}")
+        value = self._with_heads(self.value)
+        if self.p == 1:
+            # All weights are dropped: the output is 0, lse is not changed, and gradients are 0 but exist.
+            value = value.masked_fill(value.new_ones((), dtype=torch.bool), 0)
+        mask, bias = self._mask_and_bias()
+        scale = None if self.scale is None else float(self.scale)
+        terms = {"mask": mask, "bias": bias, "scale": scale, "output_dtype": self.output_dtype}
+        return self.query, self._with_heads(self.key), value, terms
+
+    def _with_heads(self, x: Tensor) -> Tensor:
+        """Key or value with a size of 1 among its heads expanded, where the other or the query's groups have more."""
+        if x.dim() == 4 and self.key.dim() == self.value.dim() == 4 and x.shape[2] == 1:
+            return x.expand(-1, -1, max(self.key.shape[2], self.value.shape[2]), -1)
+        if x.dim() == 5 and self.query.dim() == 5 and x.shape[2] == 1:
+            return x.expand(-1, -1, self.query.shape[2], -1, -1)
+        return x
+
+    def _mask_and_bias(self) -> tuple[Mask | KeyRanges | Tensor | None, Bias | Tensor | None]:
+        given = self.attn_bias
+        if isinstance(given, AttentionBias) and type(given).materialize is not AttentionBias.materialize:
+            B, M, *heads, _ = self.query.shape
+            given = given.materialize((B, *heads, M, self.key.shape[1]), self.query.dtype, self.device)
+        if isinstance(given, AttentionBias):
+            if given.device not in (None, self.device):
+                raise ValueError(f"attn_bias: got a mask on {given.device}, want {self.device} as query (mask.to(...))")
+            ranges = given.lowered(self.query.shape[0], self.query.shape[1], self.key.shape[1], self.device)
+            if given.visible is not None:
+                ranges = replace(ranges, dense=self._for_heads(given.visible))
+            added = given.added
+            return ranges, self._for_heads(added) if isinstance(added, Tensor) else added
+        if isinstance(given, Tensor):
+            tensor = self._for_heads(given)
+            return (tensor, None) if tensor.dtype == torch.bool else (None, tensor)
+        if given is None or isinstance(given, (Mask, KeyRanges)):
+            return given, None
+        if isinstance(given, Bias):
+            return None, given
+        raise ValueError(f"attn_bias: got {type(given).__name__}, want a mask of attn_bias, a tensor or None")
+
+    def _for_heads(self, bias: Tensor) -> Tensor:
+        """A bias `[B, heads, M, N]` for a 5-D query: its heads are the query's G·H, in that order."""
+        if self.query.dim() != 5 or bias.dim() != 4:
+            return bias
+        G, H = self.query.shape[2:4]
+        return bias.unflatten(1, (G, H)) if bias.shape[1] == G * H else bias.unsqueeze(1)
+
+
+@dataclass
+class Context:
+    """What a forward leaves for its backward: lse `[B, H, M]`, the output, and the dropout seed."""
+
+    lse: Tensor
+    out: Tensor
+    op_bw: type[AttentionBwOpBase] | None = None
+    rng_state: Any = None
+    qkv_share_storage: bool = False
+
+    def get_padded_lse(self, pad_to: int, force_pad_inf: bool = False) -> Tensor:
+        """lse with M rounded up to a multiple of `pad_to`, +inf behind; with `force_pad_inf` behind the output's M."""
+        lse, M = self.lse, self.out.shape[1]
+        if force_pad_inf:
+            # What is a multiple already keeps its size, as in xFormers.
+            lse = lse[..., :M] if lse.shape[-1] % pad_to else lse
+            lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= M, math.inf)
+        return pad(lse, (0, -lse.shape[-1] % pad_to), value=math.inf)
+
+
+@dataclass
+class Gradients:
+    """Gradients of query, key, value and, where asked for, of the bias."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    db: Tensor | None = None
+
+
+def forward(inp: Inputs) -> tuple[Tensor, Context]:
+    """(out, context) of a call; differentiable where grad mode is on."""
+    seed = None
+    if 0 < inp.p < 1:
+        problem, layout = inp.canonical()
+        out, lse = attend(problem, choose(problem, None))
+        out, lse, seed = layout.output(out), layout.lse(lse), problem.seed
+    else:
+        query, key, value, terms = inp.arguments()
+        out, lse = attention(query, key, value, **terms, return_lse=True)
+    return out, Context(lse[:, None] if out.dim() == 3 else lse, out, rng_state=seed)
+
+
+def partial(inp: Inputs, op: AttentionOp | FwOp) -> tuple[Tensor, Tensor]:
+    """(out, lse) over some of the keys (`inp.is_partial` is set); some operators give them in fp32, as in xFormers."""
+    if isinstance(op, tuple):
+        check_pair(op)
+        op = op[0]
+    check_op(op, AttentionFwOpBase)
+    if op is not None and op.PARTIAL_IN_FLOAT32:
+        inp = replace(inp, output_dtype=inp.get_output_dtype())
+    out, context = forward(inp)
+    return out, context.lse
+
+
+def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
+    """Gradients of query, key, value and a bias tensor that takes one, from `ctx.out` and `ctx.lse`.
+
+    These may be those of a merged attention. `ctx.lse` is `[B, H, M]`, or for a packed mask
+    `[sequences, H, padded M]` as CUTLASS has it.
+    """
+    inp._check_dropout()
+    if ctx.out.shape != grad.shape or grad.shape[:-1] != inp.query.shape[:-1]:
+        raise ValueError(
+            f"grad: got shape {list(grad.shape)}, with output {list(ctx.out.shape)} and query {list(inp.query.shape)}, "
+            "want the output's shape, which is the query's but for the last dimension"
+        )
+    dropped = 0 < inp.p < 1
+    with torch.enable_grad():
+        q, k, v = leaves = [x.detach().requires_grad_() for x in (inp.query, inp.key, inp.value)]
+        problem, _ = replace(inp, query=q, key=k, value=v, p=0.0 if dropped else inp.p).canonical()
+    if dropped:
+        if ctx.rng_state is None:
+            raise ValueError("lse: got one without a dropout seed, want that of the forward with the same p")
+        problem = problem._replace(seed=ctx.rng_state, dropout_p=float(inp.p))
+    B, M, G, H, _ = problem.query.shape
+    lse = unpadded(ctx.lse, inp.attn_bias, B, M)
+    if lse.numel() != B * G * H * M:
+        raise ValueError(f"lse: got shape {list(ctx.lse.shape)}, want that of the forward of query {list(q.shape)}")
+    lse = lse.reshape(B, G, H, M).to(problem.compute_dtype)
+    out, grad = (x.reshape(B, M, G, H, problem.value.shape[-1]) for x in (ctx.out, grad))
+    bias = inp.attn_bias.added if isinstance(inp.attn_bias, AttentionBias) else inp.attn_bias
+    dense = [bias] if isinstance(bias, Tensor) and bias.requires_grad else []
+    needs = [True, True, True, False, False, False] + [bool(dense)] * len(problem.biases)
+    with torch.no_grad():
+        grads = torch.ops.keyspan.attention_backward(grad, None, out, lse, *problem, needs, choose(problem, None))
+    # The views from the user's layout to the problem's are differentiated by torch.
+    canonical = [problem.query, problem.key, problem.value, *(problem.biases if dense else ())]
+    given = [*grads[:3], *(grads[6:] if dense else ())]
+    return Gradients(*torch.autograd.grad(canonical, [*leaves, *dense], given))
+
+
+def merged(attn: Sequence[Tensor], lse: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) over all keys from parts over disjoint sets of them, in xFormers' layouts; out in attn's dtype.
+
+    Weights and sums are in lse's dtype (fp32 or fp64); the result is rounded once.
+    """
+    if len(attn) != len(lse):
+        raise ValueError(f"lse_split: got {len(lse)} parts, want {len(attn)} as in attn_split")
+    if not attn:
+        raise ValueError("attn_split: No partials to merge")
+    one_head = attn[0].dim() == 3  # whose lse has a head all the same, [B, 1, M]
+    parts = [(a.unsqueeze(2) if one_head else a, s) for a, s in zip(attn, lse, strict=True)]
+    out, total = merge([(a.to(s.dtype), s) for a, s in parts])
+    return (out.squeeze(2) if one_head else out).to(dtype or attn[0].dtype), total
+
+
+def padded(lse: Tensor, attn_bias: Biases) -> Tensor:
+    """lse `[1, H, ΣM]` of a packed mask in CUTLASS's form: `[sequences, H, longest rounded up to 32]`, +inf behind.
+
+    That form has no place for a batch: a batch of packed rows, which CUTLASS does not take, keeps its `[B, H, ΣM]`.
+    """
+    starts = _starts(attn_bias)
+    if starts is None or len(lse) != 1:
+        return lse
+    longest = max((end - start for start, end in pairwise(starts)), default=0)
+    width = math.ceil(longest / 32) * 32
+    rows = [pad(lse[0, ..., a:b], (0, width - (b - a)), value=math.inf) for a, b in pairwise(starts)]
+    return torch.stack(rows) if rows else lse[:0]
+
+
+def unpadded(lse: Tensor, attn_bias: Biases, batch: int, M: int) -> Tensor:
+    """The inverse of `padded`; an lse that is packed already stays as it is."""
+    starts = _starts(attn_bias)
+    if starts is None or batch != 1 or (len(lse) == 1 and lse.shape[-1] == M):
+        return lse[..., :M]
+    if len(lse) != len(starts) - 1:
+        raise ValueError(f"lse: got {len(lse)} rows, want 1 (packed) or {len(starts) - 1}, one a sequence (padded)")
+    return torch.cat([row[..., : b - a] for row, (a, b) in zip(lse, pairwise(starts), strict=True)], -1)[None]
+
+
+def _starts(attn_bias: Biases) -> Sequence[int] | None:
+    while isinstance(attn_bias, masks.MaskWithBias):
+        attn_bias = attn_bias.mask
+    return attn_bias.q_seqinfo.starts if isinstance(attn_bias, masks.VARLEN_BIASES) else None
+
+
+class AttentionOpBase:
+    """An operator of xFormers by name. Keyspan chooses its backend itself and computes the same whatever is named."""
+
+    NAME: ClassVar[str] = "keyspan"
+    OPERATOR: ClassVar[Any] = torch.ops.keyspan.attention_forward
+    OPERATOR_CATEGORY: ClassVar[str] = "memory_efficient_attention"
+    SUPPORTED_DEVICES: ClassVar[set[str]] = {"cpu", "cuda", "mps", "mtia", "xpu"}
+    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = set(DTYPES)
+    SUPPORTED_MAX_K: ClassVar[float] = math.inf
+    SUPPORTED_MIN_K: ClassVar[int] = 1
+    SUPPORTED_ATTN_BIAS_TYPES: ClassVar[tuple[type, ...]] = (type(None), Tensor, AttentionBias)
+    SUPPORTS_DROPOUT: ClassVar[bool] = True
+    SUPPORTS_CUSTOM_SCALE: ClassVar[bool] = True
+    SUPPORTS_DIFFERENT_VALUE_EMBED: ClassVar[bool] = True
+    SUPPORTS_BMGHK: ClassVar[bool] = True
+    SUPPORTS_PARTIAL: ClassVar[bool] = True
+    SUPPORTS_OUTPUT_DTYPE: ClassVar[bool] = True
+    SUPPORTS_ATTN_BIAS_GRAD: ClassVar[bool] = True
+    IS_DETERMINISTIC: ClassVar[bool] = True
+    VARLEN_LSE_PACKED: ClassVar[bool] = True
+    PARTIAL_IN_FLOAT32: ClassVar[bool] = False
+    """Whether partial results of this operator come in fp32 rather than in the query's dtype."""
+    CUDA_MINIMUM_COMPUTE_CAPABILITY: ClassVar[tuple[int, int]] = (0, 0)
+    CUDA_MAXIMUM_COMPUTE_CAPABILITY: ClassVar[tuple[int, int] | None] = None
+    ERROR_ATOL: ClassVar[dict[torch.dtype, float]] = {
+        torch.float64: 1e-8, torch.float32: 3e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2,
+    }  # fmt: skip
+    ERROR_RTOL: ClassVar[dict[torch.dtype, float]] = {
+        torch.float64: 1e-8, torch.float32: 2e-5, torch.float16: 4e-4, torch.bfloat16: 5e-3,
+    }  # fmt: skip
+    _TEST_BATCH_SIZES: ClassVar[list[int]] = [1, 300]
+    _TEST_K: ClassVar[list[int]] = [32, 128]
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports(cls, d: Inputs) -> bool:
+        """Whether keyspan can compute these inputs."""
+        return not cls.not_supported_reasons(d)
+
+    @classmethod
+    def not_supported_reasons(cls, d: Inputs) -> list[str]:
+        """Why keyspan cannot compute these inputs; empty where it can."""
+        try:
+            d.validate_inputs()
+        except ValueError as reason:
+            return [str(reason)]
+        return []
+
+    @classmethod
+    def shape_not_supported_reasons(cls, Mq: int, Mkv: int, K: int, Kv: int) -> list[str]:
+        """No shape is refused."""
+        return []
+
+
+class AttentionFwOpBase(AttentionOpBase):
+    """The forward half of an operator of xFormers."""
+
+    @classmethod
+    def apply(cls, inp: Inputs, needs_gradient: bool) -> tuple[Tensor, Context | None]:
+        with torch.no_grad():
+            out, context = forward(inp)
+        if not cls.VARLEN_LSE_PACKED:
+            context.lse = padded(context.lse, inp.attn_bias)
+        return out, context if needs_gradient else None
+
+
+class AttentionBwOpBase(AttentionOpBase):
+    """The backward half of an operator of xFormers."""
+
+    OPERATOR: ClassVar[Any] = torch.ops.keyspan.attention_backward
+
+    @classmethod
+    def apply(cls, ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
+        return backward(ctx, inp, grad)
+
+
+AttentionOp = tuple[type[AttentionFwOpBase] | None, type[AttentionBwOpBase] | None] | None
+FwOp = type[AttentionFwOpBase] | None
+
+
+def check_op(op: object, base: type[AttentionOpBase]) -> None:
+    """ValueError for what is neither None nor an operator of this half."""
+    if op is not None and not (isinstance(op, type) and issubclass(op, base)):
+        half = "FwOp" if base is AttentionFwOpBase else "BwOp"
+        raise ValueError(f"op: got {op!r}, want None or an operator's {half}")
+
+
+def check_pair(op: object) -> None:
+    """ValueError for what is neither None nor a pair of operators' halves."""
+    if op is None:
+        return
+    if not isinstance(op, (tuple, list)) or len(op) != 2:
+        raise ValueError(f"op: got {op!r}, want None or a pair (FwOp or None, BwOp or None)")
+    check_op(op[0], AttentionFwOpBase)
+    check_op(op[1], AttentionBwOpBase)

@@ -1,0 +1,15 @@
+"""The names of xFormers' CUTLASS operators, hints here. Knows no kernel; keyspan chooses."""
+
+from __future__ import annotations
+
+from keyspan.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase
+
+
+class FwOp(AttentionFwOpBase):
+    NAME = "cutlassF"
+    VARLEN_LSE_PACKED = False
+
+
+class BwOp(AttentionBwOpBase):
+    NAME = "cutlassB"
+    VARLEN_LSE_PACKED = False

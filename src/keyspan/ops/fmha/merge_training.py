@@ -1,0 +1,49 @@
+"""Partial attention and merging, with gradients: xFormers' names for what `merge` of the core does for every result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keyspan.ops.fmha.common import AttentionOp, Biases, FwOp, Inputs, merged, partial
+
+
+@dataclass
+class Partial:
+    """Attention over some of the keys: out `[B, M, H, V]` or `[B, M, G, H, V]`, lse `[B, H, M]` or `[B, G, H, M]`."""
+
+    _attn: Tensor
+    _lse: Tensor
+
+    def is_bmghk(self) -> bool:
+        return self._attn.dim() == 5
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> Partial:
+        """`fn`, which may pick, reorder or pad along M, applied to out and to lse laid out alike, `[B, M, ...]`."""
+        lse = fn(self._lse.movedim(-1, 1).unsqueeze(-1))
+        return Partial(fn(self._attn), lse.squeeze(-1).movedim(1, -1))
+
+
+def memory_efficient_attention_partial_autograd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Biases = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: AttentionOp | FwOp = None,
+    output_dtype: torch.dtype | None = None,
+) -> Partial:
+    """`memory_efficient_attention_partial` as a `Partial`, to be merged; differentiable as that is."""
+    return Partial(*partial(Inputs(query, key, value, attn_bias, p, scale, output_dtype, is_partial=True), op))
+
+
+def merge_attentions_autograd(*partials: Partial) -> Tensor:
+    """Attention over all keys from partials over disjoint sets of them, differentiable."""
+    if not partials:
+        raise ValueError("No partials to merge")
+    return merged([partial._attn for partial in partials], [partial._lse for partial in partials])[0]

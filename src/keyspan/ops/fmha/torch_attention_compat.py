@@ -1,0 +1,15 @@
+"""xFormers asks here which kernels it may borrow from torch. Keyspan borrows none, so there is nothing to check."""
+
+from __future__ import annotations
+
+
+def is_pt_cutlass_compatible(force: bool = False) -> bool:
+    return False
+
+
+def is_pt_flash_old(force: bool = False) -> bool | None:
+    return None
+
+
+def ensure_pt_flash_ok() -> None:
+    """Nothing to ensure."""

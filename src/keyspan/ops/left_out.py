@@ -1,0 +1,50 @@
+"""What of xFormers is left out and why: asking a module for such a name raises an error that says so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_SPARSE = "2:4 sparsity is a matter of NVIDIA's sparse tensor cores; see torch.sparse.to_sparse_semi_structured"
+_TRITON = "a tuning variant of one kernel; pass triton_splitk.FwOp, keyspan chooses the splits itself"
+_GONE = "xFormers itself has removed it; pass op=None"
+
+LEFT_OUT = {
+    "sparsify24": _SPARSE,
+    "sparsify24_like": _SPARSE,
+    "sparsify24_ste": _SPARSE,
+    "Sparse24Tensor": _SPARSE,
+    "sp24": _SPARSE,
+    "ipc": "it shares memory between processes over NVLink; see torch.distributed._symmetric_memory",
+    "InputsFp8": "keys packed as int4 or fp8 are left out",
+    "FwOp_Map": _TRITON,
+    "AttentionOpDispatch": _GONE,
+    "MemoryEfficientAttentionTritonFwdFlashBwOp": _GONE,
+    "TritonFlashAttentionOp": _GONE,
+    "decoder": _GONE,
+    "small_k": _GONE,
+    "triton": _GONE,
+    "profiler": "use torch.profiler",
+    "sparse": "use a mask of keyspan, which skips what it hides, or torch.sparse",
+    "components": "xFormers itself has removed most of it",
+    "fwbw_overlap": "it schedules NVIDIA streams",
+}
+"""Name to reason."""
+
+
+def refuse(module: str) -> Callable[[str], Any]:
+    """A module's `__getattr__`: AttributeError, so that `hasattr` is False, with the reason for names left out.
+
+    `from package import name` drops an AttributeError's message, so there it is an ImportError that carries the reason.
+    """
+
+    def __getattr__(name: str) -> Any:  # noqa: N807
+        if name not in LEFT_OUT:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+        why = f"{module}.{name} is left out of keyspan: {LEFT_OUT[name]}"
+        if sys._getframe(1).f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib"):
+            raise ImportError(why, name=f"{module}.{name}")
+        raise AttributeError(why, name=name)
+
+    return __getattr__

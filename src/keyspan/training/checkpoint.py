@@ -1,0 +1,256 @@
+"""Checkpoints: safetensors and JSON, whole or not at all. Knows nothing of tasks, schedules or configurations.
+
+    RUN/checkpoints/step-00000500/
+        model.safetensors       weights
+        training.safetensors    AdamW's moments and step counts, random number generators' states
+        state.json              step, seconds, loss scale; size and SHA-256 of the two files above
+
+A checkpoint is written into a temporary folder, flushed to disk, and gets its name by one rename: a crash at any moment
+leaves the earlier checkpoint as it was, and no name ever stands for a mixture. Loading first verifies everything
+(sizes, sums, keys, shapes, dtypes) and only then touches the model; whatever is wrong is a ValueError that names the
+file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = "keyspan checkpoint 1"
+MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+NAME = "step-" + 8 * "[0-9]"
+"""What the folders of checkpoints are called, as a pattern; with a dot before it, while they are written."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW remembers of each parameter."""
+
+
+class Progress(NamedTuple):
+    """How far a run had come when a checkpoint was written."""
+
+    step: int
+    """Optimizer steps taken."""
+    seconds: float
+    """Time spent training."""
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file atomically: under another name in the same folder, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def save(
+    run: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint of the run, drop all but the last `keep`, and return its folder."""
+    from safetensors.torch import save as to_bytes
+
+    parent = run / "checkpoints"
+    final = parent / f"step-{progress.step:08d}"
+    if final.exists():
+        raise ValueError(f"progress: {final} is written already; wanted a later step")
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f".{NAME}"):
+        shutil.rmtree(leftover)
+    temporary = parent / f".{final.name}"
+    temporary.mkdir()
+    contents = {MODEL: to_bytes(_weights(model)), TRAINING: to_bytes(_training_state(model, optimizer))}
+    for name, data in contents.items():
+        write_file(temporary / name, data)
+    state = {
+        "format": FORMAT,
+        **progress._asdict(),
+        "scaler": scaler.state_dict(),
+        "files": {name: {"bytes": len(data), "sha256": _sum(data)} for name, data in contents.items()},
+    }
+    write_file(temporary / STATE, (json.dumps(state, indent=2) + "\n").encode())
+
+    temporary.rename(final)
+    _flush_folder(parent)
+    for folder in _checkpoints(run)[:-keep]:
+        shutil.rmtree(folder)
+    return final
+
+
+def latest(run: Path) -> Path:
+    """The run's newest checkpoint."""
+    found = _checkpoints(run)
+    if not found:
+        raise ValueError(f"{run}: holds no checkpoint; wanted a run folder with checkpoints/step-…")
+    return found[-1]
+
+
+def load_model(checkpoint: Path, model: nn.Module) -> Progress:
+    """Load the weights of a checkpoint folder."""
+    state = _read_state(checkpoint)
+    weights = _read_tensors(checkpoint, MODEL, state)
+    _check(checkpoint / MODEL, weights, _weights(model))
+    model.load_state_dict(weights, strict=False)
+    return Progress(state["step"], state["seconds"])
+
+
+def load(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Progress:
+    """Load all that a run needs to go on from a checkpoint folder, the random number generators included."""
+    state = _read_state(checkpoint)
+    weights = _read_tensors(checkpoint, MODEL, state)
+    training = _read_tensors(checkpoint, TRAINING, state)
+    _check(checkpoint / MODEL, weights, _weights(model))
+    names = _parameter_names(model, optimizer)
+    moments = {key: tensor for key, tensor in training.items() if not key.startswith("rng.")}
+    wanted = {
+        f"{name}.{moment}": torch.zeros(()) if moment == "step" else model.get_parameter(name)
+        for name in names
+        for moment in MOMENTS
+    }
+    # AdamW remembers nothing before its first step, which fp16 may skip a few times until the loss scale fits.
+    _check(checkpoint / TRAINING, moments, wanted if moments else {})
+    # A run may go on with another device or precision: what the checkpoint does not hold starts afresh.
+    modules = _generators(next(model.parameters()).device)
+    random = {key: training[key] for key in modules if key in training}
+    _check(checkpoint / TRAINING, random, {key: modules[key].get_rng_state() for key in {"rng.cpu", *random}})
+    scale = state["scaler"] if scaler.is_enabled() else {}
+    if scale and set(scale) != set(scaler.state_dict()):
+        raise ValueError(f"{checkpoint / STATE}: got a loss scale of {sorted(scale)}, not one that torch wrote")
+
+    model.load_state_dict(weights, strict=False)
+    remembered = {
+        index: {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
+        for index, name in enumerate(names if moments else [])
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
+    if scale:
+        scaler.load_state_dict(scale)
+    for key, random_state in random.items():
+        modules[key].set_rng_state(random_state)
+    return Progress(state["step"], state["seconds"])
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(folder for folder in (run / "checkpoints").glob(NAME) if folder.is_dir())
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state by name, a tied tensor once (safetensors stores no aliases)."""
+    names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The parameters' names in the order in which the optimizer counts them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The modules whose random number generators a run draws from, by the name of their state."""
+    modules: dict[str, Any] = {"rng.cpu": torch}
+    if device.type != "cpu":
+        modules[f"rng.{device.type}"] = torch.get_device_module(device)
+    return modules
+
+
+def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = _parameter_names(model, optimizer)
+    tensors = {
+        f"{names[index]}.{moment}": values[moment].contiguous()
+        for index, values in optimizer.state_dict()["state"].items()
+        for moment in MOMENTS
+    }
+    generators = _generators(next(model.parameters()).device)
+    return tensors | {key: module.get_rng_state() for key, module in generators.items()}
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / STATE
+    try:
+        state = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; wanted a checkpoint folder with {MODEL}, {TRAINING} and {STATE}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); truncated or not a checkpoint of keyspan") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of keyspan; wanted format {FORMAT!r}")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "step": int,
+        "seconds": (int, float),
+        "scaler": dict,
+        "files": dict,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"{path}: got {key} = {state.get(key)!r}; truncated or not a checkpoint of keyspan")
+    for name in (MODEL, TRAINING):
+        record = state["files"].get(name)
+        if not isinstance(record, dict) or set(record) != {"bytes", "sha256"}:
+            raise ValueError(f"{path}: records no size and SHA-256 of {name}; not a checkpoint of keyspan")
+    return state
+
+
+def _read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    path, wanted = checkpoint / name, state["files"][name]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; {STATE} beside it records {wanted['bytes']} bytes") from None
+    if len(data) != wanted["bytes"]:
+        raise ValueError(f"{path}: truncated or foreign: got {len(data)} bytes, {STATE} records {wanted['bytes']}")
+    if _sum(data) != wanted["sha256"]:
+        raise ValueError(f"{path}: damaged or foreign: its SHA-256 is not the one that {STATE} records")
+    try:
+        tensors: dict[str, Tensor] = from_bytes(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    return tensors
+
+
+def _check(path: Path, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse tensors that are not those wanted: their names, shapes and dtypes."""
+    if missing := wanted.keys() - got.keys():
+        raise ValueError(f"{path}: lacks {len(missing)} of the tensors of this model, such as {min(missing)}")
+    if foreign := got.keys() - wanted.keys():
+        raise ValueError(f"{path}: holds {len(foreign)} tensors that this model has not, such as {min(foreign)}")
+    for name, tensor in wanted.items():
+        if (got[name].shape, got[name].dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{path}: {name} is {list(got[name].shape)} {got[name].dtype}, "
+                f"wanted {list(tensor.shape)} {tensor.dtype}"
+            )
+
+
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in the folder durable; only POSIX opens folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

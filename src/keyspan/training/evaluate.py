@@ -1,0 +1,49 @@
+"""Held-out figures of a model on packed batches. Knows nothing of tasks or training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from keyspan.models.gpt import GPT
+from keyspan.training.packing import IGNORE, Batch
+
+
+class Evaluation(NamedTuple):
+    """What a model scores on held-out documents."""
+
+    loss: float
+    """Mean nats per scored token."""
+    exact_match: float
+    """Share of documents whose every scored token is the model's first choice. As each choice is made after a right
+    answer so far, this is the share that greedy decoding answers without an error."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Mean bits per scored token; of text, whose tokens are bytes, bits per byte."""
+        return self.loss / math.log(2)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: Iterable[Batch]) -> Evaluation:
+    """Score the model, without dropout, under whatever autocast is on."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    nats, scored, right, documents = 0.0, 0, 0, 0
+    for batch in batches:
+        tokens, targets, lengths = batch.to(device)
+        rows = targets != IGNORE
+        logits = model.logits(model(tokens, lengths)[rows]).float()
+        nats += float(F.cross_entropy(logits, targets[rows], reduction="sum"))
+        wrong = torch.zeros_like(rows)
+        wrong[rows] = logits.argmax(-1) != targets[rows]
+        right += sum(not document.any() for document in wrong.cpu().split(lengths))
+        scored += len(logits)
+        documents += len(lengths)
+    model.train(training)
+    return Evaluation(nats / scored, right / documents)

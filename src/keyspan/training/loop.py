@@ -1,0 +1,292 @@
+"""The training loop: from a configuration to a run folder. Knows nothing of what the tasks are about.
+
+RUN/config.json       the configuration
+RUN/metrics.jsonl     one line a step, and one an evaluation
+RUN/checkpoints/      see `keyspan.training.checkpoint`
+RUN/loss.png          the curves
+RUN/result.json       the last evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+
+from keyspan.info import find_device
+from keyspan.models.gpt import GPT, GPTConfig
+from keyspan.training import checkpoint
+from keyspan.training.checkpoint import Progress, write_file
+from keyspan.training.config import TrainConfig
+from keyspan.training.data import StandardLibrary
+from keyspan.training.evaluate import evaluate
+from keyspan.training.packing import Batch
+from keyspan.training.report import Report, peak_memory, plot
+from keyspan.training.tasks import SyntheticTask
+
+Task = SyntheticTask | StandardLibrary
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    run: str
+    """Its folder."""
+    step: int
+    """Optimizer steps taken."""
+    seconds: float
+    """Time spent on steps, over all resumptions."""
+    interrupted: bool
+    """Whether Ctrl-C ended it."""
+    metric: str
+    """What `held_out` is: exact_match (a share) or bits_per_byte."""
+    held_out: float | None
+    """The figure on all held-out data after the last step; None for an interrupted run."""
+    baselines: dict[str, float]
+    """The same figure of simpler models."""
+
+
+def make_task(config: TrainConfig) -> Task:
+    """The task of a configuration: its data and its alphabet."""
+    if config.task == "stdlib":
+        return StandardLibrary(config.max_length)
+    return SyntheticTask(config.task, config.max_length)
+
+
+def make_model(config: TrainConfig, vocab_size: int) -> GPT:
+    """The model of a configuration, with weights drawn from torch's global generator, on the CPU."""
+    sizes = GPTConfig(
+        vocab_size=vocab_size,
+        dim=config.dim,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        hidden=config.hidden,
+        positions=config.positions,
+        rope_theta=config.rope_theta,
+        tie_embeddings=config.tie_embeddings,
+        embedding_std=config.embedding_std,
+        dropout=config.dropout,
+    )
+    return GPT(sizes, backend=config.backend)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: a decayed gain or bias would be pulled from its neutral value for nothing."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
+def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scale for fp16, whose small gradients would vanish; a no-op for the other precisions."""
+    return torch.amp.GradScaler(device=device.type, enabled=config.precision == "fp16")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step 0, 1, …: a line up to `lr` over `warmup` steps, then half a cosine down to `lr * lr_end`."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+def train_batches(task: Task, config: TrainConfig, step: int) -> list[Batch]:
+    """The micro-batches of a step, a function of the configuration and the step alone."""
+    first = step * config.accumulation
+    return [task.train_batch(config.seed, first + i, config.tokens) for i in range(config.accumulation)]
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The precision of a configuration as a context manager."""
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=config.precision != "fp32")
+
+
+def take_step(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+) -> tuple[float, float]:
+    """One optimizer step on micro-batches, weighted so that it is the step of one batch that holds them all.
+
+    Returns the loss (mean nats per scored token) and the gradient's norm before clipping. A loss or gradient that is
+    not finite is a FloatingPointError, raised before the weights change.
+    """
+    device = next(model.parameters()).device
+    scored = [batch.scored() for batch in batches]
+    losses = []
+    for batch, share in zip(batches, scored, strict=True):
+        tokens, targets, lengths = batch.to(device)
+        with autocast(config, device):
+            loss = model.loss(tokens, targets, lengths) * (share / sum(scored))
+        scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).sum())
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss is {mean}; try a lower lr or clip" + _fp16_advice(config))
+    scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+    # With fp16 an overflow is how the scaler finds its scale: it skips the step and halves it. Below 1 it is no
+    # overflow.
+    if not math.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+        raise FloatingPointError(f"the gradient's norm is {norm}; try a lower lr" + _fp16_advice(config))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return mean, norm
+
+
+def _fp16_advice(config: TrainConfig) -> str:
+    return ", or bf16, whose range is that of fp32" if config.precision == "fp16" else ""
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> Result:
+    """Train as configured (or go on with `config.resume`) and return how it ended; seeds torch's global generator.
+
+    Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; a second one ends it at once. Bad
+    options and checkpoints are ValueErrors; a loss or gradient that is not finite is a FloatingPointError.
+    """
+    for extra in ("matplotlib", "rich", "safetensors"):  # better missed now than when the work is done
+        import_module(extra)
+    device = find_device(config.device)
+    torch.manual_seed(config.seed)
+    task = make_task(config)
+    model = make_model(config, task.vocab_size).to(device)
+    optimizer = make_optimizer(model, config)
+    scaler = make_scaler(config, device)
+    run = _run_folder(config)
+    step, seconds = 0, 0.0
+    if config.resume is not None:
+        step, seconds = checkpoint.load(checkpoint.latest(run), model, optimizer, scaler)
+    run.mkdir(parents=True, exist_ok=True)
+    write_file(run / "config.json", replace(config, out=None, resume=None).to_json().encode())
+
+    with _interruption() as interrupted, Report(run, step, config.steps, quiet=quiet) as report:
+
+        def held_out(limit: int | None) -> float:
+            with autocast(config, device):
+                result = evaluate(model, task.held_out(config.tokens, limit))
+            value: float = getattr(result, task.metric)
+            share = "all of" if limit is None else "a part of"
+            text = f"{task.metric.replace('_', ' ')} {value:.4f}, loss {result.loss:.4f} on {share} the held-out data"
+            report.held_out(step, text, **{task.metric: value}, held_out_loss=result.loss, seconds=seconds)
+            return value
+
+        report.say(f"{config.task}: {model.num_parameters():,} parameters, {config.precision} on {device}, in {run}")
+        final = None
+        saved = step
+        while step < config.steps and final is None and not interrupted.is_set():
+            start = time.perf_counter()
+            batches = train_batches(task, config, step)
+            lr = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            try:
+                loss, norm = take_step(model, optimizer, scaler, batches, config)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {step + 1}: {error}; {run} holds the run up to step {saved}") from None
+            elapsed = time.perf_counter() - start
+            step, seconds = step + 1, seconds + elapsed
+            tokens = sum(len(batch.tokens) for batch in batches)
+            figures = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "tokens": tokens,
+                "tokens_per_second": tokens / elapsed,
+            }
+            report.step(step, **figures, seconds=seconds, **peak_memory(device))
+            if step % config.eval_every == 0 and step < config.steps:
+                share = held_out(config.eval_tokens)
+                if config.stop_at is not None and share >= config.stop_at:
+                    share = held_out(None)
+                    final = share if share >= config.stop_at else None
+            if step % config.checkpoint_every == 0:
+                checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
+                saved = step
+        if saved < step:
+            checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
+        if final is None and not interrupted.is_set():
+            final = held_out(None)
+    result = Result(str(run), step, seconds, final is None, task.metric, final, task.baselines())
+    write_file(run / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
+    plot(run, task.metric, result.baselines)
+    return result
+
+
+def load_run(run: Path, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
+    """The configuration, the task and the trained model of a run folder, to evaluate or to generate."""
+    config = read_config(run)
+    task = make_task(config)
+    model = make_model(config, task.vocab_size)
+    checkpoint.load_model(checkpoint.latest(run), model)
+    return config, task, model.to(find_device(device)).eval()
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The configuration of a run folder."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run}: holds no config.json; wanted the folder of a training run")
+    return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
+
+
+def _run_folder(config: TrainConfig) -> Path:
+    """Where this run goes: the folder that is resumed, the one asked for, or the first free of runs/TASK,
+    runs/TASK-2, …"""
+    if config.resume is not None:
+        if config.out not in (None, config.resume):
+            raise ValueError(f"out: got {config.out}, wanted none, or the folder that is resumed, {config.resume}")
+        return config.resume
+    if config.out is not None:
+        if (config.out / "config.json").exists():
+            raise ValueError(
+                f"out: {config.out} holds a run already; wanted a new folder, or resume to go on with that run"
+            )
+        return config.out
+    first = Path("runs") / config.task
+    return next(run for n in count(1) if not (run := first if n == 1 else Path(f"{first}-{n}")).exists())
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that is set by the first Ctrl-C or SIGTERM; the second one does what it always did."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may listen to signals
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        event.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield event
+    finally:
+        restore()

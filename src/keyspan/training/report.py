@@ -1,0 +1,140 @@
+"""What a run shows and leaves behind: progress bar, metrics.jsonl, loss.png. Knows nothing of training."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from keyspan.training.checkpoint import write_file
+
+METRICS = "metrics.jsonl"
+
+
+class Report:
+    """A context manager that shows and records a run's steps.
+
+    A run that goes on from `step` keeps the records up to there and appends to them.
+    """
+
+    def __init__(self, run: Path, step: int, steps: int, *, quiet: bool = False) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        path = run / METRICS
+        kept = [line for line, record in _records(path) if record["step"] <= step] if step else []
+        write_file(path, "".join(kept).encode())
+        self._file = path.open("a", buffering=1)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            disable=quiet,
+        )
+        self._bar = self._progress.add_task("", total=steps, completed=step, figures="")
+
+    def __enter__(self) -> Report:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+
+    def step(self, step: int, **figures: float) -> None:
+        """Record a step and move the bar."""
+        self._write(step, figures)
+        text = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s"
+        if "memory" in figures:
+            text += f"  {figures['memory'] / 2**20:,.0f} MiB"
+        self._progress.update(self._bar, completed=step, figures=text)
+
+    def held_out(self, step: int, text: str, **figures: float) -> None:
+        """Record an evaluation and print it above the bar."""
+        self._write(step, figures)
+        self.say(f"step {step:>6}  {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if not self._progress.disable:
+            self._progress.console.print(text, highlight=False, markup=False)
+
+    def _write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The complete lines of a file, each with what it says; a crash may have left half a line at its end."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    records = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}: line {number} is not the record of a step: got {line[:40]!r}")
+        records.append((line, record))
+    return records
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, in the order in which they were written."""
+    return [record for _, record in _records(run / METRICS)]
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """{"memory": bytes}: the accelerator's peak allocation, or the process's peak on the CPU; {} where none can be
+    read."""
+    if device.type == "cuda":
+        return {"memory": float(torch.cuda.max_memory_allocated(device))}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory": float(peak if sys.platform == "darwin" else peak * 1024)}
+
+
+def plot(run: Path, metric: str, baselines: Mapping[str, float]) -> None:
+    """Draw RUN/loss.png: the training loss, the held-out `metric` and, as level lines, the baselines.
+
+    With the metric bits_per_byte all share one axis in that unit; any other has an axis of its own, from 0 to 1.
+    """
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    same_unit = metric == "bits_per_byte"
+    unit = math.log(2) if same_unit else 1.0
+    steps = [record for record in records if "loss" in record]
+    axes.plot([r["step"] for r in steps], [r["loss"] / unit for r in steps], lw=0.8, label="training loss")
+    checks = [record for record in records if metric in record]
+    held_out = axes if same_unit else axes.twinx()
+    name = metric.replace("_", " ")
+    held_out.plot([r["step"] for r in checks], [r[metric] for r in checks], "o-", color="C1", label=f"held-out {name}")
+    for i, (label, value) in enumerate(baselines.items()):
+        axes.axhline(value, color=f"C{2 + i}", ls="--", lw=1, label=f"{label} {value:.2f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel(name if same_unit else "nats per token")
+    if not same_unit:
+        held_out.set_ylabel(name)
+        held_out.set_ylim(0, 1.02)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(run / "loss.png", picture.getvalue())

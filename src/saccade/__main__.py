@@ -1,8 +1,0 @@
-"""`python -m saccade`: the command `saccade`."""
-
-import sys
-
-from saccade.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Benchmarks: what Saccade takes, in time and memory, beside what a user would pick instead."""

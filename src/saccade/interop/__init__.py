@@ -1,1 +1,0 @@
-"""Saccade under the names of other libraries. Knows how they call attention, not how attention is computed."""
