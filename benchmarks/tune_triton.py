@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 
 import keyspan
-from on_gpu.clock import times
-from on_gpu.workers import arriving, processes
-from on_gpu.works import bias_of, mask_of, term_of
 from keyspan.backends import Needs
 from keyspan.backends.triton import config
 from keyspan.core.problem import Problem, make_problem
+from on_gpu.clock import times
+from on_gpu.workers import arriving, processes
+from on_gpu.works import bias_of, mask_of, term_of
 
 
 class Candidate(NamedTuple):
@@ -165,7 +165,7 @@ table = config.tile
 
 def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Tensor]:
     """The results of the candidate's kernel, with this tile or the table's."""
-    from keyspan.backends.triton import launch, plans
+    from keyspan.backends.triton import launch, relaunch
 
     problem = problem_of(c)
     if c.kernel not in ("forward", "decode") and c[1:4] not in READY:
@@ -174,7 +174,7 @@ def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Ten
     config.tile = lambda kernel, *a: config.Tile(*tile) if tile and kernel == c.kernel else table(kernel, *a)
     try:
         # What was launched with an earlier tile must not be launched again.
-        plans.forget()
+        relaunch.forget()
         if c.kernel in ("forward", "decode"):
             return list(launch.forward(problem))
         ready = READY[c[1:4]]

@@ -1,7 +1,7 @@
 // The C ABI: what Python hands over in one flat block of 8-byte fields. Knows nothing of how attention is computed.
 //
 // Letters: B batch, M queries, N keys in memory, G key/value heads, H query heads per group, K key dim, V value dim.
-// Strides count elements. The same order of fields is packed by keyspan/backends/native/library.py.
+// Strides count elements. The same order of fields is packed by keyspan/backends/native/binding.py.
 #pragma once
 #include <cstdint>
 

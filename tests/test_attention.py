@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import keyspan
-from cases import CASES
 from keyspan.backends import load
-from keyspan.core.library import attend
 from keyspan.core.problem import make_problem
+from keyspan.dispatch.op import attend
 from keyspan.testing import differentiable, results, tolerances, with_inputs, worst
+from keyspan.testing.cases import CASES
 
 
 def qkv(M=5, N=7, H=4, G=2, K=8, V=6, B=2, **kw):

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import keyspan
-from cases import CASES, SHORT, Case
 from keyspan import Causal
 from keyspan.backends import load
 from keyspan.bench.shapes import SHAPES
-from keyspan.core.library import attend
+from keyspan.dispatch.op import attend
 from keyspan.testing import results, textbook, tolerances, worst
+from keyspan.testing.cases import CASES, SHORT, Case
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -15,21 +15,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keyspan
-from cases import CASES, Case
 from keyspan import info
 from keyspan.backends import choose, native
-from keyspan.backends.native import library, use_isa
-from keyspan.core.library import attend
+from keyspan.backends.native import binding, use_isa
 from keyspan.core.masks import Mask
 from keyspan.core.problem import make_problem
+from keyspan.dispatch.op import attend
 from keyspan.testing import peak_memory, results, tolerances, worst
+from keyspan.testing.cases import CASES, Case
 
-pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason=f"no native library: {library.WHY_ABSENT}")
+pytestmark = pytest.mark.skipif(binding.LIBRARY is None, reason=f"no native library: {binding.WHY_ABSENT}")
 
 S = keyspan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BEST = library.SUPPORTED[-1:]
-OTHERS = library.SUPPORTED[:-1]
+BEST = binding.SUPPORTED[-1:]
+OTHERS = binding.SUPPORTED[:-1]
 """The best one runs in test_backends.py."""
 
 
@@ -45,7 +45,7 @@ def threads(count):
 
 def solve(problem, dtype=torch.float32, isa=None):
     """All results of the native backend."""
-    with use_isa(isa or library.SUPPORTED[-1]):
+    with use_isa(isa or binding.SUPPORTED[-1]):
         return results(lambda p: attend(p, "native"), problem, dtype)
 
 
@@ -81,17 +81,17 @@ def test_an_unknown_instruction_set_is_refused(isa):
 
 
 def test_an_instruction_set_of_another_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(library, "SUPPORTED", ("portable",))
+    monkeypatch.setattr(binding, "SUPPORTED", ("portable",))
     with pytest.raises(ValueError, match="isa: got 'avx2', want one that this machine runs: portable"), use_isa("avx2"):
         pass
 
 
 def test_the_instruction_set_is_put_back():
-    before = library.isa_number()
+    before = binding.isa_number()
     with contextlib.suppress(KeyError), use_isa("portable"):
-        assert library.isa_number() == 0
+        assert binding.isa_number() == 0
         raise KeyError
-    assert library.isa_number() == before
+    assert binding.isa_number() == before
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ DECODE = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DECODE, ids=lambda case: case.name)
 def test_decode(case, dtype):
-    check(case.problem(dtype), dtype, library.SUPPORTED)
+    check(case.problem(dtype), dtype, binding.SUPPORTED)
 
 
 @pytest.mark.parametrize("case", DECODE[3:4] + DECODE[-10:-6], ids=lambda case: case.name)
@@ -158,13 +158,13 @@ def problem_in(problem, dtype):
 def test_scales(scale, dtype):
     """0, less than 0, and what is 0 in fp32 though not in fp64."""
     case = Case("scales", M=70, N=90, scale=scale, mask=lambda: S.Causal() & S.Window(20))
-    check(case.problem(dtype), dtype, library.SUPPORTED)
+    check(case.problem(dtype), dtype, binding.SUPPORTED)
 
 
 def test_dropout_of_all_but_nothing():
     """A probability that rounds to 1 in 32 bits drops every weight, as in the reference."""
     problem = Case("dropout", dropout=1 - 1e-12, M=20, N=30).problem(torch.float32)
-    for isa in library.SUPPORTED:
+    for isa in binding.SUPPORTED:
         assert not solve(problem, isa=isa)["out"].any()
 
 
@@ -219,7 +219,7 @@ def test_what_is_hidden_does_not_leak(name, special, dtype):
             "dk": dk[:, ~keys], "dv": dv[:, ~keys],
         }  # fmt: skip
 
-    for isa in library.SUPPORTED:
+    for isa in binding.SUPPORTED:
         with use_isa(isa):
             clean, spoilt = run(False), run(True)
         for x in clean:
@@ -259,7 +259,7 @@ def test_backward_in_chunks(B, kv_heads, dtype):
                 mask=lambda: END & S.Window(40, 0, "bottom_right") & S.Sinks(3))  # fmt: skip
     problem = case.problem(dtype)
     with threads(2):
-        check(problem, dtype, library.SUPPORTED)
+        check(problem, dtype, binding.SUPPORTED)
 
 
 # ---- threads and processes ------------------------------------------------------------------------------------------
@@ -411,11 +411,11 @@ def test_four_ranges_are_taken():
     diagonal = torch.randint(0, 300, (4, 1, 40), generator=generator, dtype=torch.int32)
     base = Case("four ranges", M=40, N=300, alibi=True, reach=7).problem(torch.float32)
     check(base._replace(lo=edges[::2].contiguous(), hi=edges[1::2].contiguous(), diagonal=diagonal), torch.float32,
-          library.SUPPORTED)  # fmt: skip
+          binding.SUPPORTED)  # fmt: skip
 
 
 def test_without_the_library_chunked_runs_and_info_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(library, "WHY_ABSENT", "no C++ compiler was found")
+    monkeypatch.setattr(binding, "WHY_ABSENT", "no C++ compiler was found")
     problem = plain()
     assert choose(problem, None) == "chunked"
     with pytest.raises(
@@ -431,20 +431,20 @@ def test_without_the_library_chunked_runs_and_info_says_why(monkeypatch, capsys)
 
 
 def test_why_there_is_no_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "_HERE", tmp_path)
-    monkeypatch.setattr(library, "_WHY_NOT_BUILT", tmp_path / "not_built.txt")
-    assert library._load() == (None, "the native library was not built: install keyspan with pip")
+    monkeypatch.setattr(binding, "_HERE", tmp_path)
+    monkeypatch.setattr(binding, "_WHY_NOT_BUILT", tmp_path / "not_built.txt")
+    assert binding._load() == (None, "the native library was not built: install keyspan with pip")
     (tmp_path / "not_built.txt").write_text("the compiler failed\n")
-    assert library._load() == (None, "the compiler failed")
+    assert binding._load() == (None, "the compiler failed")
     (tmp_path / "libkeyspan.so").write_text("no library")
-    found, why = library._load()
+    found, why = binding._load()
     assert found is None
     assert why.startswith("the native library cannot be loaded: ")
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(library, "DENSE", library.NUMBERS)
-    assert library._load() == (
+    monkeypatch.setattr(binding, "DENSE", binding.NUMBERS)
+    assert binding._load() == (
         None, "the native library was built from another version of keyspan: install keyspan again"
     )  # fmt: skip
 
@@ -520,7 +520,7 @@ def problems(draw):
 
 def test_the_fuzz_driver_that_sanitizers_run(tmp_path):
     root = Path(__file__).parent.parent
-    libraries = sorted(Path(library.__file__).parent.glob("libkeyspan.*"))
+    libraries = sorted(Path(binding.__file__).parent.glob("libkeyspan.*"))
     compiler = next((x for x in ("c++", "g++", "clang++") if shutil.which(x)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -532,7 +532,7 @@ def test_the_fuzz_driver_that_sanitizers_run(tmp_path):
     assert "all right" in done.stderr
 
 
-@given(case=problems(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(library.SUPPORTED or [""]),
+@given(case=problems(), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(binding.SUPPORTED or [""]),
        count=st.sampled_from([1, 2]))  # fmt: skip
 @settings(max_examples=100, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip

@@ -29,8 +29,9 @@ def moved(problem: Any, device: str) -> Any:
 def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
     """One case of the tests on the GPU: errors as shares of what is allowed, and whether a second run is the same."""
     from cases import CASES
+
     from keyspan.backends.triton import launch
-    from keyspan.core.library import attend
+    from keyspan.dispatch.op import attend
     from keyspan.testing import results, tolerances, worst
 
     if not descriptors:
@@ -96,7 +97,7 @@ def check_large(name: str) -> dict[str, Any]:
 
 def check_again(name: str) -> dict[str, Any]:
     """Calls made again, which are launched without being looked at anew, on other memory and in a CUDA graph."""
-    from keyspan.core import repeat
+    from keyspan.dispatch import replay
 
     torch.manual_seed(0)
     M, N, Hq, Hkv, D = {"decode": (1, 8192, 16, 4, 128), "fp32": (300, 300, 4, 4, 64)}.get(
@@ -119,17 +120,17 @@ def check_again(name: str) -> dict[str, Any]:
         found = keyspan.attention(*tensors, mask=mask, backend="triton", **terms.get(name, {}))
         return list(found) if isinstance(found, tuple) else [found]
 
-    known = repeat.look
+    known = replay.look
     same, share = True, 0.0
     with torch.no_grad():
         for turn in range(6):
             tensors = [torch.randn(2, n, h, D, device="cuda", dtype=dtype) for n, h in ((M, Hq), (N, Hkv), (N, Hkv))]
             got = run(tensors)
-            repeat.look = lambda *_: None
+            replay.look = lambda *_: None
             want = run(tensors)
-            repeat.look = known
+            replay.look = known
             same &= all(map(torch.equal, got, want))
-            if turn > 2 and not any(repeat._known.values()):
+            if turn > 2 and not any(replay._known.values()):
                 share = math.inf  # it was not made again
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

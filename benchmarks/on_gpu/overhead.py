@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import keyspan
-from on_gpu.board import Board
 from keyspan.backends import load
 from keyspan.core.problem import make_problem
+from on_gpu.board import Board
 
 
 def overhead(board: Board) -> None:

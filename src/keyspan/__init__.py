@@ -1,7 +1,6 @@
 """Keyspan: exact attention in linear memory. The names most people need; nothing happens at import."""
 
 from keyspan.backends import BACKENDS
-from keyspan.core.api import attention
 from keyspan.core.biases import Alibi, RelativeBias
 from keyspan.core.masks import (
     Causal,
@@ -18,6 +17,7 @@ from keyspan.core.masks import (
 from keyspan.core.merge import merge
 from keyspan.core.quantize import quantize
 from keyspan.core.ranges import KeyRanges
+from keyspan.dispatch.api import attention
 from keyspan.info import explain
 
 __version__ = "0.1.0"

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from keyspan.backends import AUTOMATIC, BACKENDS, choose, load
 from keyspan.backends.schedule import tiles
-from keyspan.core.api import autocast_inputs
 from keyspan.core.biases import Alibi, Bias
-from keyspan.core.flops import backward_flops, forward_flops, visible_area
 from keyspan.core.masks import Causal, Documents, Mask, Window
 from keyspan.core.problem import Problem, check_dropout, make_problem
 from keyspan.core.ranges import KeyRanges
+from keyspan.dispatch.api import autocast_inputs
+from keyspan.dispatch.flops import backward_flops, forward_flops, visible_area
 
 
 def find_device(name: str) -> torch.device:
@@ -40,7 +40,7 @@ def find_device(name: str) -> torch.device:
 def collect() -> dict[str, Any]:
     """Versions, devices, and for each backend why it cannot run here, or None."""
     import keyspan
-    from keyspan.backends.native import library  # loads it, which nothing should before it is asked for
+    from keyspan.backends.native import binding  # loads it, which nothing should before it is asked for
 
     cuda = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     devices = list(dict.fromkeys([find_device("cpu"), find_device("auto")]))
@@ -53,9 +53,9 @@ def collect() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "native": {
-            "instructions": library.ISAS[library.isa_number()] if library.SUPPORTED else None,
-            "runs": list(library.SUPPORTED),
-            "threads": library.threading(),
+            "instructions": binding.ISAS[binding.isa_number()] if binding.SUPPORTED else None,
+            "runs": list(binding.SUPPORTED),
+            "threads": binding.threading(),
         },
         "devices": list(map(str, devices)),
         "cuda": cuda,

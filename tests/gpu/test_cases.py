@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import keyspan
-from cases import CASES
 from keyspan.backends import Needs
 from keyspan.backends.triton import backward_kernels, config, launch
 from keyspan.backends.triton.primitives import STATS, Arguments
-from keyspan.core.library import attend
 from keyspan.core.problem import make_problem
+from keyspan.dispatch.op import attend
 from keyspan.testing import results, tolerances, worst
+from keyspan.testing.cases import CASES
 
 # The interpreter warns where NumPy meets what the kernels mean: log2(0) of an empty row, inf − inf of a NaN test.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -173,4 +173,4 @@ def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
             scale = getattr(second, name)
             assert given[name] == (None if scale is None else scale.data_ptr())
         launched.clear()
-    assert len(launch.plans._plans) == 2
+    assert len(launch.relaunch._plans) == 2

@@ -15,7 +15,7 @@ from xformers_definitions import KINDS, dense_attention, instances, leaves, rand
 
 from keyspan import Alibi, Causal, Documents, Window, attention
 from keyspan.backends import choose
-from keyspan.backends.native import library
+from keyspan.backends.native import binding
 from keyspan.ops import fmha
 from keyspan.ops.fmha import attn_bias as masks
 from keyspan.ops.fmha.seq_info import _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo
@@ -94,7 +94,7 @@ def test_attention_in_the_dtypes_of_users(cls, dtype, data):
     torch.manual_seed(M * 100 + N)
     inputs = (random(1, M, 4, 3, dtype=dtype), random(1, N, 2, 3, dtype=dtype), random(1, N, 2, 5, dtype=dtype))
     problem, _ = fmha.Inputs(*inputs, mask).canonical()
-    if library.SUPPORTED:
+    if binding.SUPPORTED:
         assert choose(problem, None) == "native"
 
     def by_definition(times):

@@ -13,8 +13,8 @@ import torch
 
 from keyspan.core import masks
 from keyspan.core.masks import Mask
+from keyspan.core.observers import untouched
 from keyspan.core.ranges import KeyRanges, Seen
-from keyspan.core.watch import untouched
 
 _MOST = 32
 _LARGEST = 2**17

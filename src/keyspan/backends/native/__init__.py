@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from keyspan.backends import Again, Gradients, Needs, cast, mould
-from keyspan.backends.native import library
-from keyspan.backends.native.library import ADDRESSES, DENSE, NUMBERS, use_isa
+from keyspan.backends.native import binding
+from keyspan.backends.native.binding import ADDRESSES, DENSE, NUMBERS, use_isa
 from keyspan.core.problem import Problem
 
 __all__ = ["use_isa", "reason_against", "forward", "record", "backward"]
@@ -31,8 +31,8 @@ def reason_against(problem: Problem) -> str | None:
     query = problem.query
     if not query.is_cpu:
         return f"it computes on CPUs, and query is on {query.device.type}"
-    if library.WHY_ABSENT is not None:
-        return library.WHY_ABSENT
+    if binding.WHY_ABSENT is not None:
+        return binding.WHY_ABSENT
     if query.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, and query is {str(query.dtype)[6:]}"
     if problem.key.dtype not in _DTYPES:
@@ -62,7 +62,7 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor, list[int], bytes]:
     call = _Call(problem, out, lse)
     addresses, numbers = call.addresses(), call.numbers()
     if lse.numel():
-        _run(library.FORWARD, addresses, numbers)
+        _run(binding.FORWARD, addresses, numbers)
     return out, lse, addresses, numbers
 
 
@@ -83,7 +83,7 @@ def record(
     def again(pointers: list[int]) -> list[Tensor]:
         made = [*map(cast, moulds)]
         addresses = [*pointers, *(x.data_ptr() for x in made), 0, 0]
-        _run(library.FORWARD, ordered(addresses), numbers)
+        _run(binding.FORWARD, ordered(addresses), numbers)
         return made
 
     return out, lse, again
@@ -129,7 +129,7 @@ def backward(
     ]
     results = (dq, dk, dv, dslopes, dtable, dsinks)
     addresses = call.addresses(grad_out, grad_lse, results, dbiases)
-    _run(library.BACKWARD, addresses, call.numbers(grad_out, chunks, folds))
+    _run(binding.BACKWARD, addresses, call.numbers(grad_out, chunks, folds))
 
     def like(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
         """The sum over chunks, and over what `x` broadcasts, in the dtype of `x`."""
@@ -215,8 +215,8 @@ class _Call:
 
     def chunks(self, folds: tuple[bool, bool]) -> int:
         """How many runs of rows backward is cut into."""
-        addresses = ADDRESSES.pack(*self.addresses(), 0, library.isa_number(), torch.get_num_threads())
-        count: int = library.LIBRARY.keyspan_backward_chunks(addresses + self.numbers(folds=folds))  # type: ignore[union-attr]
+        addresses = ADDRESSES.pack(*self.addresses(), 0, binding.isa_number(), torch.get_num_threads())
+        count: int = binding.LIBRARY.keyspan_backward_chunks(addresses + self.numbers(folds=folds))  # type: ignore[union-attr]
         return count
 
     def addresses(
@@ -263,7 +263,7 @@ class _Call:
 
 def _run(function: Any, addresses: Sequence[int], numbers: bytes) -> None:
     """Forward or backward, in a workspace from torch's allocator where the library has none large enough."""
-    state = library.isa_number(), torch.get_num_threads()
+    state = binding.isa_number(), torch.get_num_threads()
     size = function(ADDRESSES.pack(*addresses, 0, *state) + numbers)
     if size:
         workspace = torch.empty(size, dtype=torch.uint8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from keyspan.backends.triton.exact import any_nan, forward_exact
+from keyspan.backends.triton.nan_repair import any_nan, forward_exact
 from keyspan.backends.triton.primitives import (
     INFINITY,
     LN2,

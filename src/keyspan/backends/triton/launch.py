@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from keyspan.backends import Again, Gradients, Needs
-from keyspan.backends.triton import config, plans
+from keyspan.backends.triton import config, relaunch
 from keyspan.backends.triton.backward_kernels import (
     bias_kernel,
     bounds_kernel,
@@ -42,11 +42,11 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> An
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    seen = plans.look(problem)
-    plan = plans.find(seen)
+    seen = relaunch.look(problem)
+    plan = relaunch.find(seen)
     if plan is None:
         made, calls = _forward(problem)
-        plans.keep(seen, calls, made)
+        relaunch.keep(seen, calls, made)
     else:
         made = plan(seen.pointers)
     return made["out"], made["lse"]
@@ -56,10 +56,10 @@ def record(
     problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Again | None]:
     made, calls = _forward(problem)
-    return made["out"], made["lse"], plans.repeated(pointers, calls, list(made.values()), shapes)
+    return made["out"], made["lse"], relaunch.repeated(pointers, calls, list(made.values()), shapes)
 
 
-def _forward(problem: Problem) -> tuple[plans.Made, list[plans.Launched]]:
+def _forward(problem: Problem) -> tuple[relaunch.Made, list[relaunch.Launched]]:
     """All tensors that are made, `out` and `lse` first, and the launches that fill them."""
     B, M, G, H, _ = problem.query.shape
     N, V = problem.key.shape[1], problem.value.shape[-1]
@@ -99,7 +99,7 @@ def _forward(problem: Problem) -> tuple[plans.Made, list[plans.Launched]]:
     return made, _launched(query, launches)
 
 
-def _launched(query: Tensor, launches: list[Launch]) -> list[plans.Launched]:
+def _launched(query: Tensor, launches: list[Launch]) -> list[relaunch.Launched]:
     with _on(query):
         return [(run(kernel, grid, *args, tile=tile), grid, args) for kernel, grid, args, tile in launches]
 
@@ -115,11 +115,11 @@ def backward(
     grad = _rows_contiguous(grad_out.to(problem.query.dtype))
     out, lse = out.contiguous(), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    seen = plans.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
-    plan = plans.find(seen)
+    seen = relaunch.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
+    plan = relaunch.find(seen)
     if plan is None:
         made, calls = _backward(problem, grad, grad_lse, out, lse, needs)
-        plans.keep(seen, calls, made)
+        relaunch.keep(seen, calls, made)
     else:
         made = plan(seen.pointers)
     return _gradients(problem, made, lse, needs)
@@ -132,7 +132,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     needs: Needs,
-) -> tuple[plans.Made, list[plans.Launched]]:
+) -> tuple[relaunch.Made, list[relaunch.Launched]]:
     """All tensors that are made for the gradients, and the launches that fill them; what is contiguous has been made so."""
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
@@ -214,7 +214,7 @@ def _backward(
     return made, _launched(query, launches)
 
 
-def _gradients(problem: Problem, made: plans.Made, lse: Tensor, needs: Needs) -> Gradients:
+def _gradients(problem: Problem, made: relaunch.Made, lse: Tensor, needs: Needs) -> Gradients:
     """Gradients in the shape and dtype of what they belong to from what the kernels made."""
     dslopes = dtable = dsinks = None
     if needs.slopes and problem.slopes is not None:

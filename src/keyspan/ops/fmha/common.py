@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from keyspan.backends import choose
-from keyspan.core.api import attention, autocast_inputs
 from keyspan.core.biases import Bias
-from keyspan.core.library import attend
 from keyspan.core.masks import Mask
 from keyspan.core.merge import merge
 from keyspan.core.problem import DTYPES, HeadLayout, Problem, make_problem
 from keyspan.core.ranges import KeyRanges
+from keyspan.dispatch.api import attention, autocast_inputs
+from keyspan.dispatch.op import attend
 from keyspan.ops.fmha import attn_bias as masks
 from keyspan.ops.fmha.attn_bias import AttentionBias
 from keyspan.ops.left_out import LEFT_OUT

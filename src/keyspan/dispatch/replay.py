@@ -14,12 +14,12 @@ from torch import Tensor
 
 from keyspan.backends import Again, Recorder, load
 from keyspan.core.biases import Alibi, Bias, DenseBias, RelativeBias
-from keyspan.core.library import attend
 from keyspan.core.lowering import EVERYTHING, Kept, kept
 from keyspan.core.masks import Mask
+from keyspan.core.observers import PLAIN, unwatched
 from keyspan.core.problem import Problem
 from keyspan.core.ranges import KeyRanges
-from keyspan.core.watch import PLAIN, unwatched
+from keyspan.dispatch.op import attend
 
 _MOST = 1024
 _TERMS = (Alibi, RelativeBias, DenseBias)

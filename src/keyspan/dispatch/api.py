@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from keyspan.backends import choose
-from keyspan.core import repeat
 from keyspan.core.biases import Bias
-from keyspan.core.library import attend
 from keyspan.core.masks import Mask
 from keyspan.core.problem import DTYPES, make_problem
 from keyspan.core.ranges import KeyRanges
+from keyspan.dispatch import replay
+from keyspan.dispatch.op import attend
 
 
 @overload
@@ -129,8 +129,8 @@ def attention(
     if type(dropout_p) in (float, int) and not dropout_p:
         # True is no scale, though it equals one.
         numbers = (scale, type(scale), softcap, type(softcap), bool(return_lse), output_dtype, backend)
-        call = repeat.look(query, key, value, mask, bias, others, numbers)
-    results = None if call is None else repeat.again(call)
+        call = replay.look(query, key, value, mask, bias, others, numbers)
+    results = None if call is None else replay.again(call)
     if results is None:
         query, key, value = autocast_inputs(query, key, value)
         problem, layout = make_problem(
@@ -154,7 +154,7 @@ def attention(
         else:
             B, M, *heads, _ = query.shape
             shapes = [(B, M, *heads, value.shape[-1]), (B, *heads, M)]
-            out, lse = repeat.first(call, problem, name, shapes if return_lse else shapes[:1])
+            out, lse = replay.first(call, problem, name, shapes if return_lse else shapes[:1])
         results = [layout.output(out), layout.lse(lse)] if return_lse else [layout.output(out)]
     return (results[0], results[1]) if return_lse else results[0]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from keyspan.backends import Gradients, Needs, load
-from keyspan.core.flops import register_when_imported
+from keyspan.core.observers import plain, unwatched
 from keyspan.core.problem import Problem
-from keyspan.core.watch import plain, unwatched
+from keyspan.dispatch.flops import register_when_imported
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? diagonal, Tensor? sequence, "

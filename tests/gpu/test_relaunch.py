@@ -9,7 +9,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import keyspan
-from keyspan.backends.triton import launch, plans
+from keyspan.backends.triton import launch, relaunch
 from keyspan.core.problem import make_problem
 
 
@@ -36,13 +36,13 @@ def problem_of(q, k):
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(plans, "_plans", {})
-    monkeypatch.setattr(plans, "_stream", lambda index: 99)
-    monkeypatch.setattr(plans, "_current_device", lambda: None)
-    monkeypatch.setattr(plans, "_capturing", lambda: False)
-    monkeypatch.setattr(plans, "_scratch", plans._Scratch())
+    monkeypatch.setattr(relaunch, "_plans", {})
+    monkeypatch.setattr(relaunch, "_stream", lambda index: 99)
+    monkeypatch.setattr(relaunch, "_current_device", lambda: None)
+    monkeypatch.setattr(relaunch, "_capturing", lambda: False)
+    monkeypatch.setattr(relaunch, "_scratch", relaunch._Scratch())
     if not triton.__version__.startswith("3.6."):
-        monkeypatch.setattr(plans, "_direct", lambda kernel, grid: None)
+        monkeypatch.setattr(relaunch, "_direct", lambda kernel, grid: None)
 
 
 def record(problem, kernel, out):
@@ -50,8 +50,8 @@ def record(problem, kernel, out):
     keys = problem.key.transpose(1, 2)
     descriptor = TensorDescriptor(keys, list(keys.shape), list(keys.stride()), [1, 1, 16, 16])
     given = [arguments, out, 7, problem.query] if kernel.direct else [arguments, out, 7, problem.query, descriptor]
-    seen = plans.look(problem)
-    plans.keep(seen, [(kernel, (5, 2), given)], {"out": out})
+    seen = relaunch.look(problem)
+    relaunch.keep(seen, [(kernel, (5, 2), given)], {"out": out})
     return seen, given
 
 
@@ -62,15 +62,15 @@ def test_again_on_other_memory(direct, monkeypatch):
     kernel = Kernel()
     kernel.direct = direct
     if not direct:
-        monkeypatch.setattr(plans, "_direct", lambda kernel, grid: None)
+        monkeypatch.setattr(relaunch, "_direct", lambda kernel, grid: None)
     q, k = torch.randn(1, 32, 2, 16), torch.randn(1, 32, 2, 16)
     first = problem_of(q, k)
     seen, given = record(first, kernel, torch.empty(3, 4))
-    assert plans.find(seen) is not None
+    assert relaunch.find(seen) is not None
 
     other = problem_of(torch.randn(1, 32, 2, 16), torch.randn(1, 32, 2, 16))
-    seen = plans.look(other)
-    made = plans.find(seen)(seen.pointers)
+    seen = relaunch.look(other)
+    made = relaunch.find(seen)(seen.pointers)
     assert made["out"].shape == (3, 4)
     (call,) = kernel.calls
     before = (5, 2, 1, 99)
@@ -91,7 +91,7 @@ def test_other_problems_are_not_known():
     kernel.direct = True
     q, k = torch.randn(1, 32, 2, 16), torch.randn(1, 32, 2, 16)
     record(problem_of(q, k), kernel, torch.empty(3))
-    known = lambda *given: plans.find(plans.look(*given)) is not None  # noqa: E731
+    known = lambda *given: relaunch.find(relaunch.look(*given)) is not None  # noqa: E731
     assert known(problem_of(k, q))
     assert not known(problem_of(q, q)), "memory that was apart is now shared"
     assert not known(problem_of(q[:, 1:], k[:, 1:]))
@@ -99,7 +99,7 @@ def test_other_problems_are_not_known():
     assert not known(problem_of(q, k)._replace(scale=0.5))
     assert not known(problem_of(q, k), (q,))
     assert not known(problem_of(q, k), (), "more")
-    plans.forget()
+    relaunch.forget()
     assert not known(problem_of(q, k))
 
 
@@ -108,7 +108,7 @@ def test_what_was_copied_is_not_kept():
     kernel.direct = True
     q, k = torch.randn(1, 32, 16, 2).transpose(2, 3), torch.randn(1, 32, 2, 16)
     seen, _ = record(problem_of(q, k), kernel, torch.empty(3))
-    assert plans.find(seen) is None
+    assert relaunch.find(seen) is None
 
 
 class Recorded:
@@ -121,7 +121,7 @@ class Recorded:
         self.made = [torch.empty(1, 32, 2, 1, 16), torch.empty(1, 2, 1, 32), torch.empty(2, 3, dtype=torch.float64)]
         calls = [(self.kernel, (5, 2), [launch._arguments(problem), *self.made, problem.query])]
         shapes = [(1, 32, 2, 16), (1, 2, 32)][:results]
-        self.again = plans.repeated([q.data_ptr(), k.data_ptr()], calls, self.made, shapes)
+        self.again = relaunch.repeated([q.data_ptr(), k.data_ptr()], calls, self.made, shapes)
 
     def __call__(self):
         """The results, and what the kernel was given: (arguments, out, lse, parts, query)."""
@@ -145,7 +145,7 @@ def test_a_call_again_makes_what_is_asked_for(results):
         others = sorted(given[results:])
         assert all(x % 16 == 0 for x in others)
         assert all(b - a >= 32 * 2 * 4 for a, b in pairwise(others))
-        scratch = plans._scratch.by_stream[torch.device("cpu"), 99]
+        scratch = relaunch._scratch.by_stream[torch.device("cpu"), 99]
         assert scratch.data_ptr() == others[0]
         assert others[-1] + call.made[-1].nbytes <= scratch.data_ptr() + scratch.nbytes
 
@@ -155,30 +155,32 @@ def test_scratch_is_of_a_thread_and_a_stream_and_of_no_graph(monkeypatch):
     where = lambda: call()[1][2]  # noqa: E731
     first = where()
     assert where() == first
-    monkeypatch.setattr(plans, "_stream", lambda index: 98)
+    monkeypatch.setattr(relaunch, "_stream", lambda index: 98)
     second = where()
     with ThreadPoolExecutor(1) as pool:
         third = pool.submit(where).result()
         assert len({first, second, third}) == 3
     assert where() == second
-    held = dict(plans._scratch.by_stream)
-    monkeypatch.setattr(plans, "_capturing", lambda: True)
+    held = dict(relaunch._scratch.by_stream)
+    monkeypatch.setattr(relaunch, "_capturing", lambda: True)
     where()
-    assert plans._scratch.by_stream == held
-    monkeypatch.setattr(plans, "_capturing", lambda: False)
-    large = plans._scratch(10**6, torch.device("cpu"), 98)
+    assert relaunch._scratch.by_stream == held
+    monkeypatch.setattr(relaunch, "_capturing", lambda: False)
+    large = relaunch._scratch(10**6, torch.device("cpu"), 98)
     assert large.nbytes >= 10**6
     where()
-    assert plans._scratch.by_stream[torch.device("cpu"), 98] is large
-    plans._scratch(8, torch.device("meta"), 98)
-    assert plans._scratch.by_stream[torch.device("cpu"), 98] is large, "another device has a stream of the same number"
+    assert relaunch._scratch.by_stream[torch.device("cpu"), 98] is large
+    relaunch._scratch(8, torch.device("meta"), 98)
+    assert relaunch._scratch.by_stream[torch.device("cpu"), 98] is large, (
+        "another device has a stream of the same number"
+    )
 
 
 def test_a_call_again_sees_what_has_changed(monkeypatch):
     call = Recorded(1)
     assert call()[0] is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "_listened_to", lambda: True)
+        patch.setattr(relaunch, "_listened_to", lambda: True)
         assert call()[0] is None
     before = torch.get_float32_matmul_precision()
     try:
@@ -190,10 +192,10 @@ def test_a_call_again_sees_what_has_changed(monkeypatch):
 
 
 def test_a_profiler_is_heard(monkeypatch):
-    assert not plans._listened_to()
+    assert not relaunch._listened_to()
     hook = triton.knobs.runtime.launch_enter_hook
     if hasattr(hook, "add"):
         monkeypatch.setattr(hook, "calls", [print])
     else:
         monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
-    assert plans._listened_to()
+    assert relaunch._listened_to()

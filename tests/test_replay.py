@@ -10,8 +10,9 @@ from torch import Tensor
 
 import keyspan
 from keyspan.backends import native
-from keyspan.core import biases, lowering, masks, repeat
+from keyspan.core import biases, lowering, masks
 from keyspan.core.ranges import KeyRanges
+from keyspan.dispatch import replay
 
 needs_library = pytest.mark.skipif(
     native.reason_against(keyspan.core.problem.make_problem(*[torch.zeros(1, 1, 1, 1)] * 3)[0]) is not None,
@@ -21,7 +22,7 @@ needs_library = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(repeat, "_known", {})
+    monkeypatch.setattr(replay, "_known", {})
     monkeypatch.setattr(lowering, "_kept", {})
 
 
@@ -29,14 +30,14 @@ def nothing_known(monkeypatch):
 def repeated(monkeypatch):
     """Tells of each call of `attention` whether it was made again."""
     told = []
-    again = repeat.again
+    again = replay.again
 
     def spy(call):
         results = again(call)
         told.append(results is not None)
         return results
 
-    monkeypatch.setattr(repeat, "again", spy)
+    monkeypatch.setattr(replay, "again", spy)
     return told
 
 
@@ -46,7 +47,7 @@ def tensors(B=1, M=5, N=7, Hq=4, Hkv=2, K=8, V=8, dtype=torch.float32) -> list[T
 
 def the_long_way(*args, **kw):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repeat, "look", lambda *_: None)
+        patch.setattr(replay, "look", lambda *_: None)
         return keyspan.attention(*args, **kw)
 
 
@@ -243,7 +244,7 @@ def test_a_lowered_mask_outlives_its_being_forgotten():
     for _ in range(2):
         want = keyspan.attention(q, k, v, mask=keyspan.Causal())
     held = weakref.ref(next(iter(lowering._kept.values())).ranges.lo)
-    call = repeat.look(q, k, v, keyspan.Causal(), None, None, (1,))
+    call = replay.look(q, k, v, keyspan.Causal(), None, None, (1,))
     lowering._kept.clear()
     assert held() is not None
     del call
@@ -311,7 +312,7 @@ def test_settings_are_read_each_time(repeated):
     with torch.autocast("cpu"):
         assert keyspan.attention(q, k, v).dtype == torch.bfloat16
     threads = torch.get_num_threads()
-    for isa in native.library.SUPPORTED:
+    for isa in native.binding.SUPPORTED:
         with native.use_isa(isa):
             torch.testing.assert_close(keyspan.attention(q, k, v), want)
             assert torch.equal(keyspan.attention(q, k, v), the_long_way(q, k, v))
@@ -446,8 +447,8 @@ def test_what_is_lowered_where_torch_makes_something_else_is_not_kept():
 
 
 def test_no_more_calls_are_known_than_shall_be(monkeypatch):
-    monkeypatch.setattr(repeat, "_MOST", 4)
+    monkeypatch.setattr(replay, "_MOST", 4)
     for n in range(1, 12):
         q = torch.zeros(1, n, 1, 4)
         keyspan.attention(q, q, q)
-        assert len(repeat._known) <= 4
+        assert len(replay._known) <= 4
