@@ -213,7 +213,7 @@ def test_constructor_errors(make, name, got):
 
 
 def test_the_choice_of_backend_does_not_depend_on_requires_grad(monkeypatch):
-    from keyspan.core import api
+    from keyspan.dispatch import api
 
     seen = []
     choose = api.choose

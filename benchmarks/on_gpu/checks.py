@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import keyspan
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # the cases, which nothing installs
 
 
 def moved(problem: Any, device: str) -> Any:
@@ -28,11 +24,10 @@ def moved(problem: Any, device: str) -> Any:
 
 def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
     """One case of the tests on the GPU: errors as shares of what is allowed, and whether a second run is the same."""
-    from cases import CASES
-
     from keyspan.backends.triton import launch
     from keyspan.dispatch.op import attend
     from keyspan.testing import results, tolerances, worst
+    from keyspan.testing.cases import CASES
 
     if not descriptors:
         launch._descriptors_allowed = lambda x: False
@@ -185,7 +180,7 @@ def check_stored(name: str) -> dict[str, Any]:
 
 def jobs(every: int) -> list[tuple[Any, ...]]:
     """The checks at real sizes and every n-th of the small ones, as a function and its arguments."""
-    from cases import CASES
+    from keyspan.testing.cases import CASES
 
     kinds = ("full", "causal", "packed", "window", "alibi", "table", "bias")
     large: list[tuple[Any, ...]] = [(check_large, f"{d}, {k}") for k in kinds for d in ("D128", "D64", "D256")]
