@@ -7,12 +7,11 @@ than its fields say. Knows nothing of what a mask means.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from keyspan.core import masks
-from keyspan.core.masks import Mask
+from keyspan.core.masks import Combined, Mask
 from keyspan.core.observers import untouched
 from keyspan.core.ranges import KeyRanges, Seen
 
@@ -31,31 +30,8 @@ class Kept(NamedTuple):
 _kept: dict[Hashable, Kept] = {}
 
 
-class _Everything(Mask):
-    """The mask that hides nothing, lowered where a bias needs positions."""
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return ()
-
-
-EVERYTHING = _Everything()
-
-_PARTS = frozenset(
-    (
-        masks.Documents,
-        masks.PaddedKeys,
-        masks.GappyKeys,
-        masks.KeyLengths,
-        masks.SharedPrompt,
-        masks.Causal,
-        masks.Window,
-        masks.Prefix,
-        masks.Sinks,
-    )
-)
-"""What may be numbers alone."""
-_MASKS = _PARTS | {masks.Combined, _Everything}
+EVERYTHING = Combined(())
+"""The mask that hides nothing, lowered where a bias needs positions."""
 
 
 def lower(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
@@ -92,18 +68,10 @@ def keeps(device: torch.device) -> bool:
 
 
 def _key(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> Hashable:
-    """All that the lowered mask depends on; None where that is more than numbers."""
-    if type(mask) not in _MASKS or not keeps(device):
+    """All that the lowered mask depends on; None where it may not be cached."""
+    key = mask.cache_key() if keeps(device) else None
+    if key is None:
         return None
     # What one stream makes is not there yet for another.
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    numbers: list[Any] = [batch, M, N, device, stream]
-    for part in mask.parts:
-        if type(part) not in _PARTS:
-            return None
-        numbers.append(type(part))
-        for x in vars(part).values():
-            if not isinstance(x, (int, str, tuple)) and x is not None:
-                return None
-            numbers.append(x)
-    return tuple(numbers)
+    return key, batch, M, N, device, stream

@@ -1,0 +1,199 @@
+"""Base classes of masks, and what combines them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from keyspan.core.ranges import KeyRanges
+
+_AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and, operator.and_)
+"""The functions that torch reports for `&`: in eager mode, when it compiles and when it exports."""
+
+
+class Frame(NamedTuple):
+    """Where each query row's keys lie, before any visibility: int32 tensors `[S, B or 1, M]`."""
+
+    start: Tensor
+    stop: Tensor
+    top_left: Tensor
+    """The key beside query `i` when the first query stands beside the first key."""
+    bottom_right: Tensor
+    """The key beside query `i` when the last query stands beside the last key."""
+    sequence: Tensor | None = None
+    block_table: Tensor | None = None
+    page_size: int = 0
+
+
+class Mask:
+    """Base class: masks combine with `&`, lower to key ranges, materialise, draw and move to a device."""
+
+    _keyed = False
+
+    def __init_subclass__(cls, keyed: bool = False, **kwargs: Any) -> None:
+        """`keyed`: the fields determine the lowered mask. Not inherited: a subclass may depend on more."""
+        super().__init_subclass__(**kwargs)
+        cls._keyed = keyed
+
+    def cache_key(self) -> Hashable | None:
+        """A key for a cache of lowered masks: masks with equal keys lower to equal ranges.
+
+        `None` where the lowered form may not be cached: a field is a tensor, which may be written to, or the class
+        is a user's.
+        """
+        values = tuple(vars(self).values())
+        if not self._keyed or not all(value is None or isinstance(value, (int, str, tuple)) for value in values):
+            return None
+        return type(self), values
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return (self,)
+
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        if not isinstance(other, (Mask, Tensor)):
+            return NotImplemented
+        return Combined((*self.parts, *as_mask(other).parts))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Mask:
+        """`tensor & mask`: torch calls this; its compiler does for `mask & tensor` too, which it reverses."""
+        return as_mask(args[0]) & as_mask(args[1]) if func in _AND else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return hash((type(self), *(v for v in values if not isinstance(v, Tensor))))
+
+    def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
+        """The mask as ranges of keys per query row.
+
+        Args:
+            batch: batch size of the query.
+            M: query rows per batch entry.
+            N: keys per batch entry (for paged keys, the physical slots).
+            device: where the ranges are made. Lengths given as tensors on that device are not read on the host.
+
+        Raises:
+            ValueError: where the lengths do not fit `batch`, `M` or `N`.
+        """
+        from keyspan.core.masks.lowering import lower_parts  # its classes derive from this one
+
+        return lower_parts(self.parts, batch, M, N, torch.device(device))
+
+    def materialize(
+        self,
+        M: int | None = None,
+        N: int | None = None,
+        *,
+        batch: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """The mask as a bool tensor `[B or 1, M, N]`, true = visible. Sizes are taken from the lengths where known."""
+        from keyspan.core.masks.lowering import sizes_of
+
+        batch, M, N = sizes_of(self.parts, batch, M, N)
+        return self.lower(batch, M, N, device).materialize(N)
+
+    def draw(
+        self,
+        M: int | None = None,
+        N: int | None = None,
+        *,
+        batch: int | None = None,
+        path: str | Path | None = None,
+    ) -> str:
+        """The mask as text, a line per query; with `path`, also as a picture (PNG, needs matplotlib)."""
+        from keyspan.draw import mask_picture, mask_text
+
+        visible = self.materialize(M, N, batch=batch)
+        if path is not None:
+            mask_picture(visible, path, title=repr(self))
+        return mask_text(visible)
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask with its tensors on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        changed = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
+        return replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+
+class Layout(Mask):
+    """A mask that says where keys live. A mask has at most one; without any, query and keys are the batch itself."""
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        """(batch, M, N) as far as the lengths tell them without reading a device."""
+        raise NotImplementedError
+
+    def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """A bool tensor broadcastable to `[B, H, M, N]`, true where a key may be seen: for masks no range describes.
+
+    >>> print(Dense(torch.tensor([[True, False, True]])).draw(2, 3))
+    ■ · ■
+    ■ · ■
+    """
+
+    visible: Tensor
+
+    def __post_init__(self) -> None:
+        if self.visible.dtype != torch.bool:
+            raise ValueError(
+                f"mask: got a tensor of {self.visible.dtype}, want bool (true = visible); "
+                "scores to be added go to bias="
+            )
+        if not 1 <= self.visible.dim() <= 5:
+            raise ValueError(f"mask: got shape {list(self.visible.shape)}, want one broadcastable to [B, H, M, N]")
+
+
+@dataclass(frozen=True, eq=False)
+class Combined(Mask, keyed=True):
+    """Parts put together by `&`: at most one layout, one `Prefix` and one `Sinks`, all of one alignment."""
+
+    members: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        from keyspan.core.masks.lowering import check_parts
+
+        check_parts(self.members)
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return self.members
+
+    def cache_key(self) -> Hashable | None:
+        keys = tuple(part.cache_key() for part in self.members)
+        return None if not self._keyed or None in keys else keys
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Combined(tuple(part.to(device) for part in self.members))
+
+    def __repr__(self) -> str:
+        return " & ".join(map(repr, self.members))
+
+
+def as_mask(mask: Mask | Tensor) -> Mask:
+    """A mask as it is, a bool tensor as `Dense`."""
+    return Dense(mask) if isinstance(mask, Tensor) else mask
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.device == b.device and torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

@@ -1,0 +1,88 @@
+"""Checks of the arguments of masks, and lengths as lists or tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Align: TypeAlias = Literal["top_left", "bottom_right"]
+Lengths: TypeAlias = Sequence[int] | Tensor
+
+
+def check_lengths(name: str, lengths: Any) -> tuple[int, ...] | Tensor:
+    """Lengths as a tuple of int, or the tensor given. Values on a device are not read, so not checked."""
+    if isinstance(lengths, Tensor):
+        if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise ValueError(f"{name}: got {lengths.dtype} of shape {list(lengths.shape)}, want a 1-D int tensor")
+        if readable(lengths) and lengths.numel() and int(lengths.min()) < 0:
+            raise ValueError(f"{name}: got {int(lengths.min())}, want every length ≥ 0")
+        return lengths
+    try:
+        values = tuple(int(n) if n == int(n) and not isinstance(n, bool) else None for n in lengths)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: got {lengths!r}, want a sequence of int or an int tensor") from None
+    for given, value in zip(lengths, values, strict=True):
+        if value is None or value < 0:
+            raise ValueError(f"{name}: got {given!r}, want every length an int ≥ 0")
+    return values  # type: ignore[return-value]
+
+
+def readable(x: Tensor) -> bool:
+    """Whether reading the values neither waits for a device nor breaks a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
+
+
+def on_host(lengths: Lengths | None) -> list[int] | None:
+    """The lengths as a list; `None` for tensors that are not readable."""
+    if isinstance(lengths, Tensor):
+        return lengths.tolist() if readable(lengths) else None
+    return None if lengths is None else list(lengths)
+
+
+def total_of(lengths: Lengths) -> int | None:
+    values = on_host(lengths)
+    return None if values is None else sum(values)
+
+
+def as_tensor(lengths: Lengths, device: torch.device) -> Tensor:
+    if isinstance(lengths, Tensor):
+        return lengths.to(device=device, dtype=torch.int32)
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def check_total(name: str, lengths: Lengths, size_name: str, size: int) -> None:
+    total = total_of(lengths)
+    if total is None:
+        return
+    exact = not isinstance(lengths, Tensor)
+    if total > size or (exact and total != size):
+        raise ValueError(f"{name}: got {total} in all, want {'' if exact else 'at most '}{size_name} = {size}")
+
+
+def check_same_count(name: str, lengths: Lengths, other_name: str, other: Lengths) -> None:
+    if len(lengths) != len(other):
+        raise ValueError(f"{name}: got {len(lengths)} documents, want {len(other)} as in {other_name}")
+
+
+def check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, want an int ≥ 1")
+
+
+def check_nonnegative(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}: got {value!r}, want an int ≥ 0")
+
+
+def check_align(align: object) -> None:
+    if align not in ("top_left", "bottom_right"):
+        raise ValueError(f"align: got {align!r}, want 'top_left' or 'bottom_right'")
+
+
+def set_fields(mask: object, **values: object) -> None:
+    """Set fields of a frozen dataclass, in its `__post_init__`."""
+    for name, value in values.items():
+        object.__setattr__(mask, name, value)

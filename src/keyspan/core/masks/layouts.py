@@ -1,0 +1,396 @@
+"""Layouts: where the keys of each query lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keyspan.core.masks.base import Frame, Layout
+from keyspan.core.masks.checks import (
+    Lengths,
+    as_tensor,
+    check_lengths,
+    check_positive,
+    check_same_count,
+    check_total,
+    on_host,
+    readable,
+    set_fields,
+    total_of,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Layout, keyed=True):
+    """Packed documents in one row: queries and keys of document `d` follow those of `d − 1`; none sees another's.
+
+    >>> print(Documents([2, 3]).draw())
+    ■ ■ · · ·
+    ■ ■ · · ·
+    · · ■ ■ ■
+    · · ■ ■ ■
+    · · ■ ■ ■
+    >>> print(Documents([2, 2], [1, 4]).draw())
+    ■ · · · ·
+    ■ · · · ·
+    · ■ ■ ■ ■
+    · ■ ■ ■ ■
+
+    Args:
+        q_lengths: queries per document, list of int or int tensor `[documents]`. Zero is allowed. A list must add
+            up to M; a tensor may add up to less, then the rows behind see nothing.
+        k_lengths: keys per document; `None` means `q_lengths`.
+    """
+
+    q_lengths: Lengths
+    k_lengths: Lengths | None = None
+
+    def __post_init__(self) -> None:
+        set_fields(self, q_lengths=check_lengths("q_lengths", self.q_lengths))
+        if self.k_lengths is not None:
+            set_fields(self, k_lengths=check_lengths("k_lengths", self.k_lengths))
+            check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        return 1, total_of(self.q_lengths), total_of(self.q_lengths if self.k_lengths is None else self.k_lengths)
+
+    def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
+        check_total("q_lengths", self.q_lengths, "M", M)
+        q = as_tensor(self.q_lengths, device)
+        if self.k_lengths is None:
+            check_total("q_lengths (which are k_lengths too)", self.q_lengths, "N", N)
+            k = q
+        else:
+            check_total("k_lengths", self.k_lengths, "N", N)
+            k = as_tensor(self.k_lengths, device)
+        return document_frame(q, k.cumsum(0) - k, k, M, N)
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedKeys(Layout, keyed=True):
+    """Packed queries; keys in slots of equal size: document `d` has keys `d·padding … d·padding + k_lengths[d] − 1`.
+
+    >>> print((PaddedKeys([1, 2], [3, 2], padding=4) & Causal("bottom_right")).draw())
+    ■ ■ ■ · · · · ·
+    · · · · ■ · · ·
+    · · · · ■ ■ · ·
+
+    Args:
+        q_lengths: queries per document, list of int or int tensor `[documents]`.
+        k_lengths: keys in use per document, at most `padding`.
+        padding: size of a document's slot, in keys.
+    """
+
+    q_lengths: Lengths
+    k_lengths: Lengths
+    padding: int
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            q_lengths=check_lengths("q_lengths", self.q_lengths),
+            k_lengths=check_lengths("k_lengths", self.k_lengths),
+        )
+        check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+        check_positive("padding", self.padding)
+        longest = max(on_host(self.k_lengths) or [0])
+        if longest > self.padding:
+            raise ValueError(f"k_lengths: got a document of {longest} keys, want at most padding = {self.padding}")
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        return 1, total_of(self.q_lengths), len(self.k_lengths) * self.padding
+
+    def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
+        check_total("q_lengths", self.q_lengths, "M", M)
+        if len(self.k_lengths) * self.padding > N:
+            raise ValueError(
+                f"padding: got {len(self.k_lengths)} documents of {self.padding} slots, want at most N = {N} in all"
+            )
+        k = as_tensor(self.k_lengths, device)
+        start = torch.arange(len(self.k_lengths), device=device, dtype=torch.int32) * self.padding
+        return document_frame(as_tensor(self.q_lengths, device), start, k, M, N)
+
+
+@dataclass(frozen=True, eq=False)
+class GappyKeys(Layout, keyed=True):
+    """Packed queries; document `d` has keys `k_starts[d] … k_starts[d] + k_lengths[d] − 1`, anywhere, even shared.
+
+    >>> print(GappyKeys([2, 1], k_starts=[1, 5], k_lengths=[3, 2]).draw(N=8))
+    · ■ ■ ■ · · · ·
+    · ■ ■ ■ · · · ·
+    · · · · · ■ ■ ·
+
+    Args:
+        q_lengths: queries per document, list of int or int tensor `[documents]`.
+        k_starts: first key of each document.
+        k_lengths: keys of each document.
+    """
+
+    q_lengths: Lengths
+    k_starts: Lengths
+    k_lengths: Lengths
+
+    def __post_init__(self) -> None:
+        for name in ("q_lengths", "k_starts", "k_lengths"):
+            set_fields(self, **{name: check_lengths(name, getattr(self, name))})
+        check_same_count("k_starts", self.k_starts, "q_lengths", self.q_lengths)
+        check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        starts, lengths = on_host(self.k_starts), on_host(self.k_lengths)
+        known = starts is not None and lengths is not None
+        stop = max([0, *map(sum, zip(starts, lengths, strict=True))]) if known else None  # type: ignore[arg-type]
+        return 1, total_of(self.q_lengths), stop
+
+    def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
+        check_total("q_lengths", self.q_lengths, "M", M)
+        stop = self.sizes()[2]
+        if stop is not None and stop > N:
+            raise ValueError(f"k_starts + k_lengths: got keys up to {stop}, want at most N = {N}")
+        starts, lengths = as_tensor(self.k_starts, device), as_tensor(self.k_lengths, device)
+        return document_frame(as_tensor(self.q_lengths, device), starts, lengths, M, N)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKeys(Layout):
+    """Packed queries; keys in pages of equal size, any page anywhere, as in vLLM's cache (Kwon et al. 2023).
+
+    Key `j` of document `d` is in slot `block_table[d, j // page_size] · page_size + j % page_size`.
+
+    >>> print(PagedKeys([1, 2], [3, 1], block_table=[[2, 0], [1, -1]], page_size=2).draw(N=6))
+    ■ · · · ■ ■
+    · · ■ · · ·
+    · · ■ · · ·
+
+    Args:
+        q_lengths: queries per document, list of int or int tensor `[documents]`.
+        k_lengths: keys of each document.
+        block_table: int `[documents, pages]`, page numbers; entries behind a document's last page are not read.
+        page_size: keys per page. Key and value are `[1, pages·page_size, heads, dim]`.
+    """
+
+    q_lengths: Lengths
+    k_lengths: Lengths
+    block_table: Tensor
+    page_size: int
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            q_lengths=check_lengths("q_lengths", self.q_lengths),
+            k_lengths=check_lengths("k_lengths", self.k_lengths),
+        )
+        check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+        check_positive("page_size", self.page_size)
+        try:
+            table = torch.as_tensor(self.block_table)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"block_table: got {self.block_table!r}, want an int tensor [documents, pages]") from None
+        if (
+            table.dim() != 2
+            or table.is_floating_point()
+            or table.dtype == torch.bool
+            or table.shape[0] != len(self.q_lengths)
+        ):
+            raise ValueError(
+                f"block_table: got {table.dtype} of shape {list(table.shape)}, "
+                f"want an int tensor [{len(self.q_lengths)} documents, pages]"
+            )
+        set_fields(self, block_table=table)
+        longest = max(on_host(self.k_lengths) or [0])
+        if longest > table.shape[1] * self.page_size:
+            raise ValueError(
+                f"k_lengths: got a document of {longest} keys, "
+                f"want at most {table.shape[1]} pages of {self.page_size} = {table.shape[1] * self.page_size}"
+            )
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        return 1, total_of(self.q_lengths), None
+
+    def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
+        check_total("q_lengths", self.q_lengths, "M", M)
+        if batch != 1:
+            raise ValueError(f"query: got batch {batch}, want 1 with PagedKeys (the documents are packed in one row)")
+        if N % self.page_size:
+            raise ValueError(f"key: got N = {N} slots, want a multiple of page_size = {self.page_size}")
+        self._check_pages(N // self.page_size)
+        k = as_tensor(self.k_lengths, device)
+        table = self.block_table.to(device=device, dtype=torch.int32)
+        frame = document_frame(as_tensor(self.q_lengths, device), k * 0, k, M, table.shape[1] * self.page_size)
+        document = document_of_row(as_tensor(self.q_lengths, device), M)
+        sequence = document.clamp(max=max(table.shape[0] - 1, 0)).int()
+        return frame._replace(sequence=sequence, block_table=table, page_size=self.page_size)
+
+    def _check_pages(self, pages: int) -> None:
+        lengths = on_host(self.k_lengths)
+        if lengths is None or not readable(self.block_table):
+            return
+        for document, (row, length) in enumerate(zip(self.block_table.tolist(), lengths, strict=True)):
+            for page in row[: -(-length // self.page_size)]:
+                if not 0 <= page < pages:
+                    raise ValueError(f"block_table: got page {page} for document {document}, want 0 … {pages - 1}")
+
+
+@dataclass(frozen=True, eq=False)
+class KeyLengths(Layout, keyed=True):
+    """The batch itself, each entry with its own run of valid keys: right-padded (`starts=None`) or left-padded keys.
+
+    The frame stays the batch row: `top_left` puts query `i` beside key `i`; `bottom_right` puts the last query
+    beside the last valid key. `Sinks` and `Prefix` count from the first valid key.
+
+    >>> print((KeyLengths([2, 3], starts=[1, 0]) & Causal()).draw(3, 3))
+    · · ·
+    · ■ ·
+    · ■ ■
+    <BLANKLINE>
+    ■ · ·
+    ■ ■ ·
+    ■ ■ ■
+
+    Args:
+        lengths: valid keys per batch entry, list of int or int tensor `[B]`.
+        starts: first valid key per batch entry; `None` means 0.
+    """
+
+    lengths: Lengths
+    starts: Lengths | None = None
+
+    def __post_init__(self) -> None:
+        set_fields(self, lengths=check_lengths("lengths", self.lengths))
+        if self.starts is not None:
+            set_fields(self, starts=check_lengths("starts", self.starts))
+            check_same_count("starts", self.starts, "lengths", self.lengths)
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        return len(self.lengths), None, None
+
+    def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
+        if len(self.lengths) != batch:
+            raise ValueError(f"lengths: got {len(self.lengths)} entries, want one per batch entry = {batch}")
+        lengths, starts = on_host(self.lengths), [0] * batch if self.starts is None else on_host(self.starts)
+        if lengths is not None and starts is not None:
+            for entry, end in enumerate(map(sum, zip(starts, lengths, strict=True))):
+                if end > N:
+                    raise ValueError(f"lengths: got keys up to {end} in entry {entry}, want at most N = {N}")
+        length = as_tensor(self.lengths, device)
+        start = torch.zeros_like(length) if self.starts is None else as_tensor(self.starts, device)
+        row = torch.arange(M, device=device, dtype=torch.int32).expand(1, batch, M)
+        start, stop = (x.clamp(0, N)[None, :, None].expand(1, batch, M) for x in (start, start + length))
+        return Frame(start, stop, row, stop - M + row)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrompt(Layout, keyed=True):
+    """Packed prompts, each followed by its answers; an answer sees its prompt and itself, causally, and no other.
+
+    Each answer stands at the position right behind its prompt, so the result (biases included) equals that of
+    every answer computed alone behind a copy of the prompt. Two ranges per row. `Sinks` and `Prefix` name keys of the
+    prompt, so they may not be longer than it.
+
+    >>> print(SharedPrompt([2], [[2, 1]]).draw())
+    ■ · · · ·
+    ■ ■ · · ·
+    ■ ■ ■ · ·
+    ■ ■ ■ ■ ·
+    ■ ■ · · ■
+
+    Args:
+        prompt_lengths: tokens of each prompt, list of int or int tensor `[prompts]`.
+        answer_lengths: tokens of each prompt's answers: a list of lists, or an int tensor `[prompts, answers]`
+            in which 0 stands for no answer.
+    """
+
+    prompt_lengths: Lengths
+    answer_lengths: Sequence[Sequence[int]] | Tensor
+
+    def __post_init__(self) -> None:
+        set_fields(self, prompt_lengths=check_lengths("prompt_lengths", self.prompt_lengths))
+        answers = self.answer_lengths
+        if isinstance(answers, Tensor):
+            if answers.dim() != 2 or answers.is_floating_point() or answers.dtype == torch.bool:
+                raise ValueError(
+                    f"answer_lengths: got {answers.dtype} of shape {list(answers.shape)}, want int [prompts, answers]"
+                )
+            if readable(answers) and answers.numel() and int(answers.min()) < 0:
+                raise ValueError(f"answer_lengths: got {int(answers.min())}, want every length ≥ 0")
+        elif not isinstance(answers, Sequence):
+            raise ValueError(f"answer_lengths: got {answers!r}, want a list of lists or an int tensor")
+        else:
+            answers = tuple(tuple(on_host(check_lengths("answer_lengths", row)) or ()) for row in answers)
+            set_fields(self, answer_lengths=answers)
+        if len(answers) != len(self.prompt_lengths):
+            raise ValueError(
+                f"answer_lengths: got {len(answers)} rows, want one per prompt = {len(self.prompt_lengths)}"
+            )
+
+    def _segments(self, device: torch.device) -> Tensor:
+        """Lengths of prompts and answers in the order they are packed, int32 `[prompts, 1 + answers]`."""
+        answers = self.answer_lengths
+        if not isinstance(answers, Tensor):
+            width = max([0, *map(len, answers)])
+            answers = torch.tensor([[*row, *[0] * (width - len(row))] for row in answers], dtype=torch.int32)
+            answers = answers.reshape(len(self.prompt_lengths), width)
+        prompts = as_tensor(self.prompt_lengths, device)
+        return torch.cat([prompts[:, None], answers.to(device=device, dtype=torch.int32)], 1)
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        prompts, answers = on_host(self.prompt_lengths), self.answer_lengths
+        if prompts is None or (isinstance(answers, Tensor) and not readable(answers)):
+            return 1, None, None
+        rows = answers.tolist() if isinstance(answers, Tensor) else answers
+        total = sum(prompts) + sum(sum(row) for row in rows)
+        return 1, total, total
+
+    def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
+        total = self.sizes()[1]
+        exact = not isinstance(self.prompt_lengths, Tensor) and not isinstance(self.answer_lengths, Tensor)
+        if total is not None and (M != N or (total != M if exact else total > M)):
+            raise ValueError(
+                f"prompt_lengths + answer_lengths: got {total} tokens in all and M = {M}, N = {N}, want all three equal"
+            )
+        segments = self._segments(device)
+        columns = segments.shape[1]
+        length = segments.flatten()
+        start = length.cumsum(0) - length
+        segment = document_of_row(length, M)
+        # A phantom segment of length 0 stands behind the last, for rows behind the last token.
+        start, prompt_length, prompt_start = (
+            torch.nn.functional.pad(x, (0, 1)).int()[segment]
+            for x in (
+                start,
+                segments[:, :1].expand(-1, columns).flatten(),
+                start.reshape(-1, columns)[:, :1].expand(-1, columns).flatten(),
+            )
+        )
+        row = torch.arange(M, device=device, dtype=torch.int32)
+        inside = segment < length.numel()
+        answer = (segment % columns > 0) & inside
+        prompt_stop = torch.where(inside, prompt_start + prompt_length, prompt_start)
+        # Range 0: the prompt, met by an answer from behind its end. Range 1: the answer itself; empty for prompts.
+        position = torch.where(answer, prompt_stop + row - start, row)
+        own_stop = torch.where(answer, row + 1, start)
+        diagonal = torch.stack([position, row])[:, None]
+        first = torch.stack([prompt_start, start])[:, None].clamp(max=N)
+        stop = torch.stack([prompt_stop, own_stop])[:, None].clamp(max=N)
+        return Frame(first, stop, diagonal, diagonal)
+
+
+def document_of_row(lengths: Tensor, M: int) -> Tensor:
+    """The document that row `i` belongs to, int64 `[M]`; the number of documents for rows behind the last."""
+    row = torch.arange(M, device=lengths.device, dtype=torch.int32)
+    return torch.searchsorted(lengths.cumsum(0).int(), row, right=True)
+
+
+def document_frame(q: Tensor, k_start: Tensor, k: Tensor, M: int, N: int) -> Frame:
+    document = document_of_row(q, M)
+    # A phantom document of length 0 stands behind the last, for rows behind the last query.
+    q_start, q, k_start, k = (
+        torch.nn.functional.pad(x, (0, 1)).int()[document] for x in (q.cumsum(0) - q, q, k_start, k)
+    )
+    offset = torch.arange(M, device=q.device, dtype=torch.int32) - q_start
+    start, stop = k_start.clamp(0, N), (k_start + k).clamp(0, N)
+    start, stop, top_left, bottom_right = (x.reshape(1, 1, M) for x in (start, stop, start + offset, stop - q + offset))
+    return Frame(start, stop, top_left, bottom_right)

@@ -1,0 +1,139 @@
+"""Lowering: the parts of a mask to key ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from keyspan.core.masks.base import Dense, Frame, Layout, Mask
+from keyspan.core.masks.checks import Align, check_nonnegative, on_host
+from keyspan.core.masks.layouts import SharedPrompt
+from keyspan.core.masks.visibility import Causal, Prefix, Sinks, Window
+from keyspan.core.ranges import KeyRanges
+
+UNBOUNDED = 2**30
+"""Longer than any sequence; small enough that positions and it add up in int32."""
+
+
+def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
+    """The ranges of `visible(i, j)` as the package's docstring defines it; two where exempt keys lie apart."""
+    align = alignment(parts)
+    frame = _frame(parts, batch, M, N, device)
+    start, stop = frame.start, frame.stop
+    diagonal = frame.top_left if align == "top_left" else frame.bottom_right
+    windows = [part for part in parts if isinstance(part, Window)]
+    lo, hi = start, stop
+    if any(isinstance(part, (Causal, SharedPrompt)) for part in parts):
+        hi = torch.minimum(hi, diagonal + 1)
+    reach = hi
+    for window in windows:
+        if window.left is not None:
+            lo = torch.maximum(lo, diagonal - min(window.left, UNBOUNDED))
+        if window.right is not None:
+            hi = torch.minimum(hi, diagonal + min(window.right, UNBOUNDED) + 1)
+
+    exempt = _exempt(parts, start[:1], stop[:1], reach[:1])
+    if exempt is not None and all(window.left is None for window in windows):
+        # Both the exempt keys and what is visible anyway begin at `start`: their union is one range.
+        hi = torch.cat([torch.maximum(hi[:1], exempt), hi[1:]])
+    elif exempt is not None:
+        lo = torch.cat([start[:1], torch.maximum(lo[:1], exempt), lo[1:]])
+        hi = torch.cat([exempt, hi])
+        start, stop, diagonal = (torch.cat([x[:1], x]) for x in (start, stop, diagonal))
+    lo = torch.minimum(torch.maximum(lo, start), stop)
+    hi = torch.maximum(torch.minimum(hi, stop), lo)
+
+    dense = None
+    for part in parts:
+        if isinstance(part, Dense):
+            dense = part.visible if dense is None else dense & part.visible
+    if dense is not None and dense.device != device:
+        raise ValueError(f"mask: got a bool tensor on {dense.device}, want {device}")
+    shape = (lo.shape[0], lo.shape[1], M)
+    return KeyRanges(
+        lo.expand(shape).int(),
+        hi.expand(shape).int(),
+        diagonal.expand(shape).int(),
+        frame.sequence,
+        frame.block_table,
+        frame.page_size,
+        dense,
+        N,
+    )
+
+
+def _exempt(parts: tuple[Mask, ...], start: Tensor, stop: Tensor, reach: Tensor) -> Tensor | None:
+    """One past the last key that Prefix or Sinks exempt, per row; they begin at `start`. None where nothing is."""
+    exempt = None
+    for part in parts:
+        if isinstance(part, Prefix):
+            end = torch.minimum(start + min(part.length, UNBOUNDED), stop)
+        elif isinstance(part, Sinks):
+            end = torch.maximum(torch.minimum(start + min(part.count, UNBOUNDED), reach), start)
+        else:
+            continue
+        exempt = end if exempt is None else torch.maximum(exempt, end)
+    return exempt
+
+
+def _frame(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: torch.device) -> Frame:
+    for part in parts:
+        if isinstance(part, Layout):
+            return part.frame(batch, M, N, device)
+    row = torch.arange(M, device=device, dtype=torch.int32).reshape(1, 1, M)
+    start = torch.zeros_like(row)
+    return Frame(start, start + N, row, row + (N - M))
+
+
+def alignment(parts: tuple[Mask, ...]) -> Align:
+    """The one alignment that the parts name; `top_left` where none does."""
+    given = {part.align for part in parts if isinstance(part, (Causal, Window)) and part.align is not None}
+    if len(given) > 1:
+        raise ValueError(f"align: got {' and '.join(sorted(given))} in one mask, want one of them")
+    align: Align = given.pop() if given else "top_left"
+    if align == "bottom_right" and any(isinstance(part, SharedPrompt) for part in parts):
+        raise ValueError("align: got bottom_right with SharedPrompt, want top_left (its queries are its keys)")
+    return align
+
+
+def sizes_of(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int | None) -> tuple[int, int, int]:
+    """(batch, M, N): those given, else those that the lengths and dense masks tell."""
+    known: tuple[int | None, int | None, int | None] = (1, None, None)
+    for part in parts:
+        if isinstance(part, Layout):
+            known = part.sizes()
+    shapes = [part.visible.shape for part in parts if isinstance(part, Dense)]
+    if shapes and not any(isinstance(part, Layout) for part in parts):
+        shape = (1, 1, *torch.broadcast_shapes(*shapes))
+        # A size of 1 may broadcast: it does not tell how many rows or keys there are.
+        rows, keys = (None if size == 1 else size for size in shape[-2:])
+        known = (shape[2] if len(shape) > 5 else 1, rows, keys)
+    B, M, N = (given if given is not None else found for given, found in zip((batch, M, N), known, strict=True))
+    if B is None or M is None or N is None:
+        missing = [name for name, size in (("batch", B), ("M", M), ("N", N)) if size is None]
+        raise ValueError(f"{missing[0]}: got None, want a size: {_names(parts)} does not tell it")
+    for name, size in (("batch", B), ("M", M), ("N", N)):
+        check_nonnegative(name, size)
+    return B, M, N
+
+
+def check_parts(parts: tuple[Mask, ...]) -> None:
+    """Raise where parts of one mask contradict one another."""
+    for kind, name in ((Layout, "layout"), (Prefix, "Prefix"), (Sinks, "Sinks")):
+        found = [part for part in parts if isinstance(part, kind)]
+        if len(found) > 1:
+            raise ValueError(f"mask: got {_names(found)}, want at most one {name}")
+    alignment(parts)
+    for prompt in (part for part in parts if isinstance(part, SharedPrompt)):
+        shortest = min(on_host(prompt.prompt_lengths) or [UNBOUNDED])
+        for part in parts:
+            exempt = part.length if isinstance(part, Prefix) else part.count if isinstance(part, Sinks) else 0
+            if exempt > shortest:
+                field = "length" if isinstance(part, Prefix) else "count"
+                raise ValueError(f"{field}: got {exempt}, want at most the shortest prompt = {shortest}")
+
+
+def _names(parts: Sequence[Mask]) -> str:
+    return " & ".join(type(part).__name__ for part in parts)

@@ -1,0 +1,116 @@
+"""Visibilities: which keys of its document a query may see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from keyspan.core.masks.base import Mask
+from keyspan.core.masks.checks import Align, check_align, check_nonnegative
+
+
+@dataclass(frozen=True, eq=False)
+class Causal(Mask, keyed=True):
+    """Query `i` sees the keys up to its own position.
+
+    `align` says which key stands beside which query when a document has more keys than queries, or fewer.
+    `top_left`: the first query beside the first key (torch's `is_causal`, xFormers' `LowerTriangularMask`).
+    `bottom_right`: the last query beside the last key (flash-attention; what decoding with a cache needs).
+
+    >>> print(Causal().draw(3, 5))
+    ■ · · · ·
+    ■ ■ · · ·
+    ■ ■ ■ · ·
+    >>> print(Causal("bottom_right").draw(3, 5))
+    ■ ■ ■ · ·
+    ■ ■ ■ ■ ·
+    ■ ■ ■ ■ ■
+    >>> print(Causal("bottom_right").draw(4, 2))
+    · ·
+    · ·
+    ■ ·
+    ■ ■
+    """
+
+    align: Align = "top_left"
+
+    def __post_init__(self) -> None:
+        check_align(self.align)
+
+
+@dataclass(frozen=True, eq=False)
+class Window(Mask, keyed=True):
+    """Query `i` sees keys from `i − left` to `i + right`, both inclusive, counted along the diagonal.
+
+    >>> print(Window(1, 2).draw(4, 6))
+    ■ ■ ■ · · ·
+    ■ ■ ■ ■ · ·
+    · ■ ■ ■ ■ ·
+    · · ■ ■ ■ ■
+    >>> print((Causal() & Window(1)).draw(4, 4))
+    ■ · · ·
+    ■ ■ · ·
+    · ■ ■ ·
+    · · ■ ■
+
+    Args:
+        left: how many keys before its own a query sees; `None` for all.
+        right: how many after; `None` for all.
+        align: as in `Causal`; `None` takes that of the `Causal` it is combined with, or `top_left`.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    align: Align | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name}: got {value!r}, want an int ≥ 0 or None")
+        if self.align is not None:
+            check_align(self.align)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix(Mask, keyed=True):
+    """The first `length` keys of each document are visible to all its queries, whatever `Causal` and `Window` say.
+
+    Prefix-LM, and with a window Longformer's global tokens (Beltagy et al. 2020).
+
+    >>> print((Causal() & Prefix(2)).draw(4, 4))
+    ■ ■ · ·
+    ■ ■ · ·
+    ■ ■ ■ ·
+    ■ ■ ■ ■
+    >>> print((Window(0, 1) & Prefix(1)).draw(4, 4))
+    ■ ■ · ·
+    ■ ■ ■ ·
+    ■ · ■ ■
+    ■ · · ■
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        check_nonnegative("length", self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks(Mask, keyed=True):
+    """The first `count` keys of each document are exempt from `Window`; `Causal` still holds for them.
+
+    Attention sinks of StreamingLLM (Xiao et al. 2023), used as `Causal() & Window(w, 0) & Sinks(4)`.
+    (The learned sinks of GPT-OSS are not keys but logits: `attention(..., sinks=)`.)
+
+    >>> print((Causal() & Window(1, 0) & Sinks(1)).draw(5, 5))
+    ■ · · · ·
+    ■ ■ · · ·
+    ■ ■ ■ · ·
+    ■ · ■ ■ ·
+    ■ · · ■ ■
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        check_nonnegative("count", self.count)
