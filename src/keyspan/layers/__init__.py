@@ -1,14 +1,16 @@
-"""Memory-lean functions and modules for transformers. They know nothing about attention or models."""
+"""Memory-lean functions and modules for transformers. They know nothing about models."""
 
 from keyspan.layers.cross_entropy import linear_cross_entropy
 from keyspan.layers.gated import SwiGLU, swiglu
 from keyspan.layers.gemm import Linear, linear
+from keyspan.layers.multihead_attention import MultiheadAttention
 from keyspan.layers.rmsnorm import RMSNorm, rms_norm
 from keyspan.layers.rope import rotary, rotary_table, rotate
 
 __all__ = [
     "Linear",
     "linear",
+    "MultiheadAttention",
     "SwiGLU",
     "swiglu",
     "RMSNorm",
