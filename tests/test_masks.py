@@ -115,8 +115,8 @@ def test_batch_with_and_without_key_lengths(vis, M, N, data):
         assert torch.equal(got[b], want.bool())
 
 
-def test_left_padding_is_what_dense_users_write():
-    """`j ≤ i and start ≤ j`, as a causal mask and a key padding mask give together."""
+def test_left_padding_equals_a_dense_mask():
+    """`j ≤ i and start ≤ j`: a causal mask and a key padding mask together."""
     got = (keyspan.KeyLengths([3, 5], [2, 0]) & keyspan.Causal()).materialize(5, 5)
     i, j = torch.arange(5)[:, None], torch.arange(5)
     assert torch.equal(got[0], (j <= i) & (j >= 2))
@@ -188,7 +188,7 @@ def test_equality_and_hash():
     assert (keyspan.Causal() & keyspan.Window(2)) == (keyspan.Causal() & keyspan.Window(2))
 
 
-def test_lowered_once_is_the_same_as_lowered_each_time():
+def test_ranges_as_mask_equal_the_mask():
     q = torch.randn(1, 9, 2, 4)
     mask = keyspan.Documents([4, 5]) & keyspan.Causal()
     lowered = mask.lower(1, 9, 9)
@@ -198,8 +198,8 @@ def test_lowered_once_is_the_same_as_lowered_each_time():
     assert lowered.lo.dtype == lowered.hi.dtype == lowered.diagonal.dtype == torch.int32
 
 
-def test_masks_move_to_a_device_and_lower_there_without_values():
-    """On a device whose values cannot be read (meta), lowering with tensor lengths still works: it never reads them."""
+def test_masks_lower_on_a_device_without_reading_values():
+    """Lowering with tensor lengths works on `meta`, whose values cannot be read."""
     lengths = torch.tensor([4, 5], device="meta")
     table = torch.zeros(2, 3, dtype=torch.int32, device="meta")
     layouts = [keyspan.Documents(lengths), keyspan.PaddedKeys(lengths, lengths, 6)]

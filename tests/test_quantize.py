@@ -1,4 +1,4 @@
-"""Keys, values and queries stored in 8 bits: `quantize`, and `attention` with scales as users call it."""
+"""Keys, values and queries in 8 bits: `quantize`, and `attention` with scales."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def stored(dtype, run=None, **sizes):
 
 
 def restored(x, scale):
-    """What `x` stands for, in fp64."""
+    """The numbers that `x` and its scale represent, in fp64."""
     return x.double() * scale.double().repeat_interleave(x.shape[1] // scale.shape[1], 1)[..., None]
 
 
@@ -49,7 +49,7 @@ def test_quantize_rounds_to_the_nearest(data):
         assert scale.shape == (shape[0], runs, *shape[1:-1])
         assert scale.dtype == torch.promote_types(dtype, torch.float32)
         largest = scale.double().repeat_interleave(run, 1)[..., None]
-        # Half of what lies between two numbers: of int8 1 everywhere; of e4m3 an eighth of the number, down to 2⁻⁹.
+        # Half the distance of two neighbours: 1 for int8; for e4m3 an eighth of the number, at least 2⁻⁹.
         apart = largest if kind == INT8 else torch.maximum(x.double().abs() / 8, largest * 2**-9)
         assert ((restored(got, scale) - x.double()).abs() <= apart * 0.5001).all()
         again = keyspan.quantize(x, kind, run)
@@ -58,7 +58,7 @@ def test_quantize_rounds_to_the_nearest(data):
 
 
 @STORED
-def test_zeros_and_what_is_not_finite(dtype):
+def test_zeros_nan_and_inf(dtype):
     x = torch.ones(1, 8, 2, 4)
     x[0, 0:2] = 0
     x[0, 2, 0, 1] = torch.nan
@@ -91,7 +91,7 @@ QUANTIZE_ERRORS = [
 
 
 @pytest.mark.parametrize(("changed", "name", "got"), QUANTIZE_ERRORS)
-def test_quantize_names_what_is_wrong(changed, name, got):
+def test_quantize_errors_name_the_argument(changed, name, got):
     with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
         keyspan.quantize(**(dict(x=torch.zeros(1, 8, 2, 4), dtype=INT8) | changed))
 
@@ -121,7 +121,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("changed", "name", "got"), ERRORS)
-def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name, got):
+def test_attention_errors_name_the_argument(changed, name, got):
     given = dict(zip(("query", "key", "value"), qkv(), strict=True))
     for n, x in changed.items():
         given[n] = given[n].to(x) if n in ("query", "key", "value") else x
@@ -133,7 +133,7 @@ def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name
 @pytest.mark.parametrize(
     "name", ["query", "bias", "slopes", "table", "sinks", "key_scale", "value_scale", "key", "query_scale"]
 )
-def test_gradients_are_refused_not_dropped(name):
+def test_gradients_are_refused(name):
     given = dict(zip(("query", "key", "value"), (x.to(FP8) for x in qkv()), strict=True))
     given |= {"key_scale": torch.ones(2, 1, 2), "value_scale": ONE.clone(), "query_scale": ONE.clone()}
     terms = {"bias": torch.zeros(5, 8), "slopes": torch.ones(4), "table": torch.ones(4, 3), "sinks": torch.ones(4)}
@@ -164,7 +164,7 @@ def test_gradients_are_refused_by_transforms_and_by_the_op():
 
 @pytest.mark.parametrize("run", [None, 1, 4], ids=str)
 @STORED
-def test_equals_attention_over_what_the_numbers_stand_for(dtype, run):
+def test_equals_attention_over_the_dequantized_numbers(dtype, run):
     q, k, v, scales = stored(dtype, run)
     got = keyspan.attention(q, k, v, mask=keyspan.Causal(), **scales)
     full = (restored(x, scales[name]).float() for x, name in ((k, "key_scale"), (v, "value_scale")))
@@ -172,7 +172,7 @@ def test_equals_attention_over_what_the_numbers_stand_for(dtype, run):
     assert got.dtype == q.dtype
 
 
-def test_fp8_without_a_scale_counts_as_it_is():
+def test_fp8_without_a_scale():
     q, k, v = (x.to(FP8) for x in qkv())
     want = keyspan.attention(*(x.float() for x in (q, k, v)))
     torch.testing.assert_close(keyspan.attention(q, k, v, output_dtype=torch.float32), want)
@@ -188,7 +188,7 @@ def test_layouts_agree(run):
     five, k5, v5 = q.unflatten(2, (2, 2)), k[:, :, :, None], v[:, :, :, None]
     by_five = {name: x[..., None] for name, x in scales.items()}
     torch.testing.assert_close(keyspan.attention(five, k5, v5, **by_five).flatten(2, 3), want)
-    # A scale for each head of a group keeps their keys apart.
+    # A scale per head of a group distinguishes their keys.
     expanded = [x.expand(-1, -1, -1, 2, -1) for x in (k5, v5)]
     by_head = {name: x.expand(-1, -1, -1, 2) * torch.tensor([1.0, 2.0]) for name, x in by_five.items()}
     got = keyspan.attention(five, *expanded, **by_head)
@@ -219,7 +219,7 @@ def test_scales_of_any_sign(sign):
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_scales_nobody_may_see_do_not_leak(backend, special):
+def test_scales_of_invisible_keys_do_not_leak(backend, special):
     q, k, v, scales = stored(FP8, 2, B=1, M=3)
     mask = keyspan.GappyKeys([3], [2], [4])
     want = keyspan.attention(q, k, v, mask=mask, backend=backend, **scales)
@@ -230,7 +230,7 @@ def test_scales_nobody_may_see_do_not_leak(backend, special):
 
 
 @STORED
-def test_explain_counts_what_is_stored(dtype):
+def test_explain_counts_stored_bytes(dtype):
     q, k, v, scales = stored(dtype, 4)
     told = keyspan.explain(q, k, v, **scales)
     assert told.backend == "chunked"
@@ -240,7 +240,7 @@ def test_explain_counts_what_is_stored(dtype):
     assert str(dtype)[6:] in told.shape
 
 
-def test_native_is_refused_by_name():
+def test_native_refuses_with_a_reason():
     q, k, v, scales = stored(INT8)
     with pytest.raises(NotImplementedError, match=r"'native'.*"):
         keyspan.attention(q, k, v, backend="native", **scales)
@@ -259,7 +259,7 @@ def test_triton_refuses_fp8_where_nothing_converts_it(monkeypatch, capability, c
     assert can or "this GPU" in reason
 
 
-def test_autocast_leaves_stored_numbers_alone():
+def test_autocast_does_not_cast_stored_numbers():
     q, k, v, scales = stored(FP8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = keyspan.attention(q, k, v, **scales)
@@ -276,7 +276,7 @@ def test_the_registered_op(dtype):
     torch.library.opcheck(
         torch.ops.keyspan.attention_forward.default,
         (*problem, "chunked"),
-        # The check of the schema adds up inputs, which torch cannot do in fp8.
+        # opcheck's schema test sums its inputs, which torch cannot do in fp8.
         test_utils=("test_faketensor", *(("test_schema", "test_autograd_registration") if dtype == INT8 else ())),
     )
     with FlopCounterMode(display=False) as counter:
@@ -297,7 +297,7 @@ def test_compiles_as_one_graph(dtype):
     assert torch.equal(got, f(q, k, v, scales))
 
 
-def test_memory_does_not_hold_the_cache_in_another_dtype():
+def test_memory_holds_no_copy_of_the_cache_in_another_dtype():
     from keyspan.testing import peak_memory
 
     N = 2**16

@@ -1,4 +1,4 @@
-"""Pictures of masks, as text and as PNG. Knows only a bool tensor; matplotlib is imported when a PNG is asked for."""
+"""Draw masks as text and as PNG. Only a PNG imports matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SEEN, HIDDEN = "■", "·"
 
 
 def mask_text(visible: Tensor) -> str:
-    """`visible` `[M, N]`, or with leading dimensions whose pictures are set apart by an empty line, as text."""
+    """`visible` `[M, N]`, or with leading dimensions, as text; an empty line separates pictures."""
     if visible.dim() == 2:
         return "\n".join(" ".join(SEEN if seen else HIDDEN for seen in row) for row in visible.tolist())
     return "\n\n".join(mask_text(part) for part in visible)
@@ -25,7 +25,7 @@ def mask_picture(visible: Tensor, path: str | Path, title: str = "") -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("path: a picture needs matplotlib, which `pip install 'keyspan[plot]'` brings") from None
+        raise ValueError("path: a picture needs matplotlib: pip install matplotlib") from None
     if not visible.numel():
         raise ValueError(f"path: got a mask of shape {list(visible.shape)}, want at least one key to draw")
     panels = visible.reshape(-1, *visible.shape[-2:])

@@ -1,4 +1,4 @@
-"""These tests are about CPU tensors. xFormers puts a mask's lengths on a GPU where there is one; here there is none."""
+"""Hides GPUs: these tests use CPU tensors, and xFormers' masks put their lengths on a GPU where there is one."""
 
 import pytest
 

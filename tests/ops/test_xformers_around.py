@@ -1,4 +1,4 @@
-"""What stands around xFormers' ops: checkpointing by operator, random masks and references, version and info."""
+"""xFormers outside of ops: selective checkpointing, random masks and references, version and info."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def gradients(run, block, x):
         (lambda ctx, op, *args, **kwargs: False, set()),
     ],
 )
-def test_checkpoint_keeps_what_the_policy_says(policy, kept):
+def test_checkpoint_stores_what_the_policy_selects(policy, kept):
     block, x = Block(), random(2, 5, 8, dtype=torch.float32).requires_grad_()
     want, _ = gradients(block, block, x)
     got, calls = gradients(lambda x: checkpoint(block, x, policy_fn=policy), block, x)
@@ -89,7 +89,7 @@ def test_list_operators():
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
-def test_optimal_policy_keeps_within_its_budget(budget):
+def test_optimal_policy_stays_within_its_budget(budget):
     block, x = Block(), random(4, 16, 8, dtype=torch.float32).requires_grad_()
     policy = get_optimal_checkpoint_policy(block, x, memory_budget=budget)
     want, _ = gradients(block, block, x)
@@ -112,7 +112,7 @@ def test_wrapped_module(how):
         assert wrapped(x).shape == x.shape
 
 
-def test_budgets_and_policies_that_make_no_sense():
+def test_bad_budgets_and_policies_raise():
     with pytest.raises(ValueError, match="memory_budget: got 2"):
         get_optimal_checkpoint_policy(Block(), memory_budget=2)
     with pytest.raises(ValueError, match="not both"):
@@ -120,7 +120,7 @@ def test_budgets_and_policies_that_make_no_sense():
 
 
 def test_the_knapsack_is_optimal():
-    """Against all subsets, on sizes that are whole numbers of grains."""
+    """Compared with all subsets, on sizes that are multiples of a grain."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         seconds = torch.rand(7, generator=generator).tolist()
@@ -169,7 +169,7 @@ def test_reference_of_one_head_and_dropped_weights():
         create_attn_bias(masks.PagedBlockDiagonalPaddedKeysMask, 2, 3, 1, 3, 5, "cpu", torch.float64, False, "BMHK")
 
 
-def test_a_cache_in_pages_is_the_same_cache():
+def test_a_paged_cache_equals_the_padded_one():
     k, v, lengths = random(3, 6, 2, 4), random(3, 6, 2, 4), [5, 0, 3]
     table, paged_k, paged_v = pack_kv_cache(k, v, lengths, 2)
     assert paged_k.shape == (1, 10, 2, 4)

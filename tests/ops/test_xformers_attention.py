@@ -39,7 +39,7 @@ def test_one_head_without_a_head_dimension():
 def test_groups_forward_backward_and_lse():
     q, k, v = random(2, 3, 2, 4, 5), random(2, 6, 2, 1, 5), random(2, 6, 2, 1, 7)
     inputs = leaves(q, k, v)
-    # What users of xFormers write: the keys expanded, here even with gradients.
+    # Users of xFormers expand the keys; here that has gradients too.
     expanded = inputs[0], inputs[1].expand(-1, -1, -1, 4, -1), inputs[2].expand(-1, -1, -1, 4, -1)
     out = mea(*expanded, TRIANGLE)
     dense_in = leaves(q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0])
@@ -69,8 +69,8 @@ def test_heads_are_shared_without_expand():
 @pytest.mark.parametrize(
     "shapes", [((6, 1), (6, 6)), ((6, 2), (6, 1)), ((2, 3), (1, 1), (1, 1)), ((2, 3), (1, 3), (2, 1))]
 )
-def test_a_size_of_one_among_the_heads_is_shared(shapes):
-    """Key and value may differ in it; for 5-D queries groups may be shared as well as heads."""
+def test_one_key_head_is_broadcast(shapes):
+    """Key and value may differ in their number of heads; for 5-D queries groups broadcast as well as heads."""
     query, *others = shapes if len(shapes) == 3 else ((6,), *((h,) for h in shapes[0]))
     key, value = others if len(shapes) == 3 else [(h,) for h in shapes[1]]
     q, k, v = random(1, 4, *query, 3), random(1, 5, *key, 3), random(1, 5, *value, 2)
@@ -143,7 +143,7 @@ def test_any_bias_and_its_gradient(form):
     (want_bias,) = leaves(bias)
     got, want = mea(q, k, v, got_bias), dense_attention(q, k, v, everything(4, 7), want_bias)[0]
     torch.testing.assert_close(got, want, **exact)
-    # The bias alone takes a gradient: nothing else does.
+    # Only the bias requires a gradient.
     cotangent = torch.randn_like(want)
     (grad,) = torch.autograd.grad(got, got_bias, cotangent)
     (expected,) = torch.autograd.grad(want, want_bias, cotangent)
@@ -151,7 +151,7 @@ def test_any_bias_and_its_gradient(form):
     torch.testing.assert_close(grad, expected, **exact)
 
 
-def test_a_bias_hides_keys_by_minus_infinity_and_rows_may_be_empty():
+def test_a_bias_of_minus_infinity_masks_keys_and_whole_rows():
     q, k, v, bias = random(1, 3, 1, 4), random(1, 5, 1, 4), random(1, 5, 1, 4), torch.zeros(3, 5).double()
     bias[0], bias[1, 2:] = -torch.inf, -torch.inf
     inputs = leaves(q, k, v)
@@ -162,7 +162,7 @@ def test_a_bias_hides_keys_by_minus_infinity_and_rows_may_be_empty():
     assert all(torch.isfinite(x.grad).all() for x in inputs)
 
 
-def test_bool_masks_and_keys_padded_away():
+def test_bool_masks_and_padded_keys():
     q, k, v = random(2, 3, 2, 4), random(2, 5, 2, 4), random(2, 5, 2, 4)
     keep = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)[:, None, None]
     want, _ = dense_attention(q, k, v, keep)
@@ -188,8 +188,8 @@ def test_five_dimensional_queries_take_four_dimensional_biases():
     torch.testing.assert_close(mea(q, k, v, bias[:, :1]).flatten(2, 3), shared, **exact)
 
 
-def test_a_users_own_bias_is_what_it_materializes():
-    """xFormers' base class asks for `materialize` alone; here that is enough, also on top of a mask."""
+def test_a_users_subclass_is_its_materialized_tensor():
+    """A subclass needs `materialize` only, as in xFormers; it may also derive from a mask."""
     (slope,) = leaves(random(1))
 
     class Distance(masks.AttentionBias):
@@ -216,7 +216,7 @@ def test_a_users_own_bias_is_what_it_materializes():
 # dtypes.
 
 
-def test_autocast_settles_mixed_dtypes():
+def test_autocast_casts_mixed_dtypes():
     q, k, v = (random(1, 5, 2, 8, dtype=torch.float32) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         got = mea(q.bfloat16(), k.bfloat16(), v)
@@ -226,7 +226,7 @@ def test_autocast_settles_mixed_dtypes():
         mea(q.bfloat16(), k.bfloat16(), v)
 
 
-def test_output_dtype_holds_with_gradients_too():
+def test_output_dtype_with_gradients():
     inputs = leaves(*(random(1, 5, 2, 8, dtype=torch.float16) for _ in range(3)))
     out = mea(*inputs, output_dtype=torch.float32)
     assert out.dtype == torch.float32
@@ -240,7 +240,7 @@ def test_output_dtype_holds_with_gradients_too():
 # Dropout.
 
 
-def test_dropout_scales_what_it_keeps():
+def test_dropout_scales_the_kept_weights():
     torch.manual_seed(0)
     M, N, p = 64, 64, 0.25
     q, k = torch.zeros(1, M, 1, 4), torch.zeros(1, N, 1, 4)
@@ -270,7 +270,7 @@ def test_low_level_dropout_drops_the_same_backward():
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])
-def test_no_probability(p):
+def test_p_must_be_a_probability(p):
     x = random(1, 2, 1, 2)
     with pytest.raises(ValueError, match=r"p: got"):
         mea(x, x, x, p=p)
@@ -278,8 +278,8 @@ def test_no_probability(p):
         fmha.memory_efficient_attention_backward(x, x, x[..., 0], x, x, x, p=p)
 
 
-def test_everything_dropped_is_zero():
-    """p = 1 is a probability too: as in torch's dropout the output is 0, whatever the values hold; lse stays."""
+def test_p_of_one_gives_zeros():
+    """p = 1: as in torch's dropout the output is 0, even for values of NaN or inf, and lse is unchanged."""
     q, k, v = leaves(random(1, 3, 2, 4), random(1, 3, 2, 4), random(1, 3, 2, 4).fill_(math.nan))
     out = mea(q, k, v, TRIANGLE, 1.0)
     assert torch.equal(out, torch.zeros_like(out))
@@ -291,7 +291,7 @@ def test_everything_dropped_is_zero():
     assert all(torch.equal(x, torch.zeros_like(x)) for x in low)
 
 
-def test_asking_and_backward_draw_no_random_numbers():
+def test_checks_and_backward_draw_no_random_numbers():
     x = random(1, 3, 2, 4)
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(x, x, x, p=0.3)
     state = torch.get_rng_state()
@@ -323,7 +323,7 @@ def test_backward_from_given_output_and_lse(layout):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_cutlass_pads_lse_and_takes_it_back(grouped, biased):
+def test_cutlass_pads_lse_and_accepts_it_in_backward(grouped, biased):
     heads = (2, 2) if grouped else (2,)
     mask = masks.BlockDiagonalMask.from_seqlens([2, 0, 40])
     if biased:
@@ -374,7 +374,7 @@ def test_merge_is_attention_over_all_keys_with_gradients(heads, stacked):
         torch.testing.assert_close(a, b, **exact)
 
 
-def test_merge_takes_parts_that_saw_nothing():
+def test_merge_ignores_empty_parts():
     q, k, v = random(1, 3, 2, 4), random(1, 3, 2, 4), random(1, 3, 2, 4)
     out, lse = fmha.memory_efficient_attention_partial(q, k, v)
     nothing, never = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
@@ -422,7 +422,7 @@ def test_merge_training():
     partial = merge_training.memory_efficient_attention_partial_autograd
     flip = torch.tensor([3, 2, 1, 0])
     first = partial(got_in[0], got_in[1][:, :2], got_in[2][:, :2])
-    # Computed for the queries in another order, and brought back.
+    # Computed with the queries in another order, then permuted back.
     second = partial(got_in[0][:, flip], got_in[1][:, 2:], got_in[2][:, 2:]).apply(lambda x: x[:, flip])
     assert not first.is_bmghk()
     got, want = merge_training.merge_attentions_autograd(first, second), mea(*want_in)
@@ -501,12 +501,12 @@ def test_the_bias_gradient_through_the_backward_operator(wrapped):
         lambda x: merge_training.memory_efficient_attention_partial_autograd(x, x, x, op="flash"),
     ],
 )
-def test_what_is_no_operator_is_named(call):
+def test_wrong_operators_raise(call):
     with pytest.raises(ValueError, match=r"op: got .*, want None or"):
         call(random(1, 3, 2, 4))
 
 
-def test_backward_names_what_does_not_fit():
+def test_backward_names_the_wrong_argument():
     x = random(1, 4, 2, 3)
     mask = masks.BlockDiagonalMask.from_seqlens([1, 3])
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(x, x, x, mask)
@@ -519,7 +519,7 @@ def test_backward_names_what_does_not_fit():
         backward(x, out, lse.expand(3, -1, -1), x, x, x, mask)
 
 
-def test_dispatch_gives_an_operator_or_the_reason():
+def test_dispatch_returns_an_operator_or_raises_the_reason():
     x = random(1, 3, 2, 4)
     assert fmha.dispatch._dispatch_fw(fmha.Inputs(x, x, x), needs_gradient=True).supports(fmha.Inputs(x, x, x))
     assert not fmha.dispatch._dispatch_bw(fmha.Inputs(x, x, x), varlen_lse_packed=False).VARLEN_LSE_PACKED
@@ -556,7 +556,7 @@ def test_context_pads_lse():
     assert bool((forced[..., 4:] == torch.inf).all())
 
 
-def test_the_autograd_function_under_its_old_name():
+def test_fmha_autograd_function():
     x = random(1, 3, 2, 4)
     assert torch.equal(fmha._fMHA.apply(None, x, x, x, TRIANGLE, 0.0, None), mea(x, x, x, TRIANGLE))
     assert fmha._fMHA.apply(None, x, x, x, TRIANGLE, 0.0, None, torch.float32).dtype == torch.float32
@@ -575,7 +575,7 @@ def test_the_autograd_function_under_its_old_name():
         ),
     ],
 )
-def test_wrong_arguments_are_named(kwargs, message):
+def test_errors_name_the_argument(kwargs, message):
     x = random(1, 3, 2, 4)
     with pytest.raises(ValueError, match=message):
         mea(x, x, x, **kwargs)

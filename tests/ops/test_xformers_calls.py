@@ -1,4 +1,4 @@
-"""The ten ways in which real projects call xFormers, end to end, with the numbers checked against dense attention."""
+"""How ten public projects call xFormers, end to end, compared with dense attention."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_unsloth_grouped_queries():
 
 
 def test_vllm_prefill_and_decode():
-    """Packed prefill, ALiBi per prompt, then decoding from a padded and from a paged cache: each token as alone."""
+    """Packed prefill, ALiBi per prompt, decoding from a padded and a paged cache: each token as computed alone."""
     lengths, H, K, scale = [5, 3], 4, 8, 0.2
     T = sum(lengths)
     q, k, v = random(T, H, K), random(T, 2, K), random(T, 2, K)
@@ -160,7 +160,7 @@ def test_audiocraft_streaming_layer():
 
 
 def test_embedder_unpadded_on_the_cpu_in_fp32():
-    """The encoder of gte and stella: unpadded tokens give what padded ones give under a mask."""
+    """The encoder of gte and stella: unpadded tokens give the results of padded ones with a mask."""
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
     hidden = torch.randn(3, 5, 8)
@@ -179,7 +179,7 @@ def test_embedder_unpadded_on_the_cpu_in_fp32():
 
 
 def test_mistral_rolling_cache():
-    """Chunked prefill and decoding with a rolling cache of W slots: each step as over the whole sequence."""
+    """Chunked prefill and decoding with a rolling cache of W slots: equal to attention over the whole sequence."""
     W, T, H, K = 4, 11, 2, 4
     q, k, v = random(1, T, H, K), random(1, T, H, K), random(1, T, H, K)
     window = full(T, T).tril() & ~full(T, T).tril(-W)
@@ -188,12 +188,12 @@ def test_mistral_rolling_cache():
     torch.testing.assert_close(
         fmha.memory_efficient_attention(q[:, :5], k[:, :5], v[:, :5], first), want[:, :5], **exact
     )
-    # The next chunk sees the last W cached tokens and itself, from the bottom right.
+    # The next chunk sees the last W cached tokens and itself, aligned bottom-right.
     chunk = fmha.attn_bias.BlockDiagonalMask.from_seqlens([3], [W + 3]).make_local_attention_from_bottomright(W)
     torch.testing.assert_close(
         fmha.memory_efficient_attention(q[:, 5:8], k[:, 1:8], v[:, 1:8], chunk), want[:, 5:8], **exact
     )
-    # Decoding: the cache rolls, and the order of keys in it does not matter without biases.
+    # Decoding: the cache rolls; without biases the order of its keys does not matter.
     cache = [torch.empty(1, W, H, K, dtype=torch.float64) for _ in range(2)]
     for t in range(8):
         for target, x in zip(cache, (k, v), strict=True):
@@ -210,7 +210,7 @@ def test_mistral_rolling_cache():
 
 
 def test_pixart_cross_attention_to_ragged_text():
-    """N image tokens for each of B captions of their own length."""
+    """N image tokens for each of B captions of different lengths."""
     B, N, H, D, kv_lens = 3, 4, 2, 4, [5, 1, 3]
     q, k, v = random(B, N, H, D), random(1, sum(kv_lens), H, D), random(1, sum(kv_lens), H, D)
     mask_class = xops.fmha.BlockDiagonalMask if hasattr(xops.fmha, "BlockDiagonalMask") else None
@@ -223,7 +223,7 @@ def test_pixart_cross_attention_to_ragged_text():
 
 
 def test_tinyllama_and_neobert_weights():
-    """Checkpoints of both layouts load, and give the textbook's numbers; fairseq2's bottom-right mask beside them."""
+    """Checkpoints of both layouts load and equal the formula; and fairseq2's bottom-right mask."""
     state = {"w1.weight": random(6, 4), "w2.weight": random(6, 4), "w3.weight": random(4, 6)}
     tiny = xops.SwiGLU(4, 6, bias=False, _pack_weights=False).double()
     tiny.load_state_dict(state)

@@ -65,7 +65,7 @@ def test_swiglu_functions_agree():
         xops.swiglu_packed(x, w1, None, w3, None)
 
 
-def test_the_implementation_of_swiglu_as_an_object():
+def test_swiglu_op_object():
     layer, x = xops.SwiGLU(5, 7).double(), random(3, 5)
     params = layer._ordered_params()
     chosen = xops.SwiGLUOpDispatch.from_arguments(x, *params)
@@ -113,12 +113,12 @@ def test_rms_norm_without_weight_and_in_place():
 @pytest.mark.parametrize("adjacents", [True, False])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_rope_padded(adjacents, grouped):
-    """Each token turned and filed one at a time."""
+    """Compared with rotating and storing one token at a time."""
     q_lengths, padding, k_lengths, dim, theta, linear = [2, 1, 0, 3], 6, [5, 1, 2, 6], 4, 100.0, 2.0
     bias = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(q_lengths, padding, k_lengths)
     heads = (2, 3) if grouped else (3,)
     xq, xk, xv = random(1, 6, *heads, dim), random(1, 6, *heads, dim), random(1, 6, *heads, dim)
-    # The keys of a group share one head in memory, as a cache for grouped queries has it.
+    # The heads of a group share one head in memory, as in a cache for grouped queries.
     cache = [random(1, 24, *heads[:-1], 1, dim) if grouped else random(1, 24, *heads, dim) for _ in range(2)]
     if grouped:
         xk, xv = (x[..., :1, :].expand(-1, -1, -1, 3, -1) for x in (xk, xv))
@@ -202,7 +202,7 @@ def test_rope_padded_of_fp64_is_fp64():
         ({"internal_dtype": "f16"}, "internal_dtype"),
     ],
 )
-def test_rope_padded_names_what_is_wrong(more, message):
+def test_rope_padded_errors_name_the_argument(more, message):
     bias = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1], 1, [1])
     x = torch.zeros(1, 1, 1, 4)
     with pytest.raises(ValueError, match=message):
@@ -246,14 +246,14 @@ def test_scaled_index_add(scaled):
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
-def test_stacking_what_was_unbound_is_a_view(dim):
+def test_stacking_unbound_parts_is_a_view(dim):
     x = random(3, 4, 5)
     parts = xops.unbind(x, dim)
     stacked = xops.stack_or_none(parts, dim)
     assert torch.equal(stacked, x)
     assert stacked.data_ptr() == x.data_ptr()
     assert xops.get_stack_strides(parts, dim) == x.stride()
-    # Stacked along another dimension it is a view of the same memory still.
+    # Stacked along another dimension it still is a view of the same memory.
     assert torch.equal(xops.stack_or_none(parts, 0), torch.stack(parts, 0))
     assert torch.equal(xops.stack_or_none(parts, -1), torch.stack(parts, -1))
     assert xops.stack_or_none([part.clone() for part in parts], dim) is None
@@ -261,7 +261,7 @@ def test_stacking_what_was_unbound_is_a_view(dim):
 
 
 @pytest.mark.parametrize("dim", [0, 2, -1])
-def test_a_stacked_view_hands_gradients_to_all_its_parts(dim):
+def test_a_stacked_view_has_gradients_for_all_parts(dim):
     (x,) = leaves(random(3, 4, 5))
     cotangent = random(3, 4, 5).movedim(1, dim)
     stacked = xops.stack_or_none(xops.unbind(x * 2, 1), dim)
@@ -270,7 +270,7 @@ def test_a_stacked_view_hands_gradients_to_all_its_parts(dim):
     torch.testing.assert_close(grad, 2 * cotangent.movedim(dim, 1), **exact)
 
 
-def test_products_in_blocks_and_with_masks():
+def test_tiled_and_masked_matmul():
     a = [[random(2, 3), random(2, 4)], [random(5, 3), random(5, 4)]]
     b = [[random(3, 6)], [random(4, 6)]]
     got = xops.tiled_matmul(a, b)
@@ -344,7 +344,7 @@ def test_tree_metadata_of_an_uneven_tree():
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("paged", [True, False])
 def test_tree_attention(grouped, paged):
-    """Every node attends to the prefix and its ancestors: the dense formula over both, one sequence at a time."""
+    """Every node attends to the prefix and its ancestors: compared with the dense formula, one sequence at a time."""
     tree = TreeAttnMetadata.from_tree_choices([(0,), (1,), (0, 0)], torch.float64)
     B, T, N, lengths = 2, 4, 6, [5, 3]
     heads, kv = ((2, 3), (2, 1)) if grouped else ((3,), (3,))
@@ -370,7 +370,7 @@ def test_tree_attention(grouped, paged):
         tree_attention(q, *expanded, tree.attention_bias, prefix, quantized_kv_scales=(q, q))
 
 
-def test_modules_copy_and_pickle_like_any():
+def test_modules_copy_and_pickle():
     layer = copy.deepcopy(xops.SwiGLU(3, 4))
     assert torch.equal(layer(torch.ones(1, 3)), copy.deepcopy(layer)(torch.ones(1, 3)))
     mask = fmha.BlockDiagonalMask.from_seqlens([1, 2])

@@ -60,11 +60,11 @@ def test_attention_is_the_dense_formula(cls, data):
     inputs = random(1, M, 4, 3), random(1, N, 2, 3), random(1, N, 2, 5)
     cotangent = random(1, M, 4, 5)
     want_in = leaves(*inputs)
-    # A key seen n times weighs n times as much: log n on its score.
+    # A key seen n times has n times the weight: log n is added to its score.
     want, want_lse = dense_attention(*want_in, visible, instance.times.clamp(min=1).log())
     want_grads = torch.autograd.grad((want * cotangent).sum(), want_in)
 
-    # Keys that nobody may see hold NaN, in key and in value: nothing may come of it.
+    # Keys and values that no query may see hold NaN, which must not leak.
     q, k, v = (x.clone() for x in inputs)
     k[:, unused], v[:, unused] = torch.nan, torch.nan
     got_in = leaves(q, k, v)
@@ -87,8 +87,8 @@ def test_attention_is_the_dense_formula(cls, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @some
 @given(data=st.data())
-def test_attention_in_the_dtypes_of_users(cls, dtype, data):
-    """fp64 above is computed by the plain backend; these go to the one that users of a CPU get."""
+def test_attention_in_low_precision_dtypes(cls, dtype, data):
+    """The fp64 tests above run on `chunked`; these dtypes run on `native`."""
     instance = data.draw(instances(cls))
     mask, M, N, unused = instance.mask, instance.M, instance.N, instance.unused
     torch.manual_seed(M * 100 + N)
@@ -126,7 +126,7 @@ def test_attention_in_the_dtypes_of_users(cls, dtype, data):
 @pytest.mark.parametrize("cls", [c for c in KINDS if not issubclass(c, masks._PagedBlocks)], ids=lambda c: c.__name__)
 @some
 @given(data=st.data())
-def test_a_tensor_bias_goes_with_every_mask_and_learns(cls, data):
+def test_every_mask_takes_a_tensor_bias_with_gradient(cls, data):
     instance = data.draw(instances(cls))
     mask, M, N, visible = instance.mask, instance.M, instance.N, instance.visible
     q, k, v, bias = random(1, M, 2, 3), random(1, N, 2, 3), random(1, N, 2, 3), random(2, 1, N)
@@ -144,14 +144,14 @@ def test_a_tensor_bias_goes_with_every_mask_and_learns(cls, data):
 @pytest.mark.parametrize("cls", [c for c in KINDS if not issubclass(c, masks._PagedBlocks)], ids=lambda c: c.__name__)
 @some
 @given(data=st.data())
-def test_a_bool_tensor_hides_keys_with_every_mask(cls, data):
+def test_every_mask_takes_a_bool_tensor(cls, data):
     instance = data.draw(instances(cls))
     mask, M, N, visible = instance.mask, instance.M, instance.N, instance.visible
     torch.manual_seed(M + 10 * N)
     q, k, v, bias = random(1, M, 2, 3), random(1, N, 2, 3), random(1, N, 2, 3), random(1, 2, M, N)
     keep = torch.rand(2, 1, N) < 0.7
     want, _ = dense_attention(q, k, v, visible & keep, bias)
-    # In either order with a floating one, and 5-D too.
+    # In either order with a floating one, and 5-D.
     for both in (mask.add_bias(keep).add_bias(bias), mask.add_bias(bias).add_bias(keep[:, 0, :].unsqueeze(1))):
         torch.testing.assert_close(fmha.memory_efficient_attention(q, k, v, both), want, rtol=1e-12, atol=1e-12)
         dense = torch.zeros(1, 2, M, N).masked_fill(~(visible & keep), -torch.inf) + bias.float()
@@ -172,8 +172,8 @@ def test_a_tensor_bias_on_paged_keys_counts_logical_keys():
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_one_key_more_or_less_is_noticed():
-    """The window conventions differ by class; a definition off by one key would fail the tests above."""
+def test_window_conventions_differ_by_class():
+    """The classes count windows differently; a definition off by one key would fail the tests above."""
     mask = masks.BlockDiagonalMask.from_seqlens([5])
     row = 4
     assert mask.make_local_attention(2).materialize((5, 5))[row].eq(0).sum() == 2
@@ -206,7 +206,7 @@ def test_from_tensor_list_and_split():
     assert list(mask.q_seqinfo.intervals()) == [(0, 3), (3, 6), (6, 11)]
     for part, x in zip(mask.split(packed), xs, strict=True):
         assert torch.equal(part, x)
-    # `.to` keeps what `split` needs, and DINOv2 assigns the batch sizes itself.
+    # `.to` keeps the batch sizes for `split`; DINOv2 assigns them itself.
     elsewhere = mask.to("meta")
     assert elsewhere.q_seqinfo is elsewhere.k_seqinfo
     assert elsewhere.q_seqinfo.seqstart.device.type == "meta"
@@ -264,7 +264,7 @@ def test_a_bias_on_the_triangular_mask():
     assert torch.equal(twice, masks.LowerTriangularMask().materialize((2, 3, 4, 4)) + 2 * bias)
 
 
-def test_biases_without_a_matrix_go_with_masks_too():
+def test_masks_take_alibi_and_relative_biases():
     slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)
     q, k, v = random(1, 7, 2, 4), random(1, 7, 2, 4), random(1, 7, 2, 4)
     mask = masks.BlockDiagonalMask.from_seqlens([3, 4]).make_causal()
@@ -274,7 +274,7 @@ def test_biases_without_a_matrix_go_with_masks_too():
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_masks_compare_by_value_and_key_caches():
+def test_masks_compare_by_value_and_are_hashable():
     assert masks.LowerTriangularMask() == masks.LowerTriangularMask(device="cpu")
     assert masks.LocalAttentionFromBottomRightMask(1, 2) != masks.LocalAttentionFromBottomRightMask(1, 3)
     a, b = (masks.BlockDiagonalMask.from_seqlens([2, 3]) for _ in range(2))
@@ -301,12 +301,12 @@ def test_masks_compare_by_value_and_key_caches():
         (lambda: masks.AttentionBias().materialize((1, 1)), NotImplementedError, "AttentionBias"),
     ],
 )
-def test_wrong_arguments_are_named(make: Any, error, message):
+def test_errors_name_the_argument(make: Any, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-def test_lengths_that_do_not_fit_are_named():
+def test_errors_name_lengths_that_do_not_fit():
     x = random(1, 5, 1, 2)
     with pytest.raises(ValueError, match="query: got 5 packed tokens, want 4"):
         fmha.memory_efficient_attention(x, x, x, masks.BlockDiagonalMask.from_seqlens([2, 2], [2, 3]))
@@ -314,7 +314,7 @@ def test_lengths_that_do_not_fit_are_named():
         fmha.memory_efficient_attention(x, x, x, masks.BlockDiagonalMask.from_seqlens([2, 3], [2, 4]))
 
 
-# Sequence infos, built by hand and updated in place.
+# Sequence infos built by hand and updated in place.
 
 
 def test_seq_info_built_by_hand_without_a_list():
@@ -327,13 +327,13 @@ def test_seq_info_built_by_hand_without_a_list():
     assert [x.shape[1] for x in info.split(random(1, 5, 1))] == [2, 3]
 
 
-def test_seq_infos_updated_in_place_are_read_anew():
+def test_seq_infos_updated_in_place():
     mask = masks.BlockDiagonalMask.from_seqlens([3, 2])
     tensor = mask.q_seqinfo.seqstart
     mask.q_seqinfo.from_seqlens_inplace([1, 3])
     assert mask.q_seqinfo.seqstart is tensor
     assert mask.q_seqinfo.seqstart_py == [0, 1, 4]
-    # The buffers keep their size, as in a captured graph; rows behind the last sequence see nothing.
+    # Buffers keep their size, as in a captured graph; rows behind the last sequence see no key.
     visible = mask.materialize((5, 5), torch.bool)
     want = masks.BlockDiagonalMask.from_seqlens([1, 3]).materialize((4, 4), torch.bool)
     assert torch.equal(visible[:4, :4], want)
@@ -354,7 +354,7 @@ def test_seq_infos_updated_in_place_are_read_anew():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_infos_changed_by_hand_are_read_anew_and_stay_so_when_copied(mode):
+def test_infos_written_to_by_hand_and_their_copies(mode):
     with mode():
         info = _SeqLenInfo.from_seqlens([2, 3], device="cpu")
         assert info.starts == [0, 2, 5]
@@ -362,14 +362,14 @@ def test_infos_changed_by_hand_are_read_anew_and_stay_so_when_copied(mode):
         assert info.starts == [0, 1, 4]
         for same in (copy.deepcopy(info), pickle.loads(pickle.dumps(info)), info.to("cpu")):
             assert same.starts == [0, 1, 4]
-        # A buffer that the lengths no longer fill: the rows behind them see nothing.
+        # The lengths no longer fill the buffer: rows behind them see no key.
         mask = masks.BlockDiagonalMask.from_seqlens([3, 2], device="cpu")
         mask.q_seqinfo.from_seqlens_inplace([1, 3])
         x = random(1, 5, 1, 2)
         assert torch.equal(fmha.memory_efficient_attention(x, x, x, mask)[0, 4], torch.zeros(1, 2).double())
 
 
-def test_an_info_given_another_tensor_reads_that_one():
+def test_an_info_reads_a_newly_assigned_tensor():
     info = _SeqLenInfo.from_seqlens([2, 3], device="cpu")
     info.seqstart = torch.tensor([0, 1, 4], dtype=torch.int32)
     for same in (info, copy.deepcopy(info), pickle.loads(pickle.dumps(info))):
@@ -424,13 +424,13 @@ def test_make_paged_from_gappy():
         unpaged.make_paged(table, page, 9, masks.PagedBlockDiagonalGappyKeysMask)
 
 
-def test_a_mask_is_a_product_keyspan_takes():
+def test_a_mask_converts_to_a_keyspan_mask():
     mask = masks.BlockDiagonalMask.from_seqlens([2, 3]).make_causal()
     x = random(1, 5, 2, 4)
     assert torch.equal(attention(x, x, x, mask=mask.product()), fmha.memory_efficient_attention(x, x, x, mask))
 
 
-def test_masks_known_to_the_host_are_lowered_once_and_still_seen_when_they_change():
+def test_host_lengths_are_lowered_once_and_changes_are_noticed():
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     mask = masks.BlockDiagonalMask.from_seqlens([2, 7], device="cpu").make_causal()
 
@@ -444,7 +444,7 @@ def test_masks_known_to_the_host_are_lowered_once_and_still_seen_when_they_chang
     check([2, 7])
     cpu = torch.device("cpu")
     assert mask.lowered(1, 9, 9, cpu) is mask.lowered(1, 9, 9, cpu)
-    # What `lower` gives is the caller's own.
+    # The result of `lower` belongs to the caller.
     mask.lower(1, 9, 9).hi.zero_()
     check([2, 7])
     mask.q_seqinfo.from_seqlens_inplace([6, 3])
@@ -483,7 +483,7 @@ class WithBias(masks.MaskWithBias):
         return Causal().lower(batch, M, N, device)
 
 
-def test_masks_that_a_user_derives_say_what_they_are():
+def test_subclasses_of_users_override_product_layout_or_lower():
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     known = masks.BlockDiagonalMask.from_seqlens([2, 7], device="cpu")
     documents = Documents([2, 7])

@@ -1,4 +1,4 @@
-"""Every name of xFormers is here, or says why not; and the table in the docs is what the code says."""
+"""Every name of xFormers exists or raises the reason; the table in the docs is current."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_pairs_of_operators():
 
 @pytest.mark.parametrize("module", ["keyspan.ops", "keyspan.ops.fmha"])
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_what_is_left_out_says_so(module, name):
+def test_left_out_names_raise_the_reason(module, name):
     found = importlib.import_module(module)
     assert not hasattr(found, name)
     with pytest.raises(AttributeError, match=rf"{module}\.{name} is left out of keyspan: ."):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,17 +28,17 @@ def shared(*shape: int, seed: int) -> Tensor:
 
 
 def mine(x: Tensor, rank: int, dim: int = 0) -> Tensor:
-    """This rank's run of x, as a leaf."""
+    """This rank's chunk of x, as a leaf."""
     return x.chunk(RANKS, dim)[rank].clone().requires_grad_()
 
 
 def strided(x: Tensor, rank: int, dim: int) -> Tensor:
-    """The rows or columns that the linears of rank hold: every RANKS-th."""
+    """The rows or columns that the linears of this rank hold: every RANKS-th."""
     return x.index_select(dim, torch.arange(rank, x.shape[dim], RANKS))
 
 
 def column_then_row(rank: int, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
-    """A feed-forward whose hidden layer is split over ranks: outputs and all gradients as on one process."""
+    """A feed-forward with its hidden layer split over ranks: outputs and gradients equal those of one process."""
 
     def init(seed: int) -> Callable[[Tensor], None]:
         return lambda w: w.copy_(shared(*w.shape, seed=seed + w.shape[0]))
@@ -111,7 +110,6 @@ def fused(rank: int, group: dist.ProcessGroup) -> None:
 
 
 def worker(rank: int, port: int) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     group = dist.group.WORLD
@@ -123,7 +121,7 @@ def worker(rank: int, port: int) -> None:
         dist.destroy_process_group()
 
 
-def test_two_ranks_compute_what_one_does():
+def test_two_ranks_equal_one_process():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The stand-in distribution, built and installed into a folder of its own, and used from fresh processes."""
+"""The stand-in distribution, built, installed into its own folder, and used from fresh processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import importlib.util
 from importlib.metadata import version
 from packaging.version import Version
 
-# As diffusers, transformers and unsloth ask for it.
+# As diffusers, transformers and unsloth check for it.
 assert importlib.util.find_spec("xformers") is not None
 assert Version(version("xformers")) >= Version("0.0.35")
 
@@ -81,7 +81,7 @@ print("done")
 
 
 def run(code: list[str], *path: Path) -> subprocess.CompletedProcess[str]:
-    # The keyspan of this checkout, whichever one is installed.
+    # The keyspan of this checkout comes before an installed one.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, Path(__file__).parents[2] / "src")))}
     return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=False)
 
@@ -115,9 +115,9 @@ def test_it_does_not_shadow_a_real_one(installed, tmp_path):
     assert done.returncode == 1
     assert f"there is a real one in {real}" in done.stderr
     assert "does not shadow it" in done.stderr
-    # The real one first: it is imported, and the stand-in is not asked.
+    # The real one comes first on the path: it is imported.
     done = run(["-c", "import xformers; print(xformers.__file__)"], tmp_path, installed)
     assert done.stdout.strip() == str(real / "__init__.py")
-    # Another copy of the stand-in is no real one.
+    # Another copy of the stand-in does not count as a real one.
     done = run(["-c", "import xformers"], installed, Path(__file__).parents[2] / "compat" / "xformers")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Third-party packages through the stand-in, where they are installed; each in a process of its own."""
+"""Installed third-party packages with the stand-in, each in its own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_xformers_shim import installed, run
 pytest.importorskip("hatchling", reason="the stand-in is built with hatchling, which the dev extra brings")
 __all__ = ["installed"]
 
-# What the packages import besides; their pip names where they differ.
+# Other imports of the packages, with their pip names where they differ.
 NEEDED = {
     "diffusers": (),
     "mistral_inference": ("simple_parsing", "docstring_parser"),
@@ -21,7 +21,7 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("package", NEEDED)
-def test_their_xformers_path_is_their_own(package, installed):
+def test_their_xformers_path_equals_their_other_path(package, installed):
     missing = [name for name in (package, *NEEDED[package]) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (pip install --no-deps, without torch and xformers)")

@@ -1,4 +1,4 @@
-"""What each mask class of xFormers means, by its one-line definition, and random instances. Knows nothing of ranges."""
+"""Each mask class of xFormers by its one-line definition, and random instances."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Instance(NamedTuple):
     M: int
     N: int
     times: Tensor
-    """How often query i sees slot j by the definition, `[M, N]`; more than once only where pages repeat in a block."""
+    """How often query i sees slot j, `[M, N]`; more than once only where a block repeats a page."""
 
     @property
     def visible(self) -> Tensor:
@@ -38,7 +38,7 @@ class Instance(NamedTuple):
 
 
 def see(i: int, j: int, s: int, w: int, left: int, right: int) -> dict[str, bool]:
-    """Whether query i sees key j of its block; s = Nk − Nq, w the window, left and right the two-sided one."""
+    """Whether query i sees key j of its block; s = Nk − Nq, w the causal window, left and right the two-sided one."""
     return {
         "all": True,
         "top-left": j <= i,

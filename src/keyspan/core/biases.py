@@ -1,4 +1,4 @@
-"""Bias terms: what is added to the scaled scores before the softmax. Knows nothing of masks, layouts or backends."""
+"""Bias terms, added to the scaled scores before the softmax."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 _ADD = (Tensor.__add__, Tensor.__radd__, Tensor.add, operator.add)
-"""What torch calls `+`: when it runs, compiles and exports."""
+"""The functions that torch reports for `+`: in eager mode, when it compiles and when it exports."""
 
 
 class Bias:
-    """What all bias terms can do: be added to one another and to dense tensors."""
+    """Base class of bias terms: they add to one another and to dense tensors."""
 
     @property
     def terms(self) -> tuple[Bias, ...]:
@@ -26,13 +26,13 @@ class Bias:
         return BiasSum((*self.terms, *as_bias(other).terms))
 
     def __radd__(self, other: int) -> Bias:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # 0: where sum() begins
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum() starts from 0
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Bias:
-        """`tensor + bias`: torch asks here; its compiler does for `bias + tensor` too, which it turns round."""
+        """`tensor + bias`: torch calls this; its compiler does for `bias + tensor` too, which it reverses."""
         return as_bias(args[0]) + as_bias(args[1]) if func in _ADD else NotImplemented
 
 
@@ -54,8 +54,8 @@ class Alibi(Bias):
 class RelativeBias(Bias):
     """A learned bias by relative position: adds `table[h, clamp(j − diagonal(i), −R, R) + R]`. Differentiable.
 
-    The form behind T5's and Swin's relative biases (Shaw et al. 2018; Raffel et al. 2020); buckets are a matter
-    of how the table is filled, e.g. `table = weight[:, bucket_of(torch.arange(-R, R + 1))]`.
+    T5's and Swin's relative biases have this form (Shaw et al. 2018; Raffel et al. 2020). Buckets are a way to
+    fill the table, e.g. `table = weight[:, bucket_of(torch.arange(-R, R + 1))]`.
 
     Args:
         table: floating `[H, 2R + 1]`, one row per query head (`[G, H, 2R + 1]` for 5-D queries).
@@ -83,7 +83,7 @@ class DenseBias(Bias):
 
 @dataclass(frozen=True, eq=False)
 class BiasSum(Bias):
-    """Several terms, all added."""
+    """The sum of several terms."""
 
     members: tuple[Bias, ...]
 
@@ -93,7 +93,7 @@ class BiasSum(Bias):
 
 
 def as_bias(bias: Bias | Tensor) -> Bias:
-    """A bias as it is, a tensor as `DenseBias`."""
+    """`bias` itself, or a tensor as `DenseBias`."""
     return DenseBias(bias) if isinstance(bias, Tensor) else bias
 
 

@@ -1,7 +1,7 @@
 """Counter-based dropout: which weights are dropped is a pure function of (seed, batch, head, query, key).
 
-Philox 4x32-10 (Salmon et al. 2011), so every backend drops the same weights and none is stored.
-Knows nothing of tiles: it answers for any rows and columns.
+The generator is Philox 4x32-10 (Salmon et al. 2011). Every backend drops the same weights, whatever its tiles, and none
+is stored.
 """
 
 from __future__ import annotations

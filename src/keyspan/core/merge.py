@@ -1,4 +1,4 @@
-"""Merging partial results over disjoint sets of keys. Knows nothing of masks or backends."""
+"""Merge attention results over disjoint sets of keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors stored in 8 bits with scales, as `attention` reads them. Knows nothing of attention."""
+"""Quantize keys, values and queries to 8 bits with scales, as `attention` reads them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from keyspan.core.problem import DTYPES, STORED, names
 
 
 def quantize(x: Tensor, dtype: torch.dtype, run: int | None = None) -> tuple[Tensor, Tensor]:
-    """A tensor in 8 bits and its scales: `stored * scale` is `x`, rounded.
+    """Quantize a tensor to 8 bits: `stored * scale` is `x`, rounded.
 
-    The largest magnitude of a run of rows and a head becomes the largest number of `dtype`: symmetric, without an
-    offset; deterministic. Formats: Micikevicius et al. 2022 (e4m3); scales by blocks of keys: Shah et al. 2024
-    (FlashAttention-3). Reads nothing on the host.
+    Each run of rows of a head has a scale, which maps its largest magnitude to the largest number of `dtype`. The
+    mapping is symmetric, without an offset, and deterministic.
+    No value is read on the host. Formats: Micikevicius et al. 2022 (e4m3); scales by blocks of keys: Shah et al. 2024
+    (FlashAttention-3).
 
     Args:
         x: keys, values or a query as `attention` takes them, `[B, N, heads, dim]`, `[B, N, G, H, dim]` or
@@ -24,7 +25,7 @@ def quantize(x: Tensor, dtype: torch.dtype, run: int | None = None) -> tuple[Ten
 
     Returns:
         `stored`, in `dtype` with the shape of `x`, and `scale`, fp32 (fp64 for fp64) `[B, N / run, heads]`: arguments
-        of `attention`. A run of zeros has scale 1; one that holds NaN or inf has scale NaN, and so is NaN as a whole.
+        of `attention`. A run of zeros has scale 1. A run that holds NaN or inf has scale NaN: all of it becomes NaN.
 
     Raises:
         ValueError: for a wrong argument, and for `x` that requires a gradient while grad mode is on.
@@ -42,7 +43,7 @@ def quantize(x: Tensor, dtype: torch.dtype, run: int | None = None) -> tuple[Ten
     run = max(N, 1) if run is None else run
     if isinstance(run, bool) or not isinstance(run, int) or run < 1 or N % run:
         raise ValueError(f"run: got {run!r}, want a divisor of the {N} rows of x, or None")
-    # Without rows there is one scale, of nothing.
+    # Without rows there is one run, which is empty.
     rows = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (max(N // run, 1), min(run, N)))
     peak = rows.abs().amax((2, -1)) if rows.numel() else rows.new_zeros((*rows.shape[:2], *rows.shape[3:-1]))
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max

@@ -1,4 +1,4 @@
-"""Key ranges: the lowered form of every mask. Knows neither how a mask was written nor how attention is computed."""
+"""Key ranges: the lowered form of every mask."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class KeyRanges:
     Attributes:
         lo: int32 `[S, B or 1, M]`, first visible key.
         hi: int32 `[S, B or 1, M]`, one past the last visible key.
-        diagonal: int32 `[S, B or 1, M]`, the key that stands at the same position as query `i`, in the
-            coordinates of range `s`. Distances in ALiBi and relative biases are `j − diagonal[s, b, i]`.
+        diagonal: int32 `[S, B or 1, M]`, the key at the same position as query `i`, in the coordinates of
+            range `s`. Distances in ALiBi and relative biases are `j − diagonal[s, b, i]`.
         sequence: int32 `[M]`, the row of `block_table` that query `i` reads; only for paged keys.
         block_table: int32 `[sequences, pages]`; only for paged keys. Then `j` is logical:
             `physical = block_table[sequence[i], j // page_size] * page_size + j % page_size`.
         page_size: keys per page; 0 where keys are not paged.
-        dense: bool, broadcastable to `[B, H, M, N]`, true where a key may be seen; for masks no range describes.
-        keys: the N that the ranges were made for, then checked; `None`: ranges are cut off at the keys there are.
+        dense: bool, broadcastable to `[B, H, M, N]`, true = visible; for masks that ranges cannot express.
+        keys: the N that the ranges were made for, which calls check; `None`: ranges are cut off at N.
 
-    A mask is lowered by `mask.lower(batch, M, N, device)`. The lowered form may itself be passed as `mask=`:
-    lower once per step and hand the result to every layer.
+    `mask.lower(batch, M, N, device)` makes it. It may be passed as `mask=`: lower once per step and pass the result to
+    every layer.
     """
 
     lo: Tensor
@@ -97,7 +97,7 @@ class KeyRanges:
             visible = visible[:, 0] if visible.dim() == 4 and visible.shape[1] == 1 else visible
         if self.block_table is None or self.sequence is None:
             return visible
-        # Two logical keys may share a physical slot: it is visible where either is.
+        # Two logical keys may share a physical slot, which is visible where either is.
         slot = self.block_table.long()[:, j // self.page_size] * self.page_size + j % self.page_size
         physical = slot.clamp(0, max(N - 1, 0))[self.sequence.long()].expand(visible.shape)
         shape = (*visible.shape[:-1], N)

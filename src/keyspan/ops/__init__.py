@@ -1,4 +1,4 @@
-"""`xformers.ops`, by saying `import keyspan.ops as xops`: the same names, on every device, with every gradient."""
+"""The names of `xformers.ops`: `import keyspan.ops as xops`. They run on every device and have every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gathering and adding rows by index, for stochastic depth over nested batches. Plain torch, differentiable."""
+"""Gather and add rows by index, for stochastic depth over nested batches; differentiable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of xFormers is left out and why: asking a module for such a name raises an error that says so."""
+"""Names of xFormers that are left out: access raises an error with the reason."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ LEFT_OUT = {
 
 
 def refuse(module: str) -> Callable[[str], Any]:
-    """A module's `__getattr__`: AttributeError, so that `hasattr` is False, with the reason for names left out.
+    """A module's `__getattr__`, which raises AttributeError (so `hasattr` is False) with the reason.
 
-    `from package import name` drops an AttributeError's message, so there it is an ImportError that carries the reason.
+    `from package import name` drops the message of an AttributeError, so an import gets an ImportError.
     """
 
     def __getattr__(name: str) -> Any:  # noqa: N807

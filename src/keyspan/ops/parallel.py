@@ -1,6 +1,6 @@
-"""Tensor- and sequence-parallel linears over `torch.distributed`: xFormers' results without its NVLink overlap.
+"""Tensor- and sequence-parallel linears over `torch.distributed`, without xFormers' overlap over NVLink.
 
-Any backend of torch.distributed will do (NCCL, gloo). The first dimension is the one that is gathered and scattered.
+Any backend of torch.distributed works (NCCL, gloo). Collectives gather and scatter the first dimension.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _identity(x: Tensor, group: Group) -> Tensor:
 
 
 class _Collective(torch.autograd.Function):
-    """A collective whose backward is another one."""
+    """A collective with another one as its backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, do: Any, undo: Any) -> Tensor:
@@ -72,12 +72,12 @@ def reduce_scatter_along_first_dim(x: Tensor, *, process_group: Group) -> Tensor
 
 
 def copy_to_model_parallel_region(x: Tensor, process_group: Group) -> Tensor:
-    """x itself; backward sums over ranks."""
+    """Returns x; backward sums over ranks."""
     return _collective(x, process_group, _identity, _all_reduce)
 
 
 def reduce_from_model_parallel_region(x: Tensor, process_group: Group) -> Tensor:
-    """The sum over ranks; backward hands the gradient on."""
+    """The sum over ranks; backward passes the gradient unchanged."""
     return _collective(x, process_group, _all_reduce, _identity)
 
 
@@ -164,7 +164,7 @@ def fused_allgather_and_anything(
     timeout_s: int = 3600,
     **private: object,
 ) -> None:
-    """Call `my_matmul(inputs of rank r, r, stream_factory)` for every rank r; it keeps what it computes itself."""
+    """Call `my_matmul(inputs of rank r, r, stream_factory)` for every rank r; it stores its own results."""
     gathered = [_gather(x[None], group) for x in scattered_inputs]
     for rank in range(group.size()):
         my_matmul([x[rank] for x in gathered], rank, _streams)
@@ -178,7 +178,7 @@ def fused_anything_and_reducescatter(
     timeout_s: int = 3600,
     **private: object,
 ) -> None:
-    """`my_matmul(outputs for rank r, r, stream_factory)` fills in; each rank's sum goes to `scattered_outputs`."""
+    """`my_matmul(outputs for rank r, r, stream_factory)` fills its outputs, whose sum over ranks goes to rank r."""
     gathered = [x.new_empty(group.size(), *x.shape) for x in scattered_outputs]
     for rank in range(group.size()):
         my_matmul([x[rank] for x in gathered], rank, _streams)
@@ -187,7 +187,7 @@ def fused_anything_and_reducescatter(
 
 
 def _slice_of_full(weight: Tensor, init_method: Callable[[Tensor], Any], group: Group, dim: int) -> None:
-    """Every ranks-th row or column of a full weight: what is drawn does not depend on the number of ranks."""
+    """Initialise with every ranks-th row or column of a full weight, so values do not depend on the number of ranks."""
     shape = [n * group.size() if d == dim else n for d, n in enumerate(weight.shape)]
     full = weight.detach().new_empty(shape)
     init_method(full)

@@ -1,4 +1,4 @@
-"""RMSNorm under xFormers' names. The arithmetic is `keyspan.layers.rms_norm`; unlike xFormers' it has gradients."""
+"""RMSNorm under xFormers' names, computed by `keyspan.layers.rms_norm`; unlike xFormers' it has gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keyspan import layers
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension, in fp32, rounded to x's dtype. No weight is ones."""
+    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension, in fp32, rounded to x's dtype. `None` is ones."""
     return layers.rms_norm(x, x.new_ones(x.shape[-1]) if weight is None else weight, eps)
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of new tokens and their entry into a padded key/value cache, in one call. Knows no attention."""
+"""Rotary embedding of new tokens, and their insertion into a padded key/value cache, in one call."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def rope_padded(
     adjacents: bool = True,
     internal_dtype: str = "",
 ) -> Tensor:
-    """Turn queries and keys by their positions, and write keys and values behind those in the cache.
+    """Rotate queries and keys by their positions, and append keys and values to the cache.
 
-    The last token of sequence b goes to the last slot in use of its run of the cache, the ones before it to the slots
-    before; `attn_bias` counts them in already. A token's position is its slot's number within the run, plus
-    `first_seqpos[b]`.
+    The new tokens of sequence b go to the last used slots of its part of the cache; the lengths of `attn_bias` include
+    them. A token's position is its slot's number within that part, plus `first_seqpos[b]`.
 
     Args:
         xq: `[1, T, H, K]` or `[1, T, G, H, K]`, the packed new queries; xk, xv likewise with the cache's heads.
@@ -47,10 +46,10 @@ def rope_padded(
         out_q: where to write the result instead of a new tensor.
         first_seqpos: int `[sequences]`; seqpos: int `[T]`, the positions themselves.
         adjacents: whether component pairs are (2i, 2i + 1) or (i, i + K/2).
-        internal_dtype: "", "f32" or "f64", of the angles; the turning is fp32 (fp64 for fp64 queries).
+        internal_dtype: "", "f32" or "f64", the dtype of the angles; the rotation is in fp32 (fp64 for fp64 queries).
 
     Returns:
-        The turned queries, in xq's shape and dtype.
+        The rotated queries, in xq's shape and dtype.
     """
     T = xq.shape[1]
     if xq.dim() not in (4, 5) or xq.shape[0] != 1:
@@ -91,19 +90,19 @@ def rope_padded(
         table = table[0].float(), table[1].float()
     _write(cache_k, slot, rotate(xk, table, adjacents))
     _write(cache_v, slot, xv)
-    turned = rotate(xq, table, adjacents)
-    return turned if out_q is None else out_q.copy_(turned)
+    rotated = rotate(xq, table, adjacents)
+    return rotated if out_q is None else out_q.copy_(rotated)
 
 
 def _rescaled(frequency: Tensor, context: float, factor: float, low: float, high: float) -> Tensor:
-    """Frequencies of fewer than `low` turns in the old context are divided by `factor`, those above `high` kept."""
+    """Divide frequencies of fewer than `low` turns in the old context by `factor`; keep those of more than `high`."""
     turns = context * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / factor)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (share + (1 - share) / factor)
 
 
 def _write(cache: Tensor, slot: Tensor, x: Tensor) -> None:
-    # Heads expanded over one in memory are written once.
+    # Expanded heads share memory: write it once.
     for dim in range(2, cache.dim() - 1):
         if cache.stride(dim) == 0:
             cache, x = cache.narrow(dim, 0, 1), x.narrow(dim, 0, 1)

@@ -1,4 +1,4 @@
-"""SwiGLU under xFormers' names and in its weight layouts. The arithmetic is `keyspan.layers.swiglu`."""
+"""SwiGLU under xFormers' names and in its weight layouts, computed by `keyspan.layers.swiglu`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keyspan.ops.unbind import get_stack_strides
 
 
 class SwiGLUOp:
-    """An implementation of SwiGLU, which `op=` hints at; keyspan has one, which keeps only x and the pre-activation."""
+    """The one implementation of SwiGLU, which saves x and the pre-activation for backward. `op=` is a hint."""
 
     NAME = "keyspan"
     PACKED_WEIGHTS = False
@@ -30,11 +30,12 @@ SwiGLUEagerOp = SwiGLUOp()
 
 @dataclass
 class SwiGLUOpDispatch:
-    """What xFormers chooses an implementation by; there is one, so `op` is always that.
+    """The arguments by which xFormers chooses an implementation. There is one, so `op` is always that.
 
     Attributes:
-        device: of x; dtype: of x; dtype_autocast_gpu: autocast's where that is on, else x's.
-        packed_weights: whether w1 and w2 lie side by side, as `swiglu_packed` takes them.
+        device, dtype: of x.
+        dtype_autocast_gpu: autocast's dtype where autocast is on, else x's.
+        packed_weights: whether w1 and w2 are views of one tensor, as `swiglu_packed` takes them.
         bias_enabled: whether all three linears have a bias.
     """
 

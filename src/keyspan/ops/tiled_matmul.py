@@ -1,4 +1,4 @@
-"""Products of matrices given in blocks, and with a mask on the result. Plain torch."""
+"""Matrix products of block matrices, and with a mask on the result."""
 
 from __future__ import annotations
 

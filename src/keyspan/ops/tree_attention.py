@@ -1,7 +1,7 @@
-"""Attention of speculated tokens that form a tree: over the cached prefix, over the tree, merged.
+"""Attention of a tree of speculated tokens: over the cached prefix and over the tree, merged.
 
 A tree is a list of paths from its root, as Medusa (Cai et al. 2024) and EAGLE (Li et al. 2024) write it: `(1, 0)` is
-the first child of the root's second child. The root itself, the last sure token, is the empty path.
+the first child of the root's second child. The root, the last accepted token, is the empty path.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Path = tuple[int, ...]
 
 
 class SplitKAutotune(triton_splitk.FwOp):
-    """A hint, like the operator it is named after."""
+    """A hint, like `triton_splitk.FwOp`."""
 
     AUTOTUNE = True
 
 
 @dataclass
 class TreeAttnMetadata:
-    """All that decoding with a tree needs to know of it. n nodes without the root; node 0 is the root.
+    """A tree in the forms that decoding needs. It has n nodes besides the root; node 0 is the root.
 
     Attributes:
         tree_choices: the n paths, sorted by length, then lexically.
         attention_bias: `[n + 1, n + 1]`, 0 for a node's ancestors and itself, −inf elsewhere.
-        tree_indices: int64 `[n + 1]`, which draft token a node stands for; each level's follow the last one's.
-        retrieval_indices: int64 `[leaves, depth + 1]`, the nodes from the root to each leaf, −1 behind.
+        tree_indices: int64 `[n + 1]`, the draft token of a node; each level's follow those of the level before.
+        retrieval_indices: int64 `[leaves, depth + 1]`, the nodes from the root to each leaf, padded with −1.
         path_lengths: nodes on each of those paths.
         tree_seq_position_ids: int32 `[n + 1]`, the level of a node.
         parent_node_indices: int64 `[n]`, the parent of every node but the root.
@@ -79,13 +79,13 @@ class TreeAttnMetadata:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> TreeAttnMetadata:
-        """From the paths of all nodes but the root, in any order. `dtype` is that of `attention_bias`."""
+        """From the paths of all nodes except the root, in any order. `dtype` is that of `attention_bias`."""
         paths = sorted(tree_choices, key=lambda path: (len(path), path))
         nodes = [(), *paths]
         number = {path: i for i, path in enumerate(nodes)}
         orphans = [path for path in paths if path[:-1] not in number]
         if orphans:
-            raise ValueError(f"tree_choices: got {orphans[0]} without its parent, want every path's beginning too")
+            raise ValueError(f"tree_choices: got {orphans[0]} without its parent, want every parent in the list too")
         children = [[i for i, path in enumerate(paths) if path[:-1] == node] for node in nodes]
         widest = max(1, *(len(row) for row in children))
         leaves = [path for path, row in zip(nodes, children, strict=True) if not row]
@@ -125,7 +125,7 @@ class TreeAttnMetadata:
 
 
 def _draft_tokens(nodes: Sequence[Path], depth: int) -> list[int]:
-    """The draft token of every node: a level's are numbered by last step, behind those of the level before."""
+    """The draft token of each node: numbered by the path's last step, after the tokens of the level before."""
     tokens, base = [0], 0
     for level in range(1, depth + 1):
         tokens += [base + path[-1] + 1 for path in nodes if len(path) == level]
@@ -146,7 +146,7 @@ def tree_attention(
     autotune: bool = False,
     quantized_kv_scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of the tree's T queries over the prefix and over the tree.
+    """Attention of the tree's T queries over the prefix and the tree.
 
     Args:
         q: `[B, T, H, K]` or `[B, T, G, H, K]`; spec_k, spec_v: `[B, T', ...]`, keys and values of the tree, T' ≥ T.
@@ -161,7 +161,7 @@ def tree_attention(
     if quantized_kv_scales is not None:
         raise NotImplementedError("quantized_kv_scales: quantized caches are left out of keyspan")
     B, T = q.shape[:2]
-    # Partial results in fp32, so that merging rounds once.
+    # Partial results are fp32, so that the result is rounded once.
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows, keys, values = (x.flatten(0, 1)[None] for x in (q, cache_k, cache_v))
     prefix, prefix_lse = memory_efficient_attention_partial(rows, keys, values, prefix_attn_bias, output_dtype=wide)
@@ -178,12 +178,12 @@ def use_triton_splitk_for_prefix(B: int, G: int, tree_size: int) -> bool:
 def select_prefix_op(
     B: int, G: int, tree_size: int, autotune: bool, attn_bias: AttentionBias, kv_cache_dtype: torch.dtype
 ) -> type[AttentionFwOpBase] | None:
-    """No operator: keyspan chooses its backend itself."""
+    """`None`: keyspan chooses its backend itself."""
     return None
 
 
 def construct_tree_choices(branching: Sequence[int]) -> list[Path]:
-    """All paths of a tree in which every node of level i has `branching[i]` children."""
+    """All paths of a tree whose nodes of level i have `branching[i]` children each."""
     return [
         path
         for depth in range(1, len(branching) + 1)
@@ -192,10 +192,10 @@ def construct_tree_choices(branching: Sequence[int]) -> list[Path]:
 
 
 def construct_full_tree_choices(tree_depth: int, branching: int) -> list[Path]:
-    """All paths of a tree of `tree_depth` levels below the root, `branching` children everywhere."""
+    """All paths of a tree of `tree_depth` levels below the root, with `branching` children per node."""
     return construct_tree_choices([branching] * tree_depth)
 
 
 def get_full_tree_size(tree_depth: int, branching: int) -> int:
-    """Nodes of a full tree of `tree_depth` levels, the root's among them."""
+    """The number of nodes of a full tree of `tree_depth` levels, the root's level included."""
     return sum(branching**level for level in range(tree_depth))

@@ -1,4 +1,4 @@
-"""Taking a packed tensor apart and, where the parts still lie side by side, putting them together without a copy."""
+"""Unbind a packed tensor, and stack parts that lie side by side in memory without a copy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """`torch.unbind`, whose backward stacks.
+    """`torch.unbind`. Its backward copies the gradients into one tensor.
 
-    xFormers spares that copy where a kernel wrote all gradients into one tensor; here they are the results of one
-    registered operator, which may not share their memory.
+    xFormers avoids that copy where one kernel wrote all gradients into one tensor. Here a registered operator returns
+    them, whose results may not share memory.
     """
     return torch.unbind(x, dim)
 
@@ -35,7 +35,7 @@ def get_stack_strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...] | 
 
 
 def stack_or_none(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
-    """`torch.stack(tensors, dim)` as a view of their common storage, or None where they do not lie so."""
+    """`torch.stack(tensors, dim)` as a view of their common storage, or None where they do not lie side by side."""
     strides = get_stack_strides(tensors, dim)
     if strides is None:
         return None
@@ -45,7 +45,7 @@ def stack_or_none(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
 
 
 class _StackedView(torch.autograd.Function):
-    """A view by strides of the first tensor, which torch would take to depend on that one alone."""
+    """A strided view over all tensors. `as_strided` alone would send the whole gradient to the first."""
 
     @staticmethod
     def forward(ctx: Any, strides: tuple[int, ...], dim: int, *tensors: Tensor) -> Tensor:

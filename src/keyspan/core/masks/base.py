@@ -1,4 +1,4 @@
-"""Base classes of masks, and what combines them."""
+"""Base classes of masks, and their combination with `&`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and, operator.and_)
 
 
 class Frame(NamedTuple):
-    """Where each query row's keys lie, before any visibility: int32 tensors `[S, B or 1, M]`."""
+    """The keys of each query row before any visibility applies: int32 tensors `[S, B or 1, M]`."""
 
     start: Tensor
     stop: Tensor
@@ -84,7 +84,7 @@ class Mask:
             batch: batch size of the query.
             M: query rows per batch entry.
             N: keys per batch entry (for paged keys, the physical slots).
-            device: where the ranges are made. Lengths given as tensors on that device are not read on the host.
+            device: of the ranges. Lengths that are tensors on that device are not read on the host.
 
         Raises:
             ValueError: where the lengths do not fit `batch`, `M` or `N`.
@@ -115,7 +115,7 @@ class Mask:
         batch: int | None = None,
         path: str | Path | None = None,
     ) -> str:
-        """The mask as text, a line per query; with `path`, also as a picture (PNG, needs matplotlib)."""
+        """The mask as text, one line per query; `path` writes a PNG too (needs matplotlib)."""
         from keyspan.draw import mask_picture, mask_text
 
         visible = self.materialize(M, N, batch=batch)
@@ -131,10 +131,10 @@ class Mask:
 
 
 class Layout(Mask):
-    """A mask that says where keys live. A mask has at most one; without any, query and keys are the batch itself."""
+    """Base class of layouts: where keys lie. A mask has at most one; without one, batch entry b has its own N keys."""
 
     def sizes(self) -> tuple[int | None, int | None, int | None]:
-        """(batch, M, N) as far as the lengths tell them without reading a device."""
+        """(batch, M, N) as the lengths give them; `None` where they do not, or where a device would have to be read."""
         raise NotImplementedError
 
     def frame(self, batch: int, M: int, N: int, device: torch.device) -> Frame:
@@ -143,7 +143,7 @@ class Layout(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Mask):
-    """A bool tensor broadcastable to `[B, H, M, N]`, true where a key may be seen: for masks no range describes.
+    """A bool tensor broadcastable to `[B, H, M, N]`, true = visible: for masks that ranges cannot express.
 
     >>> print(Dense(torch.tensor([[True, False, True]])).draw(2, 3))
     ■ · ■
@@ -164,7 +164,7 @@ class Dense(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Combined(Mask, keyed=True):
-    """Parts put together by `&`: at most one layout, one `Prefix` and one `Sinks`, all of one alignment."""
+    """Parts combined by `&`: at most one layout, one `Prefix` and one `Sinks`, all with the same alignment."""
 
     members: tuple[Mask, ...]
 
@@ -189,7 +189,7 @@ class Combined(Mask, keyed=True):
 
 
 def as_mask(mask: Mask | Tensor) -> Mask:
-    """A mask as it is, a bool tensor as `Dense`."""
+    """`mask` itself, or a bool tensor as `Dense`."""
     return Dense(mask) if isinstance(mask, Tensor) else mask
 
 

@@ -25,7 +25,7 @@ from keyspan.core.masks.checks import (
 
 @dataclass(frozen=True, eq=False)
 class Documents(Layout, keyed=True):
-    """Packed documents in one row: queries and keys of document `d` follow those of `d − 1`; none sees another's.
+    """Packed documents in one row: document `d` follows document `d − 1`, and its queries see its own keys only.
 
     >>> print(Documents([2, 3]).draw())
     ■ ■ · · ·
@@ -40,8 +40,8 @@ class Documents(Layout, keyed=True):
     · ■ ■ ■ ■
 
     Args:
-        q_lengths: queries per document, list of int or int tensor `[documents]`. Zero is allowed. A list must add
-            up to M; a tensor may add up to less, then the rows behind see nothing.
+        q_lengths: queries per document, list of int or int tensor `[documents]`. Zero is allowed. The sum of a
+            list must be M; the sum of a tensor may be less, and the rows behind it see no key.
         k_lengths: keys per document; `None` means `q_lengths`.
     """
 
@@ -116,7 +116,7 @@ class PaddedKeys(Layout, keyed=True):
 
 @dataclass(frozen=True, eq=False)
 class GappyKeys(Layout, keyed=True):
-    """Packed queries; document `d` has keys `k_starts[d] … k_starts[d] + k_lengths[d] − 1`, anywhere, even shared.
+    """Packed queries; document `d` has keys `k_starts[d] … k_starts[d] + k_lengths[d] − 1`. Documents may share keys.
 
     >>> print(GappyKeys([2, 1], k_starts=[1, 5], k_lengths=[3, 2]).draw(N=8))
     · ■ ■ ■ · · · ·
@@ -156,7 +156,7 @@ class GappyKeys(Layout, keyed=True):
 
 @dataclass(frozen=True, eq=False)
 class PagedKeys(Layout):
-    """Packed queries; keys in pages of equal size, any page anywhere, as in vLLM's cache (Kwon et al. 2023).
+    """Packed queries; keys in pages of equal size in any order, as in vLLM's cache (Kwon et al. 2023).
 
     Key `j` of document `d` is in slot `block_table[d, j // page_size] · page_size + j % page_size`.
 
@@ -236,10 +236,10 @@ class PagedKeys(Layout):
 
 @dataclass(frozen=True, eq=False)
 class KeyLengths(Layout, keyed=True):
-    """The batch itself, each entry with its own run of valid keys: right-padded (`starts=None`) or left-padded keys.
+    """A batch in which each entry has its own run of valid keys: right-padded (`starts=None`) or left-padded.
 
-    The frame stays the batch row: `top_left` puts query `i` beside key `i`; `bottom_right` puts the last query
-    beside the last valid key. `Sinks` and `Prefix` count from the first valid key.
+    Positions count from the start of the row, padding included: `top_left` aligns query `i` with key `i`,
+    `bottom_right` the last query with the last valid key. `Sinks` and `Prefix` count from the first valid key.
 
     >>> print((KeyLengths([2, 3], starts=[1, 0]) & Causal()).draw(3, 3))
     · · ·
@@ -284,11 +284,11 @@ class KeyLengths(Layout, keyed=True):
 
 @dataclass(frozen=True, eq=False)
 class SharedPrompt(Layout, keyed=True):
-    """Packed prompts, each followed by its answers; an answer sees its prompt and itself, causally, and no other.
+    """Packed prompts, each followed by its answers. An answer sees its prompt and, causally, itself.
 
-    Each answer stands at the position right behind its prompt, so the result (biases included) equals that of
-    every answer computed alone behind a copy of the prompt. Two ranges per row. `Sinks` and `Prefix` name keys of the
-    prompt, so they may not be longer than it.
+    Every answer's positions start at the end of its prompt, so the result (biases included) equals that of each
+    answer computed alone behind a copy of the prompt. Rows have two ranges. `Sinks` and `Prefix` count keys of the
+    prompt, so they may not exceed the shortest one.
 
     >>> print(SharedPrompt([2], [[2, 1]]).draw())
     ■ · · · ·
@@ -300,7 +300,7 @@ class SharedPrompt(Layout, keyed=True):
     Args:
         prompt_lengths: tokens of each prompt, list of int or int tensor `[prompts]`.
         answer_lengths: tokens of each prompt's answers: a list of lists, or an int tensor `[prompts, answers]`
-            in which 0 stands for no answer.
+            in which 0 means no answer.
     """
 
     prompt_lengths: Lengths
@@ -327,7 +327,7 @@ class SharedPrompt(Layout, keyed=True):
             )
 
     def _segments(self, device: torch.device) -> Tensor:
-        """Lengths of prompts and answers in the order they are packed, int32 `[prompts, 1 + answers]`."""
+        """Lengths of prompts and answers in packed order, int32 `[prompts, 1 + answers]`."""
         answers = self.answer_lengths
         if not isinstance(answers, Tensor):
             width = max([0, *map(len, answers)])
@@ -356,7 +356,7 @@ class SharedPrompt(Layout, keyed=True):
         length = segments.flatten()
         start = length.cumsum(0) - length
         segment = document_of_row(length, M)
-        # A phantom segment of length 0 stands behind the last, for rows behind the last token.
+        # Rows behind the last token belong to a padding segment of length 0.
         start, prompt_length, prompt_start = (
             torch.nn.functional.pad(x, (0, 1)).int()[segment]
             for x in (
@@ -369,7 +369,7 @@ class SharedPrompt(Layout, keyed=True):
         inside = segment < length.numel()
         answer = (segment % columns > 0) & inside
         prompt_stop = torch.where(inside, prompt_start + prompt_length, prompt_start)
-        # Range 0: the prompt, met by an answer from behind its end. Range 1: the answer itself; empty for prompts.
+        # Range 0: the prompt; an answer's positions start at its end. Range 1: the answer itself; empty for prompts.
         position = torch.where(answer, prompt_stop + row - start, row)
         own_stop = torch.where(answer, row + 1, start)
         diagonal = torch.stack([position, row])[:, None]
@@ -379,14 +379,14 @@ class SharedPrompt(Layout, keyed=True):
 
 
 def document_of_row(lengths: Tensor, M: int) -> Tensor:
-    """The document that row `i` belongs to, int64 `[M]`; the number of documents for rows behind the last."""
+    """The document of each row, int64 `[M]`; rows behind the last document get the number of documents."""
     row = torch.arange(M, device=lengths.device, dtype=torch.int32)
     return torch.searchsorted(lengths.cumsum(0).int(), row, right=True)
 
 
 def document_frame(q: Tensor, k_start: Tensor, k: Tensor, M: int, N: int) -> Frame:
     document = document_of_row(q, M)
-    # A phantom document of length 0 stands behind the last, for rows behind the last query.
+    # Rows behind the last query belong to a padding document of length 0.
     q_start, q, k_start, k = (
         torch.nn.functional.pad(x, (0, 1)).int()[document] for x in (q.cumsum(0) - q, q, k_start, k)
     )

@@ -14,11 +14,11 @@ from keyspan.core.masks.visibility import Causal, Prefix, Sinks, Window
 from keyspan.core.ranges import KeyRanges
 
 UNBOUNDED = 2**30
-"""Longer than any sequence; small enough that positions and it add up in int32."""
+"""Stands for "all" in a window; a position of up to 2³⁰ plus this fits int32."""
 
 
 def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
-    """The ranges of `visible(i, j)` as the package's docstring defines it; two where exempt keys lie apart."""
+    """The ranges of `visible(i, j)`, defined in the package's docstring; two per row where exempt keys lie apart."""
     align = alignment(parts)
     frame = _frame(parts, batch, M, N, device)
     start, stop = frame.start, frame.stop
@@ -36,7 +36,7 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
 
     exempt = _exempt(parts, start[:1], stop[:1], reach[:1])
     if exempt is not None and all(window.left is None for window in windows):
-        # Both the exempt keys and what is visible anyway begin at `start`: their union is one range.
+        # The exempt keys and the visible range both begin at `start`: their union is one range.
         hi = torch.cat([torch.maximum(hi[:1], exempt), hi[1:]])
     elif exempt is not None:
         lo = torch.cat([start[:1], torch.maximum(lo[:1], exempt), lo[1:]])
@@ -65,7 +65,7 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
 
 
 def _exempt(parts: tuple[Mask, ...], start: Tensor, stop: Tensor, reach: Tensor) -> Tensor | None:
-    """One past the last key that Prefix or Sinks exempt, per row; they begin at `start`. None where nothing is."""
+    """One past the last key that `Prefix` or `Sinks` exempts, per row; the exempt keys begin at `start`."""
     exempt = None
     for part in parts:
         if isinstance(part, Prefix):
@@ -107,7 +107,7 @@ def sizes_of(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int |
     shapes = [part.visible.shape for part in parts if isinstance(part, Dense)]
     if shapes and not any(isinstance(part, Layout) for part in parts):
         shape = (1, 1, *torch.broadcast_shapes(*shapes))
-        # A size of 1 may broadcast: it does not tell how many rows or keys there are.
+        # A size of 1 may broadcast, so it does not give the number of rows or keys.
         rows, keys = (None if size == 1 else size for size in shape[-2:])
         known = (shape[2] if len(shape) > 5 else 1, rows, keys)
     B, M, N = (given if given is not None else found for given, found in zip((batch, M, N), known, strict=True))

@@ -12,9 +12,9 @@ from keyspan.core.masks.checks import Align, check_align, check_nonnegative
 class Causal(Mask, keyed=True):
     """Query `i` sees the keys up to its own position.
 
-    `align` says which key stands beside which query when a document has more keys than queries, or fewer.
-    `top_left`: the first query beside the first key (torch's `is_causal`, xFormers' `LowerTriangularMask`).
-    `bottom_right`: the last query beside the last key (flash-attention; what decoding with a cache needs).
+    `align` says which key has the same position as which query where their numbers differ.
+    `top_left`: the first query has the first key's position (torch's `is_causal`, xFormers' `LowerTriangularMask`).
+    `bottom_right`: the last query has the last key's position (flash-attention; decoding with a cache).
 
     >>> print(Causal().draw(3, 5))
     ■ · · · ·
@@ -53,8 +53,8 @@ class Window(Mask, keyed=True):
     · · ■ ■
 
     Args:
-        left: how many keys before its own a query sees; `None` for all.
-        right: how many after; `None` for all.
+        left: keys before its own position that a query sees; `None`: all.
+        right: keys after it; `None`: all.
         align: as in `Causal`; `None` takes that of the `Causal` it is combined with, or `top_left`.
     """
 
@@ -73,9 +73,9 @@ class Window(Mask, keyed=True):
 
 @dataclass(frozen=True, eq=False)
 class Prefix(Mask, keyed=True):
-    """The first `length` keys of each document are visible to all its queries, whatever `Causal` and `Window` say.
+    """The first `length` keys of each document are visible to all its queries; `Causal` and `Window` do not hide them.
 
-    Prefix-LM, and with a window Longformer's global tokens (Beltagy et al. 2020).
+    This is Prefix-LM, and with a window Longformer's global tokens (Beltagy et al. 2020).
 
     >>> print((Causal() & Prefix(2)).draw(4, 4))
     ■ ■ · ·
@@ -97,9 +97,9 @@ class Prefix(Mask, keyed=True):
 
 @dataclass(frozen=True, eq=False)
 class Sinks(Mask, keyed=True):
-    """The first `count` keys of each document are exempt from `Window`; `Causal` still holds for them.
+    """`Window` does not hide the first `count` keys of each document; `Causal` does.
 
-    Attention sinks of StreamingLLM (Xiao et al. 2023), used as `Causal() & Window(w, 0) & Sinks(4)`.
+    These are the attention sinks of StreamingLLM (Xiao et al. 2023), used as `Causal() & Window(w, 0) & Sinks(4)`.
     (The learned sinks of GPT-OSS are not keys but logits: `attention(..., sinks=)`.)
 
     >>> print((Causal() & Window(1, 0) & Sinks(1)).draw(5, 5))

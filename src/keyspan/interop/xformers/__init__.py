@@ -1,18 +1,18 @@
-"""The top of the xFormers package: version and the flags that others ask for. `compat/xformers` re-exports this."""
+"""The top level of the xFormers package: version and flags. `compat/xformers` re-exports it."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 __version__ = "0.0.35+keyspan"
-"""The version of xFormers whose API this is."""
+"""The version of xFormers with this API."""
 
 _has_cpp_library = True
-"""Others ask this before they use attention; keyspan always can."""
+"""Callers check this before they use attention, which keyspan always has."""
 
 
 def _is_triton_available() -> bool:
-    """Whether Triton is installed and torch sees a GPU to use it on."""
+    """Whether Triton is installed and torch sees a GPU."""
     import torch
 
     return torch.cuda.is_available() and find_spec("triton") is not None

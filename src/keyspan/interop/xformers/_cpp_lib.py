@@ -1,7 +1,7 @@
-"""xFormers loads its compiled operators here. Keyspan registers its own when it is imported."""
+"""xFormers' loader of compiled operators. Keyspan registers its operator at import."""
 
 from __future__ import annotations
 
 
 def _register_extensions() -> None:
-    """Nothing to register."""
+    """Does nothing."""

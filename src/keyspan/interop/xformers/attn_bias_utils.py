@@ -1,4 +1,4 @@
-"""Random masks of every class, dense reference attention, and packing of caches into pages: what tests need."""
+"""Random masks of every class, dense reference attention, and paged caches, for tests."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def create_attn_bias(
     op: object = None,
     page_size: int | None = None,
 ) -> AttentionBias | Tensor | None:
-    """A random instance of a mask class, the same for the same sizes.
+    """A random instance of a mask class; the same for the same sizes.
 
-    Packed masks have `batch_size` blocks, `batch_size·q_len` queries and `batch_size·kv_len` keys in all (paged ones:
-    as many slots, rounded up to whole pages).
+    Packed masks have `batch_size` blocks with `batch_size·q_len` queries and `batch_size·kv_len` keys in all. Paged
+    masks have that many slots, rounded up to whole pages.
 
     Args:
         bias_type: a class of `attn_bias`, `torch.Tensor` or `type(None)`.
@@ -57,7 +57,7 @@ def create_attn_bias(
     q = _parts(r, batch_size * q_len, batch_size)
     more = {name: value for name, value in {"_window_size": window, **sides}.items() if _takes(bias_type, name)}
     if issubclass(bias_type, masks.BlockDiagonalMask):
-        # No more queries than keys in a block, as some of these classes demand.
+        # Some of these classes demand as many keys as queries in each block.
         k = [n + extra for n, extra in zip(q, _parts(r, batch_size * (kv_len - q_len), batch_size), strict=True)]
         plain = masks.BlockDiagonalMask.from_seqlens(q, k, device=device)
         return _made(bias_type(plain.q_seqinfo, plain.k_seqinfo, **more))
@@ -106,7 +106,7 @@ def ref_attention(
     p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention by its formula, dense, in fp32 or fp64: q `[B, M, K]`, `[B, M, H, K]` or `[B, M, G, H, K]`."""
+    """Dense attention by its formula, in fp32 or fp64: q `[B, M, K]`, `[B, M, H, K]` or `[B, M, G, H, K]`."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     query, key, value = (x.to(wide).movedim(1, -2) for x in (q, k, v))
     scores = query @ key.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -114,7 +114,7 @@ def ref_attention(
         attn_bias = attn_bias.materialize(tuple(scores.shape), wide, q.device)
     if attn_bias is not None:
         scores = scores + attn_bias
-    # A row without any finite score has no softmax: it is taken out before and set to zero after.
+    # A row without a finite score has no softmax: its weights are 0.
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
     if drop_mask is not None:
@@ -132,10 +132,10 @@ def ref_attention_bmhk(
 def pack_kv_cache(
     cache_k: Tensor, cache_v: Tensor, kv_seqlens: Sequence[int], BLOCK_N: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A padded cache in pages.
+    """Copy a padded cache into pages.
 
     cache_k, cache_v `[B, N, ...]`, `kv_seqlens[b]` keys in use, BLOCK_N keys a page -> (block_tables int32
-    `[B, pages]`, keys `[1, all pages·BLOCK_N, ...]`, values). Pages behind a sequence's last are 0 in the table.
+    `[B, pages]`, keys `[1, all pages·BLOCK_N, ...]`, values). Entries of the table behind a sequence's last page are 0.
     """
     counts = [-(-n // BLOCK_N) for n in kv_seqlens]
     table = torch.zeros(len(counts), max(counts, default=0), dtype=torch.int32, device=cache_k.device)

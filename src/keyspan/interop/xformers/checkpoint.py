@@ -1,6 +1,6 @@
-"""Activation checkpointing that says which operators' results are kept: xFormers' names over torch's own machinery.
+"""Selective activation checkpointing under xFormers' names, with torch's implementation.
 
-Knows nothing of attention. Chen et al. 2016 (checkpointing); which results to keep is a knapsack problem.
+Chen et al. 2016 (checkpointing). The choice of the results to store is a knapsack problem.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import SAC_IGNORED_OPS, create_selective_checkpoint_contexts
 
 Policy: TypeAlias = Callable[..., bool]
-"""(ctx, op, *args, **kwargs) -> whether the op's result is kept."""
+"""(ctx, op, *args, **kwargs) -> whether forward stores the op's result."""
 
-KEPT = ("keyspan.attention_forward.default", "aten.addmm.default", "aten.mm.default")
-"""What is kept where no policy is given: what takes long to compute again."""
+STORED_OPS = ("keyspan.attention_forward.default", "aten.addmm.default", "aten.mm.default")
+"""Operators whose results the default policy stores: the expensive ones."""
 
 GRAINS = 1000
-"""Memory is counted in this many parts of the whole, so a policy is optimal to 0.1 % of it."""
+"""Resolution of memory: a policy is optimal to 1 / GRAINS of the total."""
 
 
 def _policy(policy_fn: Sequence[Any] | Policy | None) -> Policy:
     if callable(policy_fn):
-        return copy.deepcopy(policy_fn)  # one that counts starts anew in every checkpoint
-    names = {str(op) for op in (KEPT if policy_fn is None else policy_fn)}
+        return copy.deepcopy(policy_fn)  # a policy with a counter restarts in every checkpoint
+    names = {str(op) for op in (STORED_OPS if policy_fn is None else policy_fn)}
     return lambda ctx, op, *args, **kwargs: str(op) in names
 
 
@@ -52,11 +52,11 @@ def checkpoint(
     policy_fn: Sequence[Any] | Policy | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`function(*args, **kwargs)`, of which backward computes again what `policy_fn` does not keep.
+    """`function(*args, **kwargs)`; backward recomputes the results that `policy_fn` does not store.
 
     Args:
-        policy_fn: operators whose results are kept, as `list_operators` gives them or by name; or a function
-            (ctx, op, *args, **kwargs) -> bool; `None` keeps attention and matrix products.
+        policy_fn: operators whose results are stored, as `list_operators` gives them or by name; or a function
+            (ctx, op, *args, **kwargs) -> bool; `None` stores attention and matrix products.
     """
     return torch.utils.checkpoint.checkpoint(
         function,
@@ -69,7 +69,7 @@ def checkpoint(
 
 
 class _Record(TorchDispatchMode):
-    """Notes every operator, how long it took, and what it returned."""
+    """Records every operator, its duration, its inputs and its results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ def list_operators(function: Callable[..., Any], *args: Any, **kwargs: Any) -> l
 
 
 class _OptimalPolicy:
-    """Keeps the calls it was made with, by their number; forward and recomputation are counted apart."""
+    """Stores the results of the calls in `keep`, by call number. Forward and recomputation have separate counters."""
 
     def __init__(self, keep: Sequence[bool]) -> None:
         self.keep = list(keep)
@@ -110,12 +110,12 @@ class _OptimalPolicy:
 
 
 def get_optimal_checkpoint_policy(function: Callable[..., Any], *args: Any, memory_budget: float) -> Policy:
-    """The policy that saves most time of recomputation within a share of the memory all results would take.
+    """The policy that saves the most recomputation time within a share of the memory of all results.
 
-    `function(*args)` is run twice, the second time measured.
+    Runs `function(*args)` twice and measures the second run.
 
     Args:
-        memory_budget: 0 (keep nothing) to 1 (keep everything).
+        memory_budget: 0 (store nothing) to 1 (store everything).
     """
     if not 0 <= memory_budget <= 1:
         raise ValueError(f"memory_budget: got {memory_budget}, want a share between 0 and 1")
@@ -124,14 +124,14 @@ def get_optimal_checkpoint_policy(function: Callable[..., Any], *args: Any, memo
         with _Record() as record:
             out = function(*args)
     calls = [call for call in record.calls if call[0] not in SAC_IGNORED_OPS]
-    memory, kept_anyway = [], {_storage(x) for x in _tensors(out)}
+    memory, outputs_of_all = [], {_storage(x) for x in _tensors(out)}
     written = {_storage(x) for op, _, inputs, _ in calls if op._schema.is_mutable for x in inputs}
     for _, _, inputs, outputs in calls:
         old = {_storage(x) for x in inputs}
         fresh = [x for x in outputs if _storage(x) not in old]
-        # Views cost nothing to compute again; what is written to later cannot be kept as it is now.
+        # Views cost nothing to recompute. A result that is written to later cannot be stored.
         usable = bool(fresh) and not any(_storage(x) in written for x in outputs)
-        nbytes = sum(x.untyped_storage().nbytes() for x in fresh if _storage(x) not in kept_anyway)
+        nbytes = sum(x.untyped_storage().nbytes() for x in fresh if _storage(x) not in outputs_of_all)
         memory.append(nbytes if usable else None)
     return _OptimalPolicy(_knapsack([call[1] for call in calls], memory, memory_budget))
 
@@ -141,10 +141,10 @@ def _storage(x: Tensor) -> int:
 
 
 def _knapsack(seconds: Sequence[float], memory: Sequence[int | None], budget: float) -> list[bool]:
-    """Which items to keep for the most seconds within `budget` of the total memory; None can never be kept."""
+    """Which items to store for the most seconds within `budget` of the total memory; `None`: cannot be stored."""
     total = sum(m for m in memory if m is not None)
     capacity = int(budget * GRAINS)
-    # Rounded up, so the budget holds; with all of it, all fits by definition.
+    # Rounded up so that the budget holds; at budget 1 everything fits.
     weights = [None if m is None else 0 if budget == 1 else -(-m * GRAINS // max(total, 1)) for m in memory]
     best, chosen = [0.0] * (capacity + 1), []
     for value, weight in zip(seconds, weights, strict=True):
@@ -165,7 +165,7 @@ def _knapsack(seconds: Sequence[float], memory: Sequence[int | None], budget: fl
 
 
 class SelectiveCheckpointWrapper(ActivationWrapper):
-    """A module under `checkpoint`; its state dict has the names of the module inside."""
+    """A module under `checkpoint`; its state dict has the inner module's names."""
 
     def __init__(
         self, mod: nn.Module, memory_budget: float | None = None, policy_fn: Sequence[Any] | Policy | None = None
@@ -182,7 +182,7 @@ class SelectiveCheckpointWrapper(ActivationWrapper):
             return inner(*args, **kwargs)
         if self.policy_fn is None:
             assert self.memory_budget is not None
-            # The policy of the first inputs serves for all.
+            # Later inputs use the policy of the first ones.
             self.policy_fn = get_optimal_checkpoint_policy(
                 partial(inner, **kwargs), *args, memory_budget=self.memory_budget
             )
@@ -192,5 +192,5 @@ class SelectiveCheckpointWrapper(ActivationWrapper):
 def selective_checkpoint_wrapper(
     module: nn.Module, memory_budget: float | None = None, policy_fn: Sequence[Any] | Policy | None = None
 ) -> SelectiveCheckpointWrapper:
-    """Wrap a module so that its activations are kept by `policy_fn`, or by the best policy within `memory_budget`."""
+    """Checkpoint a module by `policy_fn`, or by the best policy within `memory_budget`."""
     return SelectiveCheckpointWrapper(module, memory_budget, policy_fn)

@@ -1,4 +1,4 @@
-"""`python -m xformers.info`: what there is to compute attention with, in xFormers' line format."""
+"""`python -m xformers.info`: the available backends, in xFormers' line format."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from keyspan.ops.fmha import ALL_BW_OPS, ALL_FW_OPS
 
 
 def get_info() -> dict[str, str]:
-    """Name to value, in the order they are printed."""
+    """Name to value, in the order of printing."""
     found = collect()
     backends = found.pop("backends")
     return {
         "xFormers": f"{__version__} (keyspan {found['keyspan']})",
         **{f"memory_efficient_attention.{name}": why or "available" for name, why in backends.items()},
-        **{f"memory_efficient_attention.{op.NAME}": "taken as a hint" for op in [*ALL_FW_OPS, *ALL_BW_OPS]},
+        **{f"memory_efficient_attention.{op.NAME}": "accepted as a hint" for op in [*ALL_FW_OPS, *ALL_BW_OPS]},
         "is_triton_available": str(_is_triton_available()),
         "pytorch.version": found["torch"],
         "pytorch.cuda": "available" if found["cuda"] else "not available",

@@ -1,4 +1,4 @@
-"""The table of what works with which mask class, found out by trying: `python -m keyspan.interop.xformers.support`."""
+"""Generates the table of features by mask class, by trying each: `python -m keyspan.interop.xformers.support`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH, QUERIES, KEYS, PAGE = 2, 3, 6, 2
 
 
 def mask_classes() -> Iterator[type[AttentionBias]]:
-    """The mask classes of xFormers, in the order of the file that defines them."""
+    """The mask classes of xFormers, in the order of their definition."""
     general = (AttentionBias, masks.MaskWithBias, masks._Blocks, masks._PagedBlocks)
     for found in vars(masks).values():
         if isinstance(found, type) and issubclass(found, AttentionBias) and found not in general:
@@ -24,7 +24,7 @@ def mask_classes() -> Iterator[type[AttentionBias]]:
 
 
 def _case(bias_type: type[AttentionBias], kv_heads: int = 2) -> tuple[AttentionBias, tuple[Tensor, ...]]:
-    """A mask of the class, and query, key, value in fp64 that fit it."""
+    """A mask of the class, and fp64 query, key and value for it."""
     torch.manual_seed(0)
     mask = create_attn_bias(bias_type, BATCH, 2, 1, QUERIES, KEYS, "cpu", torch.float64, False, "BMHK", page_size=PAGE)
     assert isinstance(mask, AttentionBias)
@@ -35,13 +35,13 @@ def _case(bias_type: type[AttentionBias], kv_heads: int = 2) -> tuple[AttentionB
 
 
 def forward(bias_type: type[AttentionBias]) -> bool:
-    """Attention with the mask is the dense formula."""
+    """Whether attention with the mask equals the dense formula."""
     mask, (q, k, v) = _case(bias_type)
     return _close(memory_efficient_attention(q, k, v, mask), ref_attention(q, k, v, mask))
 
 
 def backward(bias_type: type[AttentionBias], kv_heads: int = 2) -> bool:
-    """So are its gradients."""
+    """Whether its gradients do."""
     mask, qkv = _case(bias_type, kv_heads)
     q, k, v = (x.requires_grad_() for x in qkv)
     got = memory_efficient_attention(q, k, v, mask)
@@ -52,12 +52,12 @@ def backward(bias_type: type[AttentionBias], kv_heads: int = 2) -> bool:
 
 
 def grouped_heads(bias_type: type[AttentionBias]) -> bool:
-    """Query heads may share a key head, with gradients, without `expand`."""
+    """Whether query heads may share a key head without `expand`, with gradients."""
     return backward(bias_type, kv_heads=1)
 
 
 def tensor_bias(bias_type: type[AttentionBias]) -> bool:
-    """A broadcast tensor may be added to the scores, and its gradient is that of finite differences."""
+    """Whether a broadcast tensor may be added to the scores, with the gradient of finite differences."""
     mask, (q, k, v) = _case(bias_type)
     keys = KEYS if isinstance(mask, masks._PagedBlocks) else k.shape[1]
     bias = torch.randn(2, 1, keys, dtype=torch.float64).requires_grad_()
@@ -82,7 +82,7 @@ COLUMNS: dict[str, Callable[[type[AttentionBias]], bool]] = {
 
 
 def table() -> str:
-    """Markdown: a row per mask class, its definition, and for each column whether it works here."""
+    """A Markdown table: a row per mask class with its definition, and a column per feature."""
     lines = [
         f"| class | query i sees key j if | {' | '.join(COLUMNS)} |",
         f"|---|---|{'---|' * len(COLUMNS)}",

@@ -1,4 +1,4 @@
-"""`xformers.ops.fmha`: memory-efficient attention under xFormers' names. Knows no kernel: `common` calls the core."""
+"""`xformers.ops.fmha`: memory-efficient attention under xFormers' names. `common` calls `keyspan.attention`."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def memory_efficient_attention(
     """Exact attention in linear memory, differentiable in query, key, value and bias.
 
     Args:
-        query: `[B, M, H, K]`, `[B, M, G, H, K]` or `[B, M, K]`; B = 1 for packed masks, or every entry packed alike.
-        key: as query with N in place of M; its heads may also be a divisor of the query's. No `expand` is needed.
+        query: `[B, M, H, K]`, `[B, M, G, H, K]` or `[B, M, K]`. Packed masks: B = 1, or all entries have these lengths.
+        key: as query with N in place of M; its heads may be a divisor of the query's, without `expand`.
         value: as key, with V in place of K.
         attn_bias: a mask of `attn_bias`, a tensor broadcastable to the scores (floating: added after the scale;
             bool: true = visible), or a mask or bias of `keyspan`.
         p: dropout probability, applied whenever it is not 0.
         scale: factor on Q·Kᵀ; `None` for K^-½.
-        op: taken as a hint; keyspan chooses its backend itself.
+        op: a hint; keyspan chooses its backend itself.
         output_dtype: dtype of the output; `None` for the query's.
 
     Returns:
@@ -121,8 +121,8 @@ def memory_efficient_attention_forward_requires_grad(
     """(out, lse) without autograd, for `memory_efficient_attention_backward`.
 
     lse is fp32, the natural logarithm of the softmax's denominator, `[B, H, M]` or `[B, G, H, M]` (`[B, 1, M]` for 3-D
-    inputs), −inf for rows that see no key. With `op=cutlass.FwOp` and a packed mask it is padded, one row a sequence.
-    With dropout it carries the seed as an attribute, so hand on the same tensor.
+    inputs), −inf for rows that see no key. With `op=cutlass.FwOp` and a packed mask it is padded, one row per sequence.
+    With dropout the seed is an attribute of the tensor: pass the same tensor to backward.
     """
     check_op(op, AttentionFwOpBase)
     inputs = Inputs(query, key, value, attn_bias, p, scale, output_dtype)
@@ -145,10 +145,10 @@ def memory_efficient_attention_backward(
     *,
     op: type[AttentionBwOpBase] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from output and lse, packed or padded; both may be those of attention over more keys than these.
+    """(dq, dk, dv) from output and lse, packed or padded; both may come from attention over more keys than these.
 
-    The gradient of a bias tensor that requires one is `db` of what `op.apply(Context(lse, output), Inputs(...), grad)`
-    returns, for any of the operators' `BwOp`.
+    `BwOp.apply(Context(lse, output), Inputs(...), grad)` of any operator returns the gradient of a bias tensor too, as
+    `db`.
     """
     check_op(op, AttentionBwOpBase)
     context = Context(lse, output, rng_state=getattr(lse, "dropout_seed", None))
@@ -180,13 +180,13 @@ def merge_attentions(
     write_lse: bool = True,
     output_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) over all keys from results over disjoint sets of them; differentiable in all of them.
+    """(out, lse) over all keys from results over disjoint sets of keys; differentiable.
 
     Args:
         attn_split: a list of `[B, M, H, V]`, `[B, M, G, H, V]` or `[B, M, V]`, or all stacked along a first dimension.
-        lse_split: a list of `[B, H, M]`, `[B, G, H, M]` or `[B, 1, M]`, or stacked. Parts with lse −inf count
-            for nothing.
-        write_lse: whether lse is returned too, or None.
+        lse_split: a list of `[B, H, M]`, `[B, G, H, M]` or `[B, 1, M]`, or stacked. Parts with lse −inf are
+            ignored.
+        write_lse: whether lse is returned; else `None`.
         output_dtype: dtype of the output; `None` for that of `attn_split`.
     """
     out, lse = merged(list(attn_split), list(lse_split), output_dtype)
@@ -194,11 +194,11 @@ def merge_attentions(
 
 
 class _fMHA:  # noqa: N801
-    """The autograd function of xFormers, whose `apply` some call directly."""
+    """xFormers' autograd function; some callers use its `apply`."""
 
     @staticmethod
     def apply(op: AttentionOp, *inputs: Any) -> Tensor:
-        """Takes the fields of `Inputs` in their order."""
+        """`inputs`: the fields of `Inputs`, in order."""
         check_pair(op)
         return common.forward(Inputs(*inputs))[0]
 

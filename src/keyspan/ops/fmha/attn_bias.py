@@ -1,7 +1,7 @@
-"""xFormers' attention masks: each one a layout & visibility of `keyspan.core.masks`. Knows no kernel and no scores.
+"""xFormers' attention masks: each class is a layout & visibility of `keyspan.core.masks`.
 
 In the one-line definitions query i and key j count inside their block, which has Nq queries and Nk keys; s = Nk − Nq.
-A query sees only keys of its own block. `support.py` makes the table in the docs from these lines.
+A query sees only keys of its own block. `support.py` generates the table in the docs from these lines.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ BOTTOM_RIGHT = Causal("bottom_right")
 
 
 class AttentionBias(ByValue):
-    """What all masks can do. A mask says `product()`; the rest follows.
+    """Base class. A mask defines `product()`; everything else derives from it.
 
-    A subclass of a user's that says `materialize` itself, as xFormers' base class asks, is taken as that dense tensor.
+    A user's subclass that overrides `materialize`, as xFormers' base class asks, is used as that dense tensor.
     """
 
     def product(self) -> Mask:
@@ -37,31 +37,31 @@ class AttentionBias(ByValue):
 
     @property
     def terms(self) -> tuple[Tensor | Bias, ...]:
-        """What `add_bias` gave it besides."""
+        """The terms that `add_bias` added."""
         return ()
 
     @property
     def added(self) -> Tensor | Bias | None:
-        """The sum of the terms that are added to the scores, or None."""
+        """The sum of the floating terms, or `None`."""
         floating = [term for term in self.terms if not _is_bool(term)]
         return reduce(add, floating) if floating else None
 
     @property
     def visible(self) -> Tensor | None:
-        """Where all bool terms are true, or None."""
+        """The conjunction of the bool terms, or `None`."""
         return reduce(and_, found) if (found := [term for term in self.terms if _is_bool(term)]) else None
 
     @property
     def device(self) -> torch.device | None:
-        """Where the lengths are; `None` for masks without any."""
+        """The device of the lengths; `None` for masks without lengths."""
         return None
 
     def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
-        """The mask as key ranges per query row, for M packed queries and N keys in memory."""
+        """The mask as key ranges of M packed queries over N keys in memory."""
         return self.product().lower(batch, M, N, device)
 
     def lowered(self, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
-        """The same for those who will not write to it: it may be one that was made before."""
+        """`lower`, possibly from the cache: the caller may not write to the result."""
         if type(self).lower is not AttentionBias.lower:
             return self.lower(batch, M, N, device)
         return lowering.lower(self.product(), batch, M, N, device)
@@ -84,9 +84,9 @@ class AttentionBias(ByValue):
         return dense if added is None else dense + added.to(dense)
 
     def add_bias(self, bias: Tensor | Bias) -> AttentionBias:
-        """The same mask and a bias on the scores: a broadcastable tensor, `keyspan.Alibi` or `keyspan.RelativeBias`.
+        """This mask plus a bias on the scores: a broadcastable tensor, `keyspan.Alibi` or `keyspan.RelativeBias`.
 
-        A bool tensor hides keys: true = visible.
+        A bool tensor masks keys: true = visible.
         """
         return MaskWithBias(self, bias)
 
@@ -100,7 +100,7 @@ AttentionMask = AttentionBias
 
 @dataclass(eq=False)
 class _Window:
-    """The two-sided window that some masks share, counted from the bottom right."""
+    """Mixin: a two-sided window, aligned bottom-right."""
 
     window_left: int
     window_right: int
@@ -116,7 +116,7 @@ class _Window:
 
 @dataclass(eq=False)
 class _CausalWindow:
-    """The causal window that some masks share, counted from the bottom right."""
+    """Mixin: a causal window, aligned bottom-right."""
 
     _window_size: int
 
@@ -129,7 +129,7 @@ class _CausalWindow:
 
 @dataclass(eq=False)
 class MaskWithBias(AttentionBias):
-    """Any mask and a bias; what `add_bias` makes. (xFormers has it for `LowerTriangularMask` only.)"""
+    """A mask and a bias: the result of `add_bias`. (xFormers has it for `LowerTriangularMask` only.)"""
 
     mask: AttentionBias
     bias: Tensor | Bias
@@ -156,7 +156,7 @@ class MaskWithBias(AttentionBias):
         return MaskWithBias(self.mask.to(device), bias)
 
 
-# One block: query and key are the batch itself.
+# Masks of one block: each batch entry has its own queries and keys.
 
 
 @dataclass(eq=False)
@@ -164,7 +164,7 @@ class LowerTriangularMask(AttentionBias):
     """j ≤ i"""
 
     def __init__(self, device: object = None) -> None:
-        # xFormers takes a device here and has no use for it either.
+        # The argument exists for compatibility; xFormers does not use it either.
         pass
 
     def product(self) -> Mask:
@@ -221,12 +221,12 @@ class LocalAttentionFromBottomRightMask(_Window, AttentionBias):
         return self.visibility()
 
 
-# Many blocks: queries packed, keys packed, padded, gappy or paged.
+# Masks of many blocks: queries are packed; keys are packed, padded, gappy or paged.
 
 
 @dataclass(eq=False)
 class _Blocks(AttentionBias):
-    """Packed queries, and for each block a run of keys; a subclass says what a query sees of its run."""
+    """Packed queries, and a run of keys for each block; subclasses define which keys of its run a query sees."""
 
     q_seqinfo: _SeqLenInfo
     k_seqinfo: _SeqLenInfo
@@ -277,7 +277,7 @@ class BlockDiagonalMask(_Blocks):
         q, k = self.q_seqinfo.host, self.k_seqinfo.host
         if not _ours(self) or q is None or k is None or not lowering.keeps(device):
             return self.lower(batch, M, N, device)
-        # The host knows the lengths: a mask of numbers, of which one lowering serves all layers of a model.
+        # The host knows the lengths: the lowered mask is cached and serves all layers of a model.
         _holds("key", self.k_seqinfo, N)
         _holds("query", self.q_seqinfo, M)
         layout, visibility = _documents(tuple(q), tuple(k)), self.visibility()
@@ -326,7 +326,7 @@ class BlockDiagonalMask(_Blocks):
         return self.k_seqinfo.split(tensor, self._batch_sizes)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """`split_queries` where queries and keys have the same lengths."""
+        """`split_queries`, for masks whose queries and keys have the same lengths."""
         if self.q_seqinfo.starts != self.k_seqinfo.starts:
             raise ValueError("split: got a mask whose queries and keys differ, want split_queries or split_kv")
         return self.split_queries(tensor)
@@ -351,7 +351,7 @@ class BlockDiagonalMask(_Blocks):
     def _create_block_mask(
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """The dense mask inside one block of Nq × Nk."""
+        """The dense mask of one block of Nq × Nk."""
         q, k = (_SeqLenInfo.from_seqlens([n], device=device) for n in shape[-2:])
         return replace(self, q_seqinfo=q, k_seqinfo=k).materialize(shape, dtype, device)
 
@@ -426,14 +426,14 @@ class BlockDiagonalPaddedKeysMask(_Blocks):
         *,
         device: Device = None,
     ) -> BlockDiagonalPaddedKeysMask:
-        """From the lengths and the size of a slot. (`causal_diagonal` is not used, as in xFormers.)"""
+        """From the lengths and the size of a slot. (As in xFormers, `causal_diagonal` is unused.)"""
         return cls(*_padded(q_seqlen, kv_padding, kv_seqlen, device))
 
     def make_paged(self, block_tables: Tensor, page_size: int, paged_type: type[P]) -> P:
-        """The same lengths, with the keys in pages; `paged_type` says which paged mask."""
+        """A mask of class `paged_type` with the same lengths and the keys in pages."""
         padding = block_tables.shape[1] * page_size
         q, k = _padded(self.q_seqinfo.runs()[1], padding, self.k_seqinfo.seqlen, self.q_seqinfo.seqstart.device)
-        # A window goes along where the paged mask has one.
+        # A window is copied where the paged class has one.
         shared = {f.name for f in fields(self)} & {f.name for f in fields(paged_type)} - {"q_seqinfo", "k_seqinfo"}
         more = {name: getattr(self, name) for name in shared}
         return paged_type(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size, **more)
@@ -489,7 +489,7 @@ class BlockDiagonalCausalLocalAttentionPaddedKeysMask(_CausalWindow, BlockDiagon
 
 @dataclass(eq=False)
 class BlockDiagonalGappyKeysMask(_Blocks):
-    """0 ≤ j < Nk, keys of a block at any place, even shared"""
+    """0 ≤ j < Nk, blocks have keys anywhere and may share them"""
 
     k_seqinfo: _GappySeqInfo
 
@@ -497,11 +497,11 @@ class BlockDiagonalGappyKeysMask(_Blocks):
     def from_seqlens(
         cls, q_seqlen: Sequence[int], kv_seqstarts: Sequence[int], kv_seqlen: Sequence[int], *, device: Device = None
     ) -> BlockDiagonalGappyKeysMask:
-        """From the lengths and where each block's keys begin; `kv_seqstarts` ends with the number of all keys."""
+        """From the lengths and the first key of each block; `kv_seqstarts` ends with the total number of keys."""
         return cls(*_gappy(q_seqlen, kv_seqstarts, kv_seqlen, False, device))
 
     def make_paged(self, block_tables: Tensor, page_size: int, notional_padding: int, paged_type: type[PG]) -> PG:
-        """The same lengths, with the keys in pages; block b's start is counted from `b · notional_padding`."""
+        """A mask of class `paged_type` with the keys in pages; block b's start counts from `b · notional_padding`."""
         starts = [start - b * notional_padding for b, start in enumerate(self.k_seqinfo.starts[:-1])]
         space = block_tables.shape[1] * page_size
         if any(not 0 <= start < max(space, 1) for start in starts):
@@ -512,7 +512,7 @@ class BlockDiagonalGappyKeysMask(_Blocks):
 
 @dataclass(eq=False)
 class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
-    """j ≤ i + s, keys of a block at any place, even shared"""
+    """j ≤ i + s, blocks have keys anywhere and may share them"""
 
     def visibility(self) -> Mask | None:
         return BOTTOM_RIGHT
@@ -520,7 +520,7 @@ class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
 
 @dataclass(eq=False)
 class BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask(_Window, BlockDiagonalGappyKeysMask):
-    """i + s − wl ≤ j ≤ i + s + wr, keys of a block at any place, even shared"""
+    """i + s − wl ≤ j ≤ i + s + wr, blocks have keys anywhere and may share them"""
 
     @classmethod
     def from_seqlens_local_gappy(
@@ -611,7 +611,7 @@ class PagedBlockDiagonalGappyKeysMask(_PagedBlocks):
     k_seqinfo: _GappySeqInfo
 
     def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
-        # `layout` has the keys from 0 to the block's end; those before its start are taken off here.
+        # `layout` covers keys 0 … end of the block; this removes those before the block's start.
         ranges = super().lower(batch, M, N, device)
         assert ranges.sequence is not None
         start = self.k_seqinfo.runs()[0].to(ranges.lo.device)
@@ -631,7 +631,7 @@ class PagedBlockDiagonalGappyKeysMask(_PagedBlocks):
         *,
         device: Device = None,
     ) -> PagedBlockDiagonalGappyKeysMask:
-        """`kv_seqstarts` has one entry per block, where its keys begin in its own pages; one more is not read."""
+        """`kv_seqstarts`: the first key of each block within its own pages; an extra last entry is ignored."""
         q, k = _gappy(q_seqlen, kv_seqstarts, kv_seqlen, True, device)
         return cls(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size)
 
@@ -659,7 +659,7 @@ VARLEN_BIASES = (
 
 
 def _ours(mask: AttentionBias) -> bool:
-    """Whether this module says what a mask is; a user's subclass may say it anew, whole or in part."""
+    """Whether this module defines the class; a user's subclass may override any part of it."""
     return type(mask).__module__ == __name__
 
 
@@ -703,7 +703,7 @@ def _same_count(q_seqlen: Any, kv_seqlen: Any) -> tuple[list[int], list[int]]:
 
 
 def _known_lengths(mask: BlockDiagonalMask) -> list[tuple[int, int]]:
-    """(Nq, Nk) of every block where the host knows them."""
+    """(Nq, Nk) of every block; empty where the host does not know them."""
     q, k = mask.q_seqinfo.host, mask.k_seqinfo.host
     if q is None or k is None:
         return []
@@ -711,7 +711,7 @@ def _known_lengths(mask: BlockDiagonalMask) -> list[tuple[int, int]]:
 
 
 def _holds(name: str, info: _SeqLenInfo, size: int) -> None:
-    """Lengths the host knows must add up to the size; others may stay below it (the rows behind see nothing)."""
+    """Lengths that the host knows must add up to `size`; device lengths may not (rows behind them see no key)."""
     if info.host is not None and info.host[-1] != size:
         raise ValueError(f"{name}: got {size} packed tokens, want {info.host[-1]} as the mask's lengths add up to")
 

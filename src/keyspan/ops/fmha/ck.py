@@ -1,4 +1,4 @@
-"""The names of xFormers' Composable Kernel operators, hints here. Knows no kernel; keyspan chooses."""
+"""Hints named after xFormers' Composable Kernel operators. Keyspan chooses its backend itself."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The one way of a call: xFormers' arguments to the canonical problem and back. Knows masks only by what they lower to.
+"""Converts xFormers' arguments to those of `keyspan.attention`, and results back.
 
-Also the operator classes users pass as `op=`: here they are hints that change nothing but the form of some results.
+The operator classes that users pass as `op=` are hints: they change the form of some results, never the values.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Inputs:
         return self._with_dims(self.query, 5), self._with_dims(self.key, 5), self._with_dims(self.value, 5)
 
     def normalize_bmhk(self) -> tuple[int, ...]:
-        """Write 3-D inputs as `[B, M, 1, K]` in place; returns the shape the output had before."""
+        """Reshape 3-D inputs to `[B, M, 1, K]`, in place; returns the output's shape before that."""
         shape = (*self.query.shape[:-1], self.value.shape[-1])
         if self.query.dim() == 3:
             self.query, self.key, self.value = (self._with_dims(x, 4) for x in (self.query, self.key, self.value))
@@ -89,30 +89,30 @@ class Inputs:
         return x if x.dim() >= dims else x.reshape(*x.shape[:2], *[1] * (dims - x.dim()), *x.shape[2:])
 
     def validate_inputs(self) -> None:
-        """Raises ValueError naming what is wrong; shapes and dtypes of query, key and value are checked in the core."""
+        """Raise ValueError for wrong arguments."""
         self._check_dropout()
-        replace(self, p=0.0).canonical()  # no dropout, so that asking draws no random number
+        replace(self, p=0.0).canonical()  # no dropout: the check must not draw a seed
 
     def _check_dropout(self) -> None:
         if not 0 <= self.p <= 1:
             raise ValueError(f"p: got {self.p}, want a probability in [0, 1]")
 
     def canonical(self) -> tuple[Problem, HeadLayout]:
-        """The problem every backend of keyspan takes, and how to give its results the user's layout."""
+        """The problem for keyspan's backends, and the layout of its results."""
         query, key, value, terms = self.arguments()
         return make_problem(*autocast_inputs(query, key, value), **terms, dropout_p=float(self.p) % 1)
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Query, key, value and named arguments of `keyspan.attention`, all but the dropout."""
+        """Query, key, value and the keyword arguments of `keyspan.attention`, without dropout."""
         self._check_dropout()
         for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
             if not isinstance(x, Tensor):
                 raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
-            if x.dtype == torch.int32:  # xFormers' form of a quantised cache
+            if x.dtype == torch.int32:  # xFormers' quantised cache
                 raise ValueError(f"{name}: got {x.dtype}: {LEFT_OUT['InputsFp8']}")
         value = self._with_heads(self.value)
         if self.p == 1:
-            # All weights are dropped: the output is 0, lse is not changed, and gradients are 0 but exist.
+            # All weights are dropped: the output and the gradients are 0, and lse is unchanged.
             value = value.masked_fill(value.new_ones((), dtype=torch.bool), 0)
         mask, bias = self._mask_and_bias()
         scale = None if self.scale is None else float(self.scale)
@@ -120,7 +120,7 @@ class Inputs:
         return self.query, self._with_heads(self.key), value, terms
 
     def _with_heads(self, x: Tensor) -> Tensor:
-        """Key or value with a size of 1 among its heads expanded, where the other or the query's groups have more."""
+        """Expand key or value where it has one head (or group) and the other (or the query) has more."""
         if x.dim() == 4 and self.key.dim() == self.value.dim() == 4 and x.shape[2] == 1:
             return x.expand(-1, -1, max(self.key.shape[2], self.value.shape[2]), -1)
         if x.dim() == 5 and self.query.dim() == 5 and x.shape[2] == 1:
@@ -150,7 +150,7 @@ class Inputs:
         raise ValueError(f"attn_bias: got {type(given).__name__}, want a mask of attn_bias, a tensor or None")
 
     def _for_heads(self, bias: Tensor) -> Tensor:
-        """A bias `[B, heads, M, N]` for a 5-D query: its heads are the query's G·H, in that order."""
+        """A bias `[B, G·H or 1, M, N]` of a 5-D query as `[B, G, H, M, N]`."""
         if self.query.dim() != 5 or bias.dim() != 4:
             return bias
         G, H = self.query.shape[2:4]
@@ -159,7 +159,7 @@ class Inputs:
 
 @dataclass
 class Context:
-    """What a forward leaves for its backward: lse `[B, H, M]`, the output, and the dropout seed."""
+    """The results of forward that backward needs: lse `[B, H, M]`, the output, and the dropout seed."""
 
     lse: Tensor
     out: Tensor
@@ -168,10 +168,10 @@ class Context:
     qkv_share_storage: bool = False
 
     def get_padded_lse(self, pad_to: int, force_pad_inf: bool = False) -> Tensor:
-        """lse with M rounded up to a multiple of `pad_to`, +inf behind; with `force_pad_inf` behind the output's M."""
+        """lse padded with +inf to a multiple of `pad_to`; with `force_pad_inf`, everything behind the output's M."""
         lse, M = self.lse, self.out.shape[1]
         if force_pad_inf:
-            # What is a multiple already keeps its size, as in xFormers.
+            # As in xFormers, an lse of a fitting size keeps it.
             lse = lse[..., :M] if lse.shape[-1] % pad_to else lse
             lse = lse.masked_fill(torch.arange(lse.shape[-1], device=lse.device) >= M, math.inf)
         return pad(lse, (0, -lse.shape[-1] % pad_to), value=math.inf)
@@ -179,7 +179,7 @@ class Context:
 
 @dataclass
 class Gradients:
-    """Gradients of query, key, value and, where asked for, of the bias."""
+    """Gradients of query, key, value, and of a bias tensor that requires one."""
 
     dq: Tensor
     dk: Tensor
@@ -188,7 +188,7 @@ class Gradients:
 
 
 def forward(inp: Inputs) -> tuple[Tensor, Context]:
-    """(out, context) of a call; differentiable where grad mode is on."""
+    """(out, context); differentiable where grad mode is on."""
     seed = None
     if 0 < inp.p < 1:
         problem, layout = inp.canonical()
@@ -201,7 +201,7 @@ def forward(inp: Inputs) -> tuple[Tensor, Context]:
 
 
 def partial(inp: Inputs, op: AttentionOp | FwOp) -> tuple[Tensor, Tensor]:
-    """(out, lse) over some of the keys (`inp.is_partial` is set); some operators give them in fp32, as in xFormers."""
+    """(out, lse) over some of the keys (`inp.is_partial`); in fp32 for some operators, as in xFormers."""
     if isinstance(op, tuple):
         check_pair(op)
         op = op[0]
@@ -213,10 +213,10 @@ def partial(inp: Inputs, op: AttentionOp | FwOp) -> tuple[Tensor, Tensor]:
 
 
 def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
-    """Gradients of query, key, value and a bias tensor that takes one, from `ctx.out` and `ctx.lse`.
+    """Gradients of query, key, value and a bias tensor that requires one, from `ctx.out` and `ctx.lse`.
 
-    These may be those of a merged attention. `ctx.lse` is `[B, H, M]`, or for a packed mask
-    `[sequences, H, padded M]` as CUTLASS has it.
+    Both may come from a merged attention. `ctx.lse` is `[B, H, M]`, or for a packed mask
+    `[sequences, H, padded M]` in CUTLASS's form.
     """
     inp._check_dropout()
     if ctx.out.shape != grad.shape or grad.shape[:-1] != inp.query.shape[:-1]:
@@ -243,31 +243,31 @@ def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
     needs = [True, True, True, False, False, False] + [bool(dense)] * len(problem.biases)
     with torch.no_grad():
         grads = torch.ops.keyspan.attention_backward(grad, None, out, lse, *problem, needs, choose(problem, None))
-    # The views from the user's layout to the problem's are differentiated by torch.
+    # torch differentiates the views from the user's layout to the problem's.
     canonical = [problem.query, problem.key, problem.value, *(problem.biases if dense else ())]
     given = [*grads[:3], *(grads[6:] if dense else ())]
     return Gradients(*torch.autograd.grad(canonical, [*leaves, *dense], given))
 
 
 def merged(attn: Sequence[Tensor], lse: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) over all keys from parts over disjoint sets of them, in xFormers' layouts; out in attn's dtype.
+    """(out, lse) over all keys from parts over disjoint sets of keys, in xFormers' layouts; out in attn's dtype.
 
-    Weights and sums are in lse's dtype (fp32 or fp64); the result is rounded once.
+    Weights and sums are in lse's dtype (fp32 or fp64), so the result is rounded once.
     """
     if len(attn) != len(lse):
         raise ValueError(f"lse_split: got {len(lse)} parts, want {len(attn)} as in attn_split")
     if not attn:
         raise ValueError("attn_split: No partials to merge")
-    one_head = attn[0].dim() == 3  # whose lse has a head all the same, [B, 1, M]
+    one_head = attn[0].dim() == 3  # its lse is [B, 1, M]
     parts = [(a.unsqueeze(2) if one_head else a, s) for a, s in zip(attn, lse, strict=True)]
     out, total = merge([(a.to(s.dtype), s) for a, s in parts])
     return (out.squeeze(2) if one_head else out).to(dtype or attn[0].dtype), total
 
 
 def padded(lse: Tensor, attn_bias: Biases) -> Tensor:
-    """lse `[1, H, ΣM]` of a packed mask in CUTLASS's form: `[sequences, H, longest rounded up to 32]`, +inf behind.
+    """lse `[1, H, ΣM]` of a packed mask in CUTLASS's form `[sequences, H, longest rounded up to 32]`, padded with +inf.
 
-    That form has no place for a batch: a batch of packed rows, which CUTLASS does not take, keeps its `[B, H, ΣM]`.
+    That form has no batch dimension, so a batch of packed rows, which CUTLASS refuses, keeps `[B, H, ΣM]`.
     """
     starts = _starts(attn_bias)
     if starts is None or len(lse) != 1:
@@ -279,7 +279,7 @@ def padded(lse: Tensor, attn_bias: Biases) -> Tensor:
 
 
 def unpadded(lse: Tensor, attn_bias: Biases, batch: int, M: int) -> Tensor:
-    """The inverse of `padded`; an lse that is packed already stays as it is."""
+    """The inverse of `padded`; a packed lse is returned unchanged."""
     starts = _starts(attn_bias)
     if starts is None or batch != 1 or (len(lse) == 1 and lse.shape[-1] == M):
         return lse[..., :M]
@@ -295,7 +295,7 @@ def _starts(attn_bias: Biases) -> Sequence[int] | None:
 
 
 class AttentionOpBase:
-    """An operator of xFormers by name. Keyspan chooses its backend itself and computes the same whatever is named."""
+    """An operator of xFormers. Keyspan chooses its backend itself, so all operators compute the same."""
 
     NAME: ClassVar[str] = "keyspan"
     OPERATOR: ClassVar[Any] = torch.ops.keyspan.attention_forward
@@ -315,7 +315,7 @@ class AttentionOpBase:
     IS_DETERMINISTIC: ClassVar[bool] = True
     VARLEN_LSE_PACKED: ClassVar[bool] = True
     PARTIAL_IN_FLOAT32: ClassVar[bool] = False
-    """Whether partial results of this operator come in fp32 rather than in the query's dtype."""
+    """Whether partial results of this operator are fp32 instead of the query's dtype."""
     CUDA_MINIMUM_COMPUTE_CAPABILITY: ClassVar[tuple[int, int]] = (0, 0)
     CUDA_MAXIMUM_COMPUTE_CAPABILITY: ClassVar[tuple[int, int] | None] = None
     ERROR_ATOL: ClassVar[dict[torch.dtype, float]] = {
@@ -347,7 +347,7 @@ class AttentionOpBase:
 
     @classmethod
     def shape_not_supported_reasons(cls, Mq: int, Mkv: int, K: int, Kv: int) -> list[str]:
-        """No shape is refused."""
+        """Empty: every shape is supported."""
         return []
 
 
@@ -378,14 +378,14 @@ FwOp = type[AttentionFwOpBase] | None
 
 
 def check_op(op: object, base: type[AttentionOpBase]) -> None:
-    """ValueError for what is neither None nor an operator of this half."""
+    """Raise ValueError unless `op` is None or a subclass of `base`."""
     if op is not None and not (isinstance(op, type) and issubclass(op, base)):
         half = "FwOp" if base is AttentionFwOpBase else "BwOp"
         raise ValueError(f"op: got {op!r}, want None or an operator's {half}")
 
 
 def check_pair(op: object) -> None:
-    """ValueError for what is neither None nor a pair of operators' halves."""
+    """Raise ValueError unless `op` is None or a pair (forward, backward) of operators or None."""
     if op is None:
         return
     if not isinstance(op, (tuple, list)) or len(op) != 2:

@@ -1,4 +1,4 @@
-"""The names of xFormers' CUTLASS operators, hints here. Knows no kernel; keyspan chooses."""
+"""Hints named after xFormers' CUTLASS operators. Keyspan chooses its backend itself."""
 
 from __future__ import annotations
 

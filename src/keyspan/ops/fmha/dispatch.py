@@ -1,4 +1,4 @@
-"""What is left of xFormers' dispatch: every operator is a hint, so the first one always fits. Knows no kernel."""
+"""xFormers' choice of an operator. Operators are hints, so it always returns the same one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _get_use_fa3() -> bool:
 
 
 def _set_use_fa3(use_flash_attention3: bool) -> None:
-    """Nothing to set: operators are hints here."""
+    """Does nothing: operators are hints."""
 
 
 def fa3_available() -> bool:
@@ -20,12 +20,16 @@ def fa3_available() -> bool:
 
 
 def _dispatch_fw(inp: Inputs, needs_gradient: bool) -> type[AttentionFwOpBase]:
-    """The forward operator; raises NotImplementedError with the reasons where keyspan cannot compute `inp`."""
+    """The forward operator.
+
+    Raises:
+        NotImplementedError: with the reasons, where keyspan cannot compute `inp`.
+    """
     return _checked(inp, flash.FwOp)
 
 
 def _dispatch_bw(inp: Inputs, varlen_lse_packed: bool | None = None) -> type[AttentionBwOpBase]:
-    """The backward operator, of which `varlen_lse_packed` asks for the lse's form."""
+    """The backward operator; `varlen_lse_packed=False` gives one with CUTLASS's padded lse."""
     _checked(inp, flash.FwOp)
     return cutlass.BwOp if varlen_lse_packed is False else flash.BwOp
 

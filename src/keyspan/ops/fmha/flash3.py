@@ -1,4 +1,4 @@
-"""The names of xFormers' FlashAttention-3 operators, hints here. Knows no kernel; keyspan chooses."""
+"""Hints named after xFormers' FlashAttention-3 operators. Keyspan chooses its backend itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partial attention and merging, with gradients: xFormers' names for what `merge` of the core does for every result."""
+"""Partial attention and merging with gradients, under xFormers' names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Partial:
         return self._attn.dim() == 5
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> Partial:
-        """`fn`, which may pick, reorder or pad along M, applied to out and to lse laid out alike, `[B, M, ...]`."""
+        """Apply `fn`, which may select, reorder or pad along M, to out and to lse, both as `[B, M, ...]`."""
         lse = fn(self._lse.movedim(-1, 1).unsqueeze(-1))
         return Partial(fn(self._attn), lse.squeeze(-1).movedim(1, -1))
 
@@ -38,12 +38,12 @@ def memory_efficient_attention_partial_autograd(
     op: AttentionOp | FwOp = None,
     output_dtype: torch.dtype | None = None,
 ) -> Partial:
-    """`memory_efficient_attention_partial` as a `Partial`, to be merged; differentiable as that is."""
+    """`memory_efficient_attention_partial`, returned as a `Partial`; differentiable."""
     return Partial(*partial(Inputs(query, key, value, attn_bias, p, scale, output_dtype, is_partial=True), op))
 
 
 def merge_attentions_autograd(*partials: Partial) -> Tensor:
-    """Attention over all keys from partials over disjoint sets of them, differentiable."""
+    """Attention over all keys from partials over disjoint sets of keys; differentiable."""
     if not partials:
         raise ValueError("No partials to merge")
     return merged([partial._attn for partial in partials], [partial._lse for partial in partials])[0]

@@ -1,4 +1,4 @@
-"""Where packed sequences begin and how long they are, as xFormers' masks hold it. Knows nothing of masks."""
+"""Starts and lengths of packed sequences: the fields of xFormers' masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Device = torch.device | str | None
 
 
 class ByValue:
-    """Equality of dataclasses by the values of their fields, tensors among them; hashable, as masks key caches."""
+    """Equality by the values of a dataclass's fields, tensors included; hashable, since callers key caches by masks."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -22,7 +22,7 @@ class ByValue:
         return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))  # type: ignore[arg-type]
 
     def __hash__(self) -> int:
-        # Fields may be assigned and tensors updated in place; the type is what stays.
+        # Fields and tensors are mutable, so only the type is hashed.
         return hash(type(self))
 
 
@@ -31,10 +31,10 @@ Info = TypeVar("Info", bound="_SeqLenInfo")
 
 @dataclass(eq=False)
 class _SeqLenInfo(ByValue):
-    """Sequences packed one behind the other.
+    """Packed sequences.
 
     Attributes:
-        seqstart: int32 `[sequences + 1]`, where each begins, and behind it the total.
+        seqstart: int32 `[sequences + 1]`, the start of each sequence, then the total.
         max_seqlen, min_seqlen: longest and shortest sequence.
         seqstart_py: `seqstart` as a list, or `None` where the host does not know it.
     """
@@ -49,15 +49,15 @@ class _SeqLenInfo(ByValue):
 
     @property
     def host(self) -> list[int] | None:
-        """`seqstart_py` while it can be trusted: `seqstart` is the tensor it was given with, not changed in place."""
-        if torch.compiler.is_compiling() or self._given is None:  # lengths are data to a compiled program
+        """`seqstart_py` if it is still valid: `seqstart` is the tensor it came with, and was not written to."""
+        if torch.compiler.is_compiling() or self._given is None:  # a compiled program reads lengths from the tensor
             return None
         tensor, version = self._given
         same = tensor is self.seqstart and version is not None and version == _version(tensor)
         return self.seqstart_py if same else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's tensor counts its versions anew, so the list must not come along where it is out of date.
+        # A copied tensor restarts its version counter, so an outdated list must not be copied.
         return {**self.__dict__, "seqstart_py": self.host}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ class _SeqLenInfo(ByValue):
 
     @property
     def starts(self) -> list[int]:
-        """`seqstart` on the host, read from the device where it must be."""
+        """`seqstart` as a list, read from the device where the host does not know it."""
         return self.host if self.host is not None else self.seqstart.tolist()
 
     def runs(self) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class _SeqLenInfo(ByValue):
         yield from pairwise(self.starts)
 
     def to(self: Info, device: torch.device | str) -> Info:
-        """The same on another device; the object itself where it is there already."""
+        """The same on another device; `self` where it is already there."""
         if self.seqstart.device == torch.device(device):
             return self
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -93,18 +93,18 @@ class _SeqLenInfo(ByValue):
         return cls(int_tensor(starts, device), max(lengths, default=0), min(lengths, default=0), starts)
 
     def from_seqlens_inplace(self, seqlens: Iterable[int]) -> None:
-        """Give the sequences other lengths, in the same tensor (captured CUDA graphs see them).
+        """Write other lengths into the same tensor, which captured CUDA graphs then read.
 
         Raises ValueError for another number of sequences or one longer than `max_seqlen`.
         """
         lengths = lengths_of("seqlens", seqlens)
-        self._fits(lengths, self.max_seqlen)
+        self._check_lengths(lengths, self.max_seqlen)
         self.seqstart_py = [0, *accumulate(lengths)]
         self.min_seqlen = min(lengths, default=0)
         self.seqstart.copy_(torch.tensor(self.seqstart_py, dtype=torch.int32))
-        self._given = None  # from here on the tensor is what counts, and may be shorter than what it is used with
+        self._given = None  # from here on only the tensor is valid; its total may be less than M
 
-    def _fits(self, lengths: list[int], longest: int) -> None:
+    def _check_lengths(self, lengths: list[int], longest: int) -> None:
         count = len(self.seqstart) - 1
         if len(lengths) != count or max(lengths, default=0) > longest:
             raise ValueError(f"seqlens: got {lengths}, want {count} lengths of at most {longest}")
@@ -127,10 +127,10 @@ class _SeqLenInfo(ByValue):
 
 @dataclass(eq=False)
 class _PaddedSeqLenInfo(_SeqLenInfo):
-    """Sequences in slots of equal size: sequence b is at `[b·padding, b·padding + seqlen[b])`.
+    """Sequences in slots of equal size: sequence b has `b·padding … b·padding + seqlen[b] − 1`.
 
     Attributes:
-        seqlen, seqlen_py: lengths in use, int32 `[sequences]` and as a list.
+        seqlen, seqlen_py: used lengths, int32 `[sequences]` and as a list.
         padding: size of a slot.
     """
 
@@ -151,7 +151,7 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
 
     @classmethod
     def from_seqlens_padded(cls, seqlens: Sequence[int], padding: int, *, device: Device = None) -> _PaddedSeqLenInfo:
-        """From the lengths in use, each at most `padding`."""
+        """From the used lengths, each at most `padding`."""
         lengths = lengths_of("seqlens", seqlens)
         if max(lengths, default=0) > padding:
             raise ValueError(f"seqlens: got a sequence of {max(lengths)}, want at most padding = {padding}")
@@ -163,9 +163,9 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
         raise NotImplementedError("_PaddedSeqLenInfo.from_seqlens_inplace: want from_seqlens_padded_inplace")
 
     def from_seqlens_padded_inplace(self, seqlens: Sequence[int]) -> None:
-        """Give the sequences other lengths, in the same tensor: as many as before, each at most `padding`."""
+        """Write other lengths into the same tensor: as many as before, each at most `padding`."""
         lengths = lengths_of("seqlens", seqlens)
-        self._fits(lengths, self.padding)
+        self._check_lengths(lengths, self.padding)
         self.seqlen_py, self.max_seqlen, self.min_seqlen = lengths, max(lengths, default=0), min(lengths, default=0)
         self.seqlen.copy_(torch.tensor(lengths, dtype=torch.int32))
 
@@ -175,10 +175,10 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
 
 @dataclass(eq=False)
 class _GappySeqInfo(_SeqLenInfo):
-    """Sequences anywhere, even overlapping: sequence b is at `[seqstart[b], seqstart[b] + seqlen[b])`.
+    """Sequences anywhere, possibly overlapping: sequence b has `seqstart[b] … seqstart[b] + seqlen[b] − 1`.
 
-    For paged keys (`paged=True`) `seqstart` has −1 at its end instead of the total, counts in the sequence's own
-    pages, and `seqlen` holds the end, not the length.
+    For paged keys (`paged=True`) `seqstart` counts within the sequence's own pages and ends with −1 instead of the
+    total, and `seqlen` holds the end, not the length.
     """
 
     seqlen: Tensor
@@ -189,7 +189,7 @@ class _GappySeqInfo(_SeqLenInfo):
 
     def intervals(self) -> Iterator[tuple[int, int]]:
         starts = self.starts
-        paged = starts[-1] < 0  # then `seqlen` is the end already
+        paged = starts[-1] < 0  # then `seqlen` holds ends
         for start, length in zip(starts, self.seqlen.tolist(), strict=False):
             yield start, (length if paged else start + length)
 
@@ -201,7 +201,7 @@ class _GappySeqInfo(_SeqLenInfo):
     def from_seqlens_gappy(
         cls, seqstarts: Sequence[int], seqlens: Sequence[int], paged: bool, *, device: Device = None
     ) -> _GappySeqInfo:
-        """From starts and lengths; `seqstarts` has one entry more than `seqlens`, the total; paged ones need not."""
+        """From starts and lengths. `seqstarts` has one more entry than `seqlens`, the total; optional if `paged`."""
         lengths, starts = lengths_of("seqlens", seqlens), lengths_of("seqstarts", seqstarts)
         count = len(lengths)
         if len(starts) != count + 1 and not (paged and len(starts) == count):
@@ -221,7 +221,7 @@ class _GappySeqInfo(_SeqLenInfo):
 
 
 def lengths_of(name: str, lengths: Iterable[int]) -> list[int]:
-    """Lengths as a list of int, whatever sequence, array or tensor they came in."""
+    """Lengths as a list of int, from any sequence, array or tensor."""
     values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     if any(int(n) != n or n < 0 for n in values):
         raise ValueError(f"{name}: got {values}, want ints ≥ 0")
@@ -229,14 +229,14 @@ def lengths_of(name: str, lengths: Iterable[int]) -> list[int]:
 
 
 def int_tensor(values: Sequence[int], device: Device) -> Tensor:
-    """int32 tensor on `device`, by default where xFormers puts it: CUDA, else MTIA, else the CPU."""
+    """An int32 tensor on `device`; `None` is xFormers' default: CUDA, else MTIA, else the CPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mtia" if torch.mtia.is_available() else "cpu"
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _version(x: Tensor) -> int | None:
-    """A number that changes when x is changed in place; None where there is none without waiting for a device."""
+    """A number that changes when x is written to; `None` where computing one would read a device."""
     if not x.is_inference():
         return x._version
     return hash(tuple(x.tolist())) if x.device.type == "cpu" else None

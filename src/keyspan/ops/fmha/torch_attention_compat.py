@@ -1,4 +1,4 @@
-"""xFormers asks here which kernels it may borrow from torch. Keyspan borrows none, so there is nothing to check."""
+"""xFormers' checks of torch's own attention kernels. Keyspan does not use those."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ def is_pt_flash_old(force: bool = False) -> bool | None:
 
 
 def ensure_pt_flash_ok() -> None:
-    """Nothing to ensure."""
+    """Does nothing."""

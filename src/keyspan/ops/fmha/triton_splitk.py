@@ -1,4 +1,4 @@
-"""The name of xFormers' split-K Triton operator, a hint here. Knows no kernel; keyspan chooses."""
+"""A hint named after xFormers' split-K Triton operator. Keyspan chooses its backend itself."""
 
 from __future__ import annotations
 
