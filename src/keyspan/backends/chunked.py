@@ -1,6 +1,6 @@
 """Online-softmax attention over tiles, in plain torch: accepts every problem on every device, in O(M) memory.
 
-Knows nothing of layouts or masks, only of the canonical problem. Derivation: docs/algorithm.md.
+Knows nothing of layouts or masks, only of the canonical problem. Derivation: docs/development/algorithm.md.
 Forward: Milakov & Gimelshein 2018, Rabe & Staats 2021; backward: recomputation from lse, Dao et al. 2022.
 """
 
