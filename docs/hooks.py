@@ -1,4 +1,4 @@
-"""Build hook of the documentation: turns TeX into MathML when the site is built, so that a page loads no script for it."""
+"""Build hook of the documentation: turns TeX into MathML when the site is built; pages need no script for it."""
 
 from __future__ import annotations
 

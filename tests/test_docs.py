@@ -1,4 +1,4 @@
-"""The documentation is right: its code runs, its pictures and tables are what the library gives, its links lead somewhere."""
+"""The documentation is right: its code runs, pictures and tables are what the library gives, links lead somewhere."""
 
 import doctest
 import re
@@ -83,7 +83,7 @@ def example(row: str, dtype: torch.dtype) -> Problem:
     if row == "value dim other than key dim":
         V = 24
     q, k, v = (torch.zeros(1, M, h, d, dtype=dtype) for h, d in ((heads, K), (2, K), (2, V)))
-    stored = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}.get(row.split()[0])
+    stored = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}.get(row.split(maxsplit=1)[0])
     if stored is not None:
         k, given["key_scale"] = keyspan.quantize(k, stored)
         v, given["value_scale"] = keyspan.quantize(v, stored)
