@@ -61,7 +61,7 @@ test-gpu-offline: $(VENV)/.test
 
 # With the machine's own torch and triton, from the checkout: nothing is installed.
 gpu-check:
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py --out runs/gpu
+	PYTHONPATH=src $(PYTHON) -m keyspan.bench.gpu_check --out runs/gpu
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

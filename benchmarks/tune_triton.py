@@ -23,10 +23,10 @@ import torch
 import keyspan
 from keyspan.backends import Needs
 from keyspan.backends.triton import config
+from keyspan.bench.clock import EventClock
+from keyspan.bench.workers import arriving, processes
+from keyspan.bench.works import KINDS, gpu_work
 from keyspan.core.problem import Problem, make_problem
-from on_gpu.clock import times
-from on_gpu.workers import arriving, processes
-from on_gpu.works import bias_of, mask_of, term_of
 
 
 class Candidate(NamedTuple):
@@ -120,10 +120,15 @@ def problem_of(c: Candidate) -> Problem:
         N = 16384 if c.kind == "packed" else 2048 if c.dtype == "float32" or c.kind == "bias" else 8192
         H = 2048 // c.head_dim
         q, k, v = (torch.randn(16384 // N, N, H, c.head_dim, device="cuda", dtype=dtype) for _ in range(3))
-        bias: keyspan.Bias | torch.Tensor | None = bias_of(c.kind, term_of(c.kind, H))
+        work = gpu_work(c.kind if c.kind in KINDS else "causal", N, c.head_dim)
+        bias: keyspan.Bias | torch.Tensor | None = None
+        if work.alibi:
+            bias = keyspan.Alibi(work.slopes("cuda"))
+        if work.reach is not None:
+            bias = keyspan.RelativeBias(torch.rand(H, 2 * work.reach + 1, device="cuda"))
         if c.kind == "bias":
             bias = torch.rand(1, H, N, N, device="cuda", dtype=dtype)
-        PROBLEMS[key] = make_problem(q, k, v, mask=mask_of(c.kind), bias=bias)[0]
+        PROBLEMS[key] = make_problem(q, k, v, mask=work.mask(), bias=bias)[0]
     return PROBLEMS[key]
 
 
@@ -205,7 +210,7 @@ def compiled(c: Candidate) -> tuple[Candidate, str | None]:
 
 def timed(c: Candidate, tile: tuple[int, int, int, int] | None) -> float:
     """Median milliseconds."""
-    return statistics.median(times(lambda: call(c, tile), 200, most=8))
+    return 1e3 * statistics.median(EventClock(200, most=8).times(lambda: call(c, tile)))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import torch
 import keyspan
 from keyspan import Causal
 from keyspan.backends import load
-from keyspan.bench.shapes import SHAPES
+from keyspan.bench.works import SHAPES
 from keyspan.dispatch.op import attend
 from keyspan.testing import results, textbook, tolerances, worst
 from keyspan.testing.cases import CASES, SHORT, Case

@@ -8,7 +8,9 @@ import torch
 
 from keyspan import cli
 from keyspan.bench import attention, measure, providers
-from keyspan.bench.attention import Bench, Row, main, summary, verdict
+from keyspan.bench.attention import Bench, main
+from keyspan.bench.measure import NOISY, Row, compare_rates, spread
+from keyspan.bench.report import draw, line, summary, verdict
 from keyspan.bench.works import DTYPES, TABLE
 
 CPU = torch.device("cpu")
@@ -31,9 +33,9 @@ def test_every_row_and_the_sweep_come_out(tmp_path, capsys):
     for name, target in TABLE.items():
         for dtype in ("fp32", "bf16"):
             rows = {r["provider"]: r for r in found["table"] if r["row"] == name and r["dtype"] == dtype}
-            assert set(rows) == {"keyspan", *target.against} - {"flex compiled"}
+            assert set(rows) == {"keyspan", *target.against} - {"flex"}
             for row in rows.values():
-                assert row["note"] == ""
+                assert row["note"] == ""  # one timing has no spread
                 assert row["ratio"] > 0
                 assert (row["milliseconds"] is None) == (row["provider"] == "bound")
         assert f"| {name} | {target.work.quick().title} | {', '.join(target.against)} |" in shown
@@ -41,6 +43,8 @@ def test_every_row_and_the_sweep_come_out(tmp_path, capsys):
     assert {"keyspan:chunked", "sdpa", "dense softmax"} <= {r["provider"] for r in found["sweep"]}
     assert all(r["milliseconds"] > 0 and r["peak_mib"] > 0 for r in found["sweep"])
     assert (tmp_path / "results.png").stat().st_size > 0
+    draw(found, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "results.png").read_bytes()
     assert summary([Row(**r) for r in found["table"]], ("fp32", "bf16")) in (tmp_path / "results.md").read_text()
 
 
@@ -85,7 +89,7 @@ def test_a_provider_that_cannot_is_shown_with_its_reason():
 
 def test_the_best_of_the_others_counts():
     def row(provider, ratio, note=""):
-        return Row("documents-train", "", provider, "fp32", True, ratio=ratio, note=note)
+        return Row("documents-train", "", provider, "fp32", "fwd+bwd", ratio=ratio, note=note)
 
     ours = row("keyspan", 1.0)
     assert verdict([ours, row("sdpa", 9.0), row("sdpa padded", 3.1)], "fp32") == "3.10 (wanted 3.00: met)"
@@ -95,6 +99,25 @@ def test_the_best_of_the_others_counts():
     )
     assert verdict([ours], "fp32") == "not measured"
     assert verdict([ours, row("sdpa", 2.0)], "fp16") == "2.00"
+
+
+def test_timings_that_spread_give_no_ratio():
+    def row(provider, spread, rate=1.0):
+        return Row("full", "", provider, "fp32", "fwd", milliseconds=1.0, rate=rate, spread=spread)
+
+    assert spread([1.0]) == 0
+    assert spread([1.0, 1.0, 1.0, 1.0, 9.0]) == 0  # one outlier
+    assert spread([1.0, 1.0, 9.0, 9.0]) == 8 / 5
+    for rows in ([row("keyspan", 0.1), row("sdpa", 2.0)], [row("keyspan", 2.0), row("sdpa", 0.1)]):
+        noisy = rows[0] if rows[0].spread > 1 else rows[1]
+        compare_rates(rows)
+        assert rows[1].ratio is None
+        assert rows[1].note == f"no ratio: the timings of {noisy.provider} spread by 200%"
+        assert line(rows[1]).endswith(f"| {rows[1].note} |")
+        assert verdict(rows, "fp32") == rows[1].note
+    fine = [row("keyspan", NOISY), row("sdpa", NOISY, rate=0.5)]
+    compare_rates(fine)
+    assert fine[1].ratio == 2.0
 
 
 def test_what_was_measured_is_kept_when_stopped(tmp_path, monkeypatch):

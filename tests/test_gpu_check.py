@@ -1,50 +1,61 @@
-"""benchmarks/gpu_check.py as far as no GPU is needed: what it times, what it writes, that its parts fit together."""
+"""`make gpu-check` as far as no GPU is needed: what it times, what it writes, that its parts fit together."""
 
 import json
+import math
 import pickle
-import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend
-from torch.overrides import TorchFunctionMode
 
-import keyspan
+from keyspan.bench import checks, clock, decoding, gpu_check, measure, works
+from keyspan.bench.gpu_check import PASSES, bench, ceilings
+from keyspan.bench.overhead import overhead
+from keyspan.bench.report import Report, draw, machine
+from keyspan.bench.workers import arriving, guarded, processes
+from keyspan.bench.works import GPU_DOCUMENTS, KINDS, gpu_work, gpu_works
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+CPU = torch.device("cpu")
 
-from on_gpu import checks, clock, measure, providers, works
-from on_gpu.board import Board
-from on_gpu.workers import arriving, guarded, processes
-from on_gpu.works import Work
 
-KINDS = ("full", "causal", "packed", "window", "alibi", "table")
+def left():
+    return math.inf
+
+
+def small(kind, **options):
+    """A work of this kind, tiny, in rows of 60 tokens."""
+    changes = {"packed": {"lengths": (5, 40, 1, 14)}, "window": {"window": 8}, "table": {"reach": 5}}.get(kind, {})
+    return gpu_work(kind, 60, 8, 4, 2, **{"batch": 3, **changes, **options})
 
 
 def test_works_differ_and_begin_with_the_quick_ones():
-    every, quick = works.works(False), works.works(True)
+    every, quick = gpu_works(False), gpu_works(True)
     assert every[: len(quick)] == quick
-    assert len(set(map(str, every))) == len(every)
-    assert str(quick[0]) == "D128 B2 H16/16 N8192 causal"
-    assert {w.kind for w in quick} == set(KINDS)
-    assert all(w.B * w.N >= 16384 and w.H * w.D in (2048, 4096) and w.H % w.G == 0 for w in every)
+    assert len({w.name for w in every}) == len(every)
+    assert quick[0].title == "causal, B2 H16 M8192 K128, fwd"
+    for kind in KINDS:
+        assert any(gpu_work(kind, w.N, w.shape.dim) == w for w in quick), kind
+    for w in every:
+        heads, kv_heads, dim = w.shape
+        assert w.batch * w.N >= 16384
+        assert heads * dim in (2048, 4096)
+        assert heads % kv_heads == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_visible_pairs_are_those_of_the_mask(kind, monkeypatch):
-    monkeypatch.setattr(works, "DOCUMENTS", [5, 40, 1, 14])
-    monkeypatch.setattr(works, "WINDOW", 7)
-    mask = works.mask_of(kind)
+def test_visible_pairs_are_those_of_the_mask(kind):
+    w = small(kind)
+    mask = w.mask()
     want = 60 * 60 if mask is None else int(mask.materialize(60, 60).sum())
-    w = Work(3, 4, 2, 60, 8, kind)
-    assert w.visible == want
-    assert w.flops(2) == 4 * want * 3 * 4 * 8
+    assert w.visible() == 3 * want
+    products = {"fwd": 2, "bwd": 5, "fwd+bwd": 7}
+    for passes, count in products.items():
+        assert replace(w, passes=passes).flops() == 2 * count * 3 * want * 4 * 8
 
 
 def test_the_documents_fill_the_work_that_is_timed():
-    assert {w.N for w in works.works(False) if w.kind == "packed"} == {sum(works.DOCUMENTS)}
+    assert {w.N for w in gpu_works(False) if len(w.lengths) > 1} == {sum(GPU_DOCUMENTS)}
 
 
 def test_jobs_are_known_in_other_processes():
@@ -71,7 +82,70 @@ def test_a_bad_check_is_told(result, good, tmp_path, capsys):
     assert len((tmp_path / "check.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.fixture
+def report(tmp_path):
+    return Report(tmp_path, machine(CPU))
+
+
+def test_every_kind_is_compared_with_its_peers(report, monkeypatch):
+    monkeypatch.setattr(gpu_check, "gpu_peers", lambda work: ["sdpa", "dense softmax"])
+    for kind in KINDS:
+        bench(report, small(kind, batch=1), ["sdpa"], CPU, "keyspan:chunked", left)
+    rows = report.rows("gpu")
+    assert [(r.row, r.passes, r.provider) for r in rows] == [
+        (small(kind, batch=1).name, passes, provider)
+        for kind in KINDS
+        for passes in PASSES
+        for provider in ("keyspan:chunked", "sdpa")
+    ]
+    for ours, peer in zip(rows[::2], rows[1::2], strict=True):
+        work = next(small(k, batch=1) for k in KINDS if small(k, batch=1).name == ours.row)
+        assert ours.rate == pytest.approx(replace(work, passes=ours.passes).flops() / ours.milliseconds / 1e6)
+        if work.reach is None:  # torch has no table without its gather in the mask
+            assert peer.difference < 2e-2
+        assert peer.ratio is None or peer.ratio == pytest.approx(ours.rate / peer.rate)
+        assert ours.peak_mib > 0
+    found = json.loads((report.out / "results.json").read_text())
+    assert report.markdown().count("| keyspan:chunked |") == len(rows) / 2
+    draw(found, report.out / "again.png")
+    assert (report.out / "again.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_decoding(report, page, monkeypatch):
+    monkeypatch.setattr(decoding, "CACHES", 1)
+    decoding.decode(report, (3, 32, 4, 2, 16), page, CPU, "chunked", lambda: 100)
+    (row,) = report.sections["decoding"]
+    assert {"keyspan", "keyspan int8", "keyspan fp8"} <= set(row["ms"])
+    for _, difference in row["of_bf16_speed_and_difference"].values():
+        assert 0 < difference < 0.1
+    name = "pages of 8" if page else "contiguous"
+    assert f"* decode B3 N32 H4/2 D16 {name}: keyspan " in report.markdown()
+
+
+def test_inputs_of_8_bits(report):
+    decoding.forward_stored(report, "causal", 60, 1024, CPU, "chunked")
+    (row,) = report.sections["8 bits"]
+    assert set(row["tflops"]) == {"bf16", "fp8", "fp8 keys", "int8 keys"}
+    assert row["difference"]["bf16"] == 0
+    assert all(0 < row["difference"][name] < 0.1 for name in ("fp8", "fp8 keys", "int8 keys"))
+
+
+def test_a_long_sequence(report):
+    assert decoding.long(report, 300, CPU, "chunked") > 0
+    assert "300 tokens, one head" in report.markdown()
+
+
+def test_host_time(report):
+    overhead(report, CPU, calls=1, turns=2)
+    (row,) = report.sections["overhead"]
+    assert {"keyspan", "keyspan, forward and backward", "sdpa"} <= set(row["microseconds"])
+    assert all(x > 0 for x in row["microseconds"].values())
+
+
 class _Event:
+    """A CUDA event on a machine that has none."""
+
     def __init__(self, **_):
         pass
 
@@ -82,67 +156,24 @@ class _Event:
         return (other.at - self.at) * 1e3
 
 
-class _OnCpu(TorchFunctionMode):
-    """What is asked for on the GPU is made on the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = {**(kwargs or {})}
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return function(*args, **kwargs)
-
-
-@pytest.fixture
-def board(tmp_path, monkeypatch):
-    """A board, on a machine whose GPU is the CPU."""
+def test_the_clock_of_a_gpu(report, monkeypatch):
+    flushed = []
     monkeypatch.setattr(torch.cuda, "Event", _Event)
-    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    monkeypatch.setattr(clock, "flush", lambda: None)
-    attention = keyspan.attention
-    monkeypatch.setattr(keyspan, "attention", lambda *x, backend, **given: attention(*x, backend="chunked", **given))
-    board = Board(tmp_path)
-    board.head = {"torch": "2", "triton": "3", "device": "none", "matmul_tflops": 1e-3}
-    with _OnCpu():
-        yield board
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(clock, "flush", lambda: flushed.append(1))
+    called = []
+    times = clock.EventClock(milliseconds=40, most=7).times(lambda: called.append(time.sleep(0.002)))
+    assert len(times) == 7
+    assert len(called) == len(flushed) == 8  # one to find how many there is time for
+    assert all(0.002 <= t < 1 for t in times)
+    assert len(clock.EventClock(1e-6).times(lambda: None)) == 3
+    monkeypatch.setattr(clock, "as_graph", lambda call: call)
+    ceilings(report, CPU, quick=True)
+    assert report.machine["gemm_tflops"] > 0
+    assert report.machine["copy_tb_per_s"] > 0
 
 
-def test_bench_and_what_is_written(board, monkeypatch):
-    monkeypatch.setattr(works, "DOCUMENTS", [5, 40, 1, 14])
-    chosen = {"keyspan": providers.ours, "flash": providers.sdpa(SDPBackend.MATH)}
-    for kind in KINDS:
-        measure.bench(board, Work(2, 4, 2, 60, 16, kind), chosen, lambda: 100)
-    rows = json.loads((board.out / "bench.json").read_text())["rows"]
-    assert [(r["kind"], r["direction"]) for r in rows] == [(k, d) for k in KINDS for d in ("forward", "backward")]
-    for row in rows:
-        w = Work(*(row[name] for name in Work._fields))
-        products = 2 if row["direction"] == "forward" else 5
-        assert set(row["tflops"]) == ({"keyspan", "flash"} if w.kind in works.PLAIN else {"keyspan"})
-        for name, ms in row["ms"].items():
-            assert row["tflops"][name] == pytest.approx(w.flops(products) / ms / 1e9)
-        if w.kind in works.PLAIN:
-            assert row["difference"] < 2e-2
-            assert row["ratio"] == row["ms"]["flash"] / row["ms"]["keyspan"]
-            assert row["best_peer"] == "flash"
-    table = (board.out / "bench.md").read_text()
-    assert table.count("| D16 B2 H4/2 N60 ") == len(rows)
-    assert "| D16 B2 H4/2 N60 table | backward |" in table
-    board.plot()
-    assert (board.out / "bench.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("page", [None, 8])
-def test_decoding(board, page, monkeypatch):
-    monkeypatch.setattr(measure, "CACHES", 1)
-    measure.decode(board, 3, 32, 4, 2, 16, page, lambda: 100)
-    (row,) = board.rows
-    assert {"keyspan", "keyspan int8", "keyspan fp8"} <= set(row["ms"])
-    for _, difference in row["of_bf16_speed_and_difference"].values():
-        assert 0 < difference < 0.1
-    name = "pages of 8" if page else "contiguous"
-    assert f"| B3 N32 H4/2 D16 {name} | keyspan " in (board.out / "bench.md").read_text()
-
-
-def test_a_long_sequence(board):
-    assert measure.long(board, 300) > 0
-    assert "300 tokens, one head" in (board.out / "bench.md").read_text()
+def test_works_of_a_gpu_are_timed_by_events():
+    assert isinstance(measure.clock_for(small("causal"), torch.device("cuda")), clock.EventClock)
+    for work, device in ((works.TABLE["overhead"].work, torch.device("cuda")), (small("causal"), CPU)):
+        assert isinstance(measure.clock_for(work, device), clock.WallClock)

@@ -1,4 +1,4 @@
-"""Who can do a piece of work: Keyspan's backends, and what a user would pick instead. Knows no clock.
+"""Attention by Keyspan's backends and by everything that a user would pick instead, by name.
 
 Whatever depends on the mask or the positions alone (lowered ranges, a dense mask or bias, flex's block mask) is made
 before the timing, for all alike: a model makes it once per step, not per layer.
@@ -7,7 +7,10 @@ before the timing, for all alike: a model makes it once per step, not per layer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +21,40 @@ from keyspan.bench.works import Inputs, Work
 
 Provider = Callable[[Inputs], Tensor]
 
+OTHERS = ("flash_attn", "flash_attn.cute", "xformers")
+"""Attention libraries that are measured where they are installed; `flash_attn.cute` is FlashAttention 4."""
+
 
 def make(name: str, work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
-    """The provider of that name for a work."""
+    """The provider of that name for a work; its result is `[B, M, heads, V]`."""
     if name.startswith("keyspan"):
         return _keyspan(work, device, backend=name.partition(":")[2] or None)
     return _OTHERS[name](work, dtype, device)
 
 
-def installed(work: Work, device: torch.device) -> tuple[str, ...]:
-    """Other attention libraries, where they are installed and the work is one they can do (they need a GPU)."""
-    if device.type != "cuda" or not work.sequence or work.shape.heads != work.shape.kv_heads:
-        return ()
-    return tuple(name for name in ("flash_attn", "xformers") if find_spec(name) is not None)
+def gpu_peers(work: Work) -> list[str]:
+    """Everything beside Keyspan that computes this work on a GPU in linear memory and is installed.
+
+    flex_attention, which compiles for half a minute, counts only where torch's own kernels cannot.
+    """
+    found = ["cudnn", "flash", "efficient"] if work.sequence else ["flex"]
+    return found + installed(work)
+
+
+def installed(work: Work) -> list[str]:
+    """Other attention libraries, where they are installed and can do the work (they need a GPU)."""
+    able = {
+        "flash_attn": not work.alibi and work.reach is None and work.queries is None,
+        "xformers": work.sequence and work.shape.heads == work.shape.kv_heads,
+    }
+    return [name for name in OTHERS if able[name.partition(".")[0]] and _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # of its parent
+        return False
 
 
 def laid_out(name: str, x: Inputs) -> Inputs:
@@ -44,7 +68,7 @@ def laid_out(name: str, x: Inputs) -> Inputs:
 def _keyspan(work: Work, device: torch.device, backend: str | None) -> Provider:
     positions = work.mask() is not None or work.reach is not None
     ranges = work.ranges(device) if positions else None
-    alibi = keyspan.Alibi(work.slopes().to(device)) if work.alibi else None
+    alibi = keyspan.Alibi(work.slopes(device)) if work.alibi else None
 
     def run(x: Inputs) -> Tensor:
         bias = alibi if x.table is None else keyspan.RelativeBias(x.table)
@@ -61,7 +85,7 @@ def _dense_term(work: Work, dtype: torch.dtype, device: torch.device) -> Tensor 
     if not work.alibi:
         return visible
     row = torch.arange(work.N, device=device)
-    bias = -work.slopes().to(device)[:, None, None] * (row[:, None] - row).abs()
+    bias = -work.slopes(device)[:, None, None] * (row - row[:, None]).abs()
     return bias.masked_fill_(~visible, -torch.inf).to(dtype)[None]  # in four dimensions: else torch is not fused
 
 
@@ -75,11 +99,15 @@ def _heads_first(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return x.query.transpose(1, 2), x.key.transpose(1, 2), x.value.transpose(1, 2)
 
 
+def _is_grouped(work: Work) -> bool:
+    return work.shape.heads != work.shape.kv_heads
+
+
 def _sdpa(work: Work, dtype: torch.dtype, device: torch.device, embedded: bool = False) -> Provider:
     dense = _dense_term(work, dtype, device)
     index = None if work.reach is None else _distances(work, device)
     plain = work.causal and work.sequence
-    gqa = work.shape.heads != work.shape.kv_heads
+    gqa = _is_grouped(work)
 
     def run(x: Inputs) -> Tensor:
         q, k, v = _heads_first(x)
@@ -91,6 +119,23 @@ def _sdpa(work: Work, dtype: torch.dtype, device: torch.device, embedded: bool =
         return out.transpose(1, 2)
 
     return run
+
+
+def _sdpa_kernel(name: str) -> Callable[[Work, torch.dtype, torch.device], Provider]:
+    """SDPA by one kernel, which torch names `name`_ATTENTION."""
+
+    def make_provider(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        kernel, run = getattr(SDPBackend, f"{name}_ATTENTION"), _sdpa(work, dtype, device)
+
+        def forced(x: Inputs) -> Tensor:
+            with sdpa_kernel(kernel):
+                return run(x)
+
+        return forced
+
+    return make_provider
 
 
 def _dense_softmax(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
@@ -113,8 +158,8 @@ def _dense_softmax(work: Work, dtype: torch.dtype, device: torch.device) -> Prov
 
 
 def _per_document(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
-    """What users do who have no packing: one call per document."""
-    lengths, gqa = list(work.lengths), work.shape.heads != work.shape.kv_heads
+    """What users without packing do: one call per document."""
+    lengths, gqa = list(work.lengths), _is_grouped(work)
 
     def run(x: Inputs) -> Tensor:
         parts = zip(*(y.split(lengths, 2) for y in _heads_first(x)), strict=True)
@@ -126,8 +171,8 @@ def _per_document(work: Work, dtype: torch.dtype, device: torch.device) -> Provi
 
 
 def _padded(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
-    """What users do who have no packing: a batch padded to the longest document."""
-    lengths, gqa = list(work.lengths), work.shape.heads != work.shape.kv_heads
+    """What users without packing do: a batch padded to the longest document."""
+    lengths, gqa = list(work.lengths), _is_grouped(work)
     # Padding stands behind the keys, so causality hides it from every real query.
     keys = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
     hidden = None if work.causal else keys[:, None, None]
@@ -143,38 +188,76 @@ def _padded(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
     return run
 
 
+_FLEX_TABLE = {"bwd_BLOCK_M1": 16, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 16, "bwd_num_stages": 1,
+               "bwd_num_warps": 4, "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 1}  # fmt: skip
+"""flex's tiles for a relative table: by itself it asks for more shared memory than there is where the table takes a
+gradient. The fastest of three that were tried on an H100, forward and backward."""
+
+
 def _flex(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._functorch.config.donated_buffer = False  # backward is called more than once
     document = torch.repeat_interleave(torch.arange(len(work.lengths)), torch.tensor(work.lengths)).to(device)
-    slopes = work.slopes().to(device)
+    slopes, reach = work.slopes(device), work.reach or 0
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        ok = document[i] == document[j]
+        ok = document[i] == document[j] if len(work.lengths) > 1 else i == i  # noqa: PLR0124
         if work.causal:
             ok = ok & (j <= i)
         return ok & (j > i - work.window) if work.window is not None else ok
 
     def alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - slopes[h] * (i - j).abs()
+        return score - slopes[h] * (i - j if work.causal else (i - j).abs())
 
     block = None if work.mask() is None else create_block_mask(seen, None, None, work.M, work.N, device=str(device))
     torch.compiler.reset()  # every work is compiled anew, and torch limits how often one function may be
-    compiled = torch.compile(flex_attention, fullgraph=True)
-    gqa = work.shape.heads != work.shape.kv_heads
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    options: Any = _FLEX_TABLE if work.reach is not None and device.type == "cuda" else None
 
     def run(x: Inputs) -> Tensor:
-        q, k, v = (y.contiguous() for y in _heads_first(x))
-        out = compiled(q, k, v, score_mod=alibi if work.alibi else None, block_mask=block, enable_gqa=gqa)
+        q, k, v = (y if device.type == "cuda" else y.contiguous() for y in _heads_first(x))
+        table = x.table
+
+        def relative(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            assert table is not None
+            return score + table[h, torch.clamp(j - i, -reach, reach) + reach]
+
+        change = alibi if work.alibi else relative if table is not None else None
+        out = compiled(
+            q, k, v, score_mod=change, block_mask=block, enable_gqa=_is_grouped(work), kernel_options=options
+        )
         return out.transpose(1, 2)
 
     return run
 
 
-def _flash_attn(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
-    from flash_attn import flash_attn_func
+def _flash_attn(module: str) -> Callable[[Work, torch.dtype, torch.device], Provider]:
+    """FlashAttention 2 (`flash_attn`) or 4 (`flash_attn.cute`); packed documents through its varlen form."""
 
-    return lambda x: flash_attn_func(x.query, x.key, x.value, causal=work.causal)
+    def make_provider(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
+        library = import_module(module)
+        ends = torch.tensor([0, *accumulate(work.lengths)], device=device, dtype=torch.int32)
+        options: dict[str, Any] = {"causal": work.causal}
+        if work.window is not None:
+            options["window_size"] = (work.window - 1, 0)
+
+        def run(x: Inputs) -> Tensor:
+            if len(work.lengths) > 1:
+                packed = (y[0] for y in (x.query, x.key, x.value))
+                most = max(work.lengths)
+                found = library.flash_attn_varlen_func(
+                    *packed, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=most, max_seqlen_k=most, **options
+                )
+            else:
+                found = library.flash_attn_func(x.query, x.key, x.value, **options)
+            out: Tensor = found[0] if isinstance(found, tuple) else found  # some versions return lse too
+            return out[None] if len(work.lengths) > 1 else out
+
+        return run
+
+    return make_provider
 
 
 def _xformers(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
@@ -190,8 +273,12 @@ _OTHERS: dict[str, Callable[[Work, torch.dtype, torch.device], Provider]] = {
     "sdpa heads first": _sdpa,
     "sdpa per document": _per_document,
     "sdpa padded": _padded,
+    "cudnn": _sdpa_kernel("CUDNN"),
+    "flash": _sdpa_kernel("FLASH"),
+    "efficient": _sdpa_kernel("EFFICIENT"),
     "dense softmax": _dense_softmax,
-    "flex compiled": _flex,
-    "flash_attn": _flash_attn,
+    "flex": _flex,
+    "flash_attn": _flash_attn("flash_attn"),
+    "flash_attn.cute": _flash_attn("flash_attn.cute"),
     "xformers": _xformers,
 }

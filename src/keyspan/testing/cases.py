@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Case:
     K: int = 16
     V: int = 16
     dims: int = 4
-    mask: Callable[[], object] | None = None
+    mask: Callable[[], Any] | None = None
     alibi: bool = False
     batched_slopes: bool = False
     reach: int | None = None
@@ -69,7 +70,7 @@ class Case:
             heads_of(self.N, self.kv_heads, self.K),
             heads_of(self.N, self.kv_heads, self.V),
         )
-        terms: list[object] = [values(*shape) for shape in self.bias]
+        terms: list[Any] = [values(*shape) for shape in self.bias]
         if self.alibi:
             shape = (self.B, self.heads) if self.batched_slopes else (self.heads,)
             terms.append(keyspan.Alibi((values(*shape).abs() * 0.2).to(dtype).double()))
@@ -80,7 +81,7 @@ class Case:
             bias = term if bias is None else bias + term
         sinks = values(self.heads) if self.sinks else None
         mask = None if self.mask is None else self.mask()
-        scales: dict[str, Tensor] = {}
+        scales: dict[str, Any] = {}
         if self.stored is not None:
             k, scales["key_scale"] = self.quantized(k)
             v, scales["value_scale"] = self.quantized(v)
@@ -93,6 +94,7 @@ class Case:
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys or values as they are stored, and their scale; keys and heads differ in size, and so do scales."""
+        assert self.stored is not None
         x = x.float() * torch.exp2(torch.randint(-2, 2, x.shape[:-1]))[..., None]
         if self.run != 0:
             return keyspan.quantize(x, self.stored, self.run)

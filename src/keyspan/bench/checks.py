@@ -1,4 +1,4 @@
-"""Is the Triton backend right on the GPU at hand: the tests' cases, real sizes, keys of 8 bits. Knows no clock.
+"""Is the Triton backend right on the GPU at hand: the tests' cases, real sizes, keys of 8 bits.
 
 Each check is a function of names alone, for it runs in a process of its own; it returns the `worst` result, its error
 as a `share` of what is allowed, and whether further runs gave the `same` bits.
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 import keyspan
+from keyspan.bench.decoding import STORED
+from keyspan.core.problem import Problem
 
 
-def moved(problem: Any, device: str) -> Any:
+def moved(problem: Problem, device: str) -> Problem:
     """The problem on another device."""
-    fields = {k: x.to(device) for k, x in problem._asdict().items() if isinstance(x, torch.Tensor)}
+    fields: dict[str, Any] = {k: x.to(device) for k, x in problem._asdict().items() if isinstance(x, torch.Tensor)}
     return problem._replace(**fields, biases=[x.to(device) for x in problem.biases])
 
 
@@ -36,8 +38,9 @@ def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
     case = next(c for c in CASES if c.name == name)
     problem = case.problem(dtype)
 
-    def on_gpu(p: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(x.cpu() for x in attend(moved(p, "cuda"), "triton"))
+    def on_gpu(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = attend(moved(p, "cuda"), "triton")
+        return out.cpu(), lse.cpu()
 
     want = results(lambda p: attend(p, "reference"), problem, torch.float64)
     allowed = tolerances(problem, dtype, want)
@@ -76,7 +79,8 @@ def check_large(name: str) -> dict[str, Any]:
     def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
         e = None if extra is None else extra.clone().requires_grad_()
-        bias = {"alibi": keyspan.Alibi, "table": keyspan.RelativeBias}[kind](e) if kind in ("alibi", "table") else e
+        kinds: dict[str, Any] = {"alibi": keyspan.Alibi, "table": keyspan.RelativeBias}
+        bias = kinds[kind](e) if kind in kinds else e
         out = keyspan.attention(*x, mask=masks[kind], bias=bias, backend=backend)
         inputs = x if e is None else [*x, e]
         return [t.detach().float() for t in (out, *torch.autograd.grad(out, inputs, go.to(dtype)))]
@@ -137,7 +141,6 @@ def check_again(name: str) -> dict[str, Any]:
     return {"worst": name, "share": share, "same": same}
 
 
-STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SLOT = 2048
 
 
@@ -162,7 +165,7 @@ def check_stored(name: str) -> dict[str, Any]:
     run = {"decode": SLOT, "paged": 64}.get(kind)
     q, k, v = (torch.randn(1, n, h, D, device="cuda") for n, h in ((M, G * H), (N, G), (N, G)))
     mask = masks[kind]()
-    scales = {}
+    scales: dict[str, Any] = {}
     k, scales["key_scale"] = keyspan.quantize(k, dtype, run)
     v, scales["value_scale"] = keyspan.quantize(v, dtype, run)
     if query == "fp8":
@@ -171,7 +174,10 @@ def check_stored(name: str) -> dict[str, Any]:
         q = q.to(getattr(torch, query))
 
     def attend(query: torch.Tensor, backend: str) -> torch.Tensor:
-        return keyspan.attention(query, k, v, mask=mask, backend=backend, output_dtype=torch.float32, **scales)
+        out: torch.Tensor = keyspan.attention(
+            query, k, v, mask=mask, backend=backend, output_dtype=torch.float32, **scales
+        )
+        return out
 
     want, got = attend(q if query == "fp8" else q.float(), "reference"), attend(q, "triton")
     same = all(torch.equal(got, attend(q, "triton")) for _ in range(5))

@@ -1,0 +1,139 @@
+"""One command for a machine with a GPU: is the Triton backend right there, and how fast is it beside its peers.
+
+    PYTHONPATH=src python -m keyspan.bench.gpu_check --out $OUT
+
+Needs the machine's torch and triton and nothing else. In this order and as far as the budget goes: the shared cases
+against the fp64 reference on the CPU, each several times for bitwise equality (in parallel processes: most of the time
+goes into compilation); the machine's ceilings; forward and backward beside SDPA's kernels, compiled flex_attention,
+FlashAttention and xFormers where they are installed; decoding, also with a cache of 8 bits; forward with inputs of 8
+bits; host time of a call; one long sequence. Results are written as they come: check.jsonl and results.json; at the end
+results.md and results.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from keyspan.bench import checks, decoding
+from keyspan.bench.clock import EventClock
+from keyspan.bench.measure import measure, warm, yardstick
+from keyspan.bench.overhead import overhead
+from keyspan.bench.providers import OTHERS, gpu_peers, make
+from keyspan.bench.report import HEADER, Report, machine, plot_rates, write
+from keyspan.bench.workers import arriving, guarded, guarded_print, processes
+from keyspan.bench.works import Passes, Work, gpu_work, gpu_works
+
+GPU = torch.device("cuda")
+OURS = "keyspan:triton"
+PASSES: tuple[Passes, ...] = ("fwd", "bwd")
+BF16 = ("bf16", torch.bfloat16)
+
+
+def main(words: list[str] | None = None) -> int:
+    began = time.time()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--budget", type=float, default=520, help="seconds in all")
+    parser.add_argument("--check", type=float, default=200, help="seconds for the checks; 0 for none")
+    parser.add_argument("--every", type=int, default=1, help="of the checks, every n-th")
+    parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
+    parser.add_argument("--peers", default=",".join(("cudnn", "flash", "efficient", "flex", *OTHERS)))
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--only", default="", help="regular expression: the shapes whose name it finds")
+    given = parser.parse_args(words)
+    given.out.mkdir(parents=True, exist_ok=True)
+    peers = given.peers.split(",")
+    shapes = [work for work in gpu_works(given.quick) if re.search(given.only, work.name)]
+
+    def left() -> float:
+        return float(given.budget - (time.time() - began))
+
+    report = Report(given.out, machine(GPU))
+    print(report.machine, flush=True)
+    # What is timed later is compiled here beside the checks: for both most of the time is the compilers'.
+    todo = [*sorted(shapes, key=lambda work: work.sequence), gpu_work("causal", 2**14, 128, 1)]
+    with processes(given.workers) as pool:
+        warming = [pool.submit(guarded, warm, work, BF16[1], compiled(work, peers)) for work in todo]
+        checking = [pool.submit(guarded, *job) for job in checks.jobs(given.every)] if given.check else []
+        found = arriving(checking, min(given.check, left() - 30))
+        good = checks.report(found, len(checking), given.out / "check.jsonl")
+        for warmed in (job.result() for job in warming):
+            if "error" in warmed:
+                print("BAD", warmed["name"], warmed["error"], flush=True)
+    print(f"compiled after {time.time() - began:.0f} s", flush=True)
+    time_all(report, shapes, peers, left)
+    write(given.out / "results.md", report.markdown())
+    try:
+        plot_rates(report.rows("gpu"), report.machine, given.out / "results.png")
+    except ImportError:
+        print("no picture: matplotlib is not installed", flush=True)
+    print(f"done after {time.time() - began:.0f} s", flush=True)
+    return 0 if good else 1
+
+
+def time_all(report: Report, shapes: list[Work], peers: list[str], left: Callable[[], float]) -> None:
+    """Everything that is timed, the most telling first, as far as the time goes."""
+    ceilings(report, GPU)
+    print(HEADER)
+    for work in shapes[:5]:
+        bench(report, work, peers, GPU, OURS, left)
+    for page in (None, 64):
+        if left() > 14:
+            guarded_print(decoding.decode, report, (32, 8192, 32, 8, 128), page, GPU, "triton", left)
+    for dim in (128, 64):
+        for kind in ("full", "causal"):
+            if left() > 14:
+                guarded_print(decoding.forward_stored, report, kind, 8192, dim, GPU, "triton")
+    if left() > 14:
+        guarded_print(overhead, report, GPU)
+    # A million tokens only where they are a matter of seconds.
+    if left() > 14 and (guarded_print(decoding.long, report, 2**18, GPU, "triton") or 0) > 100 and left() > 20:
+        guarded_print(decoding.long, report, 2**20, GPU, "triton")
+    for work in shapes[5:]:
+        bench(report, work, peers, GPU, OURS, left)
+    for B, N in ((1, 131072), (128, 2048)):
+        if left() > 14:
+            guarded_print(decoding.decode, report, (B, N, 32, 8, 128), None, GPU, "triton", left)
+
+
+def compiled(work: Work, peers: list[str]) -> list[str]:
+    """The providers of a work whose kernels are compiled on first use."""
+    return [OURS, *(name for name in gpu_peers(work) if name in peers and name == "flex")]
+
+
+def bench(
+    report: Report, work: Work, peers: list[str], device: torch.device, ours: str, left: Callable[[], float]
+) -> None:
+    """Forward and backward of a work by Keyspan and every peer that can, in turns."""
+    for passes in PASSES:
+        if left() < 14:
+            return
+        this = replace(work, passes=passes)
+        names = [ours, *(name for name in gpu_peers(this) if name in peers)]
+        makers = {name: partial(make, name, this, BF16[1], device) for name in names}
+        rows = measure(work.name, this, BF16, makers, {}, device, repeats=2, check=False, left=left)
+        report.add("gpu", rows)
+
+
+def ceilings(report: Report, device: torch.device, quick: bool = False) -> None:
+    """What the machine can do at most: a matrix product in bf16, a copy."""
+    clock = EventClock(200)
+    for name, unit, scale in (("gemm", "gemm_tflops", 1e12), ("copy", "copy_tb_per_s", 1e12)):
+        stick = yardstick(name, torch.bfloat16, device, quick)
+        report.machine[unit] = stick.amount / statistics.median(clock.times(clock.prepare(stick.run))) / scale
+    report.write()
+    print({name: round(report.machine[name], 2) for name in ("gemm_tflops", "copy_tb_per_s")}, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
