@@ -1,6 +1,6 @@
-"""Builds the native library when the package is installed or a wheel is made. Knows no compiler: native/build.py does.
+"""Build hook: compiles the native library (native/build.py) when the package is installed or a wheel is made.
 
-Where it cannot be built the install goes on without it, and the reason is kept for `keyspan info`.
+Where it cannot be built, the installation continues without it, and `keyspan info` shows the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TARGET = Path("src/keyspan/backends/native")
 
 
 class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]
-    """Puts the library beside the Python code that loads it: for an editable install too."""
+    """Puts the library beside the Python module that loads it, for editable installs too."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
@@ -25,19 +25,19 @@ class NativeLibrary(BuildHookInterface):  # type: ignore[type-arg]
         sys.path.insert(0, str(ROOT / "native"))
         import build  # native/build.py
 
-        why_not = ROOT / TARGET / "not_built.txt"
-        for stale in (*(ROOT / TARGET).glob("libkeyspan.*"), why_not):
+        reason_file = ROOT / TARGET / "not_built.txt"
+        for stale in (*(ROOT / TARGET).glob("libkeyspan.*"), reason_file):
             stale.unlink(missing_ok=True)
         try:
-            made = build.build(ROOT / TARGET)
-        except build.CannotBuildError as reason:
-            self.app.display_warning(f"keyspan is installed without its native backend: {reason}")
-            why_not.write_text(f"{reason}\n", encoding="utf-8")
-            made = why_not
+            artifact = build.build(ROOT / TARGET)
+        except build.CannotBuildError as error:
+            self.app.display_warning(f"keyspan is installed without its native backend: {error}")
+            reason_file.write_text(f"{error}\n", encoding="utf-8")
+            artifact = reason_file
         else:
-            # No Python or torch is linked: one wheel serves every version of them on this platform.
+            # The library links neither Python nor torch: one wheel serves all their versions on this platform.
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["tag"] = f"py3-none-{platform}"
             build_data["pure_python"] = False
-        relative = made.relative_to(ROOT)
-        build_data["force_include"][str(made)] = str(relative.relative_to("src"))
+        relative = artifact.relative_to(ROOT)
+        build_data["force_include"][str(artifact)] = str(relative.relative_to("src"))

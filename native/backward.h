@@ -1,6 +1,7 @@
-// Backward: weights recomputed from lse, tile by tile; five products, no atomics. Knows no threads.
+// Backward: recomputes the weights of each RowTile from lse; five products; no atomics.
 //
-// A unit is a run of query tiles for one or more (batch, group); it alone adds to its sums, so the order is fixed.
+// A unit of work is a run of query tiles for one or more (batch, group). Only this unit adds to its sums, so the order
+// of additions is fixed.
 #pragma once
 #include "forward.h"
 
@@ -8,61 +9,61 @@ namespace keyspan {
 namespace KEYSPAN_NAMESPACE {
 namespace {
 
-// Rows of a tile in both forms: each row (broadcast), and row by row (loaded), which for floats are the same.
+// Query rows or output gradients of a tile: as rows to be broadcast, and as rows to be loaded (the same for floats).
 template <class T>
-struct Rows {
-    T *row;     // [rows][width] floats, or bf16
-    T *by_row;  // pairs of rows
+struct PackedRows {
+    T *row;     // [rows][width] of float or bf16
+    T *by_row;  // [rows / 2][width] of bf16 pairs, or `row`
     int64_t width;
-    bool odd;
+    bool nonfinite;
 };
 
 template <class T>
-INLINE Rows<T> take_rows(Arena &arena, int64_t rows, int64_t width) {
-    T *row = arena.take<T>((rows + 1) * width / PER_WORD<T>);
-    return {row, PER_WORD<T> == 1 ? row : arena.take<T>((rows + 1) / 2 * width), width, false};
+INLINE PackedRows<T> reserve_rows(Arena &arena, int64_t rows, int64_t width) {
+    T *row = arena.reserve<T>((rows + 1) * width / PER_WORD<T>);
+    return {row, PER_WORD<T> == 1 ? row : arena.reserve<T>((rows + 1) / 2 * width), width, false};
 }
 
-INLINE const char *grad_row(const Params &p, const Tile &tile, int r) {
+INLINE const char *grad_row(const Params &p, const RowTile &tile, int r) {
     return p.grad_out + (tile.batch * p.grad_out_stride[0] + tile.query[r] * p.grad_out_stride[1] +
                          tile.group * p.grad_out_stride[2] + tile.head[r] * p.grad_out_stride[3]) *
-                            size_of(p.out_dtype);
+                            dtype_size(p.out_dtype);
 }
 
 template <class T>
-INLINE void load_rows(Rows<T> &to, const Tile &tile, int64_t dtype, const char *const *from, int64_t stride,
+INLINE void load_rows(PackedRows<T> &to, const RowTile &tile, int64_t dtype, const char *const *from, int64_t stride,
                       int64_t dims) {
-    to.odd = false;
+    to.nonfinite = false;
     if constexpr (PER_WORD<T> == 1) {
         for (int r = 0; r < tile.rows; r++)
-            to.odd |= pack_row(dtype, from[r], stride, dims, to.width, to.row + r * to.width);
+            to.nonfinite |= pack_row(dtype, from[r], stride, dims, to.width, to.row + r * to.width);
     } else {
         uint16_t *row = (uint16_t *)to.row;
-        alignas(64) float wide[WIDEST];
+        alignas(64) float wide[MAX_HEAD_DIM];
         for (int r = 0; r < tile.rows; r++) {
             if (dtype == BF16) {
-                to.odd |= pack_row(dtype, from[r], stride, dims, to.width, row + r * to.width);
-            } else {  // gradients of an output of another dtype
-                to.odd |= pack_row(dtype, from[r], stride, dims, to.width, wide);
+                to.nonfinite |= pack_row(dtype, from[r], stride, dims, to.width, row + r * to.width);
+            } else {  // the output has another dtype than the inputs
+                to.nonfinite |= pack_row(dtype, from[r], stride, dims, to.width, wide);
                 for (int64_t i = 0; i < to.width; i += W) store(row + r * to.width + i, narrow_bf16(load(wide + i)));
             }
         }
         if (tile.rows % 2) memset(row + tile.rows * to.width, 0, (size_t)to.width * 2);
         for (int r = 0; r < tile.rows; r += 2)
-            pair_rows(row + r * to.width, row + (r + 1) * to.width, to.width, to.by_row + r / 2 * to.width);
+            interleave_rows(row + r * to.width, row + (r + 1) * to.width, to.width, to.by_row + r / 2 * to.width);
     }
 }
 
-// Where the weights and score gradients of a block go: rows to be broadcast, and the same transposed.
+// Weights and score gradients of a block of keys: as rows to be broadcast, and as pairs of rows to be loaded.
 template <class T>
 struct Scores {
-    float *weight, *grad;  // [rows][BLOCK_KEYS]; first the products they come from
-    T *weight_pairs, *grad_pairs;  // [rows / 2][BLOCK_KEYS], where T is pairs
-    T *grad_row;                   // [rows][BLOCK_KEYS / 2]
+    float *weight, *grad;          // [rows][BLOCK_KEYS]; at first the products they are computed from
+    T *weight_pairs, *grad_pairs;  // [rows / 2][BLOCK_KEYS] of bf16 pairs, or `weight` and `grad`
+    T *grad_row;                   // [rows][BLOCK_KEYS] of bf16, or `grad`
 };
 
-INLINE void add_to_dense_grad(const Plan &plan, const Tile &tile, int s, int r, int64_t first, Span span,
-                              int64_t chunk, const float *grad) {
+INLINE void accumulate_bias_grads(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span,
+                                  int64_t chunk, const float *grad) {
     const Params &p = *plan.params;
     for (int64_t i = 0; i < p.bias_count; i++) {
         const Dense &d = p.biases[i];
@@ -74,13 +75,13 @@ INLINE void add_to_dense_grad(const Plan &plan, const Tile &tile, int s, int r, 
             float total = 0;
             for (int n = span.begin; n < span.end; n++) total += grad[n];
             *to += total;
-        } else {  // 1: what gradients are added to is contiguous
-            to += first + tile.shift[r];
+        } else {  // stride 1: sums of gradients are contiguous
+            to += first + tile.logical_offset[r];
             for (int n = span.begin; n < span.end; n++) to[n] += grad[n];
         }
     }
     const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
-    const int64_t distance = first + tile.distance[s][r];
+    const int64_t distance = first + tile.distance_offset[s][r];
     if (p.dslopes) {
         float total = 0;
         for (int n = span.begin; n < span.end; n++) {
@@ -96,33 +97,34 @@ INLINE void add_to_dense_grad(const Plan &plan, const Tile &tile, int s, int r, 
         for (; n < span.end && distance + n <= -p.reach; n++) total += grad[n];
         table[-p.reach] += total;
         total = 0;
-        const int inside = (int)most<int64_t>(n, least<int64_t>(span.end, p.reach - distance));
+        const int inside = (int)max<int64_t>(n, min<int64_t>(span.end, p.reach - distance));
         for (int64_t at = distance; n < inside; n++) table[at + n] += grad[n];
         for (; n < span.end; n++) total += grad[n];
         table[p.reach] += total;
     }
 }
 
-// Products of a row to its weights and the gradients of its scores, zero around what it sees and as far as `wide`.
+// Products of a row to weights and score gradients, zero outside its span as far as `block_span`.
 template <int DEGREE>
-INLINE void differentiate_row(const Plan &plan, const Tile &tile, int s, int r, int64_t first, Span span, Span wide,
-                              int64_t chunk, float *weight, float *grad, float *slopes, float *keep) {
+INLINE void softmax_backward_row(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span,
+                                 Span block_span, int64_t chunk, float *weight, float *grad, float *softcap_grad,
+                                 float *dropout) {
     const Params &p = *plan.params;
     const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
-    const float multiplier = row_scores(plan, tile, s, r, first, span, weight, slopes);
+    const float multiplier = row_scores(plan, tile, s, r, first, span, weight, softcap_grad);
     for (int n = begin; n < span.begin; n++) grad[n] = 0;
     for (int n = span.end; n < end; n++) grad[n] = 0;
-    if (p.seed) fill_keep(p, tile, r, first + begin, end - begin, keep);
-    const vf m = all(multiplier), minus = all(-tile.lse[r]), delta = all(tile.delta[r]);
+    if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, dropout);
+    const vf m = broadcast(multiplier), minus = broadcast(-tile.lse[r]), delta = broadcast(tile.delta[r]);
     for (int n = begin; n < end; n += W) {
         const vf score = load(weight + n);
-        const vi hidden = score == all(-INF);
-        // The row's lse may be NaN, and what is hidden as well.
+        const vi hidden = score == broadcast(-INF);
+        // Hidden entries are zero even where the row's lse is NaN.
         const vf x = hidden ? vf{} : exp2<DEGREE>(score * m + minus);
         vf dx = load(grad + n);
         vf dropped = x;
         if (p.seed) {
-            const vf k = load(keep + n - begin);
+            const vf k = load(dropout + n - begin);
             dropped = x * k;
             dx *= k;
         }
@@ -131,19 +133,19 @@ INLINE void differentiate_row(const Plan &plan, const Tile &tile, int s, int r, 
         store(weight + n, dropped);
         store(grad + n, dx);
     }
-    add_to_dense_grad(plan, tile, s, r, first, span, chunk, grad);
+    accumulate_bias_grads(plan, tile, s, r, first, span, chunk, grad);
     if (p.softcap != 0)
         for (int n = begin; n < end; n += W) {
             const vf dx = load(grad + n);
-            store(grad + n, dx == vf{} ? vf{} : dx * load(slopes + n));
+            store(grad + n, dx == vf{} ? vf{} : dx * load(softcap_grad + n));
         }
-    for (int n = wide.begin; n < begin; n += W) store(weight + n, vf{}), store(grad + n, vf{});
-    for (int n = end; n < wide.end; n += W) store(weight + n, vf{}), store(grad + n, vf{});
+    for (int n = block_span.begin; n < begin; n += W) store(weight + n, vf{}), store(grad + n, vf{});
+    for (int n = end; n < block_span.end; n += W) store(weight + n, vf{}), store(grad + n, vf{});
 }
 
-// The same as pairs, for rows r and r + 1.
-INLINE void pair_scores(int r, Span wide, Scores<uint32_t> &to) {
-    for (int n = wide.begin; n < wide.end; n += W) {
+// Rows r and r + 1 as pairs of bf16.
+INLINE void interleave_scores(int r, Span block_span, Scores<uint32_t> &to) {
+    for (int n = block_span.begin; n < block_span.end; n += W) {
         const int64_t at = r * BLOCK_KEYS + n, below = at + BLOCK_KEYS;
         const vf dx = load(to.grad + at), dx_below = load(to.grad + below);
         store(to.weight_pairs + r / 2 * BLOCK_KEYS + n, pairs_bf16(load(to.weight + at), load(to.weight + below)));
@@ -153,68 +155,74 @@ INLINE void pair_scores(int r, Span wide, Scores<uint32_t> &to) {
     }
 }
 
-// out[n] += Σ weight[r, n] · row[r] for the keys of a block, r over the rows that see them.
+// NaN repair of `add_weighted_keys`: key by key, without the rows that do not see the key.
 template <class T>
-INLINE void add_weighted_keys(const Plan &plan, const Tile &tile, int s, Span wide, const Span *seen_by,
-                              const T *weights, const Rows<T> &rows, int64_t dims, int64_t first, float *out) {
-    if (rows.odd) {
-        for (int r = 0; r < tile.rows; r++)
-            for (int n = wide.begin; n < wide.end; n++) {
-                if (!sees(*plan.params, tile, s, r, first + n)) continue;
-                const float weight = packed_element(weights, BLOCK_KEYS, r, n);
-                for (int64_t v = 0; v < dims; v++)
-                    out[(first + n) * rows.width + v] +=
-                        careful(weight, packed_element(rows.by_row, rows.width, r, v));
-            }
-        return;
-    }
-    for (int n = wide.begin; n < wide.end; n += ROWS) {
-        const int count = least(ROWS, wide.end - n);
-        const Span a = seen_by[n / W], b = seen_by[(n + count - 1) / W];
-        const int begin = least(a.begin, b.begin) / PER_WORD<T>;
-        const int end = (most(a.end, b.end) + PER_WORD<T> - 1) / PER_WORD<T>;
+INLINE void add_weighted_keys_nan_repair(const Plan &plan, const RowTile &tile, int s, Span block_span,
+                                         const T *weights, const PackedRows<T> &rows, int64_t dims, int64_t first,
+                                         float *out) {
+    for (int r = 0; r < tile.rows; r++)
+        for (int n = block_span.begin; n < block_span.end; n++) {
+            if (!is_visible(*plan.params, tile, s, r, first + n)) continue;
+            const float weight = packed_element(weights, BLOCK_KEYS, r, n);
+            for (int64_t v = 0; v < dims; v++)
+                out[(first + n) * rows.width + v] +=
+                    multiply_unless_nonfinite(weight, packed_element(rows.by_row, rows.width, r, v));
+        }
+}
+
+// out[n] += Σ_r weights[r][n] · rows[r] for the keys of a block, r over the rows that see them.
+template <class T>
+INLINE void add_weighted_keys(const Plan &plan, const RowTile &tile, int s, Span block_span, const Span *rows_seeing,
+                              const T *weights, const PackedRows<T> &rows, int64_t dims, int64_t first, float *out) {
+    if (rows.nonfinite) return add_weighted_keys_nan_repair(plan, tile, s, block_span, weights, rows, dims, first, out);
+    for (int n = block_span.begin; n < block_span.end; n += ROWS) {
+        const int count = min(ROWS, block_span.end - n);
+        const Span a = rows_seeing[n / W], b = rows_seeing[(n + count - 1) / W];
+        const int begin = min(a.begin, b.begin) / PER_WORD<T>;
+        const int end = (max(a.end, b.end) + PER_WORD<T> - 1) / PER_WORD<T>;
         if (begin >= end) continue;
-        product(count, end - begin, weights + begin * BLOCK_KEYS + n, 1, BLOCK_KEYS, rows.by_row + begin * rows.width,
-                rows.width, out + (first + n) * rows.width, rows.width, rows.width / W, true);
+        gemm(count, end - begin, weights + begin * BLOCK_KEYS + n, 1, BLOCK_KEYS, rows.by_row + begin * rows.width,
+             rows.width, out + (first + n) * rows.width, rows.width, rows.width / W, true);
     }
 }
 
 template <class T>
-INLINE void backward_tile(const Plan &plan, int64_t slot, Tile &tile, int64_t chunk, float *grad_keys, float *grad_values,
-                          Arena arena) {
+INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t chunk, float *grad_keys,
+                          float *grad_values, Arena arena) {
     const Params &p = *plan.params;
-    Rows<T> queries = take_rows<T>(arena, plan.rows, plan.key_width);
-    Rows<T> grads = take_rows<T>(arena, plan.rows, plan.value_width);
-    const int64_t area = (plan.rows + 1) * BLOCK_KEYS;
+    PackedRows<T> queries = reserve_rows<T>(arena, plan.rows, plan.key_width);
+    PackedRows<T> grads = reserve_rows<T>(arena, plan.rows, plan.value_width);
+    const int64_t score_count = (plan.rows + 1) * BLOCK_KEYS;
     Scores<T> scores;
-    scores.weight = arena.take<float>(area);
-    scores.grad = arena.take<float>(area);
-    scores.weight_pairs = PER_WORD<T> == 1 ? (T *)scores.weight : arena.take<T>(area / 2 + BLOCK_KEYS);
-    scores.grad_pairs = PER_WORD<T> == 1 ? (T *)scores.grad : arena.take<T>(area / 2 + BLOCK_KEYS);
-    scores.grad_row = PER_WORD<T> == 1 ? (T *)scores.grad : arena.take<T>(area / 2 + BLOCK_KEYS);
-    float *dq = arena.take<float>(plan.rows * plan.key_width);
-    float *slopes = arena.take<float>(BLOCK_KEYS), *keep = arena.take<float>(BLOCK_KEYS);
-    Span spans[TILE_ROWS / ROWS], seen_by[BLOCK_KEYS / W];
+    scores.weight = arena.reserve<float>(score_count);
+    scores.grad = arena.reserve<float>(score_count);
+    scores.weight_pairs = PER_WORD<T> == 1 ? (T *)scores.weight : arena.reserve<T>(score_count / 2 + BLOCK_KEYS);
+    scores.grad_pairs = PER_WORD<T> == 1 ? (T *)scores.grad : arena.reserve<T>(score_count / 2 + BLOCK_KEYS);
+    scores.grad_row = PER_WORD<T> == 1 ? (T *)scores.grad : arena.reserve<T>(score_count / 2 + BLOCK_KEYS);
+    float *dq = arena.reserve<float>(plan.rows * plan.key_width);
+    float *softcap_grad = arena.reserve<float>(BLOCK_KEYS), *dropout = arena.reserve<float>(BLOCK_KEYS);
+    Span spans[TILE_ROWS / ROWS], rows_seeing[BLOCK_KEYS / W];
 
     const char *query_rows[TILE_ROWS], *grad_rows[TILE_ROWS];
     for (int r = 0; r < tile.rows; r++) {
         query_rows[r] = query_row(p, tile, r);
         grad_rows[r] = grad_row(p, tile, r);
-        if (r + ROWS_AHEAD < tile.rows) {
-            fetch(query_row(p, tile, r + ROWS_AHEAD), p.K * size_of(p.dtype));
-            fetch(grad_row(p, tile, r + ROWS_AHEAD), p.V * size_of(p.out_dtype));
-            fetch(p.out + out_row(p, tile, r + ROWS_AHEAD) * p.V * size_of(p.out_dtype), p.V * size_of(p.out_dtype));
+        if (r + PREFETCH_ROWS < tile.rows) {
+            prefetch_row(query_row(p, tile, r + PREFETCH_ROWS), p.K * dtype_size(p.dtype));
+            prefetch_row(grad_row(p, tile, r + PREFETCH_ROWS), p.V * dtype_size(p.out_dtype));
+            prefetch_row(p.out + out_row(p, tile, r + PREFETCH_ROWS) * p.V * dtype_size(p.out_dtype),
+                         p.V * dtype_size(p.out_dtype));
         }
         const int64_t at = lse_row(p, tile, r);
         tile.lse[r] = p.lse[at] == -INF ? INF : p.lse[at] * LOG2E;
-        alignas(64) float out[WIDEST], grad[WIDEST];
-        widen(p.out_dtype, p.out + out_row(p, tile, r) * p.V * size_of(p.out_dtype), 1, p.V, out);
+        alignas(64) float out[MAX_HEAD_DIM], grad[MAX_HEAD_DIM];
+        widen(p.out_dtype, p.out + out_row(p, tile, r) * p.V * dtype_size(p.out_dtype), 1, p.V, out);
         widen(p.out_dtype, grad_rows[r], p.grad_out_stride[4], p.V, grad);
         float delta = p.grad_lse ? -p.grad_lse[at] : 0;
         for (int64_t v = 0; v < p.V; v++) delta += out[v] * grad[v];
         tile.delta[r] = delta;
         if (p.dsinks) {
-            const float weight = exp2<5>(all(p.sinks[head_index(p, tile, r)] * LOG2E - tile.lse[r]))[0];
+            const float weight = exp2<5>(broadcast(p.sinks[head_index(p, tile, r)] * LOG2E - tile.lse[r]))[0];
             if (weight > 0)
                 p.dsinks[((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r]] -= weight * delta;
         }
@@ -226,104 +234,107 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, Tile &tile, int64_t ch
     const T *keys_by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *values_by_dim = (const T *)(plan.values_by_dim + slot * plan.values_by_dim_stride);
     const T *key_rows = (const T *)(plan.key_rows + slot * plan.key_rows_stride);
-    const bool odd = plan.odd_keys[slot].load(std::memory_order_relaxed);
+    const bool nonfinite = plan.nonfinite_keys[slot].load(std::memory_order_relaxed);
     for (int s = 0; s < p.S; s++) {
         int64_t begin, end;
         tile_span(tile, s, begin, end);
         for (int64_t first = begin / PANEL * PANEL; first < end; first += plan.block_keys) {
-            const int64_t last = least(first + plan.block_keys, end);
-            Span wide{BLOCK_KEYS, 0};
+            const int64_t last = min(first + plan.block_keys, end);
+            Span block_span{BLOCK_KEYS, 0};
             for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
-                spans[i] = rows_span(tile, s, r0, least(r0 + ROWS, tile.rows), first, last);
+                spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
                 if (spans[i].begin >= spans[i].end) continue;
-                wide = Span{least(wide.begin, spans[i].begin), most(wide.end, spans[i].end)};
+                block_span = Span{min(block_span.begin, spans[i].begin), max(block_span.end, spans[i].end)};
             }
-            if (wide.begin >= wide.end) continue;
+            if (block_span.begin >= block_span.end) continue;
             block_scores(tile, spans, queries.row, plan.key_width, p.K, keys_by_dim, first, last - first,
                          scores.weight);
             block_scores(tile, spans, grads.row, plan.value_width, p.V, values_by_dim, first, last - first,
                          scores.grad);
-            for (int n = wide.begin / W; n < wide.end / W; n++) seen_by[n] = Span{TILE_ROWS, 0};
+            for (int n = block_span.begin / W; n < block_span.end / W; n++) rows_seeing[n] = Span{TILE_ROWS, 0};
             for (int r = 0; r < tile.rows; r++) {
                 const Span span = row_span(tile, s, r, first, last);
                 float *weight = scores.weight + r * BLOCK_KEYS, *grad = scores.grad + r * BLOCK_KEYS;
                 if (span.begin < span.end) {
-                    differentiate_row<PER_WORD<T> == 1 ? 5 : 4>(plan, tile, s, r, first, span, wide, chunk, weight,
-                                                                grad, slopes, keep);
+                    softmax_backward_row<PER_WORD<T> == 1 ? 5 : 4>(plan, tile, s, r, first, span, block_span, chunk,
+                                                                   weight, grad, softcap_grad, dropout);
                     for (int n = span.begin / W; n < (span.end + W - 1) / W; n++)
-                        seen_by[n] = Span{least(seen_by[n].begin, r), r + 1};
+                        rows_seeing[n] = Span{min(rows_seeing[n].begin, r), r + 1};
                 } else {
-                    for (int n = wide.begin; n < wide.end; n += W) store(weight + n, vf{}), store(grad + n, vf{});
+                    for (int n = block_span.begin; n < block_span.end; n += W)
+                        store(weight + n, vf{}), store(grad + n, vf{});
                 }
                 if constexpr (PER_WORD<T> == 2) {
                     const bool lone = r + 1 == tile.rows && r % 2 == 0;
-                    if (lone)  // the row below is none
-                        for (int n = wide.begin; n < wide.end; n += W)
+                    if (lone)  // an odd number of rows: the last pair has one
+                        for (int n = block_span.begin; n < block_span.end; n += W)
                             store(weight + BLOCK_KEYS + n, vf{}), store(grad + BLOCK_KEYS + n, vf{});
-                    if (r % 2 || lone) pair_scores(r / 2 * 2, wide, scores);
+                    if (r % 2 || lone) interleave_scores(r / 2 * 2, block_span, scores);
                 }
             }
             if (p.dq)
-                add_weighted_rows(plan, tile, s, spans, scores.grad_row, key_rows, plan.key_width, p.K, first, last,
-                                  dq, odd);
+                add_weighted_rows(plan, tile, s, spans, scores.grad_row, key_rows, plan.key_width, p.K, first, last, dq,
+                                  nonfinite);
             if (p.dk)
-                add_weighted_keys(plan, tile, s, wide, seen_by, scores.grad_pairs, queries, p.K, first, grad_keys);
+                add_weighted_keys(plan, tile, s, block_span, rows_seeing, scores.grad_pairs, queries, p.K, first,
+                                  grad_keys);
             if (p.dv)
-                add_weighted_keys(plan, tile, s, wide, seen_by, scores.weight_pairs, grads, p.V, first, grad_values);
+                add_weighted_keys(plan, tile, s, block_span, rows_seeing, scores.weight_pairs, grads, p.V, first,
+                                  grad_values);
         }
     }
     if (p.dq)
         for (int r = 0; r < tile.rows; r++)
             narrow(p.dtype, dq + r * plan.key_width, p.K, (float)p.scale,
-                   p.dq + out_row(p, tile, r) * p.K * size_of(p.dtype));
+                   p.dq + out_row(p, tile, r) * p.K * dtype_size(p.dtype));
 }
 
-// Sums of key or value gradients, added in their order and written where the keys lie.
-INLINE void write_keys(const Plan &plan, int64_t b, int64_t g, const float *from, int64_t sums, int64_t stride,
-                       int64_t width, int64_t dims, float scale, char *to) {
+// Adds the sums of key or value gradients in a fixed order and writes them to dk or dv.
+INLINE void write_grad_rows(const Plan &plan, int64_t b, int64_t g, const float *from, int64_t sums, int64_t stride,
+                            int64_t width, int64_t dims, float scale, char *to) {
     const Params &p = *plan.params;
-    alignas(64) float total[WIDEST];
+    alignas(64) float total[MAX_HEAD_DIM];
     const int64_t row_stride = p.G * dims;
     const int64_t first = p.sequence || p.RB == 1 ? 0 : b, last = p.sequence ? plan.segment_count : first + 1;
-    const auto at = [&](int64_t row) { return ((b * p.N + row) * row_stride) + g * dims; };
+    const auto offset = [&](int64_t row) { return ((b * p.N + row) * row_stride) + g * dims; };
     for (int64_t s = first; s < last; s++) {
         const Segment &segment = plan.segments[s];
         for (int64_t n = 0; n < segment.length; n++) {
             const float *sum_of = from + (segment.offset + n) * width;
             memcpy(total, sum_of, (size_t)width * 4);
             for (int64_t i = 1; i < sums; i++)
-                for (int64_t v = 0; v < width; v += W) store(total + v, load(total + v) + load(sum_of + i * stride + v));
+                for (int64_t v = 0; v < width; v += W)
+                    store(total + v, load(total + v) + load(sum_of + i * stride + v));
             const int64_t row = physical_key(p, s, segment.begin + n);
-            if (p.sequence) {  // pages may be shared: fp32 sums, which start as zeros
-                float *shared = (float *)to + at(row);
+            if (p.sequence) {  // pages may be shared: add to fp32 sums, which start as zeros
+                float *shared = (float *)to + offset(row);
                 for (int64_t v = 0; v < dims; v++) shared[v] += total[v] * scale;
             } else {
-                narrow(p.dtype, total, dims, scale, to + at(row) * size_of(p.dtype));
+                narrow(p.dtype, total, dims, scale, to + offset(row) * dtype_size(p.dtype));
             }
         }
         if (p.sequence) continue;
         for (int64_t row = 0; row < p.N; row++) {
             if (row == segment.begin) row += segment.length;
-            if (row < p.N) memset(to + at(row) * size_of(p.dtype), 0, (size_t)(dims * size_of(p.dtype)));
+            if (row < p.N) memset(to + offset(row) * dtype_size(p.dtype), 0, (size_t)(dims * dtype_size(p.dtype)));
         }
     }
 }
 
-void finish(const Plan &plan, int64_t b, int64_t g, const float *grad_keys, const float *grad_values, int64_t sums,
-            int64_t key_stride, int64_t value_stride) {
+void write_key_grads(const Plan &plan, int64_t b, int64_t g, const float *grad_keys, const float *grad_values,
+                     int64_t sums, int64_t key_stride, int64_t value_stride) {
     const Params &p = *plan.params;
-    if (p.dk)
-        write_keys(plan, b, g, grad_keys, sums, key_stride, plan.key_width, p.K, (float)p.scale, p.dk);
-    if (p.dv) write_keys(plan, b, g, grad_values, sums, value_stride, plan.value_width, p.V, 1, p.dv);
+    if (p.dk) write_grad_rows(plan, b, g, grad_keys, sums, key_stride, plan.key_width, p.K, (float)p.scale, p.dk);
+    if (p.dv) write_grad_rows(plan, b, g, grad_values, sums, value_stride, plan.value_width, p.V, 1, p.dv);
 }
 
 template <class T>
-void backward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chunk, float *grad_keys,
-              float *grad_values, char *scratch) {
+void backward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chunk, float *grad_keys, float *grad_values,
+              char *scratch) {
     memset(grad_keys, 0, (size_t)(plan.packed_keys * plan.key_width * 4));
     memset(grad_values, 0, (size_t)(plan.packed_keys * plan.value_width * 4));
     Arena arena{scratch};
-    Tile &tile = *arena.take<Tile>(1);
+    RowTile &tile = *arena.reserve<RowTile>(1);
     for (int64_t h = 0; h < plan.head_tiles; h++)
         for (int64_t m = plan.chunk_tiles[chunk]; m < plan.chunk_tiles[chunk + 1]; m++) {
             load_tile(plan, b, g, h, m, tile);

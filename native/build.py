@@ -1,8 +1,8 @@
-"""Compiles the native library with whatever C++ compiler there is. Knows nothing of Python packages.
+"""Compiles the native library with the C++ compiler of this machine ($CXX, c++, g++ or clang++).
 
     python native/build.py FOLDER [--flags='-fsanitize=address -g'] [--std-threads]
 
-One object for each instruction set of this machine's architecture, and one that plans and chooses among them.
+plan.cpp becomes one object file; kernels.cpp becomes one for each instruction set of this machine's architecture.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ X86["AVX512BF16"] = X86["AVX512"] + " -mavx512bf16"
 
 
 class CannotBuildError(Exception):
-    """Why there will be no library."""
+    """The reason why the library cannot be built."""
 
 
 def find_compiler() -> list[str]:
-    """The command of the compiler: $CXX, or the first one found."""
+    """The command of the compiler: $CXX, or the first one found in PATH."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     for name in ("c++", "g++", "clang++"):
@@ -49,16 +49,16 @@ def library_name() -> str:
 
 
 def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
-    """Compile and link into `folder`; the library's path.
+    """Compiles and links the library into `folder` and returns its path.
 
     Raises:
-        CannotBuildError: where there is no compiler, or it fails.
+        CannotBuildError: there is no compiler, or it fails.
     """
     compiler = find_compiler()
     common = [*shlex.split(FLAGS), *shlex.split(flags)]
     threads = ["-pthread", "-DKEYSPAN_STD_THREADS"] if std_threads else ["-fopenmp", "-pthread"]
     if not std_threads and not _accepts(compiler, threads):
-        threads = ["-pthread", "-DKEYSPAN_STD_THREADS"]  # a compiler without OpenMP, as Apple's
+        threads = ["-pthread", "-DKEYSPAN_STD_THREADS"]  # a compiler without OpenMP, e.g. Apple's
     units = [("plan.cpp", "plan", threads), ("kernels.cpp", "portable", [])]
     if platform.machine().lower() in ("x86_64", "amd64"):
         units += [("kernels.cpp", isa, [f"-DKEYSPAN_{isa}", *options.split()]) for isa, options in X86.items()]
@@ -75,7 +75,7 @@ def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
         linked = Path(scratch) / library_name()
         _run([*compiler, *common, *threads, "-shared", *objects, "-o", str(linked)])
         folder.mkdir(parents=True, exist_ok=True)
-        # Moved into place: a library that a process has loaded must not be written into.
+        # Moved into place, because a library that a process has loaded must not be overwritten.
         target = folder / library_name()
         shutil.copy2(linked, target.with_suffix(".new"))
         target.with_suffix(".new").replace(target)

@@ -1,6 +1,7 @@
-// Cuts a problem into units of work, lays out the workspace and shares the units among threads. Knows no kernels' insides.
+// The planner: cuts a problem into units of work, lays out the workspace and runs the units on threads.
 //
-// The functions at the end are all that Python calls. Compiled for the least machine: it runs before the choice.
+// The exported functions at the end are all that Python calls. Compiled for the baseline instruction set, because it
+// runs before the instruction set is chosen.
 #include "plan.h"
 
 #include <algorithm>
@@ -20,19 +21,19 @@
 namespace keyspan {
 namespace {
 
-// ---- threads ----------------------------------------------------------------------------------------------------------
+// ---- threads -------------------------------------------------------------------------------------------------------
 
 #if defined(_OPENMP) && !defined(KEYSPAN_STD_THREADS) && (defined(__unix__) || defined(__APPLE__))
-// GNU's OpenMP hangs in a forked child whose parent used it; such a child works on its own.
+// GNU's OpenMP hangs in a forked child whose parent used it: such a child uses one thread.
 bool forked = false;
 const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #else
 constexpr bool forked = false;
 #endif
 
-// Calls work(unit, thread) for every unit, each thread taking the next one: units come largest first.
+// Calls work(unit, thread) for every unit; a thread takes the next unit when it is free, so the largest come first.
 template <class Work>
-void share(int64_t threads, int64_t units, const Work &work) {
+void parallel_for(int64_t threads, int64_t units, const Work &work) {
     threads = forked ? 1 : std::min(threads, units);
     if (threads <= 1) {
         for (int64_t unit = 0; unit < units; unit++) work(unit, 0);
@@ -53,7 +54,7 @@ void share(int64_t threads, int64_t units, const Work &work) {
 #endif
 }
 
-// ---- instruction sets ---------------------------------------------------------------------------------------------------
+// ---- instruction sets ----------------------------------------------------------------------------------------------
 
 bool supported(int64_t isa) {
 #if defined(__x86_64__)
@@ -77,20 +78,20 @@ const Kernels *kernels_of(int64_t isa) {
     return portable::kernels();
 }
 
-// ---- the plan -----------------------------------------------------------------------------------------------------------
+// ---- the plan ------------------------------------------------------------------------------------------------------
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-struct Layout : Plan {
+struct PlanStorage : Plan {
     std::vector<Segment> segment_list;
     std::vector<int64_t> chunk_list;
-    std::vector<std::atomic<int>> odd_list;
-    std::vector<int64_t> area;  // visible pairs of a head in each query tile of each batch entry that has ranges
+    std::vector<std::atomic<int>> nonfinite_list;
+    std::vector<int64_t> visible_pairs;  // [RB, query_tiles], of one head
     int64_t bytes = 0;
 
-    // A part of the workspace; where there is none yet, only its size counts.
+    // Reserves a part of the workspace. In the first pass there is no workspace and only sizes are added up.
     template <class X>
-    X *part(int64_t size) {
+    X *reserve(int64_t size) {
         char *here = params->workspace ? params->workspace + bytes : nullptr;
         bytes += round_up(size, 64) + GUARD;
         if (here) KEYSPAN_GUARD(here, size);
@@ -98,8 +99,8 @@ struct Layout : Plan {
     }
 };
 
-// Finds the visible span of every segment, its packed position, and all pairs that are visible.
-int64_t find_segments(const Params &p, Layout &plan) {
+// Finds the visible span of every segment and its packed position. Returns the number of visible pairs.
+int64_t find_segments(const Params &p, PlanStorage &plan) {
     const int64_t count = p.sequence ? p.sequences : p.RB;
     std::vector<int64_t> begin(count, INT64_MAX), end(count, 0);
     int64_t pairs = 0;
@@ -132,28 +133,28 @@ int64_t find_segments(const Params &p, Layout &plan) {
     return pairs;
 }
 
-void find_areas(const Params &p, Layout &plan) {
-    plan.area.assign(p.RB * plan.query_tiles, 0);
+void count_visible_pairs(const Params &p, PlanStorage &plan) {
+    plan.visible_pairs.assign(p.RB * plan.query_tiles, 0);
     for (int64_t b = 0; b < p.RB; b++)
         for (int64_t tile = 0; tile < plan.query_tiles; tile++) {
             const int64_t m0 = tile * plan.tile_queries, m1 = std::min(m0 + plan.tile_queries, p.M);
-            int64_t pairs = (m1 - m0) * PANEL;  // what a tile costs besides
+            int64_t pairs = (m1 - m0) * PANEL;  // a tile's fixed cost
             if (!p.lo) pairs += (m1 - m0) * p.N;
             for (int64_t s = 0; p.lo && s < p.S; s++)
                 for (int64_t m = m0; m < m1; m++) {
                     const int64_t at = (s * p.RB + b) * p.M + m;
                     pairs += std::max(p.hi[at] - p.lo[at], 0);
                 }
-            plan.area[b * plan.query_tiles + tile] = pairs;
+            plan.visible_pairs[b * plan.query_tiles + tile] = pairs;
         }
 }
 
-// Runs of query tiles of about the same area, enough to give every thread its share.
-void find_chunks(const Params &p, Layout &plan, int64_t chunks) {
+// Splits the query tiles into chunks of about the same number of visible pairs.
+void split_chunks(const Params &p, PlanStorage &plan, int64_t chunks) {
     std::vector<int64_t> sums(plan.query_tiles + 1, 0);
     for (int64_t tile = 0; tile < plan.query_tiles; tile++) {
         sums[tile + 1] = sums[tile];
-        for (int64_t b = 0; b < p.RB; b++) sums[tile + 1] += plan.area[b * plan.query_tiles + tile];
+        for (int64_t b = 0; b < p.RB; b++) sums[tile + 1] += plan.visible_pairs[b * plan.query_tiles + tile];
     }
     plan.chunk_list.assign(1, 0);
     for (int64_t chunk = 1; chunk <= chunks; chunk++) {
@@ -167,13 +168,13 @@ void find_chunks(const Params &p, Layout &plan, int64_t chunks) {
 
 int64_t backward_units(const Params &p) { return (p.fold_batch ? 1 : p.B) * (p.fold_groups ? 1 : p.G); }
 
-int64_t backward_chunks(const Params &p, const Layout &plan) {
+int64_t backward_chunks(const Params &p, const PlanStorage &plan) {
     const int64_t units = backward_units(p);
     if (p.threads <= 1 || units % p.threads == 0 || units >= 4 * p.threads) return 1;
     return std::max<int64_t>(1, std::min((2 * p.threads + units - 1) / units, plan.query_tiles));
 }
 
-void make_plan(const Params &p, bool backward, Layout &plan) {
+void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     plan.params = &p;
     plan.logical_keys = p.sequence ? p.pages * p.page_size : p.N;
     plan.key_width = round_up(p.K, 16);
@@ -193,7 +194,8 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
                   p.k_stride[3] == 1 && p.v_stride[3] == 1 && p.H <= TILE_ROWS;
     if (plan.decode) {
         plan.tile_heads = p.H;
-        plan.tile_queries = p.sequence ? 1 : std::max<int64_t>(1, std::min((int64_t)(queries_a_key + 0.5), TILE_ROWS / p.H));
+        plan.tile_queries =
+            p.sequence ? 1 : std::max<int64_t>(1, std::min((int64_t)(queries_a_key + 0.5), TILE_ROWS / p.H));
         plan.first_key = span_end ? span_begin : 0;
         plan.splits = std::max<int64_t>(1, (span_end - plan.first_key + SPLIT_KEYS - 1) / SPLIT_KEYS);
     } else {
@@ -215,24 +217,24 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
     plan.rows = plan.tile_queries * plan.tile_heads;
     plan.query_tiles = (p.M + plan.tile_queries - 1) / plan.tile_queries;
     plan.head_tiles = (p.H + plan.tile_heads - 1) / plan.tile_heads;
-    find_areas(p, plan);
+    count_visible_pairs(p, plan);
 
     const int64_t word = plan.pairs ? 2 : 4, rows = plan.rows + 1;
     if (!plan.decode) {
-        // Forward packs as many (batch, group) at a time as stay in cache and keep the threads busy; backward packs
-        // one for each thread, or all where threads share one.
+        // Forward packs as many (batch, group) at a time as stay in cache and keep the threads busy; backward packs one
+        // for each thread, or all where threads share one.
         const int64_t widths = (round_up(p.K, 2) + plan.value_width) * (backward ? 2 : 1);
-        const int64_t fit = WAVE_BYTES / std::max<int64_t>(plan.packed_keys * widths * word, 1);
+        const int64_t fit = PACKED_CACHE_BYTES / std::max<int64_t>(plan.packed_keys * widths * word, 1);
         const int64_t busy = 4 * p.threads / (plan.query_tiles * plan.head_tiles) + 1;
         plan.slots = std::min(p.B * p.G, std::max({fit, busy, (int64_t)1}));
         if (backward) plan.slots = p.chunks == 1 ? p.threads : p.B * p.G;
-        plan.odd_list = std::vector<std::atomic<int>>((size_t)(2 * plan.slots));
-        plan.odd_keys = plan.odd_list.data();
-        plan.odd_values = plan.odd_keys + plan.slots;
-        for (auto &odd : plan.odd_list) odd = 0;
+        plan.nonfinite_list = std::vector<std::atomic<int>>((size_t)(2 * plan.slots));
+        plan.nonfinite_keys = plan.nonfinite_list.data();
+        plan.nonfinite_values = plan.nonfinite_keys + plan.slots;
+        for (auto &nonfinite : plan.nonfinite_list) nonfinite = 0;
         const auto take = [&](char *&at, int64_t &stride, int64_t width) {
             stride = round_up(plan.packed_keys * width * word, 64);
-            at = plan.part<char>(plan.slots * stride);
+            at = plan.reserve<char>(plan.slots * stride);
         };
         take(plan.keys_by_dim, plan.keys_by_dim_stride, round_up(p.K, 2));
         take(plan.value_rows, plan.value_rows_stride, plan.value_width);
@@ -243,56 +245,58 @@ void make_plan(const Params &p, bool backward, Layout &plan) {
     }
     int64_t scratch = 64 * 32 + 8 * BLOCK_KEYS * 4;
     if (plan.decode)
-        scratch += p.G * (sizeof(Tile) + 64 + rows * (plan.key_width + plan.value_width) * 4 + rows * 2 * RUN * RUN * 4);
+        scratch += p.G * (sizeof(RowTile) + 64 + rows * (plan.key_width + plan.value_width) * 4 +
+                          rows * 2 * STREAM_KEYS * STREAM_KEYS * 4);
     else
-        scratch += sizeof(Tile) + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
+        scratch += sizeof(RowTile) + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
                    rows * BLOCK_KEYS * (backward ? 16 : 6);
     plan.scratch_stride = round_up(scratch, GUARD ? 64 : 4096) + GUARD;
-    plan.scratch = plan.part<char>(p.threads * plan.scratch_stride);
+    plan.scratch = plan.reserve<char>(p.threads * plan.scratch_stride);
     for (int64_t thread = 1; p.workspace && thread <= p.threads; thread++)
         KEYSPAN_GUARD(plan.scratch + thread * plan.scratch_stride - GUARD, 0);
     if (plan.decode && plan.splits > 1)
-        plan.partial = plan.part<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 2) * 4);
+        plan.partial =
+            plan.reserve<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 2) * 4);
     if (backward) {
         const int64_t sums = p.chunks == 1 ? p.threads : p.chunks * p.B * p.G;
-        find_chunks(p, plan, p.chunks);
-        plan.grad_keys = plan.part<float>(sums * plan.packed_keys * plan.key_width * 4);
-        plan.grad_values = plan.part<float>(sums * plan.packed_keys * plan.value_width * 4);
+        split_chunks(p, plan, p.chunks);
+        plan.grad_keys = plan.reserve<float>(sums * plan.packed_keys * plan.key_width * 4);
+        plan.grad_values = plan.reserve<float>(sums * plan.packed_keys * plan.value_width * 4);
     }
 }
 
-// Threads that a problem is worth: a parallel region costs some microseconds.
-int64_t worthwhile(const Params &p, const Layout &plan) {
+// A parallel region costs some microseconds: small problems use one thread.
+int64_t useful_threads(const Params &p, const PlanStorage &plan) {
     int64_t pairs = 0;
-    for (const int64_t area : plan.area) pairs += area;
+    for (const int64_t visible_pairs : plan.visible_pairs) pairs += visible_pairs;
     const double work = (double)pairs * (double)(p.RB == 1 ? p.B : 1) * (double)(p.G * p.H * (p.K + p.V));
     return work < 2e6 ? 1 : p.threads;
 }
 
-void run_decode(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
+void run_decode(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
     const int64_t tiles = p.B * plan.query_tiles;
-    share(threads, tiles * plan.splits, [&](int64_t unit, int64_t thread) {
+    parallel_for(threads, tiles * plan.splits, [&](int64_t unit, int64_t thread) {
         const int64_t tile = unit / plan.splits;
         kernels.decode(plan, tile / plan.query_tiles, tile % plan.query_tiles, unit % plan.splits,
                        plan.scratch + thread * plan.scratch_stride);
     });
     if (plan.splits == 1) return;
-    share(tiles > 16 ? threads : 1, tiles, [&](int64_t tile, int64_t thread) {
+    parallel_for(tiles > 16 ? threads : 1, tiles, [&](int64_t tile, int64_t thread) {
         kernels.combine(plan, tile / plan.query_tiles, tile % plan.query_tiles,
                         plan.scratch + thread * plan.scratch_stride);
     });
 }
 
-void run_forward(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
+void run_forward(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
     struct Unit {
-        int64_t slot, batch, group, tile, area;
+        int64_t slot, batch, group, tile, visible_pairs;
     };
     const int64_t panels = plan.packed_keys / PANEL, heads = plan.head_tiles;
     std::vector<Unit> units;
     for (int64_t first = 0; first < p.B * p.G; first += plan.slots) {
         const int64_t slots = std::min(plan.slots, p.B * p.G - first);
-        for (int64_t slot = 0; slot < slots; slot++) plan.odd_keys[slot] = plan.odd_values[slot] = 0;
-        share(threads, slots * panels, [&](int64_t unit, int64_t) {
+        for (int64_t slot = 0; slot < slots; slot++) plan.nonfinite_keys[slot] = plan.nonfinite_values[slot] = 0;
+        parallel_for(threads, slots * panels, [&](int64_t unit, int64_t) {
             const int64_t slot = unit / panels, index = first + slot;
             kernels.pack(plan, false, slot, index / p.G, index % p.G, unit % panels);
         });
@@ -300,11 +304,13 @@ void run_forward(const Params &p, const Layout &plan, const Kernels &kernels, in
         for (int64_t slot = 0; slot < slots; slot++) {
             const int64_t batch = (first + slot) / p.G, group = (first + slot) % p.G;
             for (int64_t tile = 0; tile < plan.query_tiles; tile++)
-                units.push_back({slot, batch, group, tile, plan.area[(p.RB == 1 ? 0 : batch) * plan.query_tiles + tile]});
+                units.push_back(
+                    {slot, batch, group, tile, plan.visible_pairs[(p.RB == 1 ? 0 : batch) * plan.query_tiles + tile]});
         }
-        // Largest first: what is left at the end is small.
-        std::stable_sort(units.begin(), units.end(), [](const Unit &a, const Unit &b) { return a.area > b.area; });
-        share(threads, (int64_t)units.size() * heads, [&](int64_t i, int64_t thread) {
+        // Largest first, so that threads finish at about the same time.
+        std::stable_sort(units.begin(), units.end(),
+                         [](const Unit &a, const Unit &b) { return a.visible_pairs > b.visible_pairs; });
+        parallel_for(threads, (int64_t)units.size() * heads, [&](int64_t i, int64_t thread) {
             const Unit &unit = units[i / heads];
             kernels.forward(plan, unit.slot, unit.batch, unit.group, i % heads, unit.tile,
                             plan.scratch + thread * plan.scratch_stride);
@@ -312,13 +318,13 @@ void run_forward(const Params &p, const Layout &plan, const Kernels &kernels, in
     }
 }
 
-void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, int64_t threads) {
+void run_backward(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
     const int64_t batches = p.fold_batch ? 1 : p.B, groups = p.fold_groups ? 1 : p.G;
     const int64_t panels = plan.packed_keys / PANEL;
     const int64_t key_size = plan.packed_keys * plan.key_width, value_size = plan.packed_keys * plan.value_width;
-    const bool alone = p.chunks == 1;  // a thread has a (batch, group) to itself
-    if (!alone)
-        share(threads, p.B * p.G * panels, [&](int64_t unit, int64_t) {
+    const bool single_chunk = p.chunks == 1;  // one thread computes a whole (batch, group)
+    if (!single_chunk)
+        parallel_for(threads, p.B * p.G * panels, [&](int64_t unit, int64_t) {
             const int64_t slot = unit / panels;
             kernels.pack(plan, true, slot, slot / p.G, slot % p.G, unit % panels);
         });
@@ -326,29 +332,32 @@ void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, i
     for (int64_t b = 0; b < batches; b++) {
         order[b] = b;
         if (p.RB > 1 && !p.fold_batch)
-            for (int64_t tile = 0; tile < plan.query_tiles; tile++) cost[b] += plan.area[b * plan.query_tiles + tile];
+            for (int64_t tile = 0; tile < plan.query_tiles; tile++)
+                cost[b] += plan.visible_pairs[b * plan.query_tiles + tile];
     }
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
-    share(threads, batches * groups * p.chunks, [&](int64_t unit, int64_t thread) {
+    parallel_for(threads, batches * groups * p.chunks, [&](int64_t unit, int64_t thread) {
         const int64_t chunk = unit % p.chunks, b0 = order[unit / p.chunks / groups], g0 = unit / p.chunks % groups;
         for (int64_t b = p.fold_batch ? 0 : b0; b < (p.fold_batch ? p.B : b0 + 1); b++)
             for (int64_t g = p.fold_groups ? 0 : g0; g < (p.fold_groups ? p.G : g0 + 1); g++) {
-                const int64_t slot = alone ? thread : b * p.G + g, sums = alone ? thread : slot * p.chunks + chunk;
-                if (alone) {
-                    plan.odd_keys[slot] = plan.odd_values[slot] = 0;
+                const int64_t slot = single_chunk ? thread : b * p.G + g,
+                              sums = single_chunk ? thread : slot * p.chunks + chunk;
+                if (single_chunk) {
+                    plan.nonfinite_keys[slot] = plan.nonfinite_values[slot] = 0;
                     for (int64_t panel = 0; panel < panels; panel++) kernels.pack(plan, true, slot, b, g, panel);
                 }
-                float *grad_keys = plan.grad_keys + sums * key_size, *grad_values = plan.grad_values + sums * value_size;
+                float *grad_keys = plan.grad_keys + sums * key_size,
+                      *grad_values = plan.grad_values + sums * value_size;
                 kernels.backward(plan, slot, b, g, chunk, grad_keys, grad_values,
                                  plan.scratch + thread * plan.scratch_stride);
-                if (alone) kernels.finish(plan, b, g, grad_keys, grad_values, 1, 0, 0);
+                if (single_chunk) kernels.write_key_grads(plan, b, g, grad_keys, grad_values, 1, 0, 0);
             }
     });
-    if (alone) return;
-    share(threads, p.B * p.G, [&](int64_t unit, int64_t) {
+    if (single_chunk) return;
+    parallel_for(threads, p.B * p.G, [&](int64_t unit, int64_t) {
         const int64_t first = unit * p.chunks;
-        kernels.finish(plan, unit / p.G, unit % p.G, plan.grad_keys + first * key_size,
-                       plan.grad_values + first * value_size, p.chunks, key_size, value_size);
+        kernels.write_key_grads(plan, unit / p.G, unit % p.G, plan.grad_keys + first * key_size,
+                                plan.grad_values + first * value_size, p.chunks, key_size, value_size);
     });
 }
 
@@ -363,8 +372,10 @@ void run_backward(const Params &p, const Layout &plan, const Kernels &kernels, i
 
 using namespace keyspan;
 
-EXPORT int64_t keyspan_params_size() { return sizeof(Params); }
-EXPORT int64_t keyspan_dense_size() { return sizeof(Dense); }
+// The fields of Params and Dense in their order, e.g. "q:pointer … B:int1 … q_stride:int5 … scale:float ".
+EXPORT const char *keyspan_params_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_PARAMS_FIELDS); }
+EXPORT const char *keyspan_dense_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_DENSE_FIELDS); }
+
 EXPORT int64_t keyspan_supports(int64_t isa) { return supported(isa); }
 
 EXPORT const char *keyspan_threading() {
@@ -375,37 +386,38 @@ EXPORT const char *keyspan_threading() {
 #endif
 }
 
-// Computes the problem; or, where no workspace is given and the problem is no small one, says how many bytes it needs.
+// Runs the problem and returns 0; or, where it needs a workspace and none is given, returns its size in bytes.
 template <class Run>
 int64_t with_workspace(const Params *p, bool backward, const Run &run) {
-    // Asking for memory would cost a small problem more than its work: each Python thread keeps some. The address
-    // sanitizer is to see every problem in memory of its own.
-    constexpr int64_t ALIGNED = 64, KEPT = GUARD ? 0 : 1 << 18;
-    thread_local std::unique_ptr<char[]> kept;
-    if (KEPT && !kept) kept.reset(new char[KEPT + ALIGNED]);
+    // Allocation would cost a small problem more than its work: each Python thread caches a small workspace. Under the
+    // address sanitizer every problem gets memory of its own.
+    constexpr int64_t ALIGNMENT = 64, CACHED_BYTES = GUARD ? 0 : 1 << 18;
+    thread_local std::unique_ptr<char[]> cached;
+    if (CACHED_BYTES && !cached) cached.reset(new char[CACHED_BYTES + ALIGNMENT]);
     Params own = *p;
-    if (!own.workspace) own.workspace = kept.get();
-    own.workspace = (char *)(((uintptr_t)own.workspace + ALIGNED - 1) / ALIGNED * ALIGNED);
-    Layout plan{};
+    if (!own.workspace) own.workspace = cached.get();
+    own.workspace = (char *)(((uintptr_t)own.workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    PlanStorage plan{};
     make_plan(own, backward, plan);
-    if (!p->workspace && plan.bytes > KEPT) return plan.bytes + ALIGNED;
-    run(own, plan, *kernels_of(own.isa), worthwhile(own, plan));
+    if (!p->workspace && plan.bytes > CACHED_BYTES) return plan.bytes + ALIGNMENT;
+    run(own, plan, *kernels_of(own.isa), useful_threads(own, plan));
     return 0;
 }
 
 EXPORT int64_t keyspan_forward(const Params *p) {
-    return with_workspace(p, false, [](const Params &own, const Layout &plan, const Kernels &kernels, int64_t threads) {
-        (plan.decode ? run_decode : run_forward)(own, plan, kernels, threads);
-    });
+    return with_workspace(p, false,
+                          [](const Params &own, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
+                              (plan.decode ? run_decode : run_forward)(own, plan, kernels, threads);
+                          });
 }
 
 EXPORT int64_t keyspan_backward(const Params *p) { return with_workspace(p, true, run_backward); }
 
-// Runs of rows that backward is cut into: how many sums the caller provides for.
+// Chunks that backward is split into: the caller allocates sums for each.
 EXPORT int64_t keyspan_backward_chunks(const Params *p) {
     Params one = *p;
     one.chunks = 1;
-    Layout plan{};
+    PlanStorage plan{};
     make_plan(one, true, plan);
-    return worthwhile(one, plan) == 1 ? 1 : backward_chunks(one, plan);
+    return useful_threads(one, plan) == 1 ? 1 : backward_chunks(one, plan);
 }

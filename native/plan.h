@@ -1,8 +1,9 @@
-// How a problem is cut into tiles, units and buffers: shared by the planner and the kernels. Knows no instruction set.
+// How a problem is cut into tiles, units of work and buffers: shared by the planner and the kernels of every
+// instruction set.
 //
 // Kernels count keys in packed positions: the visible span of each batch entry, or of each sequence of paged keys, is
-// one segment, laid from a multiple of PANEL on. Row `r` of a tile sees packed keys lo[r] to hi[r] - 1, and packed key
-// `n` is the logical key `n + shift[r]`.
+// one segment, packed from a multiple of PANEL on. Row `r` of a tile sees packed keys lo[r] to hi[r] - 1; packed key
+// `n` is the logical key `n + logical_offset[r]`.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -15,25 +16,25 @@
 
 namespace keyspan {
 
-// Under the address sanitizer a part of the workspace ends in bytes that may not be touched.
+// Under the address sanitizer each part of the workspace ends in poisoned bytes.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int64_t GUARD = 64;
-#define KEYSPAN_GUARD(start, size)                                                                             \
-    (__asan_unpoison_memory_region(start, (size_t)(size)),                                                     \
+#define KEYSPAN_GUARD(start, size)                         \
+    (__asan_unpoison_memory_region(start, (size_t)(size)), \
      __asan_poison_memory_region((char *)(start) + (size), (size_t)((63 - ((size) + 63) % 64) + GUARD)))
 #else
 constexpr int64_t GUARD = 0;
 #define KEYSPAN_GUARD(start, size) ((void)0)
 #endif
 
-constexpr int PANEL = 64;         // keys packed side by side
-constexpr int TILE_ROWS = 96;     // most rows (a query of a head each) of a tile; a multiple of 6 and of 2
-constexpr int BLOCK_KEYS = 256;   // most keys whose scores a tile holds; a multiple of PANEL
-constexpr int64_t WAVE_BYTES = 8 << 20;  // packed keys held at a time, so that they stay in cache
-constexpr int RANGES = 4;         // most ranges of a row
-constexpr int SPLIT_KEYS = 1024;  // keys of one unit of work when few queries read many keys
-constexpr int STREAMS = 4;        // runs of keys that such a unit reads side by side
-constexpr int RUN = 16;           // keys of each that it reads before it goes on to their values
+constexpr int PANEL = 64;                        // keys packed side by side
+constexpr int TILE_ROWS = 96;                    // most rows of a RowTile; a multiple of 6 and of 2
+constexpr int BLOCK_KEYS = 256;                  // most keys whose scores a tile holds; a multiple of PANEL
+constexpr int64_t PACKED_CACHE_BYTES = 8 << 20;  // packed keys held at a time, so that they stay in cache
+constexpr int MAX_RANGES = 4;                    // key ranges of a row
+constexpr int SPLIT_KEYS = 1024;                 // keys of one unit of work in decoding
+constexpr int STREAMS = 4;                       // runs of keys that such a unit reads side by side
+constexpr int STREAM_KEYS = 16;                  // keys of each run that are scored before their values are added
 
 struct Segment {
     int64_t begin;   // first logical key, a multiple of PANEL
@@ -44,42 +45,46 @@ struct Segment {
 struct Plan {
     const Params *params;
     int64_t logical_keys;  // keys that a query can address
-    bool decode;           // few rows for each key: keys are read where they lie
-    bool pairs;            // packed as pairs of bf16
+    bool decode;           // few query rows for each key: keys are read from where they lie, unpacked
+    bool pairs;            // keys are packed as pairs of bf16
     int64_t block_keys;    // keys of a block of scores
     int64_t tile_queries, tile_heads, query_tiles, head_tiles;
-    int64_t rows;          // of a full tile
-    int64_t packed_keys;   // of one batch entry and group, a multiple of PANEL
+    int64_t rows;                    // of a full tile
+    int64_t packed_keys;             // of one batch entry and group, a multiple of PANEL
     int64_t key_width, value_width;  // K and V padded to whole vectors
-    int64_t splits;                  // of the keys, when decoding
-    int64_t span;                    // logical keys from the first split on
-    int64_t first_key;               // where the first split begins
+    int64_t splits;                  // decoding: runs of SPLIT_KEYS keys
+    int64_t first_key;               // decoding: where the first split begins
     const Segment *segments;         // one for each batch entry, or sequence
     int64_t segment_count;
     const int64_t *chunk_tiles;  // backward: chunks + 1 boundaries of query tiles
-    // Packed keys and values of one (batch, group) in each slot, the last two for backward only; strides in bytes.
+    // A slot holds the packed keys and values of one (batch, group), the last two forms for backward only. The strides
+    // are those between slots, in bytes.
     int64_t slots;
     char *keys_by_dim, *value_rows, *key_rows, *values_by_dim;
     int64_t keys_by_dim_stride, value_rows_stride, key_rows_stride, values_by_dim_stride;
-    float *grad_keys, *grad_values;  // fp32 sums: for each thread, or for each (batch, group, chunk)
+    float *grad_keys, *grad_values;  // fp32 sums, [packed_keys][width] for each thread, or each (batch, group, chunk)
     float *partial;                  // decoding: [b, query tile, split, g, rows, value_width + 2]
-    char *scratch;                   // of all threads
+    char *scratch;                   // [threads][scratch_stride]
     int64_t scratch_stride;
-    std::atomic<int> *odd_keys, *odd_values;  // of each slot: some are infinite or NaN
+    std::atomic<int> *nonfinite_keys, *nonfinite_values;  // [slots], 1 where some element is infinite or NaN
 };
 
-// The rows of one tile: head by head, and in each head query by query.
-struct Tile {
+// A row is one query of one head. A RowTile holds the rows of one query tile and one head tile: head by head, and in
+// each head query by query.
+struct RowTile {
     int64_t batch, group;
     int rows;
     int32_t query[TILE_ROWS], head[TILE_ROWS];
-    int32_t lo[RANGES][TILE_ROWS], hi[RANGES][TILE_ROWS];  // packed
-    int32_t distance[RANGES][TILE_ROWS];                   // packed key + this = key position minus query position
-    int64_t shift[TILE_ROWS];                      // packed key + this = logical key
-    float peak[TILE_ROWS], total[TILE_ROWS];       // forward: running maximum (in powers of two) and sum
-    float lse[TILE_ROWS], delta[TILE_ROWS];        // backward: in powers of two
+    int32_t lo[MAX_RANGES][TILE_ROWS], hi[MAX_RANGES][TILE_ROWS];  // packed keys
+    int32_t distance_offset[MAX_RANGES][TILE_ROWS];  // packed key + this = key position minus query position
+    int64_t logical_offset[TILE_ROWS];               // packed key + this = logical key
+    float row_max[TILE_ROWS], row_sum[TILE_ROWS];    // forward: running maximum (a power of two) and sum of weights
+    float lse[TILE_ROWS], delta[TILE_ROWS];          // backward: lse as a power of two; Σ out · grad_out − grad_lse
 };
 
+// One table for each instruction set. `pack` fills one panel of a slot; `forward`, `decode` and `backward` compute one
+// unit of work; `combine` merges the splits of a decoded tile; `write_key_grads` adds `sums` partial sums and writes
+// dk and dv.
 struct Kernels {
     void (*pack)(const Plan &, bool backward, int64_t slot, int64_t batch, int64_t group, int64_t panel);
     void (*forward)(const Plan &, int64_t slot, int64_t batch, int64_t group, int64_t head_tile, int64_t query_tile,
@@ -88,8 +93,8 @@ struct Kernels {
     void (*combine)(const Plan &, int64_t batch, int64_t query_tile, char *scratch);
     void (*backward)(const Plan &, int64_t slot, int64_t batch, int64_t group, int64_t chunk, float *grad_keys,
                      float *grad_values, char *scratch);
-    void (*finish)(const Plan &, int64_t batch, int64_t group, const float *grad_keys, const float *grad_values,
-                   int64_t sums, int64_t key_stride, int64_t value_stride);
+    void (*write_key_grads)(const Plan &, int64_t batch, int64_t group, const float *grad_keys,
+                            const float *grad_values, int64_t sums, int64_t key_stride, int64_t value_stride);
     bool has_pairs;
 };
 

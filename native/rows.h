@@ -1,4 +1,4 @@
-// The rows of a tile: which keys they see, what is added to their scores, what dropout keeps. Knows no products.
+// The rows of a RowTile: their key spans, score terms (scale, softcap, biases, mask) and dropout. Depends on pack.h.
 #pragma once
 #include "pack.h"
 
@@ -11,14 +11,14 @@ constexpr float LN2 = 0.6931471805599453f;
 constexpr float INF = __builtin_inff();
 
 struct Span {
-    int begin, end;  // of a block, in keys; empty where begin >= end
+    int begin, end;  // keys of a block; empty where begin >= end
 };
 
-// Rows of queries `query_tile` of heads `head_tile`.
-INLINE void load_tile(const Plan &plan, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile, Tile &tile) {
+// Fills `tile` with the queries of `query_tile` for the heads of `head_tile`.
+INLINE void load_tile(const Plan &plan, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile, RowTile &tile) {
     const Params &p = *plan.params;
-    const int64_t m0 = query_tile * plan.tile_queries, m1 = least(m0 + plan.tile_queries, p.M);
-    const int64_t h0 = head_tile * plan.tile_heads, h1 = least(h0 + plan.tile_heads, p.H);
+    const int64_t m0 = query_tile * plan.tile_queries, m1 = min(m0 + plan.tile_queries, p.M);
+    const int64_t h0 = head_tile * plan.tile_heads, h1 = min(h0 + plan.tile_heads, p.H);
     tile.batch = b;
     tile.group = g;
     tile.rows = 0;
@@ -27,90 +27,91 @@ INLINE void load_tile(const Plan &plan, int64_t b, int64_t g, int64_t head_tile,
             const int r = tile.rows++;
             tile.query[r] = (int32_t)m;
             tile.head[r] = (int32_t)h;
-            int64_t shift = 0;
+            int64_t logical_offset = 0;
             if (!plan.decode) {
                 const Segment &segment = plan.segments[p.sequence ? p.sequence[m] : p.RB == 1 ? 0 : b];
-                shift = segment.begin - segment.offset;
+                logical_offset = segment.begin - segment.offset;
             }
-            tile.shift[r] = shift;
+            tile.logical_offset[r] = logical_offset;
             for (int64_t s = 0; s < p.S; s++) {
                 const int64_t at = (s * p.RB + (p.RB == 1 ? 0 : b)) * p.M + m;
-                tile.lo[s][r] = p.lo ? (int32_t)(p.lo[at] - shift) : 0;
-                tile.hi[s][r] = p.lo ? (int32_t)(p.hi[at] - shift) : (int32_t)plan.logical_keys;
-                tile.distance[s][r] = (int32_t)(shift - (p.lo ? p.diagonal[at] : (int32_t)m));
+                tile.lo[s][r] = p.lo ? (int32_t)(p.lo[at] - logical_offset) : 0;
+                tile.hi[s][r] = p.lo ? (int32_t)(p.hi[at] - logical_offset) : (int32_t)plan.logical_keys;
+                tile.distance_offset[s][r] = (int32_t)(logical_offset - (p.lo ? p.diagonal[at] : (int32_t)m));
             }
         }
     }
 }
 
-// Packed keys that some row sees in range s.
-INLINE void tile_span(const Tile &tile, int s, int64_t &begin, int64_t &end) {
+// The smallest packed interval that holds the keys of range s of every row.
+INLINE void tile_span(const RowTile &tile, int s, int64_t &begin, int64_t &end) {
     begin = INT32_MAX;
     end = 0;
     for (int r = 0; r < tile.rows; r++) {
         if (tile.lo[s][r] >= tile.hi[s][r]) continue;
-        begin = least<int64_t>(begin, tile.lo[s][r]);
-        end = most<int64_t>(end, tile.hi[s][r]);
+        begin = min<int64_t>(begin, tile.lo[s][r]);
+        end = max<int64_t>(end, tile.hi[s][r]);
     }
 }
 
-// The keys of a block that row r sees in range s.
-INLINE Span row_span(const Tile &tile, int s, int r, int64_t first, int64_t last) {
-    const int64_t begin = most<int64_t>(tile.lo[s][r], first), end = least<int64_t>(tile.hi[s][r], last);
+// The keys of block [first, last) that row r sees in range s.
+INLINE Span row_span(const RowTile &tile, int s, int r, int64_t first, int64_t last) {
+    const int64_t begin = max<int64_t>(tile.lo[s][r], first), end = min<int64_t>(tile.hi[s][r], last);
     return begin < end ? Span{(int)(begin - first), (int)(end - first)} : Span{0, 0};
 }
 
-// Whole vectors of keys that rows r0 to r1 - 1 see between them.
-INLINE Span rows_span(const Tile &tile, int s, int r0, int r1, int64_t first, int64_t last) {
-    Span all{BLOCK_KEYS, 0};
+// The union of the spans of rows r0 to r1 - 1, widened to whole vectors.
+INLINE Span rows_span(const RowTile &tile, int s, int r0, int r1, int64_t first, int64_t last) {
+    Span whole{BLOCK_KEYS, 0};
     for (int r = r0; r < r1; r++) {
         const Span one = row_span(tile, s, r, first, last);
         if (one.begin >= one.end) continue;
-        all.begin = least(all.begin, one.begin / W * W);
-        all.end = most(all.end, (one.end + W - 1) / W * W);
+        whole.begin = min(whole.begin, one.begin / W * W);
+        whole.end = max(whole.end, (one.end + W - 1) / W * W);
     }
-    return all;
+    return whole;
 }
 
-INLINE const char *query_row(const Params &p, const Tile &tile, int r) {
+INLINE const char *query_row(const Params &p, const RowTile &tile, int r) {
     return p.q + (tile.batch * p.q_stride[0] + tile.query[r] * p.q_stride[1] + tile.group * p.q_stride[2] +
                   tile.head[r] * p.q_stride[3]) *
-                     size_of(p.dtype);
+                     dtype_size(p.dtype);
 }
 
 // Index of a row in [B, M, G, H] (out, dq) and in [B, G, H, M] (lse).
-INLINE int64_t out_row(const Params &p, const Tile &tile, int r) {
+INLINE int64_t out_row(const Params &p, const RowTile &tile, int r) {
     return ((tile.batch * p.M + tile.query[r]) * p.G + tile.group) * p.H + tile.head[r];
 }
 
-INLINE int64_t lse_row(const Params &p, const Tile &tile, int r) {
+INLINE int64_t lse_row(const Params &p, const RowTile &tile, int r) {
     return ((tile.batch * p.G + tile.group) * p.H + tile.head[r]) * p.M + tile.query[r];
 }
 
-INLINE int64_t head_index(const Params &p, const Tile &tile, int r) { return tile.group * p.H + tile.head[r]; }
+INLINE int64_t head_index(const Params &p, const RowTile &tile, int r) { return tile.group * p.H + tile.head[r]; }
 
-// ---- terms of the score -----------------------------------------------------------------------------------------------
+// ---- terms of the score --------------------------------------------------------------------------------------------
 
-// Whether a score is more than a product times a positive number, which leaves the largest the largest.
-INLINE bool has_terms(const Params &p) {
+// Whether scores are more than products times a positive number. Without terms the largest product is the largest
+// score.
+INLINE bool has_score_terms(const Params &p) {
     return p.softcap != 0 || p.bias_count || p.slopes || p.table || p.mask || !((float)p.scale > 0);
 }
 
-INLINE int64_t dense_row(const Dense &d, const Tile &tile, int r) {
+INLINE int64_t dense_row(const Dense &d, const RowTile &tile, int r) {
     return tile.batch * d.stride[0] + tile.group * d.stride[1] + tile.head[r] * d.stride[2] +
            tile.query[r] * d.stride[3];
 }
 
-// Lanes [begin, end) of the vector at logical key j; the others are not read, for nothing need be there.
+// Lanes [begin, end) of the vector at logical key j. Other lanes are not read: they may lie outside the tensor.
 INLINE vf load_bias(const Dense &d, int64_t row, int64_t j, int begin, int end) {
-    if (d.stride[4] == 0) return all(element(d.dtype, (const char *)d.data, row));
+    if (d.stride[4] == 0) return broadcast(load_element(d.dtype, (const char *)d.data, row));
     if (d.stride[4] == 1 && begin == 0 && end == W) {
         if (d.dtype == F32) return load((const float *)d.data + row + j);
         const uint16_t *half = (const uint16_t *)d.data + row + j;
         return d.dtype == BF16 ? widen_bf16(half) : widen_f16(half);
     }
     vf x{};
-    for (int i = begin; i < end; i++) x[i] = element(d.dtype, (const char *)d.data, row + (j + i) * d.stride[4]);
+    for (int i = begin; i < end; i++) x[i] = load_element(d.dtype, (const char *)d.data, row + (j + i) * d.stride[4]);
     return x;
 }
 
@@ -123,64 +124,65 @@ INLINE vi load_mask(const Dense &d, int64_t row, int64_t j, int begin, int end) 
 INLINE vf load_table(const float *table, int64_t reach, int64_t distance) {
     if (distance >= -reach && distance + W - 1 <= reach) return load(table + reach + distance);
     vf x;
-    for (int i = 0; i < W; i++) x[i] = table[reach + most(-reach, least(reach, distance + i))];
+    for (int i = 0; i < W; i++) x[i] = table[reach + max(-reach, min(reach, distance + i))];
     return x;
 }
 
-// Products of a row to scores in powers of two, hidden ones −inf; `slopes`, where given, gets the softcap's derivative.
-// Covers the whole vectors around `span`.
-void finish_scores(const Plan &plan, const Tile &tile, int s, int r, int64_t first, Span span, float *score,
-                   float *slopes) {
+// Products to scores times log2(e), hidden ones −inf, for the whole vectors around `span`; `score` [BLOCK_KEYS].
+// `softcap_grad`, where given, gets the derivative of the softcap.
+void apply_score_terms(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, float *score,
+                       float *softcap_grad) {
     const Params &p = *plan.params;
-    const vf scale = all((float)p.scale), cap = all((float)p.softcap), per_cap = all((float)(1 / p.softcap));
+    const vf scale = broadcast((float)p.scale), cap = broadcast((float)p.softcap),
+             per_cap = broadcast((float)(1 / p.softcap));
     const int64_t head = head_index(p, tile, r);
     const float alibi = p.slopes ? p.slopes[(p.slopes_by_batch ? tile.batch * p.G * p.H : 0) + head] : 0;
     const float *table = p.table ? p.table + head * (2 * p.reach + 1) : nullptr;
     for (int n = span.begin / W * W; n < span.end; n += W) {
-        const int begin = most(0, span.begin - n), end = least(W, span.end - n);
-        const int64_t packed = first + n, j = packed + tile.shift[r];
-        const int32_t distance = (int32_t)packed + tile.distance[s][r];
+        const int begin = max(0, span.begin - n), end = min(W, span.end - n);
+        const int64_t packed = first + n, j = packed + tile.logical_offset[r];
+        const int32_t distance = (int32_t)packed + tile.distance_offset[s][r];
         vf x = load(score + n) * scale;
         if (p.softcap != 0) {
             const vf unit = tanh(x * per_cap);
-            if (slopes) store(slopes + n, 1.0f - unit * unit);
+            if (softcap_grad) store(softcap_grad + n, 1.0f - unit * unit);
             x = unit * cap;
         }
         for (int64_t i = 0; i < p.bias_count; i++)
             x += load_bias(p.biases[i], dense_row(p.biases[i], tile, r), j, begin, end);
-        if (p.slopes) x -= alibi * absolute(__builtin_convertvector(all(distance) + counting(), vf));
+        if (p.slopes) x -= alibi * abs(__builtin_convertvector(broadcast(distance) + iota(), vf));
         if (table) x += load_table(table, p.reach, distance);
         x *= LOG2E;
-        if (p.mask) x = load_mask(*p.mask, dense_row(*p.mask, tile, r), j, begin, end) ? x : all(-INF);
+        if (p.mask) x = load_mask(*p.mask, dense_row(*p.mask, tile, r), j, begin, end) ? x : broadcast(-INF);
         store(score + n, x);
     }
 }
 
-// Products of a row to scores, hidden ones −inf; what these are to be multiplied by to be in powers of two.
-INLINE float row_scores(const Plan &plan, const Tile &tile, int s, int r, int64_t first, Span span, float *score,
-                        float *slopes) {
-    const bool terms = has_terms(*plan.params);
-    if (terms) finish_scores(plan, tile, s, r, first, span, score, slopes);
-    // The lanes around `span` that a whole vector takes along.
+// Products to scores, hidden ones −inf. Returns the factor that takes these scores to powers of two.
+INLINE float row_scores(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, float *score,
+                        float *softcap_grad) {
+    const bool terms = has_score_terms(*plan.params);
+    if (terms) apply_score_terms(plan, tile, s, r, first, span, score, softcap_grad);
+    // Whole vectors are read later: the lanes around `span` are hidden.
     for (int n = span.begin / W * W; n < span.begin; n++) score[n] = -INF;
     for (int n = span.end; n % W; n++) score[n] = -INF;
     return terms ? 1 : (float)plan.params->scale * LOG2E;
 }
 
-// ---- dropout ----------------------------------------------------------------------------------------------------------
+// ---- dropout -------------------------------------------------------------------------------------------------------
 
-// What weights of packed keys first … first + count − 1 are multiplied by: 0 or 1 / (1 − p). Philox 4x32-10 (Salmon et
-// al. 2011) of (logical key / 4, query, head, batch); word key % 4 decides. Segments begin at multiples of PANEL, so
-// four neighbouring keys share a counter.
-void fill_keep(const Params &p, const Tile &tile, int r, int64_t first, int count, float *keep) {
+// Dropout factors of packed keys first … first + count − 1: 0 or 1 / (1 − p). Word `key % 4` of Philox 4x32-10 (Salmon
+// et al. 2011) at counter (logical key / 4, query, head, batch) decides. Segments begin at multiples of PANEL, so four
+// neighbouring keys share a counter.
+void fill_dropout(const Params &p, const RowTile &tile, int r, int64_t first, int count, float *dropout) {
     const uint64_t seed = (uint64_t)*p.seed;
     const double threshold = __builtin_nearbyint(p.dropout_p * 4294967296.0);
-    const bool none = threshold >= 4294967296.0;  // p rounds to 1
-    const uint32_t least_kept = none ? 0 : (uint32_t)threshold;
-    const float scale = none ? 0 : (float)(1 / (1 - p.dropout_p));
+    const bool drop_all = threshold >= 4294967296.0;  // p rounds to 1: drop every weight
+    const uint32_t first_kept = drop_all ? 0 : (uint32_t)threshold;
+    const float scale = drop_all ? 0 : (float)(1 / (1 - p.dropout_p));
     constexpr int COUNTERS = BLOCK_KEYS / 4;
     uint32_t c0[COUNTERS], c1[COUNTERS], c2[COUNTERS], c3[COUNTERS];
-    const uint32_t block = (uint32_t)((first + tile.shift[r]) / 4);
+    const uint32_t block = (uint32_t)((first + tile.logical_offset[r]) / 4);
     const int counters = (count + 3) / 4;
     for (int i = 0; i < counters; i++) {
         c0[i] = block + (uint32_t)i;
@@ -201,33 +203,37 @@ void fill_keep(const Params &p, const Tile &tile, int r, int64_t first, int coun
         k1 += 0xBB67AE85u;
     }
     for (int i = 0; i < counters; i++) {
-        keep[4 * i] = c0[i] >= least_kept ? scale : 0;
-        keep[4 * i + 1] = c1[i] >= least_kept ? scale : 0;
-        keep[4 * i + 2] = c2[i] >= least_kept ? scale : 0;
-        keep[4 * i + 3] = c3[i] >= least_kept ? scale : 0;
+        dropout[4 * i] = c0[i] >= first_kept ? scale : 0;
+        dropout[4 * i + 1] = c1[i] >= first_kept ? scale : 0;
+        dropout[4 * i + 2] = c2[i] >= first_kept ? scale : 0;
+        dropout[4 * i + 3] = c3[i] >= first_kept ? scale : 0;
     }
 }
 
-// ---- what is infinite or NaN ------------------------------------------------------------------------------------------
+// ---- NaN repair ----------------------------------------------------------------------------------------------------
+//
+// A gemm adds weight · value for whole blocks, hidden keys with weight 0. Where a hidden key or value holds NaN or inf,
+// 0 · NaN = NaN would reach rows that do not see it: such a product goes key by key instead and skips hidden keys.
 
 // Whether row r sees packed key n in range s.
-INLINE bool sees(const Params &p, const Tile &tile, int s, int r, int64_t n) {
+INLINE bool is_visible(const Params &p, const RowTile &tile, int s, int r, int64_t n) {
     if (n < tile.lo[s][r] || n >= tile.hi[s][r]) return false;
     if (!p.mask) return true;
-    return ((const uint8_t *)p.mask->data)[dense_row(*p.mask, tile, r) + (n + tile.shift[r]) * p.mask->stride[4]];
+    return (
+        (const uint8_t *)p.mask->data)[dense_row(*p.mask, tile, r) + (n + tile.logical_offset[r]) * p.mask->stride[4]];
 }
 
-// A weight times an element that may be infinite or NaN, which come through as they are whatever the weight.
-INLINE float careful(float weight, float x) { return x - x == 0 ? weight * x : x; }
+// weight · x, or x itself where it is infinite or NaN: a visible non-finite element is not hidden by a weight of 0.
+INLINE float multiply_unless_nonfinite(float weight, float x) { return x - x == 0 ? weight * x : x; }
 
-// Element (row, i) of rows packed in words of T.
+// Element (row, i) of rows packed as floats, or as pairs of bf16 rows.
 INLINE float packed_element(const float *rows, int64_t width, int64_t row, int64_t i) { return rows[row * width + i]; }
 INLINE float packed_element(const uint32_t *rows, int64_t width, int64_t row, int64_t i) {
     const uint32_t pair = rows[row / 2 * width + i];
     return from_bf16((uint16_t)(row % 2 ? pair >> 16 : pair));
 }
 
-// Element `i` of a row of weights that a product broadcasts.
+// Element `i` of a row of weights in the form that gemm broadcasts.
 INLINE float weight_element(const float *row, int64_t i) { return row[i]; }
 INLINE float weight_element(const uint32_t *row, int64_t i) { return from_bf16(((const uint16_t *)row)[i]); }
 

@@ -1,8 +1,8 @@
-// One vector type and its operations, per instruction set, chosen when a file is compiled. Knows nothing of attention.
+// The vector type of one instruction set and its operations; the macros below choose it at compile time.
 //
-// W floats in a vector. Mostly the compilers' own vector types, so one source serves every machine; intrinsics only
-// where those have no operator. Everything is in a namespace of its instruction set: the linker must not merge what
-// was compiled for different machines.
+// A vector holds W floats. Most operations use the compilers' vector extensions, so that one source serves every
+// machine; intrinsics appear only where those have no operator. Everything is in the namespace of its instruction set,
+// so that the linker cannot merge functions that were compiled for different machines.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -32,7 +32,7 @@ namespace KEYSPAN_NAMESPACE {
 namespace {
 
 constexpr int W = KEYSPAN_VECTOR / 4;
-// Registers of a product's accumulators: ROWS rows of up to COLUMNS vectors; 24 of 32, or 12 of 16.
+// Accumulators of a gemm: ROWS rows of up to COLUMNS vectors take 24 of 32 registers, or 12 of 16.
 constexpr int ROWS = 6;
 constexpr int COLUMNS = W == 16 ? 4 : 2;
 
@@ -46,11 +46,11 @@ typedef uint16_t vh_any __attribute__((vector_size(KEYSPAN_VECTOR / 2), aligned(
 typedef uint32_t vu_halves __attribute__((vector_size(KEYSPAN_VECTOR), aligned(2), may_alias));
 
 template <class T>
-INLINE T least(T a, T b) {
+INLINE T min(T a, T b) {
     return a < b ? a : b;
 }
 template <class T>
-INLINE T most(T a, T b) {
+INLINE T max(T a, T b) {
     return a > b ? a : b;
 }
 
@@ -60,18 +60,18 @@ INLINE vu load(const uint32_t *p) { return *(const vu_any *)p; }
 INLINE vu load_pairs(const uint16_t *p) { return *(const vu_halves *)p; }
 INLINE void store(uint32_t *p, vu x) { *(vu_any *)p = x; }
 INLINE void store(uint16_t *p, vh x) { *(vh_any *)p = x; }
-INLINE vf all(float x) { return x - vf{}; }
-INLINE vi all(int32_t x) { return x - vi{}; }
-INLINE vu all(uint32_t x) { return x - vu{}; }
+INLINE vf broadcast(float x) { return x - vf{}; }
+INLINE vi broadcast(int32_t x) { return x - vi{}; }
+INLINE vu broadcast(uint32_t x) { return x - vu{}; }
 
-INLINE vi counting() {
+INLINE vi iota() {
     vi x;
     for (int i = 0; i < W; i++) x[i] = i;
     return x;
 }
 
-// a > b ? a : b, so that a NaN in `b` comes through and one in `a` does not.
-INLINE vf largest(vf a, vf b) {
+// a > b ? a : b in each lane: a NaN in `b` is returned, a NaN in `a` is not.
+INLINE vf maximum(vf a, vf b) {
 #if KEYSPAN_VECTOR == 64
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif KEYSPAN_VECTOR == 32
@@ -81,9 +81,9 @@ INLINE vf largest(vf a, vf b) {
 #endif
 }
 
-INLINE vf absolute(vf x) { return (vf)((vu)x & 0x7fffffffu); }
+INLINE vf abs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 
-INLINE float sum(vf x) {
+INLINE float reduce_add(vf x) {
 #if KEYSPAN_VECTOR == 64
     return _mm512_reduce_add_ps((__m512)x);
 #else
@@ -93,7 +93,7 @@ INLINE float sum(vf x) {
 #endif
 }
 
-INLINE float highest(vf x) {
+INLINE float reduce_max(vf x) {
 #if KEYSPAN_VECTOR == 64
     return _mm512_reduce_max_ps((__m512)x);
 #else
@@ -103,23 +103,23 @@ INLINE float highest(vf x) {
 #endif
 }
 
-// 2^x for x <= 127; 0 from -127 on, NaN for NaN. DEGREE 5: 2e-7 relative, 4: 3e-6 (the polynomials of least relative
-// error on [-0.5, 0.5] that are 1 at 0).
+// 2^x for x <= 127; 0 from -127 on, NaN for NaN. Relative error 2e-7 for DEGREE 5, 3e-6 for DEGREE 4: polynomials of
+// minimal relative error on [-0.5, 0.5] whose value at 0 is 1.
 template <int DEGREE>
 INLINE vf exp2(vf x) {
-    x = largest(all(-127.0f), x);
-    const vf magic = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, in the low bits
+    x = maximum(broadcast(-127.0f), x);
+    const vf magic = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, in the low bits
     const vf shifted = x + magic;
     const vf f = x - (shifted - magic);
     vf p;
     if (DEGREE == 5) {
-        p = all(1.326472731e-3f);
+        p = broadcast(1.326472731e-3f);
         p = p * f + 9.671512991e-3f;
         p = p * f + 5.550733581e-2f;
         p = p * f + 2.402224243e-1f;
         p = p * f + 6.931470037e-1f;
     } else {
-        p = all(9.582852945e-3f);
+        p = broadcast(9.582852945e-3f);
         p = p * f + 5.590642616e-2f;
         p = p * f + 2.402409911e-1f;
         p = p * f + 6.931241751e-1f;
@@ -129,17 +129,18 @@ INLINE vf exp2(vf x) {
 }
 
 INLINE vf tanh(vf x) {
-    // 1 − 2 / (e^2x + 1) errs by 1e-7 absolutely, too much where the cap is far above the scores: near 0 the series.
-    const vf bounded = largest(all(-15.0f), x);
-    const vf low = -largest(all(-15.0f), -bounded);
+    // 1 − 2 / (e^2x + 1) has an absolute error of 1e-7, which a softcap far above the scores would magnify; so the
+    // series is used near 0.
+    const vf bounded = maximum(broadcast(-15.0f), x);
+    const vf low = -maximum(broadcast(-15.0f), -bounded);
     const vf far = 1.0f - 2.0f / (exp2<5>(low * 2.8853900817779268f) + 1.0f);
     const vf square = x * x;
     const vf series = -1 / 3.0f + square * (2 / 15.0f + square * (-17 / 315.0f + square * (62 / 2835.0f)));
     const vf near = x + x * square * series;
-    return square < all(0.09f) ? near : far;
+    return square < broadcast(0.09f) ? near : far;
 }
 
-// ---- storage types --------------------------------------------------------------------------------------------------
+// ---- storage types -------------------------------------------------------------------------------------------------
 
 INLINE float from_bf16(uint16_t x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -156,7 +157,7 @@ INLINE uint16_t to_bf16(float f) {
 }
 
 INLINE float from_f16(uint16_t x) {
-    // Exponent and mantissa are shifted into place and rescaled by 2^112; inf and NaN get fp32's exponent.
+    // Shift exponent and mantissa into place and rescale by 2^112; inf and NaN get fp32's exponent.
     const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13;
     float f;
     memcpy(&f, &magnitude, 4);
@@ -175,9 +176,9 @@ INLINE uint16_t to_f16(float f) {
     const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
     bits &= 0x7fffffffu;
     if (bits > 0x7f800000u) return sign | 0x7e00;
-    if (bits >= 0x477ff000u) return sign | 0x7c00;  // 65520 and above round to infinity
+    if (bits >= 0x477ff000u) return sign | 0x7c00;  // values from 65520 on round to infinity
     if (bits < 0x38800000u) {
-        // Subnormal: adding 0.5 puts the last bit that fp16 keeps where fp32 rounds.
+        // Subnormal: adding 0.5 moves the last bit of the fp16 number to where fp32 rounds.
         float x;
         memcpy(&x, &bits, 4);
         x += 0.5f;
@@ -188,9 +189,7 @@ INLINE uint16_t to_f16(float f) {
     return sign | (uint16_t)((bits - 0x38000000u) >> 13);
 }
 
-INLINE vf widen_bf16(const uint16_t *p) {
-    return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16);
-}
+INLINE vf widen_bf16(const uint16_t *p) { return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16); }
 
 INLINE vf widen_f16(const uint16_t *p) {
 #if KEYSPAN_VECTOR == 64
@@ -204,7 +203,7 @@ INLINE vf widen_f16(const uint16_t *p) {
 #endif
 }
 
-// Upper halves hold the nearest bf16, ties to even.
+// The upper half of each word is the nearest bf16, ties to even; the lower half is undefined.
 INLINE vu rounded_bf16(vf x) {
     const vu bits = (vu)x;
     const vu up = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -231,7 +230,7 @@ INLINE vh narrow_f16(vf x) {
 #endif
 }
 
-// Two rows of bf16 as pairs: `a` in the lower half of each word, `b` in the upper.
+// Two rows of bf16 as pairs: `a` in the lower half of each word, `b` in the upper half.
 INLINE vu pairs_bf16(vf a, vf b) {
 #if defined(KEYSPAN_AVX512BF16)
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
@@ -242,18 +241,16 @@ INLINE vu pairs_bf16(vf a, vf b) {
 #endif
 }
 
-// ---- multiply and add: of floats, or of pairs of bf16 ------------------------------------------------------------
+// ---- multiply and add, of floats or of pairs of bf16 ---------------------------------------------------------------
 
 INLINE vf multiply_add(vf acc, vf a, vf b) { return a * b + acc; }
 
 #if defined(KEYSPAN_AVX512BF16)
 constexpr bool HAS_PAIRS = true;
-INLINE vf multiply_add(vf acc, vu a, vu b) {
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-}
+INLINE vf multiply_add(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 #else
 constexpr bool HAS_PAIRS = false;
-INLINE vf multiply_add(vf acc, vu a, vu b) {  // never taken: bf16 is widened when it is packed
+INLINE vf multiply_add(vf acc, vu a, vu b) {  // compiled but never called: bf16 is widened when it is packed
     return (vf)(a << 16) * (vf)(b << 16) + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u) + acc;
 }
 #endif

@@ -239,8 +239,8 @@ def test_gradients_of_dense_biases_of_every_shape(B, G, monkeypatch):
     M, N = 200, 140  # worth two threads
     base = Case("biases", B=B, M=M, N=N, heads=2 * G, kv_heads=G, K=32, V=32, mask=lambda: END).problem(torch.float32)
     chunks = []
-    count = native._Call.chunks
-    monkeypatch.setattr(native._Call, "chunks", lambda *args: chunks.append(count(*args)) or chunks[-1])
+    count = native._NativeCall.chunks
+    monkeypatch.setattr(native._NativeCall, "chunks", lambda *args: chunks.append(count(*args)) or chunks[-1])
     generator = torch.Generator().manual_seed(0)
     for shape in sorted(set(itertools.product(*((1, size) for size in (B, G, 2, M, N))))):
         bias = torch.randn(shape, generator=generator).double()
@@ -442,11 +442,24 @@ def test_why_there_is_no_library(monkeypatch, tmp_path):
     assert why.startswith("the native library cannot be loaded: ")
 
 
-def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(binding, "DENSE", binding.NUMBERS)
+@pytest.mark.parametrize("change", ["renamed", "of another type", "missing", "swapped"])
+@pytest.mark.parametrize("struct", ["PARAMS_FIELDS", "DENSE_FIELDS"])
+def test_a_library_with_other_fields_is_refused(struct, change, monkeypatch):
+    """The structs are compared by the names, types and order of their fields: all of these but one keep the size."""
+    *head, (name, kind), last = fields = getattr(binding, struct)
+    changed, want = {
+        "renamed": ((*head, (f"{name}_2", kind), last), f"{name}:{kind} there and {name}_2:{kind} here"),
+        "of another type": ((*head, (name, "text"), last), f"{name}:{kind} there and {name}:text here"),
+        "missing": (fields[:-1], f"{':'.join(last)} there and nothing here"),
+        "swapped": ((*head, last, (name, kind)), f"{name}:{kind} there and {':'.join(last)} here"),
+    }[change]
+    monkeypatch.setattr(binding, struct, changed)
+    field = len(head) + (change == "missing")
     assert binding._load() == (
-        None, "the native library was built from another version of keyspan: install keyspan again"
-    )  # fmt: skip
+        None,
+        f"the native library was built from another version of keyspan ({struct[:-7].capitalize()}: field {field} is "
+        f"{want}): install keyspan again",
+    )
 
 
 # ---- any problem ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-// Random problems against a plain double loop, for sanitised builds of the library. Knows the C ABI only, no kernel.
+// Fuzz test of the C ABI: random problems against a plain double-precision loop, for builds with sanitizers.
 //
 //     fuzz COUNT [FIRST SEED]
 //
-// `make sanitize` builds and runs it; a failure prints its seed, and `fuzz 1 SEED` is that problem again. Every array
-// is exactly as long as its last element and has NaN in the gaps between strides; so has the workspace: memory that is
-// read though nothing lies there is an error of the address sanitizer, or a NaN in a result.
+// `make sanitize` builds and runs it. A failure prints its seed; `fuzz 1 SEED` repeats that problem. Every array ends
+// with its last element and holds NaN in the gaps between strides, and so does the workspace: a read of memory that holds
+// no data is an error of the address sanitizer, or a NaN in a result.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -29,7 +29,7 @@ namespace {
 constexpr double EPSILON[] = {0x1p-23, 0x1p-7, 0x1p-10};
 const char *const ISA_NAMES[] = {"portable", "avx2", "avx512", "avx512bf16"};
 
-// ---- random numbers -----------------------------------------------------------------------------------------------------
+// ---- random numbers ------------------------------------------------------------------------------------------------
 
 struct Random {
     uint64_t state;
@@ -46,7 +46,7 @@ struct Random {
     int64_t among(const int64_t (&list)[N]) { return list[next() % N]; }
 };
 
-// ---- arrays -------------------------------------------------------------------------------------------------------------
+// ---- arrays --------------------------------------------------------------------------------------------------------
 
 double read(int64_t dtype, const char *memory, int64_t i) {
     if (dtype == F32) {
@@ -69,7 +69,7 @@ double read(int64_t dtype, const char *memory, int64_t i) {
     return half >> 15 ? -size : size;
 }
 
-// Values are cut off to what the dtype holds, which is as random as rounded ones.
+// Values are truncated to the dtype.
 void write(int64_t dtype, char *memory, int64_t i, double value) {
     const float single = (float)value;
     uint32_t bits;
@@ -101,7 +101,7 @@ struct Array {
     char *data() { return memory.data() + offset * (dtype == F32 ? 4 : 2); }
 };
 
-// Plain: contiguous. Otherwise dimensions lie in another order, rows have gaps, elements begin anywhere.
+// Plain arrays are contiguous; others have permuted dimensions, gaps between rows and an offset.
 Array make_array(Random &random, int64_t dtype, std::vector<int64_t> shape, bool plain, double factor = 1) {
     Array a;
     a.dtype = dtype;
@@ -143,10 +143,10 @@ T *begin_of(std::vector<T> &x) {
     return x.empty() ? nullptr : x.data();
 }
 
-// Results are filled with NaN, for nobody else may.
+// Memory for a result, filled with NaN.
 std::vector<char> blank(int64_t bytes) { return std::vector<char>((size_t)bytes, (char)0xff); }
 
-// ---- problems -----------------------------------------------------------------------------------------------------------
+// ---- problems ------------------------------------------------------------------------------------------------------
 
 struct Bias {
     Array values;
@@ -166,7 +166,7 @@ struct Problem {
     std::vector<int64_t> mask_shape;
     std::vector<float> slopes, table, sinks, grad_lse;
     std::vector<int64_t> seed;
-    int64_t keys;  // that a query can address
+    int64_t keys;  // logical keys, which a query can address
     bool want_q, want_k, want_v, want_slopes, want_table, want_sinks;
 
     bool seen(int64_t b, int64_t g, int64_t h, int64_t m, int64_t j, int64_t &distance) const {
@@ -347,9 +347,9 @@ Problem make_problem(uint64_t seed) {
     return problem;
 }
 
-// ---- the double loop ----------------------------------------------------------------------------------------------------
+// ---- reference -----------------------------------------------------------------------------------------------------
 
-// A result, and the sum of the sizes of the terms that each element is made of, which is what rounding is relative to.
+// A result, and for each element the sum of the absolute values of its terms, to which rounding errors are relative.
 struct Result {
     std::vector<double> value, size;
     explicit Result(int64_t count = 0) : value((size_t)count, 0), size((size_t)count, 0) {}
@@ -394,12 +394,12 @@ Answer solve(const Problem &problem) {
         for (const int64_t x : bias.values.shape) count *= x;
         a.dbiases.emplace_back(count);
     }
-    std::vector<double> score(N), bend(N), keep(N), weight(N), query(K), grad(V);
+    std::vector<double> score(N), softcap_grad(N), dropout(N), weight(N), query(K), grad(V);
     std::vector<int64_t> distance(N);
     std::vector<bool> seen(N);
     for (int64_t b = 0; b < B; b++)
         for (int64_t g = 0; g < G; g++) {
-            // Keys of a group as doubles, once.
+            // Keys and values of a group as doubles.
             std::vector<double> all_k(p.N * K), all_v(p.N * V);
             for (int64_t n = 0; n < p.N; n++) {
                 for (int64_t i = 0; i < K; i++) all_k[n * K + i] = problem.k.get({b, n, g, i});
@@ -419,10 +419,10 @@ Answer solve(const Problem &problem) {
                         for (int64_t i = 0; i < K; i++) x += query[i] * key[i], size += std::fabs(query[i] * key[i]);
                         x *= p.scale;
                         size *= std::fabs(p.scale);
-                        bend[j] = 1;
+                        softcap_grad[j] = 1;
                         if (p.softcap != 0) {
                             const double unit = std::tanh(x / p.softcap);
-                            bend[j] = 1 - unit * unit;
+                            softcap_grad[j] = 1 - unit * unit;
                             x = p.softcap * unit;
                         }
                         for (const Bias &bias : problem.biases) {
@@ -439,10 +439,10 @@ Answer solve(const Problem &problem) {
                         score[j] = x;
                         peak = std::max(peak, x);
                         a.largest_score = std::max({a.largest_score, size + 3, p.softcap});
-                        keep[j] = 1;
+                        dropout[j] = 1;
                         if (p.seed) {
                             const double bits = random_word((uint64_t)*p.seed, (uint32_t)j, (uint32_t)m, (uint32_t)head, (uint32_t)b);
-                            keep[j] = bits >= std::nearbyint(p.dropout_p * 4294967296.0) ? 1 / (1 - p.dropout_p) : 0;
+                            dropout[j] = bits >= std::nearbyint(p.dropout_p * 4294967296.0) ? 1 / (1 - p.dropout_p) : 0;
                         }
                     }
                     double total = p.sinks ? std::exp(p.sinks[head] - peak) : 0;
@@ -457,7 +457,7 @@ Answer solve(const Problem &problem) {
                         weight[j] = std::exp(score[j] - lse);
                         const int64_t slot = problem.physical(m, j);
                         for (int64_t i = 0; i < V; i++) {
-                            const double x = weight[j] * keep[j] * all_v[slot * V + i], y = weight[j] * keep[j] * grad[i];
+                            const double x = weight[j] * dropout[j] * all_v[slot * V + i], y = weight[j] * dropout[j] * grad[i];
                             a.out.add(row * V + i, x, std::fabs(x));
                             a.dv.add(((b * p.N + slot) * G + g) * V + i, y, std::fabs(y));
                         }
@@ -478,7 +478,7 @@ Answer solve(const Problem &problem) {
                             x += grad[i] * all_v[slot * V + i];
                             size += std::fabs(grad[i] * all_v[slot * V + i]);
                         }
-                        double ds = weight[j] * (x * keep[j] - delta), ds_size = weight[j] * (size * keep[j] + delta_size);
+                        double ds = weight[j] * (x * dropout[j] - delta), ds_size = weight[j] * (size * dropout[j] + delta_size);
                         for (size_t n = 0; n < problem.biases.size(); n++) {
                             const Bias &bias = problem.biases[n];
                             const int64_t at[] = {b, g, h, m, j};
@@ -491,8 +491,8 @@ Answer solve(const Problem &problem) {
                         if (p.table)
                             a.dtable.add(head * width + p.reach + std::max(-p.reach, std::min(p.reach, distance[j])), ds, ds_size);
                         // The softcap's slope is 1 − tanh², which errs by a rounding of 1.
-                        ds_size *= p.softcap != 0 ? bend[j] + 1e-3 : 1;
-                        ds *= bend[j];
+                        ds_size *= p.softcap != 0 ? softcap_grad[j] + 1e-3 : 1;
+                        ds *= softcap_grad[j];
                         for (int64_t i = 0; i < K; i++) {
                             const double key = all_k[slot * K + i] * p.scale, from = query[i] * p.scale;
                             a.dq.add(row * K + i, ds * key, ds_size * std::fabs(key));
@@ -504,7 +504,7 @@ Answer solve(const Problem &problem) {
     return a;
 }
 
-// ---- the comparison -----------------------------------------------------------------------------------------------------
+// ---- comparison ----------------------------------------------------------------------------------------------------
 
 struct Failure {
     std::string text;
@@ -520,7 +520,7 @@ struct Workspace {
     ~Workspace() { free(start); }
 };
 
-// Where a problem is so small that the library has memory for it, the first call computes it.
+// For a small problem the library uses its own workspace, and the first call computes it.
 void run(int64_t (*pass)(const Params *), Params &p) {
     const int64_t size = pass(&p);
     if (!size) return;
@@ -530,7 +530,7 @@ void run(int64_t (*pass)(const Params *), Params &p) {
     p.workspace = nullptr;
 }
 
-// Element `i` may err by what its terms come to times a few roundings: of what is stored, and of the scores it rests on.
+// The allowed error of an element is the size of its terms times a few roundings, of storage and of the scores.
 void compare(const char *name, const Result &want, const std::vector<double> &got, double stored, double computed) {
     for (size_t i = 0; i < want.value.size(); i++) {
         const double error = std::fabs(got[i] - want.value[i]);
@@ -548,7 +548,7 @@ std::vector<double> doubles(int64_t dtype, const std::vector<char> &memory) {
     return x;
 }
 
-// `from` is [chunks, …]: the sum over the first dimension, and over those that `shape` has only one of.
+// `from` is [chunks, …]: the sum over the first dimension and over those of size 1 in `shape`.
 std::vector<double> reduced(const std::vector<float> &from, const std::vector<int64_t> &sizes, const std::vector<int64_t> &shape) {
     int64_t count = 1;
     for (const int64_t x : shape) count *= x;
@@ -609,7 +609,7 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
     p.out = out.data();
     p.lse = lse.data();
 
-    // As the Python side does: which gradients are shared, how many runs of rows, sums for each of them.
+    // As in backends/native/__init__.py: shared bias gradients, the number of chunks, sums for each of them.
     for (const Bias &bias : problem.biases) {
         const auto &shape = bias.values.shape;
         if (!bias.wanted || shape[3] == 1 || shape[4] == 1) continue;
@@ -674,7 +674,7 @@ int main(int count, char **words) {
     long checked = 0;
     for (unsigned long seed = first; seed < first + (unsigned long)problems; seed++) {
         Problem problem = make_problem(seed);
-        // Said before it runs, so that it stands above a sanitizer's report.
+        // Printed before the run, so that it stands above a sanitizer's report.
         const Params &p = problem.p;
         fprintf(stderr, "\rseed %lu", seed);
         const Answer want = solve(problem);

@@ -1,6 +1,7 @@
-"""Attention on CPUs through the compiled library in native/: forward, backward and decoding. Knows no masks.
+"""The native backend: attention on CPUs through the compiled library in native/ (forward, backward, decoding).
 
-fp32, bf16 and fp16 storage, fp32 sums and softmax; keys packed once a call; threads as many as torch uses.
+Storage in fp32, bf16 or fp16, sums and softmax in fp32, as many threads as torch uses. This module packs a `Problem`
+into the C structs of native/params.h; masks arrive as key ranges.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from torch import Tensor
 
 from keyspan.backends import Again, Gradients, Needs, cast, mould
 from keyspan.backends.native import binding
-from keyspan.backends.native.binding import ADDRESSES, DENSE, NUMBERS, use_isa
+from keyspan.backends.native.binding import DENSE, NUMBERS, POINTERS, use_isa
 from keyspan.core.problem import Problem
 
 __all__ = ["use_isa", "reason_against", "forward", "record", "backward"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-WIDEST = 256
-"""Largest head dim."""
-RANGES = 4
-"""Most ranges of keys of a query row."""
+MAX_HEAD_DIM = 256
+"""Largest head dim; `MAX_HEAD_DIM` in native/pack.h."""
+MAX_RANGES = 4
+"""Largest number of key ranges of a query row; `MAX_RANGES` in native/plan.h."""
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -43,10 +44,10 @@ def reason_against(problem: Problem) -> str | None:
         if bias.dtype not in _DTYPES:
             return f"its dtypes are float32, bfloat16 and float16, and a bias is {str(bias.dtype)[6:]}"
     widest = max(query.shape[-1], problem.value.shape[-1])
-    if widest > WIDEST:
-        return f"head dims go up to {WIDEST}, and this one is {widest}"
-    if problem.lo is not None and problem.lo.shape[0] > RANGES:
-        return f"a query row may see up to {RANGES} ranges of keys, and this mask has {problem.lo.shape[0]}"
+    if widest > MAX_HEAD_DIM:
+        return f"head dims go up to {MAX_HEAD_DIM}, and this one is {widest}"
+    if problem.lo is not None and problem.lo.shape[0] > MAX_RANGES:
+        return f"a query row may see up to {MAX_RANGES} ranges of keys, and this mask has {problem.lo.shape[0]}"
     return None
 
 
@@ -55,35 +56,34 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _forward(problem: Problem) -> tuple[Tensor, Tensor, list[int], bytes]:
-    """(out, lse), and what the library was given, without what it keeps of dense terms."""
+    """(out, lse), and the pointers and numbers that the library was called with."""
     B, M, G, H, _ = problem.query.shape
     out = torch.empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
     lse = torch.empty((B, G, H, M), dtype=torch.float32)
-    call = _Call(problem, out, lse)
-    addresses, numbers = call.addresses(), call.numbers()
+    call = _NativeCall(problem, out, lse)
+    pointers, numbers = call.pointers(), call.numbers()
     if lse.numel():
-        _run(binding.FORWARD, addresses, numbers)
-    return out, lse, addresses, numbers
+        _run(binding.FORWARD, pointers, numbers)
+    return out, lse, pointers, numbers
 
 
 def record(
     problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Again | None]:
-    out, lse, addresses, numbers = _forward(problem)
+    out, lse, call_pointers, numbers = _forward(problem)
     if problem.dense is not None or problem.biases or not lse.numel():
         return out, lse, None
     moulds = [mould(x, shape) for x, shape in zip((out, lse), shapes, strict=False)]
-    # Behind the pointers come those of the results, and for what is absent 0.
-    where = {address: n for n, address in reversed([*enumerate([*pointers, out.data_ptr(), lse.data_ptr()])])}
-    where[0] = len(pointers) + 2
-    if any(address not in where for address in addresses):
-        return out, lse, None  # a copy, which must be made every time
-    ordered = itemgetter(*(where[address] for address in addresses))
+    # Where each pointer of the call comes from: the recorded tensors, then the two results, then 0 for absent tensors.
+    sources = {address: n for n, address in reversed([*enumerate([*pointers, out.data_ptr(), lse.data_ptr()])])}
+    sources[0] = len(pointers) + 2
+    if any(address not in sources for address in call_pointers):
+        return out, lse, None  # the pointer of a copy, which a replay would have to make again
+    in_field_order = itemgetter(*(sources[address] for address in call_pointers))
 
     def again(pointers: list[int]) -> list[Tensor]:
         made = [*map(cast, moulds)]
-        addresses = [*pointers, *(x.data_ptr() for x in made), 0, 0]
-        _run(binding.FORWARD, ordered(addresses), numbers)
+        _run(binding.FORWARD, in_field_order([*pointers, *(x.data_ptr() for x in made), 0, 0]), numbers)
         return made
 
     return out, lse, again
@@ -96,12 +96,12 @@ def backward(
     B, M, G, H, _ = query.shape
     out, lse = out.contiguous(), lse.contiguous()
     if not lse.numel():
-        return _nothing(problem, needs)
-    call = _Call(problem, out, lse)
+        return _zero_gradients(problem, needs)
+    call = _NativeCall(problem, out, lse)
     biases = list(zip(problem.biases, needs.biases, strict=True))
-    # A gradient that several batches or groups share, and that has a row for each query, is summed by one thread.
-    tall = [x for x, needed in biases if needed and x.shape[3] > 1 and x.shape[4] > 1]
-    folds = (any(x.shape[0] < B for x in tall), any(x.shape[1] < G for x in tall))
+    # A bias gradient with a row for each query that several batch entries or groups share is summed by one thread.
+    by_row = [x for x, needed in biases if needed and x.shape[3] > 1 and x.shape[4] > 1]
+    folds = (any(x.shape[0] < B for x in by_row), any(x.shape[1] < G for x in by_row))
     chunks = call.chunks(folds)
 
     paged = problem.block_table is not None
@@ -109,7 +109,7 @@ def backward(
     dk, dv = (
         None
         if not needed
-        else x.new_zeros(x.shape, dtype=torch.float32)  # shared pages are added to
+        else x.new_zeros(x.shape, dtype=torch.float32)  # sequences may share a page: sums
         if paged
         else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x, needed in ((key, needs.key), (value, needs.value))
@@ -119,7 +119,7 @@ def backward(
     dtable = lse.new_zeros((*heads, problem.table.shape[-1])) if needs.table and problem.table is not None else None
     dsinks = lse.new_zeros(heads) if needs.sinks else None
     dbiases = [
-        # A row for each query belongs to one unit of work; what has none gets sums of its own for each unit and head.
+        # A row of one query belongs to one unit of work; a bias without such rows gets a sum for each unit and head.
         None
         if not needed
         else lse.new_zeros((1, *(x.shape[:3] if x.shape[4] > 1 else (B, G, H)), M, x.shape[4]))
@@ -128,8 +128,8 @@ def backward(
         for x, needed in biases
     ]
     results = (dq, dk, dv, dslopes, dtable, dsinks)
-    addresses = call.addresses(grad_out, grad_lse, results, dbiases)
-    _run(binding.BACKWARD, addresses, call.numbers(grad_out, chunks, folds))
+    pointers = call.pointers(grad_out, grad_lse, results, dbiases)
+    _run(binding.BACKWARD, pointers, call.numbers(grad_out, chunks, folds))
 
     def like(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
         """The sum over chunks, and over what `x` broadcasts, in the dtype of `x`."""
@@ -146,8 +146,8 @@ def backward(
     )
 
 
-def _nothing(problem: Problem, needs: Needs) -> Gradients:
-    """The gradients where there is no query."""
+def _zero_gradients(problem: Problem, needs: Needs) -> Gradients:
+    """Gradients of a problem without queries."""
 
     def zeros(name: str) -> Tensor | None:
         return torch.zeros_like(getattr(problem, name)) if getattr(needs, name) else None
@@ -162,8 +162,8 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A contiguous tensor of this dtype."""
+def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`x` as a contiguous tensor of this dtype."""
     return None if x is None else x.detach().to(dtype).contiguous()
 
 
@@ -172,8 +172,8 @@ def _strides(x: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
 
 
-class _Call:
-    """One problem as the library takes it. Holds what its pointers point to."""
+class _NativeCall:
+    """Packs one problem into the C structs, and keeps alive the memory that their pointers refer to."""
 
     lo: Tensor | None = None
     hi: Tensor | None = None
@@ -188,17 +188,18 @@ class _Call:
         self.problem, self.out, self.lse = problem, out, lse
         if problem.lo is not None:
             self.lo, self.hi, self.diagonal = (
-                _plain(x, torch.int32) for x in (problem.lo, problem.hi, problem.diagonal)
+                _contiguous(x, torch.int32) for x in (problem.lo, problem.hi, problem.diagonal)
             )
-            self.sequence, self.block_table = (_plain(x, torch.int32) for x in (problem.sequence, problem.block_table))
+            self.sequence = _contiguous(problem.sequence, torch.int32)
+            self.block_table = _contiguous(problem.block_table, torch.int32)
         if problem.slopes is not None or problem.table is not None or problem.sinks is not None:
             self.slopes, self.table, self.sinks = (
-                _plain(x, torch.float32) for x in (problem.slopes, problem.table, problem.sinks)
+                _contiguous(x, torch.float32) for x in (problem.slopes, problem.table, problem.sinks)
             )
-        self.kept: list[object] = []
+        self.keep_alive: list[object] = []
 
     def _dense(self, terms: list[tuple[Tensor, Tensor | None]]) -> int:
-        """Address of an array of dense terms with their gradients."""
+        """Address of an array of `Dense`: (tensor, sums of its gradient) each."""
         block = b"".join(
             DENSE.pack(
                 x.data_ptr(),
@@ -210,27 +211,27 @@ class _Call:
             for x, grad in terms
         )
         buffer = ctypes.create_string_buffer(block, len(block))
-        self.kept.append(buffer)
+        self.keep_alive.append(buffer)
         return ctypes.addressof(buffer)
 
     def chunks(self, folds: tuple[bool, bool]) -> int:
-        """How many runs of rows backward is cut into."""
-        addresses = ADDRESSES.pack(*self.addresses(), 0, binding.isa_number(), torch.get_num_threads())
-        count: int = binding.LIBRARY.keyspan_backward_chunks(addresses + self.numbers(folds=folds))  # type: ignore[union-attr]
+        """How many chunks of rows backward is split into."""
+        pointers = POINTERS.pack(*self.pointers(), 0, binding.isa_number(), torch.get_num_threads())
+        count: int = binding.LIBRARY.keyspan_backward_chunks(pointers + self.numbers(folds=folds))  # type: ignore[union-attr]
         return count
 
-    def addresses(
+    def pointers(
         self,
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
         results: tuple[Tensor | None, ...] = (None,) * 6,
         dbiases: list[Tensor | None] | None = None,
     ) -> list[int]:
-        """The pointers of `Params`, without a workspace; those from `grad_out` on are for backward."""
+        """The values of `POINTER_FIELDS` but the workspace; those from `grad_out` on are for backward."""
         problem = self.problem
         grads = [None] * len(problem.biases) if dbiases is None else dbiases
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        self.kept.append(grad_lse)
+        self.keep_alive.append(grad_lse)
         tensors = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table)
         return [
             *map(_pointer, (problem.query, problem.key, problem.value, *tensors)),
@@ -243,7 +244,7 @@ class _Call:
     def numbers(
         self, grad_out: Tensor | None = None, chunks: int = 1, folds: tuple[bool, bool] = (False, False)
     ) -> bytes:
-        """The fields of `Params` behind `threads`."""
+        """The packed values of `NUMBER_FIELDS`."""
         problem = self.problem
         query, key, value, lo, pages = problem.query, problem.key, problem.value, self.lo, self.block_table
         B, M, G, H, K = query.shape
@@ -261,10 +262,10 @@ class _Call:
         )  # fmt: skip
 
 
-def _run(function: Any, addresses: Sequence[int], numbers: bytes) -> None:
-    """Forward or backward, in a workspace from torch's allocator where the library has none large enough."""
+def _run(function: Any, pointers: Sequence[int], numbers: bytes) -> None:
+    """Calls forward or backward; where it asks for a workspace, again with one from torch's allocator."""
     state = binding.isa_number(), torch.get_num_threads()
-    size = function(ADDRESSES.pack(*addresses, 0, *state) + numbers)
+    size = function(POINTERS.pack(*pointers, 0, *state) + numbers)
     if size:
         workspace = torch.empty(size, dtype=torch.uint8)
-        function(ADDRESSES.pack(*addresses, workspace.data_ptr(), *state) + numbers)
+        function(POINTERS.pack(*pointers, workspace.data_ptr(), *state) + numbers)

@@ -1,12 +1,13 @@
-"""The compiled library: where it is, what this machine can run of it, and its calls. Knows no attention problem.
+"""Loads the compiled library with ctypes and describes its C interface (native/params.h).
 
-The library has a plain C interface (native/params.h) and is loaded with ctypes, so that one build serves every torch
-and every Python. Loaded when this module is first imported, which is when a backend is first chosen.
+The interface is plain C, so one build serves every torch and Python version. The library is loaded when this module is
+first imported, which is when a backend is first chosen.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +15,62 @@ from pathlib import Path
 from typing import Any
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
-"""Instruction sets, least first; each is a build of the same source."""
+"""Instruction sets, from the least to the most capable; the library holds one build of its kernels for each."""
 
-# The fields of `Params` and `Dense` in native/params.h, in their order.
-ADDRESSES = struct.Struct("=27q")
-"""Those of `Params` up to `threads`; the other ones are the same wherever tensors lie."""
-NUMBERS = struct.Struct("=38q 3d")
-DENSE = struct.Struct("=14q")
+_Fields = tuple[tuple[str, str], ...]
+"""(name, type) of each field of a C struct in order; type is `pointer`, `float`, or `int` and a count."""
+
+
+def _fields(kind: str, names: str) -> _Fields:
+    return tuple((name, kind) for name in names.split())
+
+
+POINTER_FIELDS = _fields(
+    "pointer",
+    "q k v lo hi diagonal sequence block_table mask biases slopes table sinks seed out lse grad_out grad_lse dq dk dv "
+    "dslopes dtable dsinks workspace",
+)
+STATE_FIELDS = _fields("int1", "isa threads")
+NUMBER_FIELDS = (
+    *_fields("int1", "dtype out_dtype B M N G H K V"),
+    ("q_stride", "int5"),
+    ("k_stride", "int4"),
+    ("v_stride", "int4"),
+    ("grad_out_stride", "int5"),
+    *_fields("int1", "S RB sequences pages page_size bias_count slopes_by_batch reach chunks fold_batch fold_groups"),
+    *_fields("float", "scale softcap dropout_p"),
+)
+PARAMS_FIELDS: _Fields = (*POINTER_FIELDS, *STATE_FIELDS, *NUMBER_FIELDS)
+"""Those of `Params`."""
+DENSE_FIELDS: _Fields = (
+    ("data", "pointer"),
+    ("dtype", "int1"),
+    ("stride", "int5"),
+    ("grad", "pointer"),
+    ("grad_stride", "int6"),
+)
+"""Those of `Dense`."""
+
+
+def _struct(fields: _Fields) -> struct.Struct:
+    """Packs the values of these fields, all of 8 bytes."""
+    codes = ("q" if kind == "pointer" else "d" if kind == "float" else f"{kind[3:]}q" for _, kind in fields)
+    return struct.Struct("=" + "".join(codes))
+
+
+POINTERS = _struct((*POINTER_FIELDS, *STATE_FIELDS))
+"""The first part of `Params`: it changes from call to call."""
+NUMBERS = _struct(NUMBER_FIELDS)
+"""The second part of `Params`: repeated calls with the same signature reuse these bytes."""
+DENSE = _struct(DENSE_FIELDS)
 
 _HERE = Path(__file__).parent
 _WHY_NOT_BUILT = _HERE / "not_built.txt"
-"""Written when the package is installed and the library cannot be compiled."""
+"""The build hook (hatch_build.py) writes it when the library cannot be compiled."""
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
+    """The library and None, or None and the reason why it cannot be used."""
     found = sorted(_HERE.glob("libkeyspan.*"))
     if not found:
         return None, (
@@ -38,16 +80,31 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         library = ctypes.CDLL(str(found[0]))
-        sizes = library.keyspan_params_size(), library.keyspan_dense_size()
+        for name, fields in (("Params", PARAMS_FIELDS), ("Dense", DENSE_FIELDS)):
+            describe = getattr(library, f"keyspan_{name.lower()}_fields")
+            describe.restype = ctypes.c_char_p
+            difference = _difference(fields, describe().decode())
+            if difference is not None:
+                return None, (
+                    f"the native library was built from another version of keyspan ({name}: {difference}): "
+                    "install keyspan again"
+                )
     except (OSError, AttributeError) as error:
         return None, f"the native library cannot be loaded: {error}"
-    if sizes != (ADDRESSES.size + NUMBERS.size, DENSE.size):
-        return None, "the native library was built from another version of keyspan: install keyspan again"
     for name in ("forward", "backward", "backward_chunks", "supports"):
         getattr(library, f"keyspan_{name}").restype = ctypes.c_int64
     library.keyspan_supports.argtypes = [ctypes.c_int64]
     library.keyspan_threading.restype = ctypes.c_char_p
     return library, None
+
+
+def _difference(fields: _Fields, description: str) -> str | None:
+    """The first field that the library's description of a struct has otherwise, or None."""
+    here, there = [f"{name}:{kind}" for name, kind in fields], description.split()
+    for n, (want, got) in enumerate(itertools.zip_longest(here, there, fillvalue="nothing")):
+        if want != got:
+            return f"field {n} is {got} there and {want} here"
+    return None
 
 
 LIBRARY, WHY_ABSENT = _load()
@@ -85,7 +142,7 @@ def use_isa(isa: str) -> Iterator[None]:
 
 
 def threading() -> str:
-    """How the library runs its threads, and which OpenMP runtimes the process holds: more than one may contend."""
+    """How the library runs its threads, and which OpenMP runtimes the process has loaded: several may contend."""
     if LIBRARY is None:
         return "none"
     name: str = LIBRARY.keyspan_threading().decode()
