@@ -433,7 +433,7 @@ def test_without_the_library_chunked_runs_and_info_says_why(monkeypatch, capsys)
 def test_why_there_is_no_library(monkeypatch, tmp_path):
     monkeypatch.setattr(binding, "_HERE", tmp_path)
     monkeypatch.setattr(binding, "_WHY_NOT_BUILT", tmp_path / "not_built.txt")
-    assert binding._load() == (None, "the native library was not built: install keyspan with pip")
+    assert binding._load() == (None, f"the native library was not built: {binding._BUILD}")
     (tmp_path / "not_built.txt").write_text("the compiler failed\n")
     assert binding._load() == (None, "the compiler failed")
     (tmp_path / "libkeyspan.so").write_text("no library")
@@ -457,8 +457,8 @@ def test_a_library_with_other_fields_is_refused(struct, change, monkeypatch):
     field = len(head) + (change == "missing")
     assert binding._load() == (
         None,
-        f"the native library was built from another version of keyspan ({struct[:-7].capitalize()}: field {field} is "
-        f"{want}): install keyspan again",
+        f"the native library is of another version of keyspan ({struct[:-7].capitalize()}: field {field} is "
+        f"{want}): {binding._BUILD}",
     )
 
 

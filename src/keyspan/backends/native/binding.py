@@ -67,6 +67,7 @@ DENSE = _struct(DENSE_FIELDS)
 _HERE = Path(__file__).parent
 _WHY_NOT_BUILT = _HERE / "not_built.txt"
 """The build hook (hatch_build.py) writes it when the library cannot be compiled."""
+_BUILD = "install keyspan again, or in a checkout run `python native/build.py src/keyspan/backends/native`"
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
@@ -76,7 +77,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, (
             _WHY_NOT_BUILT.read_text().strip()
             if _WHY_NOT_BUILT.exists()
-            else "the native library was not built: install keyspan with pip"
+            else f"the native library was not built: {_BUILD}"
         )
     try:
         library = ctypes.CDLL(str(found[0]))
@@ -85,10 +86,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             describe.restype = ctypes.c_char_p
             difference = _difference(fields, describe().decode())
             if difference is not None:
-                return None, (
-                    f"the native library was built from another version of keyspan ({name}: {difference}): "
-                    "install keyspan again"
-                )
+                return None, f"the native library is of another version of keyspan ({name}: {difference}): {_BUILD}"
     except (OSError, AttributeError) as error:
         return None, f"the native library cannot be loaded: {error}"
     for name in ("forward", "backward", "backward_chunks", "supports"):
