@@ -6,8 +6,8 @@
 
 A batch of sentences of mixed length is packed into one row, `[1, total, heads, dim]`; no token is spent on padding. The
 code below is what such an encoder looks like with xFormers; only the import says keyspan. It prints three throughputs:
-unpadded in the order in which the sentences come, padded in that order, and padded with all sentences sorted by length
-first, as whoever has them all at hand can; batch by batch in turn, so that all meet the machine in the same state.
+unpadded in the order in which the sentences come, padded in that order, and padded after sorting all sentences by
+length, which needs all of them in advance. The three take turns, batch by batch, so that other load slows all alike.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def tokenise(folder: Path, sentences: list[str], longest: int) -> list[list[int]
 
 
 def compare(encoder: Encoder, ids: list[list[int]], batch: int) -> tuple[dict[str, float], dict[str, int], float]:
-    """Seconds and tokens computed by way of embedding, and the largest difference between the embeddings."""
+    """Seconds and tokens computed, each by the name of the method; the largest difference between the embeddings."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     orders = {"unpadded": range(len(ids)), "padded": range(len(ids)), "padded, sorted": order}
     embed = {name: encoder.unpadded if name == "unpadded" else encoder.padded for name in orders}

@@ -24,7 +24,7 @@ def measured(row, provider, dtype="fp32"):
     return measure.measure(row, work, (dtype, DTYPES[dtype]), makers, {}, CPU, repeats=1)
 
 
-def test_every_row_and_the_sweep_come_out(tmp_path, capsys):
+def test_every_row_and_the_sweep_are_measured(tmp_path, capsys):
     words = f"bench attention --quick --no-flex --lengths 512 1024 --out {tmp_path}"
     assert cli.main(words.split()) == 0
     shown = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_nothing_is_compared_with_a_wrong_result_of_keyspan(monkeypatch):
     assert (ours.ratio, other.ratio) == (None, None)
 
 
-def test_a_provider_that_cannot_is_shown_with_its_reason():
+def test_a_failing_provider_is_shown_with_its_error():
     def fails(x):
         raise RuntimeError("no kernel\nfor this")
 
@@ -120,7 +120,7 @@ def test_timings_that_spread_give_no_ratio():
     assert fine[1].ratio == 2.0
 
 
-def test_what_was_measured_is_kept_when_stopped(tmp_path, monkeypatch):
+def test_results_are_kept_when_interrupted(tmp_path, monkeypatch):
     real = attention.measure_target
 
     def stopped(name, *rest):

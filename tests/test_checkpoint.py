@@ -52,7 +52,7 @@ def test_round_trip(tmp_path, steps, fp16):
     assert sorted(path.name for path in folder.iterdir()) == [MODEL, STATE, TRAINING]
 
 
-def test_weights_alone(tmp_path):
+def test_load_weights_only(tmp_path):
     model, optimizer, scaler = make(steps=2)
     checkpoint.save(tmp_path, Progress(2, 0.0), model, optimizer, scaler)
     other, _, _ = make()
@@ -88,7 +88,7 @@ def test_a_run_may_change_precision(tmp_path):
     assert scaler.state_dict() == {}
 
 
-def test_only_the_last_are_kept_and_the_newest_is_found(tmp_path):
+def test_old_checkpoints_are_pruned_and_the_newest_is_found(tmp_path):
     parts = make(steps=1)
     for step in (5, 10, 200):
         checkpoint.save(tmp_path, Progress(step, 0.0), *parts)
@@ -101,7 +101,7 @@ def test_only_the_last_are_kept_and_the_newest_is_found(tmp_path):
         checkpoint.latest(tmp_path / "elsewhere")
 
 
-def test_what_others_put_beside_checkpoints_is_left_alone(tmp_path):
+def test_foreign_files_beside_checkpoints_are_left_alone(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / ".DS_Store").write_text("a file")
@@ -219,12 +219,12 @@ BROKEN = {
     "no sizes": (lambda f: edit(f, files={}), f"{STATE}: records no size"),
     "foreign scale": (lambda f: edit(f, scaler={"x": 1}), f"{STATE}: got a loss scale of"),
     "not safetensors": (foreign_bytes, f"{MODEL}: not a safetensors file"),
-    "another model": (other_model, f"{MODEL}: 0.weight is .7, 4. torch.float32, wanted .3, 4."),
+    "another model": (other_model, f"{MODEL}: 0.weight is .7, 4. torch.float32, want .3, 4."),
     "a weight missing": (lambda f: without_a_tensor(f, MODEL, "1.bias"), f"{MODEL}: lacks 1 .* such as 1.bias"),
     "a weight too many": (lambda f: with_a_tensor(f, MODEL, "z", torch.ones(1)), f"{MODEL}: holds 1 .* such as z"),
     "a wrong dtype": (
         lambda f: with_a_tensor(f, MODEL, "1.bias", torch.ones(3, dtype=torch.float64)),
-        f"{MODEL}: 1.bias is .3. torch.float64, wanted .3. torch.float32",
+        f"{MODEL}: 1.bias is .3. torch.float64, want .3. torch.float32",
     ),
     "a moment missing": (
         lambda f: without_a_tensor(f, TRAINING, "0.bias.exp_avg"),
@@ -232,7 +232,7 @@ BROKEN = {
     ),
     "a moment of another shape": (
         lambda f: with_a_tensor(f, TRAINING, "0.bias.exp_avg", torch.ones(2)),
-        f"{TRAINING}: 0.bias.exp_avg is .2. torch.float32, wanted .3.",
+        f"{TRAINING}: 0.bias.exp_avg is .2. torch.float32, want .3.",
     ),
     "no generator": (lambda f: without_a_tensor(f, TRAINING, "rng.cpu"), f"{TRAINING}: lacks 1 .* rng.cpu"),
     "a short generator": (
@@ -255,7 +255,7 @@ def test_broken_checkpoints_are_refused_and_change_nothing(tmp_path, name):
     assert picture(*parts) == before
 
 
-def test_files_are_replaced_whole(tmp_path, monkeypatch):
+def test_files_are_replaced_atomically(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     checkpoint.write_file(path, b"old")
 

@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, message):
 @pytest.mark.parametrize(
     "words", ["train --task divide", "train --steps many", "train --steps 0", "train --stepz 3", "generate"]
 )
-def test_words_that_mean_nothing(capsys, words):
+def test_unknown_options(capsys, words):
     with pytest.raises(SystemExit) as caught:
         cli.main(words.split())
     assert caught.value.code == 2
@@ -146,14 +146,14 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_any_other_missing_module_is_our_own_fault(monkeypatch):
+def test_a_missing_module_of_keyspan_is_not_called_an_extra(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Blocker("keyspan"), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "keyspan.training.loop")
     with pytest.raises(ModuleNotFoundError, match=r"keyspan\.training\.loop"):
         cli.main(["train", *TINY.split()])
 
 
-def test_commands_of_others_are_found_when_asked_for(monkeypatch, capsys):
+def test_commands_import_their_module_when_run(monkeypatch, capsys):
     """info, explain and bench take their options from the functions they call."""
     called = []
     for name in ("keyspan.info", "keyspan.bench.attention"):

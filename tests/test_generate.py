@@ -28,7 +28,7 @@ def uncached(model: GPT, sequence: list[int]) -> Tensor:
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("capacity", [4, 32])
 @torch.no_grad()
-def test_cached_logits_are_the_uncached_ones(positions, capacity):
+def test_cached_logits_equal_uncached_logits(positions, capacity):
     """Prompts of several lengths read at once, then steps of one, of several and of no token per sequence."""
     model = lively(positions).double()
     full = [p + draw([16], seed=b).tolist() for b, p in enumerate(PROMPTS)]
@@ -188,7 +188,7 @@ def test_top_p_and_top_k_keep_exactly_the_set(options, kept):
     torch.testing.assert_close(p, want)
 
 
-def test_rows_are_independent_and_any_shape_goes():
+def test_rows_are_independent_and_any_shape_is_accepted():
     logits = torch.stack([P.log(), P.flip(0).log()]).view(2, 1, 5)
     p = probabilities(logits, top_p=0.75)
     torch.testing.assert_close(p[0, 0], probabilities(P.log(), top_p=0.75))

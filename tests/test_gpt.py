@@ -47,7 +47,7 @@ def dense_forward(model: GPT, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_packed_is_each_document_alone_is_the_dense_formula(positions, as_tensor):
+def test_packed_documents_equal_each_alone_and_the_dense_formula(positions, as_tensor):
     model, tokens = small(positions).double(), draw()
     lengths = torch.tensor(LENGTHS) if as_tensor else LENGTHS
     packed = model(tokens, lengths)
@@ -69,7 +69,7 @@ def test_a_document_does_not_see_others_or_its_future(positions):
     assert differs.nonzero().flatten().tolist() == [10, 11, 12, 13, 14]
 
 
-def test_positions_are_what_distinguishes_order():
+def test_only_positions_distinguish_order():
     """Without positions the last row of a document is the same for every order of the tokens before it."""
     for positions in POSITIONS:
         model = small(positions, layers=1).double()
@@ -190,7 +190,7 @@ def test_alibi_slopes_of_the_paper():
     torch.testing.assert_close(alibi_slopes(12), torch.tensor(twelve))
 
 
-def test_config_settles_what_was_left_open():
+def test_config_fills_in_its_defaults():
     config = GPTConfig(vocab_size=10, dim=128, layers=1, heads=4)
     assert (config.kv_heads, config.hidden, config.head_dim) == (4, 384, 32)  # 8/3 * 128 = 341.3
     assert GPTConfig(vocab_size=10, dim=96, layers=1, heads=4).hidden == 256  # 8/3 * 96 is 256 exactly
@@ -234,7 +234,7 @@ def test_forward_errors(tokens, lengths, message):
         small()(tokens, lengths)
 
 
-def test_rows_behind_the_last_document_change_nothing():
+def test_rows_after_the_last_document_change_nothing():
     model, tokens = small(), draw()
     want = model(tokens, LENGTHS)
     padded = model(F.pad(tokens, (0, 4)), torch.tensor(LENGTHS))
@@ -245,7 +245,7 @@ def test_rows_behind_the_last_document_change_nothing():
 # torch's tracer makes an instance of torch.autograd.Function, against torch's own advice
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
-def test_compiled_model_is_the_eager_model_for_all_lengths(positions):
+def test_compiled_model_equals_the_eager_model_for_all_lengths(positions):
     torch._dynamo.reset()
     model, tokens = small(positions), draw()
     graphs = []

@@ -76,7 +76,7 @@ def test_jobs_are_known_in_other_processes():
     [({"share": 0.5, "same": True}, True), ({"share": torch.nan, "same": True}, False),
      ({"share": 0.5, "same": False}, False), ({"error": "none", "trace": "none"}, False)],
 )  # fmt: skip
-def test_a_bad_check_is_told(result, good, tmp_path, capsys):
+def test_a_bad_check_is_reported(result, good, tmp_path, capsys):
     assert checks.report(iter([result]), 3, tmp_path / "check.jsonl") == good
     assert f"{int(good)} good, {int(not good)} bad, 2 not reached" in capsys.readouterr().out
     assert len((tmp_path / "check.jsonl").read_text().splitlines()) == 1

@@ -57,7 +57,7 @@ def saved_bytes(run, *parameters: Tensor) -> tuple[int, Tensor]:
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_is_the_low_precision_product_rounded_once(native, dtype, with_bias):
+def test_linear_equals_the_low_precision_product_rounded_once(native, dtype, with_bias):
     torch.manual_seed(0)
     x, w, b = leaves((3, 7, 33), (5, 33), (5,))
     bias = b if with_bias else None
@@ -77,7 +77,7 @@ def test_linear_is_the_low_precision_product_rounded_once(native, dtype, with_bi
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_linear_gradients_are_rounded_likewise(native, dtype):
+def test_linear_gradients_are_rounded_to_the_low_dtype(native, dtype):
     torch.manual_seed(0)
     x, w, b = leaves((4, 6, 16), (9, 16), (9,))
     with torch.autocast("cpu", dtype):
@@ -101,7 +101,7 @@ def test_linear_rounds_its_operands(native):
         assert linear(x, w).item() == 0
 
 
-def test_linear_without_low_precision_is_f_linear():
+def test_linear_in_fp32_and_fp64_equals_torch():
     for dtype in (torch.float32, torch.float64):
         x, w, b = leaves((2, 3), (4, 3), (4,), dtype=dtype)
         assert torch.equal(linear(x, w, b), F.linear(x, w, b))
@@ -150,7 +150,7 @@ def test_swiglu_gradcheck():
 
 
 @pytest.mark.parametrize("only", range(5))
-def test_swiglu_each_gradient_alone(only):
+def test_swiglu_gradient_of_each_input_alone(only):
     torch.manual_seed(0)
     inputs = leaves((3, 4), (10, 4), (10,), (6, 5), (6,), dtype=torch.float64)
     for i, t in enumerate(inputs):
@@ -161,7 +161,7 @@ def test_swiglu_each_gradient_alone(only):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
-def test_swiglu_is_the_eager_formula_and_leaves_its_inputs_alone(native, dtype):
+def test_swiglu_equals_the_eager_formula_and_does_not_change_its_inputs(native, dtype):
     torch.manual_seed(0)
     inputs = leaves((3, 7, 12), (40, 12), (40,), (12, 20), (12,), scale=0.5)
     before = [t.detach().clone() for t in inputs]
@@ -241,7 +241,7 @@ def test_rms_norm_gradcheck_and_formula(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
-def test_rms_norm_is_fp32_inside(dtype, device):
+def test_rms_norm_computes_in_fp32(dtype, device):
     """Rounded once: within half a unit in the last place of the exact value, also where x² overflows fp16."""
     torch.manual_seed(0)
     x = (300 * torch.randn(64, 48, device=device)).to(dtype)
@@ -273,7 +273,7 @@ def test_rms_norm_error():
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("heads", [(3,), (2, 3)])
 @pytest.mark.parametrize("per_batch", [False, True])
-def test_rotary_is_a_complex_product(interleaved, heads, per_batch):
+def test_rotary_equals_a_complex_product(interleaved, heads, per_batch):
     torch.manual_seed(0)
     B, M, K = 2, 5, 8
     x = torch.randn(B, M, *heads, K)
@@ -345,7 +345,7 @@ def eager_cross_entropy(hidden, weight, targets, bias=None, softcap=None, **opti
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 5, None])
-def test_cross_entropy_and_gradients_are_those_of_torch(reduction, softcap, with_bias, chunk):
+def test_cross_entropy_and_gradients_equal_torch(reduction, softcap, with_bias, chunk):
     torch.manual_seed(0)
     hidden, weight, bias = leaves((11, 6), (9, 6), (9,), dtype=torch.float64)
     targets = torch.randint(0, 9, (11,))
@@ -411,7 +411,7 @@ def test_cross_entropy_native_low_precision(monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=float(2**-7 * b.abs().max()))
 
 
-def test_cross_entropy_where_all_or_nothing_is_ignored():
+def test_cross_entropy_with_all_or_no_targets_ignored():
     hidden, weight = leaves((4, 3), (5, 3))
     ignored = torch.full((4,), -100)
     assert linear_cross_entropy(hidden, weight, ignored).isnan()

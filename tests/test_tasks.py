@@ -69,17 +69,17 @@ def problems_of(task: SyntheticTask, batch: Batch) -> list[tuple[str, str]]:
     for tokens, targets in unpack(batch):
         assert all(target in (IGNORE, token) for target, token in zip(targets, tokens[1:], strict=False))
         text = task.decode(tokens[1:])
-        told = text.index("=") + 1
+        listed = text.index("=") + 1
         scored = "".join("-" if target == IGNORE else task.decode([target]) for target in targets)
-        assert set(scored[:told]) == {"-"}
+        assert set(scored[:listed]) == {"-"}
         if task.name == "associative-recall":
-            assert set(scored[told::3]) == {"-"}
-            asked = text[told::3]
-            assert sorted(asked) == sorted(text[: told - 1 : 2])  # each letter once
-            found += [(text[:told] + key, scored[told + 3 * i + 1 :][:2]) for i, key in enumerate(asked)]
+            assert set(scored[listed::3]) == {"-"}
+            asked = text[listed::3]
+            assert sorted(asked) == sorted(text[: listed - 1 : 2])  # each letter once
+            found += [(text[:listed] + key, scored[listed + 3 * i + 1 :][:2]) for i, key in enumerate(asked)]
         else:
-            assert "-" not in scored[told:]
-            found.append((text[:told], scored[told:]))
+            assert "-" not in scored[listed:]
+            found.append((text[:listed], scored[listed:]))
     return found
 
 
@@ -143,11 +143,11 @@ def test_pack_by_hand():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SyntheticTask("divide", 4), "task: got 'divide', wanted one of copy"),
-        (lambda: SyntheticTask("copy", 1), "max_length: got 1, wanted 2 to 512 for copy"),
-        (lambda: SyntheticTask("associative-recall", 27), "max_length: got 27, wanted 2 to 26"),
+        (lambda: SyntheticTask("divide", 4), "task: got 'divide', want one of copy"),
+        (lambda: SyntheticTask("copy", 1), "max_length: got 1, want 2 to 512 for copy"),
+        (lambda: SyntheticTask("associative-recall", 27), "max_length: got 27, want 2 to 26"),
         (lambda: SyntheticTask("copy", 4).encode("a!="), "prompt: got '!'"),
-        (lambda: StandardLibrary(1), "max_length: got 1, wanted at least 2"),
+        (lambda: StandardLibrary(1), "max_length: got 1, want at least 2"),
     ],
 )
 def test_bad_tasks(make, message):

@@ -80,14 +80,14 @@ def test_schedule_by_hand():
     assert learning_rate(replace(config, warmup=100), 11) == pytest.approx(0.5 * 12 / 100)
 
 
-def test_decay_reaches_matrices_only():
+def test_weight_decay_applies_to_matrices_only():
     _, model, optimizer, _ = parts(TINY)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(p) for name, p in model.named_parameters() if "norm" not in name}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_accumulation_is_one_big_batch():
+def test_accumulation_equals_one_big_batch():
     config = replace(TINY, clip=math.inf)
     task = make_task(config)
     small = [task.train_batch(0, 0, 30), task.train_batch(0, 1, 120)]
@@ -155,7 +155,7 @@ def test_resume_continues_bit_for_bit(tmp_path, precision):
     assert states[0] == states[1]
 
 
-def test_dropout_draws_matter(tmp_path):
+def test_the_generator_state_shows_in_the_losses(tmp_path):
     """What the generator's state decides shows in the losses, so the test above does test that it is restored."""
     config = replace(TINY, dropout=0.2, steps=3)
     train(replace(config, out=tmp_path / "a"), quiet=True)
@@ -218,7 +218,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+def test_files_of_a_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = replace(TINY, steps=10)
     result = train(config)
@@ -247,7 +247,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert train(config, quiet=True).run == os.path.join("runs", "reverse-2")  # noqa: PTH118
 
 
-def test_a_run_stops_at_its_aim(tmp_path):
+def test_a_run_stops_at_stop_at(tmp_path):
     config = replace(TINY, task="copy", max_length=2, steps=4000, lr=2e-2, tokens=256, stop_at=0.05, eval_every=20)
     result = train(replace(config, out=tmp_path / "run"), quiet=True)
     assert result.held_out >= 0.05
@@ -256,7 +256,7 @@ def test_a_run_stops_at_its_aim(tmp_path):
     assert checkpoint.latest(tmp_path / "run").name == f"step-{result.step:08d}"
 
 
-def test_text_is_trained_on_and_compared(tmp_path, monkeypatch):
+def test_training_on_text_with_baselines(tmp_path, monkeypatch):
     source = tmp_path / "library"
     source.mkdir()
     for i in range(60):
@@ -315,7 +315,7 @@ def test_ctrl_c_in_the_last_evaluation_ends_a_run_that_is_done(tmp_path, monkeyp
     assert result.held_out is not None
 
 
-def test_ctrl_c_handlers_are_put_back(tmp_path):
+def test_ctrl_c_handlers_are_restored(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)
     assert signal.getsignal(signal.SIGINT) is before
@@ -344,11 +344,11 @@ def test_folders_are_not_overwritten(tmp_path):
     train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)
     with pytest.raises(ValueError, match=r"out: .* holds a run already"):
         train(replace(TINY, steps=1, out=tmp_path / "run"), quiet=True)
-    with pytest.raises(ValueError, match=r"out: got .*elsewhere, wanted none"):
+    with pytest.raises(ValueError, match=r"out: got .*elsewhere, want none"):
         train(replace(TINY, resume=tmp_path / "run", out=tmp_path / "elsewhere"), quiet=True)
 
 
-def test_a_broken_line_of_metrics_is_left_behind(tmp_path):
+def test_a_broken_line_of_metrics_is_dropped(tmp_path):
     run = tmp_path / "run"
     train(replace(TINY, steps=6, out=run), quiet=True)
     with (run / "metrics.jsonl").open("a") as file:
@@ -421,7 +421,7 @@ def test_bad_options(change, message):
         ({"backend": "abacus"}, "backend"),
     ],
 )
-def test_bad_options_that_others_check(tmp_path, change, message):
+def test_bad_options_that_the_model_and_the_task_refuse(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         train(replace(TINY, out=tmp_path / "run", **change), quiet=True)
 
@@ -433,11 +433,11 @@ def test_bad_options_that_others_check(tmp_path, change, message):
         ("3", "run/config.json: not a training configuration"),
         ('{"stepz": 3}', "run/config.json: unknown option stepz"),
         ("[1]", "run/config.json: not a training configuration"),
-        ('{"steps": "many"}', "run/config.json: steps: got 'many', wanted int"),
-        ('{"dim": null}', "run/config.json: dim: got None, wanted int"),
-        ('{"hidden": true}', "run/config.json: hidden: got True, wanted int or null"),
-        ('{"positions": "polar"}', "run/config.json: positions: got 'polar', wanted one of rope, alibi, none"),
-        ('{"out": 3}', "run/config.json: out: got 3, wanted a path or null"),
+        ('{"steps": "many"}', "run/config.json: steps: got 'many', want int"),
+        ('{"dim": null}', "run/config.json: dim: got None, want int"),
+        ('{"hidden": true}', "run/config.json: hidden: got True, want int or null"),
+        ('{"positions": "polar"}', "run/config.json: positions: got 'polar', want one of rope, alibi, none"),
+        ('{"out": 3}', "run/config.json: out: got 3, want a path or null"),
         ('{"steps": 0}', "run/config.json: steps: got 0"),
     ],
 )

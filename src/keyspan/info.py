@@ -33,7 +33,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {name!r}, wanted auto or a torch device that is here ({error})") from None
+        raise ValueError(f"device: got {name!r}, want auto or a torch device that is here ({error})") from None
     return device
 
 

@@ -204,7 +204,7 @@ def jobs(every: int) -> list[tuple[Any, ...]]:
     large += [(check_stored, f"D128, float16, {kept}, {k}") for kept in STORED for k in few]
     small: list[tuple[Any, ...]] = [(check_case, case.name, "bfloat16", True) for case in CASES]
     small += [(check_case, case.name, "float32", True) for case in CASES[::2]]
-    # Last, for a process that has been told so makes no descriptors any more.
+    # Last: a process that has switched descriptors off never makes one again.
     small += [(check_case, case.name, "float16", False) for case in CASES[1::4]]
     return large + small[::every]
 

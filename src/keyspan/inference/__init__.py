@@ -1,4 +1,4 @@
-"""Text from models: a key/value cache, sampling, generation. Knows nothing about tokenizers or training."""
+"""Text from models: a key/value cache, sampling, generation. Works on token ids."""
 
 from keyspan.inference.cache import KVCache
 from keyspan.inference.generate import generate, stream

@@ -1,4 +1,4 @@
-"""Keys and values of sequences of different lengths, so that each token is computed once. Knows no model.
+"""A key/value cache for sequences of different lengths, so that each token is computed once.
 
 Every sequence has a slot of `capacity` tokens in one contiguous row per layer:
 

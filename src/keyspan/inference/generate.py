@@ -1,4 +1,4 @@
-"""Generation from several prompts at once, each token computed once. Knows nothing about tokenizers."""
+"""Generation from several prompts at once through a key/value cache. Works on token ids."""
 
 from __future__ import annotations
 

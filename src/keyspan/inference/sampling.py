@@ -1,4 +1,4 @@
-"""The next token from logits: temperature, top-k, top-p. Knows nothing about models."""
+"""The next token from logits: temperature, top-k, top-p."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head over a large vocabulary, never holding all logits. Knows no models."""
+"""Cross-entropy of a linear head over a large vocabulary, in chunks of tokens: the logits never exist as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer SwiGLU, saving half of what eager linears save. Knows nothing about models."""
+"""The gated feed-forward layer SwiGLU, saving half of what eager linears save."""
 
 from __future__ import annotations
 

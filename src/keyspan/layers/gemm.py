@@ -1,7 +1,5 @@
 """Linear maps at the precision of `torch.autocast`, fast also on CPUs that have no bf16 or fp16 instructions.
 
-Knows nothing about models. The gated layer and the cross-entropy build on the helpers.
-
 A CPU without such instructions multiplies bf16 or fp16 matrices element by element, 3 to 80 times slower than
 fp32 (measured with AVX2). There, `linear` rounds the operands to the low dtype, multiplies them in fp32 and
 rounds the result once: what a GEMM in the low dtype with fp32 accumulation computes, at the speed of fp32.

@@ -1,4 +1,4 @@
-"""RMSNorm, computed in fp32 whatever the dtype, keeping only its input. Knows nothing about models."""
+"""RMSNorm, computed in fp32 whatever the dtype, keeping only its input."""
 
 from __future__ import annotations
 

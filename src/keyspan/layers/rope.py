@@ -1,4 +1,4 @@
-"""Rotary position embedding: queries and keys turned by angles that grow with position. Knows no masks."""
+"""Rotary position embedding (RoPE): queries and keys are rotated by angles proportional to their position."""
 
 from __future__ import annotations
 

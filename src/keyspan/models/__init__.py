@@ -1,4 +1,4 @@
-"""Models built from the layers and `keyspan.attention`. They know nothing about training or text."""
+"""Models built from the layers and `keyspan.attention`: tokens in, hidden states, logits or loss out."""
 
 from keyspan.models.gpt import GPT, GPTConfig, alibi_slopes
 

@@ -1,4 +1,4 @@
-"""A decoder-only transformer on packed documents. Knows nothing about training, text or how a cache stores keys.
+"""A decoder-only transformer on packed documents.
 
 Pre-norm blocks (RMSNorm), grouped-query attention, SwiGLU, no biases; positions by RoPE, ALiBi or none at all.
 Letters: T packed tokens, D width, H query heads, G key/value heads, K head dim, C vocabulary.
@@ -61,7 +61,7 @@ class GPTConfig:
         for name in ("rope_theta", "norm_eps", "embedding_std"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a positive number")
-        # What was left open is settled here, so that a saved configuration says all.
+        # Defaults that depend on other fields are filled in, so that a saved configuration is complete.
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
         object.__setattr__(self, "hidden", self.hidden or -(-8 * self.dim // 3 // 64) * 64)
 
@@ -223,10 +223,10 @@ def initialize(model: GPT) -> None:
     each block are smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth.
     The standard deviation is sqrt(2 / (5 * dim)) ("small init", Nguyen and Salazar, 2019): GPT-2's 0.02 at a width
     of 1000, and more for narrow models, whose signals 0.02 would make vanish. Embeddings have `embedding_std`, 0.02
-    unless told otherwise: they are normed before use, and, where tied, small logits make the first loss that of a
-    uniform guess. So small, though, they are lost in the stream under what the first block adds (a fifth, or so) until
-    training has made them grow; a larger value lets the second block see the tokens from the start. An output layer of
-    its own has 0.02.
+    by default: the first norm rescales them, and with tied weights small logits make the first loss that of a uniform
+    guess. At 0.02 the first block's output (about 0.2) outweighs the embeddings in the residual stream until training
+    has made them grow; with a larger value the second block sees the tokens from the start. An untied output layer has
+    0.02.
     """
     std = math.sqrt(2 / (5 * model.config.dim))
     for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, whole or not at all. Knows nothing of tasks, schedules or configurations.
+"""Checkpoints: safetensors and JSON, written atomically.
 
     RUN/checkpoints/step-00000500/
         model.safetensors       weights
@@ -68,7 +68,7 @@ def save(
     parent = run / "checkpoints"
     final = parent / f"step-{progress.step:08d}"
     if final.exists():
-        raise ValueError(f"progress: {final} is written already; wanted a later step")
+        raise ValueError(f"progress: {final} is written already; want a later step")
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f".{NAME}"):
         shutil.rmtree(leftover)
@@ -96,7 +96,7 @@ def latest(run: Path) -> Path:
     """The run's newest checkpoint."""
     found = _checkpoints(run)
     if not found:
-        raise ValueError(f"{run}: holds no checkpoint; wanted a run folder with checkpoints/step-…")
+        raise ValueError(f"{run}: holds no checkpoint; want a run folder with checkpoints/step-…")
     return found[-1]
 
 
@@ -187,11 +187,11 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; wanted a checkpoint folder with {MODEL}, {TRAINING} and {STATE}") from None
+        raise ValueError(f"{path}: missing; want a checkpoint folder with {MODEL}, {TRAINING} and {STATE}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); truncated or not a checkpoint of keyspan") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of keyspan; wanted format {FORMAT!r}")
+        raise ValueError(f"{path}: not a checkpoint of keyspan; want format {FORMAT!r}")
     kinds: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "seconds": (int, float),
@@ -237,8 +237,7 @@ def _check(path: Path, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
     for name, tensor in wanted.items():
         if (got[name].shape, got[name].dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
-                f"{path}: {name} is {list(got[name].shape)} {got[name].dtype}, "
-                f"wanted {list(tensor.shape)} {tensor.dtype}"
+                f"{path}: {name} is {list(got[name].shape)} {got[name].dtype}, want {list(tensor.shape)} {tensor.dtype}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Every choice of a training run in one dataclass, and the presets of the tasks. Knows nothing of how a run is done.
+"""Every option of a training run in one dataclass, and the presets of the tasks.
 
 The dataclass is the command line (through tyro, which shows the text below each field as its help) and, as JSON, the
 record beside the checkpoint.
@@ -89,31 +89,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.task not in get_args(TaskName):
-            raise ValueError(f"task: got {self.task!r}, wanted one of {', '.join(get_args(TaskName))}")
+            raise ValueError(f"task: got {self.task!r}, want one of {', '.join(get_args(TaskName))}")
         if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision: got {self.precision!r}, wanted fp32, bf16 or fp16")
+            raise ValueError(f"precision: got {self.precision!r}, want fp32, bf16 or fp16")
         whole = ("tokens", "accumulation", "steps", "eval_every", "eval_tokens", "checkpoint_every")
         for name in whole:
             if (got := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: got {got}, wanted at least 1")
+                raise ValueError(f"{name}: got {got}, want at least 1")
         if self.warmup < 0:
-            raise ValueError(f"warmup: got {self.warmup}, wanted 0 or more")
+            raise ValueError(f"warmup: got {self.warmup}, want 0 or more")
         if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr: got {self.lr}, wanted a positive number")
+            raise ValueError(f"lr: got {self.lr}, want a positive number")
         if not 0 <= self.lr_end <= 1:
-            raise ValueError(f"lr_end: got {self.lr_end}, wanted a fraction of the peak, 0 to 1")
+            raise ValueError(f"lr_end: got {self.lr_end}, want a fraction of the peak, 0 to 1")
         if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2: got {self.beta2}, wanted a number in [0, 1)")
+            raise ValueError(f"beta2: got {self.beta2}, want a number in [0, 1)")
         if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
+            raise ValueError(f"weight_decay: got {self.weight_decay}, want 0 or more")
         if not self.clip > 0:
-            raise ValueError(f"clip: got {self.clip}, wanted a positive number (inf for none)")
+            raise ValueError(f"clip: got {self.clip}, want a positive number (inf for none)")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: got {self.seed}, wanted 0 … 2⁶³ − 1")
+            raise ValueError(f"seed: got {self.seed}, want 0 … 2⁶³ − 1")
         if self.stop_at is not None and (self.task == "stdlib" or not 0 < self.stop_at <= 1):
-            raise ValueError(
-                f"stop_at: got {self.stop_at} for {self.task}, wanted a share in (0, 1] of a synthetic task"
-            )
+            raise ValueError(f"stop_at: got {self.stop_at} for {self.task}, want a share in (0, 1] of a synthetic task")
 
     def to_json(self) -> str:
         """This configuration as JSON text."""
@@ -133,7 +131,7 @@ class TrainConfig:
             if name not in types:
                 raise ValueError(f"{source}: unknown option {name}")
             if not _is_a(value, types[name]):
-                raise ValueError(f"{source}: {name}: got {value!r}, wanted {_words(types[name])}")
+                raise ValueError(f"{source}: {name}: got {value!r}, want {_words(types[name])}")
             if value is not None and Path in get_args(types[name]):
                 values[name] = Path(value)
         try:

@@ -1,8 +1,8 @@
-"""Real text that every machine has: the source of its own Python's standard library, as bytes. Knows nothing of models.
+"""The task `stdlib`: the source code of this Python's standard library, as bytes; text that every machine has.
 
 One file is one document; a longer file is cut into consecutive documents. A token is a byte, or `START`, which opens
 each document. A hash of its relative path says whether a file is held out, so the split is the same on each run and
-machine. Also here: the two yardsticks on the same held-out files, a bigram model and gzip.
+machine. The baselines on the same held-out files, a bigram model and gzip, are here too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def python_files(root: Path | None = None) -> dict[str, bytes]:
     texts = {name.as_posix(): path.read_bytes() for name, path in paths.items() if EXCLUDED.isdisjoint(name.parts)}
     files = {name: texts[name] for name in sorted(texts) if texts[name]}
     if not files:
-        raise ValueError(f"root: got {folder}, which holds no Python source; wanted a folder with *.py files")
+        raise ValueError(f"root: got {folder}, which holds no Python source; want a folder with *.py files")
     return files
 
 
@@ -66,7 +66,7 @@ class StandardLibrary:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise ValueError(f"max_length: got {self.max_length}, wanted at least 2 bytes for a document")
+            raise ValueError(f"max_length: got {self.max_length}, want at least 2 bytes for a document")
 
     def files(self, *, held_out: bool) -> list[bytes]:
         """The files of one side of the split, in an order fixed by the hash of their paths."""
@@ -152,9 +152,7 @@ def _split(root: Path | None) -> tuple[list[bytes], list[bytes]]:
     for name in sorted(files, key=_hash):
         sides[is_held_out(name)].append(files[name])
     if not all(sides):
-        raise ValueError(
-            f"root: got {len(files)} Python files, too few for a training and a held-out side; wanted more"
-        )
+        raise ValueError(f"root: got {len(files)} Python files, too few for a training and a held-out side; want more")
     return sides
 
 

@@ -1,4 +1,4 @@
-"""Held-out figures of a model on packed batches. Knows nothing of tasks or training."""
+"""Loss and exact match of a model on held-out packed batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: from a configuration to a run folder. Knows nothing of what the tasks are about.
+"""The training loop: from a configuration to a run folder.
 
 RUN/config.json       the configuration
 RUN/metrics.jsonl     one line a step, and one an evaluation
@@ -246,7 +246,7 @@ def read_config(run: Path) -> TrainConfig:
     """The configuration of a run folder."""
     path = run / "config.json"
     if not path.is_file():
-        raise ValueError(f"{run}: holds no config.json; wanted the folder of a training run")
+        raise ValueError(f"{run}: holds no config.json; want the folder of a training run")
     return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
@@ -255,12 +255,12 @@ def _run_folder(config: TrainConfig) -> Path:
     runs/TASK-2, …"""
     if config.resume is not None:
         if config.out not in (None, config.resume):
-            raise ValueError(f"out: got {config.out}, wanted none, or the folder that is resumed, {config.resume}")
+            raise ValueError(f"out: got {config.out}, want none, or the folder that is resumed, {config.resume}")
         return config.resume
     if config.out is not None:
         if (config.out / "config.json").exists():
             raise ValueError(
-                f"out: {config.out} holds a run already; wanted a new folder, or resume to go on with that run"
+                f"out: {config.out} holds a run already; want a new folder, or resume to go on with that run"
             )
         return config.out
     first = Path("runs") / config.task

@@ -1,4 +1,4 @@
-"""A packed batch: variable-length documents end to end, no padding. Knows nothing of tasks, text or models.
+"""A packed batch: documents of different lengths end to end, without padding.
 
 Letters: T packed tokens.
 """

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress bar, metrics.jsonl, loss.png. Knows nothing of training."""
+"""Progress bar, metrics.jsonl and loss.png of a training run."""
 
 from __future__ import annotations
 

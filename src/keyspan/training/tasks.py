@@ -1,4 +1,4 @@
-"""The synthetic tasks: problems whose right answer is known, made on the fly. Knows nothing of models or training.
+"""The synthetic tasks: problems whose right answer is known, generated on the fly.
 
 A problem is a line of text: a prompt, and an answer that ends in `.`; one character is one token:
 
@@ -66,9 +66,9 @@ def _associative_recall(random: Random, length: int) -> Problem:
     keys = random.sample(LETTERS, length)
     values = random.choices(VALUES, k=length)
     pairs = list(zip(keys, values, strict=True))
-    told = "".join(key + value for key, value in pairs) + "="
+    listed = "".join(key + value for key, value in pairs) + "="
     random.shuffle(pairs)
-    return [(told + key if i == 0 else key, value + STOP) for i, (key, value) in enumerate(pairs)]
+    return [(listed + key if i == 0 else key, value + STOP) for i, (key, value) in enumerate(pairs)]
 
 
 def _addition(random: Random, length: int) -> Problem:
@@ -90,7 +90,7 @@ PROBLEMS: dict[str, tuple[Callable[[Random, int], Problem], int]] = {
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a problem that opens with this prompt is kept from training; what is told before `=` decides."""
+    """Whether a problem that opens with this prompt is kept from training; the part before `=` decides."""
     return hashlib.blake2b(prompt.partition("=")[0].encode(), digest_size=1).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
@@ -108,10 +108,10 @@ class SyntheticTask:
 
     def __post_init__(self) -> None:
         if self.name not in PROBLEMS:
-            raise ValueError(f"task: got {self.name!r}, wanted one of {', '.join(PROBLEMS)}")
+            raise ValueError(f"task: got {self.name!r}, want one of {', '.join(PROBLEMS)}")
         longest = PROBLEMS[self.name][1]
         if not 2 <= self.max_length <= longest:
-            raise ValueError(f"max_length: got {self.max_length}, wanted 2 to {longest} for {self.name}")
+            raise ValueError(f"max_length: got {self.max_length}, want 2 to {longest} for {self.name}")
 
     def problems(self, random: Random, *, held_out: bool) -> Iterator[Problem]:
         """Endless problems, all held out or none."""
@@ -151,14 +151,14 @@ class SyntheticTask:
         yield pack(examples)
 
     def baselines(self) -> dict[str, float]:
-        """No simpler model is worth showing: one that knows nothing is right next to never."""
+        """None: a model that guesses is almost never right."""
         return {}
 
     def encode(self, text: str) -> list[int]:
         """`START`, then the token ids of a text; a character that the tasks do not use is a ValueError."""
         for character in text:
             if character not in ALPHABET:
-                raise ValueError(f"prompt: got {character!r}, wanted only characters of {ALPHABET!r}")
+                raise ValueError(f"prompt: got {character!r}, want only characters of {ALPHABET!r}")
         return [START, *(ALPHABET.index(character) for character in text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -168,5 +168,5 @@ class SyntheticTask:
 
 @lru_cache(maxsize=8)
 def _held_out_problems(task: SyntheticTask, count: int) -> tuple[Problem, ...]:
-    # Kept, because most problems drawn are not held out: half a second for each of a run's evaluations.
+    # Cached: most problems drawn are not held out, so this takes half a second, and every evaluation needs it.
     return tuple(islice(task.problems(Random(f"held out {task.name}"), held_out=True), count))
