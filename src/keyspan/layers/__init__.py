@@ -4,8 +4,8 @@ from keyspan.layers.cross_entropy import linear_cross_entropy
 from keyspan.layers.gated import SwiGLU, swiglu
 from keyspan.layers.gemm import Linear, linear
 from keyspan.layers.multihead_attention import MultiheadAttention
-from keyspan.layers.rmsnorm import RMSNorm, rms_norm
-from keyspan.layers.rope import rotary, rotary_table, rotate
+from keyspan.layers.rmsnorm import RMSNorm, add_rms_norm, rms_norm
+from keyspan.layers.rope import rotary, rotary_table, rotate, rotate_qkv
 
 __all__ = [
     "Linear",
@@ -15,8 +15,10 @@ __all__ = [
     "swiglu",
     "RMSNorm",
     "rms_norm",
+    "add_rms_norm",
     "rotary",
     "rotary_table",
     "rotate",
+    "rotate_qkv",
     "linear_cross_entropy",
 ]

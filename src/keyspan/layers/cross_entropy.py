@@ -1,4 +1,7 @@
-"""Cross-entropy of a linear head over a large vocabulary, in chunks of tokens: the logits never exist as a whole."""
+"""Cross-entropy of a linear head over a large vocabulary. Logits exist for one chunk of tokens at a time.
+
+Letters: T tokens, D width, C classes.
+"""
 
 from __future__ import annotations
 
@@ -8,96 +11,240 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from keyspan.layers.gemm import gemm_dtype, operand
+from keyspan.layers.gemm import gemm_dtype, multiplies, operand
+from keyspan.layers.kernels import kernels_for
 
-_CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in fp32
-_CHUNK_TOKENS = 256  # but at least so many tokens, or the products would be too thin to be fast
+_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
+"""Logits held at a time: on a GPU enough for a few large products, on a CPU what its caches still serve."""
+_CHUNK_TOKENS = 256
+"""At least so many tokens a chunk: thinner products are slow."""
 
 
 class _Options(NamedTuple):
     ignore_index: int
     softcap: float | None
+    z_loss: float
     chunk: int
-    dtype: torch.dtype  # of the product's operands
+    dtype: torch.dtype
+    """Of the products' operands."""
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """fp32 logits of one chunk (fp64 for fp64); hidden and weight as `operand` made them."""
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """fp32 logits of one chunk (fp64 for fp64), written to `out` where that is given."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    z = torch.mm(hidden, weight.t(), out=None if out is None or out.dtype != hidden.dtype else out)
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, without a product beside the sum where torch has a kernel for these dtypes."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        z = hidden @ weight.t()
-        z = z if z.dtype == torch.float64 else z.float()
+        total += a @ b
+
+
+def _cross_entropy_(
+    z: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    losses: Tensor | None,
+    options: _Options,
+    grads: Tensor | None = None,
+    gradient: torch.dtype | None = None,
+) -> Tensor:
+    """`triton_kernels.cross_entropy_` in plain torch: writes losses and lse; the gradient overwrites the logits."""
     if bias is not None:
         z += bias
-    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+    if options.softcap is not None:
+        z.div_(options.softcap).tanh_().mul_(options.softcap)
+    counted = targets != options.ignore_index
+    target = targets.where(counted, 0).unsqueeze(1)
+    if losses is not None:
+        torch.logsumexp(z, 1, out=lse)
+        loss = lse - z.gather(1, target).squeeze(1)
+        if options.z_loss:
+            loss += options.z_loss * lse.square()
+        losses.copy_(loss.where(counted, 0.0))
+    if gradient is None:
+        return z
+    # d capped / d logit = 1 − tanh² = 1 − (capped / softcap)²
+    slope = None if options.softcap is None else 1 - (z / options.softcap).square_()
+    # d loss / d capped = softmax(capped) · (1 + 2 z_loss · lse) − onehot(target)
+    dz = z.sub_(lse.unsqueeze(1)).exp_()
+    if options.z_loss:
+        dz *= (1 + 2 * options.z_loss * lse).unsqueeze(1)
+    dz.scatter_(1, target, dz.gather(1, target) - 1)
+    dz *= (counted if grads is None else grads.where(counted, 0.0)).unsqueeze(1)
+    if slope is not None:
+        dz *= slope
+    return dz.to(gradient)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss of each token. Keeps lse [T], and computes the logits a second time in backward.
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    losses: Tensor | None,
+    grads: Tensor | None,
+    options: _Options,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All chunks. Writes lse and losses where `losses` is given; returns the gradients of hidden, weight and bias that
+    are needed, for losses of gradient `grads` (None: 1), the others empty."""
+    T, D = hidden.shape
+    wide = lse.dtype
+    product = _gradient_dtype(hidden, options.dtype)
+    gradient = product if any(needs) else None
+    dhidden = hidden.new_empty((T, D) if needs[0] else 0, dtype=product)
+    dweight = weight.new_zeros(tuple(weight.shape) if needs[1] else 0, dtype=wide)
+    dbias = hidden.new_zeros(len(weight) if needs[2] else 0, dtype=wide)
+    kernels = kernels_for(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        w = operand(weight, options.dtype)
+        buffer = None
+        if options.chunk < T and wide != torch.float64:
+            buffer = hidden.new_empty((options.chunk, len(weight)), dtype=wide)
+        for start in range(0, T, options.chunk):
+            rows = slice(start, min(start + options.chunk, T))
+            h = operand(hidden[rows], options.dtype)
+            z = _logits(h, w, None if buffer is None else buffer[: len(h)])
+            part = None if losses is None else losses[rows]
+            g = None if grads is None else grads[rows]
+            if kernels is None:
+                dz = _cross_entropy_(z, bias, targets[rows], lse[rows], part, options, g, gradient)
+            else:
+                dz = kernels.cross_entropy_(
+                    z, bias, targets[rows], lse[rows], part, ignore_index=options.ignore_index,
+                    softcap=options.softcap, z_loss=options.z_loss, grads=g, gradient=gradient,
+                )  # fmt: skip
+            if needs[0]:
+                dhidden[rows] = dz @ w
+            if needs[1]:
+                _add_product(dweight, dz.t(), h)
+            if needs[2]:
+                dbias += dz.sum(0, dtype=wide)
+    return dhidden, dweight, dbias
 
-    Computing the gradients in the forward pass would save that product, but would keep a [C, D] and a [T, D]
-    tensor until backward, and could not serve losses that are weighted afterwards (reduction="none").
+
+# Opaque to torch.compile: a loop over chunks would be unrolled, and compiled anew for each number of tokens.
+_library = torch.library.Library("keyspan", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float z_loss, "
+    "int chunk, ScalarType dtype, bool[] needs"
+)
+_library.define(f"linear_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"linear_cross_entropy_backward(Tensor lse, Tensor grads, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+
+
+def _op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(losses [T], lse [T], gradients of the losses' sum)."""
+    *numbers, needs = rest
+    losses, lse = (hidden.new_empty(len(hidden), dtype=_wide(hidden)) for _ in range(2))
+    return losses, lse, *_run(hidden, weight, bias, targets, lse, losses, None, _Options(*numbers), needs)
+
+
+def _op_backward(
+    lse: Tensor, grads: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of losses of gradient `grads` [T], whose logits are computed a second time."""
+    *numbers, needs = rest
+    return _run(hidden, weight, bias, targets, lse, None, grads, _Options(*numbers), needs)
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    losses, lse = (hidden.new_empty(hidden.shape[0], dtype=_wide(hidden)) for _ in range(2))
+    return losses, lse, *_fake_backward(lse, lse, hidden, weight, bias, targets, *rest)
+
+
+def _fake_backward(
+    lse: Tensor, grads: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    dtype, needs = rest[-2:]
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else 0, dtype=_gradient_dtype(hidden, dtype)),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=lse.dtype),
+        hidden.new_empty(weight.shape[0] if needs[2] else 0, dtype=lse.dtype),
+    )
+
+
+for _name, _body, _shapes in (
+    ("linear_cross_entropy", _op, _fake),
+    ("linear_cross_entropy_backward", _op_backward, _fake_backward),
+):
+    _library.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"keyspan::{_name}", _shapes, lib=_library)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _gradient_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What products of operands in `dtype` give here, see `operand`."""
+    return dtype if multiplies(hidden.device.type, dtype) else torch.float32
+
+
+class _Sum(torch.autograd.Function):
+    """The losses' sum. The gradients are computed beside it, so that the logits are computed once.
+
+    Until backward it holds a gradient of hidden [T, D] and one of weight [C, D], which backward would allocate first.
     """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options, grad: bool
+    ) -> Tensor:
+        needs = [grad and need for need in ctx.needs_input_grad[:3]]
+        losses, _, *grads = torch.ops.keyspan.linear_cross_entropy(hidden, weight, bias, targets, *options, needs)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        total: Tensor = losses.sum()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaled in fp32: a loss scale for fp16 may be past what its dtype holds.
+        return *(
+            (x * grad).to(dtype) if need else None
+            for x, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ), None, None, None  # fmt: skip
+
+
+class _Each(torch.autograd.Function):
+    """The loss of each token. Keeps lse [T] and computes the logits a second time in backward."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
     ) -> Tensor:
-        losses, sums = [], []
-        with torch.autocast(hidden.device.type, enabled=False):
-            w = operand(weight, options.dtype)
-            for start in range(0, max(len(targets), 1), options.chunk):
-                rows = slice(start, start + options.chunk)
-                z = _logits(operand(hidden[rows], options.dtype), w, bias, options.softcap)
-                kept = targets[rows] != options.ignore_index
-                target = targets[rows].where(kept, 0).unsqueeze(1)
-                lse = z.logsumexp(1)
-                losses.append((lse - z.gather(1, target).squeeze(1)).where(kept, 0.0))
-                sums.append(lse)
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(sums))
+        losses: Tensor
+        losses, lse, *_ = torch.ops.keyspan.linear_cross_entropy(
+            hidden, weight, bias, targets, *options, [False, False, False]
+        )
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.options = options
-        return torch.cat(losses)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, sums = ctx.saved_tensors
-        options: _Options = ctx.options
-        need = ctx.needs_input_grad
-        dhidden = torch.empty_like(hidden) if need[0] else None
-        dweight = torch.zeros_like(weight, dtype=grad.dtype) if need[1] else None
-        dbias = torch.zeros_like(bias, dtype=grad.dtype) if need[2] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            w = operand(weight, options.dtype)
-            for start in range(0, len(targets), options.chunk):
-                rows = slice(start, start + options.chunk)
-                h = operand(hidden[rows], options.dtype)
-                z = _logits(h, w, bias, options.softcap)
-                # d capped / d logit = 1 − tanh² = 1 − (capped / softcap)²
-                slope = None if options.softcap is None else 1 - (z / options.softcap).square_()
-                kept = targets[rows] != options.ignore_index
-                target = targets[rows].where(kept, 0).unsqueeze(1)
-                # d loss / d capped = softmax(capped) − onehot(target)
-                dz = z.sub_(sums[rows].unsqueeze(1)).exp_()
-                dz.scatter_(1, target, dz.gather(1, target) - 1)
-                dz *= grad[rows].where(kept, 0.0).unsqueeze(1)
-                if slope is not None:
-                    dz *= slope
-                if dbias is not None:
-                    dbias += dz.sum(0)
-                dz = dz.to(w.dtype)
-                if dhidden is not None:
-                    dhidden[rows] = dz @ w
-                if dweight is not None:
-                    dweight += dz.t() @ h
-        return (
-            dhidden,
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(bias.dtype),
-            None,
-            None,
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.keyspan.linear_cross_entropy_backward(
+            lse, grad.contiguous(), hidden, weight, bias, targets, *ctx.options, needs
         )
+        inputs = (hidden, weight, bias)
+        return *(g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needs, strict=True)), None, None
 
 
 def linear_cross_entropy(
@@ -108,21 +255,32 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
+    z_loss: float = 0.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk: int | None = None,
 ) -> Tensor:
-    """`F.cross_entropy(hidden @ weight.T + bias, targets)` whose logits [T, C] never exist as a whole.
+    """`F.cross_entropy(hidden @ weight.T + bias, targets)` without the logits [T, C] as a whole.
 
-    hidden [T, D], weight [C, D], targets [T] int64 in [0, C) or `ignore_index`, bias [C] or None.
-    softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
-    reduction: "mean" over the tokens not ignored (NaN where all are, as in torch), "sum", or "none" for [T].
-    chunk: tokens whose logits are held at a time (default: 16 MiB of them, at least 256 tokens), in forward
-    and again in backward, which computes them a second time.
+    Args:
+        hidden: [T, D]; weight: [C, D]; bias: [C] or None.
+        targets: int64 [T] in [0, C), or `ignore_index` for a token that does not count.
+        softcap: `c` replaces logits z by `c · tanh(z / c)` (Gemma 2); None for none.
+        z_loss: factor on the square of the log-denominator, added to each loss (PaLM, Chowdhery et al., 2022).
+        reduction: "mean" over the tokens that count (NaN where none does, as in torch), "sum", or "none" for [T].
+            A mean or sum computes its gradients in the forward pass; losses of "none" may be weighted afterwards, so
+            backward computes the logits a second time.
+        chunk: tokens whose logits are held at a time. Default: 512 MiB of logits on a GPU, 16 MiB on a CPU, at least
+            256 tokens.
 
-    Returns nats, in fp32 (fp64 for fp64). The product runs in autocast's dtype where autocast is on; its
-    result and the softmax are fp32. It can be differentiated once. Raises ValueError for arguments that do
-    not fit. Chunked over tokens; "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al., 2024)
-    does so over the vocabulary too.
+    Returns:
+        The loss in nats, fp32 (fp64 for fp64). Products run in autocast's dtype where autocast is on; logits and
+        softmax are fp32. Differentiable once.
+
+    Raises:
+        ValueError: for arguments that do not fit.
+
+    Chunked over tokens, with gradients beside the loss, as in Liger Kernel (Hsu et al., 2024); "Cut Your Losses in
+    Large-Vocabulary Language Models" (Wijmans et al., 2024) is chunked over the vocabulary too.
     """
     if hidden.ndim != 2:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, want [T, D]")
@@ -136,17 +294,19 @@ def linear_cross_entropy(
         raise ValueError(f"bias: got shape {list(bias.shape)}, want [{C}]")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, want a positive number or None")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: got {z_loss}, want a number ≥ 0")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, want 'mean', 'sum' or 'none'")
     if chunk is None:
-        chunk = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // C)
+        chunk = max(_CHUNK_TOKENS, _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"]) // (4 * C) // 256 * 256)
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, want at least 1 token")
-    options = _Options(ignore_index, softcap, chunk, gemm_dtype(hidden, weight=weight))
-    losses: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, options
-    )
+    options = _Options(ignore_index, softcap, z_loss, chunk, gemm_dtype(hidden, weight=weight))
     if reduction == "none":
+        losses: Tensor = _Each.apply(hidden, weight, bias, targets, options)  # type: ignore[no-untyped-call]
         return losses
-    total = losses.sum()
+    total: Tensor = _Sum.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, options, torch.is_grad_enabled()
+    )
     return total if reduction == "sum" else total / (targets != ignore_index).sum()

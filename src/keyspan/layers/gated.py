@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from keyspan.layers.gemm import Linear, gemm_dtype, product, product_backward
+from keyspan.layers.gemm import Linear, gemm_dtype, input_gradient, parameter_gradients, product
+from keyspan.layers.kernels import kernels_for
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -30,8 +31,7 @@ class _SwiGLU(torch.autograd.Function):
         x = x.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             x12 = product(x, w12, b12, dtype)
-            x1, x2 = x12.chunk(2, dim=-1)
-            y = product(F.silu(x1) * x2, w3, b3, dtype)
+            y = product(_gate(x12), w3, b3, dtype)
         ctx.save_for_backward(x, x12, w12, w3)
         return y
 
@@ -43,14 +43,35 @@ class _SwiGLU(torch.autograd.Function):
         below = any(need[:3])  # whether anything before the product with w3 wants a gradient
         dx = dw12 = db12 = None
         with torch.autocast(grad.device.type, enabled=False):
-            x1, x2 = x12.chunk(2, dim=-1)
-            gate = F.silu(x1)
-            dh, dw3, db3 = product_backward(grad, gate * x2, w3, ctx.dtype, (below, need[3], need[4]))
-            if dh is not None:
-                dx12 = torch.cat([torch.ops.aten.silu_backward(dh * x2, x1), dh * gate], dim=-1)
-                dx, dw12, db12 = product_backward(dx12, x, w12, ctx.dtype, need[:3])
+            dx12, h = _gate_backward(input_gradient(grad, w3, ctx.dtype), x12) if below else (None, _gate(x12))
+            dw3, db3 = parameter_gradients(grad, h, ctx.dtype, need[3:5])
+            if dx12 is not None:
+                dx = input_gradient(dx12, w12, ctx.dtype) if need[0] else None
+                dw12, db12 = parameter_gradients(dx12, x, ctx.dtype, need[1:3])
         grads = (dx, dw12, db12, dw3, db3)
         return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
+
+
+def _gate(x12: Tensor) -> Tensor:
+    """silu(x1) · x2 [..., D] of x12 [..., 2 D]; one kernel on a GPU."""
+    kernels = kernels_for(x12)
+    if kernels is not None:
+        h: Tensor = kernels.swiglu_gate(x12.reshape(-1, x12.shape[-1]))
+        return h.view(*x12.shape[:-1], h.shape[-1])
+    x1, x2 = x12.chunk(2, dim=-1)
+    return F.silu(x1) * x2
+
+
+def _gate_backward(dh: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of x12, `_gate(x12)`), given the gradient of the latter; one kernel on a GPU."""
+    kernels = kernels_for(x12)
+    if kernels is not None:
+        rows = x12.reshape(-1, x12.shape[-1])
+        dx12, h = kernels.swiglu_gate_backward(dh.reshape(-1, dh.shape[-1]), rows)
+        return dx12.view(x12.shape), h.view(dh.shape)
+    x1, x2 = x12.chunk(2, dim=-1)
+    gate = F.silu(x1)
+    return torch.cat([torch.ops.aten.silu_backward(dh * x2, x1), dh * gate], dim=-1), gate * x2
 
 
 def swiglu(x: Tensor, w12: Tensor, b12: Tensor | None, w3: Tensor, b3: Tensor | None) -> Tensor:

@@ -61,15 +61,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     return F.linear(operand(x, dtype), operand(weight, dtype), bias).to(dtype)
 
 
-def product_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `product` for x, weight and bias, rounded; None where not wanted. Autocast off."""
+def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of `product` for x, rounded. Autocast off."""
     rows = operand(grad, dtype).reshape(-1, grad.shape[-1])
-    dx = (rows @ operand(weight, dtype)).to(dtype).view(x.shape) if wanted[0] else None
-    dweight = (rows.t() @ operand(x, dtype).reshape(-1, x.shape[-1])).to(dtype) if wanted[1] else None
-    dbias = rows.sum(0).to(dtype) if wanted[2] else None
-    return dx, dweight, dbias
+    return (rows @ operand(weight, dtype)).to(dtype).view(*grad.shape[:-1], weight.shape[1])
+
+
+def parameter_gradients(
+    grad: Tensor, x: Tensor, dtype: torch.dtype, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `product` for weight and bias, rounded; None where not wanted. Autocast off."""
+    rows = operand(grad, dtype).reshape(-1, grad.shape[-1])
+    dweight = (rows.t() @ operand(x, dtype).reshape(-1, x.shape[-1])).to(dtype) if wanted[0] else None
+    return dweight, rows.sum(0).to(dtype) if wanted[1] else None
 
 
 class _RoundedLinear(torch.autograd.Function):
@@ -88,7 +92,8 @@ class _RoundedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         low, weight = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            grads = product_backward(grad, low, weight, ctx.dtype, ctx.needs_input_grad[:3])
+            dx = input_gradient(grad, weight, ctx.dtype) if ctx.needs_input_grad[0] else None
+            grads = (dx, *parameter_gradients(grad, low, ctx.dtype, ctx.needs_input_grad[1:3]))
         return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
 
 

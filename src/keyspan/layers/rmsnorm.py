@@ -1,4 +1,4 @@
-"""RMSNorm, computed in fp32 whatever the dtype, keeping only its input."""
+"""RMSNorm, computed in fp32 whatever the dtype. Backward keeps its input and one number a row."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keyspan.layers.kernels import kernels_for
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = weight * n with n = x * r and r = 1 / rms(x). On the CPU, `F.rms_norm` keeps n as well."""
+    """y = weight · n with n = x · r and r = 1 / rms(x). On the CPU, `F.rms_norm` keeps n as well."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         wide = _wide(x)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, r)
-        return (wide * r * _wide(weight)).to(x.dtype)
+        return (wide * r * _wide(weight)).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -35,22 +37,97 @@ class _RMSNorm(torch.autograd.Function):
             dx = (r * (dn - n * (n * dn).mean(-1, keepdim=True))).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (wide * n).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        return dx, dweight, None
+        return dx, dweight, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) * weight`, the mean over the last dimension.
+class _Fused(torch.autograd.Function):
+    """(norm, x + residual) by one kernel; without a residual the norm alone."""
 
-    (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.)
-    x [..., D], weight [D] -> [..., D] in x's dtype. The arithmetic is fp32 (fp64 for fp64), rounded once.
-    It can be differentiated once. Raises ValueError where weight is not [D].
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, kernels: Any
+    ) -> Any:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        more = None if residual is None else residual.reshape(rows.shape).contiguous()
+        out, total, inverse = kernels.rms_norm(rows, more, weight, eps, dtype)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.kernels, ctx.dtype = kernels, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return out.view(x.shape) if residual is None else (out.view(x.shape), total.view(x.shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        total, weight, inverse = ctx.saved_tensors
+        shape = next(g.shape for g in (grad, grad_total) if g is not None)
+        dweight = None
+        if grad is None:
+            dx = grad_total
+        else:
+            more = None if grad_total is None else grad_total.reshape(total.shape).contiguous()
+            rows = grad.reshape(total.shape).contiguous()
+            dx, dweight = ctx.kernels.rms_norm_backward(rows, more, total, weight, inverse, ctx.needs_input_grad[2])
+            dx = dx.view(shape)
+        return (
+            dx if ctx.needs_input_grad[0] else None,
+            dx.to(ctx.dtype) if ctx.needs_input_grad[1] and dx is not None else None,
+            None if dweight is None else dweight.to(weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) · weight`, the mean over the last dimension.
+
+    Args:
+        x: [..., D]; weight: [D].
+        eps: added to the mean.
+        dtype: of the result; None for x's. A layer whose consumer rounds its input may ask for that dtype at once.
+
+    Returns:
+        [..., D]. The arithmetic is fp32 (fp64 for fp64), rounded once. Differentiable once. On a GPU it is one kernel.
+
+    Raises:
+        ValueError: where weight is not [D].
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
+    _check(x, weight)
+    dtype = dtype or x.dtype
+    kernels = kernels_for(x)
+    if kernels is not None:
+        result: Tensor = _Fused.apply(x, None, weight, eps, dtype, kernels)  # type: ignore[no-untyped-call]
+    elif x.is_cuda:  # compiled there: torch's formula is fused with what surrounds it
+        result = F.rms_norm(_wide(x), weight.shape, _wide(weight), eps).to(dtype)
+    else:
+        result = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
+    return result
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(`rms_norm(total, weight)`, total) with total = x + residual in x's dtype: one kernel on a GPU.
+
+    x and residual [..., D] of one shape; else as `rms_norm`.
+    """
+    _check(x, weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: got shape {list(residual.shape)}, want {list(x.shape)} as x")
+    kernels = kernels_for(x)
+    if kernels is not None:
+        normed, total = _Fused.apply(x, residual, weight, eps, dtype or x.dtype, kernels)  # type: ignore[no-untyped-call]
+    else:
+        total = (x + residual).to(x.dtype)
+        normed = rms_norm(total, weight, eps, dtype)
+    return normed, total
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want {list(x.shape[-1:])} (x's last size)")
-    if x.is_cuda:  # one fused kernel there, which keeps no more than ours
-        return F.rms_norm(_wide(x), weight.shape, _wide(weight), eps).to(x.dtype)
-    result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return result
 
 
 class RMSNorm(nn.Module):
@@ -61,6 +138,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim] -> [..., dim], in x's dtype."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., dim] -> [..., dim], in `dtype` or x's."""
+        return rms_norm(x, self.weight, self.eps, dtype)
+
+    def add(self, x: Tensor, residual: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum) of x and residual [..., dim], see `add_rms_norm`."""
+        return add_rms_norm(x, residual, self.weight, self.eps, dtype)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from keyspan.layers.kernels import kernels_for
 
 
 def rotary_table(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -46,3 +52,50 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, interleaved: bo
     if positions.shape not in ((M,), (B, M)):
         raise ValueError(f"positions: got shape {list(positions.shape)}, want [{M}] or [{B}, {M}]")
     return rotate(x, rotary_table(positions, x.shape[-1], theta), interleaved)
+
+
+class _RotateInPlace(torch.autograd.Function):
+    """The first heads of a fused projection [T, heads, K], rotated where they lie."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool, kernels: Any) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads, ctx.interleaved, ctx.kernels = heads, interleaved, kernels
+        ctx.mark_dirty(qkv)
+        kernels.rotate(qkv, qkv, cos, sin, heads, back=False, interleaved=interleaved)
+        return qkv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        grad = grad.contiguous()
+        out = torch.empty_like(grad)  # others may hold grad
+        ctx.kernels.rotate(grad, out, cos, sin, ctx.heads, back=True, interleaved=ctx.interleaved)
+        return out, None, None, None, None, None
+
+
+def rotate_qkv(
+    qkv: Tensor, table: tuple[Tensor, Tensor], heads: Sequence[int], interleaved: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a fused projection, query and key rotated; on a GPU in one pass, where they lie.
+
+    Args:
+        qkv: [T, (Hq + 2 G) · K], the projection of T tokens: query, key, then value heads. It is overwritten where the
+            fused kernel runs, so that nothing else may use it.
+        table: of `rotary_table`, two of [T, K / 2].
+        heads: Hq, G, G.
+
+    Returns:
+        [1, T, Hq, K], [1, T, G, K], [1, T, G, K], views of one tensor or of two.
+    """
+    q, k, v = heads
+    x = qkv.view(qkv.shape[0], q + k + v, -1)  # [T, heads, K]
+    kernels = kernels_for(qkv)
+    if kernels is not None and x.is_contiguous():
+        x = _RotateInPlace.apply(x, *table, q + k, interleaved, kernels)  # type: ignore[no-untyped-call]
+        query, key, value = x.unsqueeze(0).split((q, k, v), dim=2)
+        return query, key, value
+    turned, value = x.unsqueeze(0).split((q + k, v), dim=2)
+    query, key = rotate(turned, table, interleaved).split((q, k), dim=2)
+    return query, key, value

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import Alibi, Causal, Documents, KeyRanges, attention
-from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate
+from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate_qkv
+from keyspan.layers.gemm import gemm_dtype
 
 Positions = Literal["rope", "alibi", "none"]
 
@@ -105,10 +106,11 @@ class Attention(nn.Module):
         self.out = Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        qkv = self.qkv(x).view(1, x.shape[0], sum(self.heads), self.head_dim)
-        q, k, v = qkv.split(self.heads, dim=2)  # [1, T, H, K], [1, T, G, K], [1, T, G, K]
-        if step.turn is not None:
-            q, k = rotate(q, step.turn), rotate(k, step.turn)
+        qkv = self.qkv(x)
+        if step.turn is None:
+            q, k, v = qkv.view(1, x.shape[0], sum(self.heads), self.head_dim).split(self.heads, dim=2)
+        else:
+            q, k, v = rotate_qkv(qkv, step.turn, self.heads)  # [1, T, H, K], [1, T, G, K], [1, T, G, K]
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v)
         dropout_p = self.dropout if self.training else 0.0
@@ -130,8 +132,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), step))
-        y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        dtype = gemm_dtype(x)  # of what the linear layers round their input to
+        h = self.dropout(self.attention(self.attention_norm(x, dtype), step))
+        h, x = self.mlp_norm.add(x, h, dtype)
+        y: Tensor = x + self.dropout(self.mlp(h))
         return y
 
 

@@ -1,0 +1,328 @@
+"""Fused Triton kernels of the layers: RMSNorm, rotary embedding, SwiGLU's gate, cross-entropy.
+
+Each function launches one kernel on contiguous tensors and returns new ones, or writes where it says so. Arithmetic is
+fp32; results are rounded once. Imported by the first layer that runs on a GPU. T rows (tokens), D width, C classes.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE_ELEMENTS = 4096
+"""Elements that a program holds of a matrix at a time: 16 KiB of fp32 registers."""
+_PROGRAMS = 264
+"""Programs that add up RMSNorm's gradient of the weight, each over its own rows: two a processor of an H100.
+
+The number is fixed, so that the order of the sum does not depend on the device."""
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    # Triton launches on the current device, which need not be the tensor's.
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _warps(elements: int) -> int:
+    return max(1, min(16, elements // 512))
+
+
+# RMSNorm
+
+
+@triton.jit
+def rms_norm_forward_kernel(x, residual, weight, total, out, inverse, T, eps, D: tl.constexpr, BT: tl.constexpr,
+                            BD: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    column = tl.arange(0, BD)  # [BD]
+    inside = (row < T)[:, None] & (column < D)[None, :]  # [BT, BD]
+    at = row[:, None] * D + column[None, :]
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
+    if ADD:
+        v += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        v = v.to(total.dtype.element_ty)
+        tl.store(total + at, v, mask=inside)
+        v = v.to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(v * v, 1) / D + eps)  # [BT]
+    tl.store(inverse + row, r, mask=row < T)
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)  # [BD]
+    tl.store(out + at, (v * r[:, None] * w[None, :]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_backward_kernel(grad, grad_total, x, weight, inverse, dx, dweight, T, D: tl.constexpr, BT: tl.constexpr,
+                             BD: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, BD)  # [BD]
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    sums = tl.zeros([BD], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
+        row = (tile * BT + tl.arange(0, BT)).to(tl.int64)  # [BT]
+        inside = (row < T)[:, None] & (column < D)[None, :]  # [BT, BD]
+        at = row[:, None] * D + column[None, :]
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
+        r = tl.load(inverse + row, mask=row < T, other=0.0)  # [BT]
+        n = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * r[:, None]  # [BT, BD], the normed rows
+        if WEIGHT:
+            sums += tl.sum(g * n, 0)
+        g *= w[None, :]
+        d = r[:, None] * (g - n * (tl.sum(g * n, 1) / D)[:, None])
+        if ADD:
+            d += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+    if WEIGHT:
+        tl.store(dweight + tl.program_id(0) * D + column, sums, mask=column < D)
+
+
+def _row_tile(D: int) -> tuple[int, int]:
+    """(BT, BD): rows and padded width of a tile."""
+    BD = triton.next_power_of_2(D)
+    return max(1, _TILE_ELEMENTS // BD), BD
+
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out in `dtype`, x + residual in x's dtype, 1 / rms of its rows in fp32 [T]) of x and residual [T, D]."""
+    T, D = x.shape
+    BT, BD = _row_tile(D)
+    out = torch.empty_like(x, dtype=dtype)
+    total = x if residual is None else torch.empty_like(x)
+    inverse = torch.empty(T, dtype=torch.float32, device=x.device)
+    with _on(x):
+        rms_norm_forward_kernel[(triton.cdiv(T, BT),)](
+            x, residual, weight, total, out, inverse, T, eps, D, BT, BD, residual is not None, num_warps=_warps(BT * BD)
+        )
+    return out, total, inverse
+
+
+def rms_norm_backward(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, weight_too: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(gradient of x, gradient of weight in fp32 or None). x is what was normed; its gradient includes `grad_total`."""
+    T, D = x.shape
+    BT, BD = _row_tile(D)
+    dx = torch.empty_like(x)
+    programs = max(1, min(_PROGRAMS, triton.cdiv(T, BT)))
+    parts = torch.empty((programs, D), dtype=torch.float32, device=x.device) if weight_too else None
+    with _on(x):
+        rms_norm_backward_kernel[(programs,)](
+            grad, grad_total, x, weight, inverse, dx, parts, T, D, BT, BD, grad_total is not None, weight_too,
+            num_warps=_warps(BT * BD),
+        )  # fmt: skip
+    return dx, None if parts is None else parts.sum(0)
+
+
+# Rotary embedding
+
+
+@triton.jit
+def rotary_kernel(x, out, cosine, sine, T, stride, ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+                  BT: tl.constexpr, BH: tl.constexpr, BACK: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    pair = tl.arange(0, BH)  # [BH]
+    inside = (row < T)[:, None] & (pair < HALF)[None, :]  # [BT, BH]
+    angle = row[:, None] * HALF + pair[None, :]
+    c = tl.load(cosine + angle, mask=inside, other=0.0)  # [BT, BH]
+    s = tl.load(sine + angle, mask=inside, other=0.0)
+    if BACK:
+        s = -s
+    first = row[:, None] * stride + (2 * pair if INTERLEAVED else pair)[None, :]
+    second = first + (1 if INTERLEAVED else HALF)
+    for head in range(HEADS):
+        at = head * 2 * HALF
+        a = tl.load(x + first + at, mask=inside, other=0.0)  # [BT, BH]
+        b = tl.load(x + second + at, mask=inside, other=0.0)
+        if head < ROTATED:
+            wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+            a = (wide_a * c - wide_b * s).to(a.dtype)
+            b = (wide_a * s + wide_b * c).to(b.dtype)
+        tl.store(out + first + at, a, mask=inside)
+        tl.store(out + second + at, b, mask=inside)
+
+
+def rotate(x: Tensor, out: Tensor, cosine: Tensor, sine: Tensor, heads: int, *, back: bool, interleaved: bool) -> None:
+    """Write x [T, all heads, K] to `out`, the first `heads` heads rotated by the angles; for `back` by their negatives.
+
+    x and `out` are contiguous, and may be one tensor: then the other heads are not touched. Cosine and sine are fp32
+    [T, K / 2].
+    """
+    T, every, K = x.shape
+    BH = triton.next_power_of_2(K // 2)
+    BT = max(1, _TILE_ELEMENTS // 4 // BH)
+    written = heads if x.data_ptr() == out.data_ptr() else every
+    with _on(x):
+        rotary_kernel[(triton.cdiv(T, BT),)](
+            x, out, cosine, sine, T, every * K, heads, written, K // 2, BT, BH, back, interleaved,
+            num_warps=2,
+        )  # fmt: skip
+
+
+# SwiGLU's gate
+
+
+@triton.jit
+def swiglu_forward_kernel(x12, out, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
+    inside = (row < T)[:, None] & (column < D)[None, :]  # [BT, BD]
+    at = row[:, None] * (2 * D) + column[None, :]
+    a = tl.load(x12 + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
+    b = tl.load(x12 + at + D, mask=inside, other=0.0).to(tl.float32)
+    # As the unfused formula rounds: silu(a) in the tensors' dtype, then the product.
+    gate = (a / (1.0 + tl.exp(-a))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row[:, None] * D + column[None, :], (gate * b).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(grad, x12, out, dx12, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
+    inside = (row < T)[:, None] & (column < D)[None, :]  # [BT, BD]
+    at = row[:, None] * (2 * D) + column[None, :]
+    narrow = row[:, None] * D + column[None, :]
+    a = tl.load(x12 + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
+    b = tl.load(x12 + at + D, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + narrow, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-a))
+    gate = (a * sigmoid).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + narrow, (gate * b).to(out.dtype.element_ty), mask=inside)
+    slope = sigmoid * (1.0 + a * (1.0 - sigmoid))  # of silu
+    tl.store(dx12 + at, (g * b * slope).to(dx12.dtype.element_ty), mask=inside)
+    tl.store(dx12 + at + D, (g * gate).to(dx12.dtype.element_ty), mask=inside)
+
+
+def _gate_tile(T: int, D: int) -> tuple[tuple[int, int], int, int]:
+    """(grid, BT, BD) for a matrix [T, D]."""
+    BD = min(512, triton.next_power_of_2(D))
+    BT = max(1, _TILE_ELEMENTS // 2 // BD)
+    return (triton.cdiv(T, BT), triton.cdiv(D, BD)), BT, BD
+
+
+def swiglu_gate(x12: Tensor) -> Tensor:
+    """silu(x1) · x2 [T, D] of x12 [T, 2 D]."""
+    T, D = x12.shape[0], x12.shape[1] // 2
+    out = x12.new_empty((T, D))
+    grid, BT, BD = _gate_tile(T, D)
+    with _on(x12):
+        swiglu_forward_kernel[grid](x12, out, T, D, BT, BD, num_warps=4)
+    return out
+
+
+def swiglu_gate_backward(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of x12 [T, 2 D], silu(x1) · x2 [T, D] computed again), given the gradient of the latter."""
+    T, D = grad.shape
+    out, dx12 = torch.empty_like(grad), torch.empty_like(x12)
+    grid, BT, BD = _gate_tile(T, D)
+    with _on(x12):
+        swiglu_backward_kernel[grid](grad, x12, out, dx12, T, D, BT, BD, num_warps=4)
+    return dx12, out
+
+
+# Cross-entropy
+
+
+@triton.jit
+def _logits(z, bias, at, C, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits at columns `at`, capped; −inf beyond the last column."""
+    x = tl.load(z + at, mask=at < C, other=-float("inf"))
+    if BIAS:
+        x += tl.load(bias + at, mask=at < C, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        # tanh by the exponential, which overflows to the right limit.
+        x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
+        x = tl.where(at < C, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_stride, C, ignore_index, softcap,
+                         z_loss, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,
+                         KNOWN: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
+                         BC: tl.constexpr):  # fmt: skip
+    """One row of fp32 logits: its lse and loss (where KNOWN, an earlier pass found the lse), then its gradient.
+
+    The gradient may overwrite the logits, in a dtype of the same or of half the size.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z += row * z_stride
+    dz += row * dz_stride
+    target = tl.load(targets + row)
+    counted = target != ignore_index
+    column = tl.arange(0, BC)  # [BC]
+    if KNOWN:
+        denominator = tl.load(lse + row)
+    else:
+        peak = tl.full([BC], -float("inf"), tl.float32)
+        total = tl.zeros([BC], tl.float32)
+        for start in range(0, C, BC):
+            x = _logits(z, bias, start + column, C, softcap, BIAS, SOFTCAP)  # [BC]
+            higher = tl.maximum(peak, x)
+            pivot = tl.where(higher == -float("inf"), 0.0, higher)
+            total = total * tl.exp(peak - pivot) + tl.exp(x - pivot)
+            peak = higher
+        top = tl.max(peak, 0)
+        pivot = tl.where(top == -float("inf"), 0.0, top)
+        denominator = pivot + tl.log(tl.sum(total * tl.exp(peak - pivot), 0))
+        own = tl.where(counted, target, 0) + tl.zeros([1], tl.int64)  # [1]
+        loss = denominator - tl.max(_logits(z, bias, own, C, softcap, BIAS, SOFTCAP), 0)
+        if Z_LOSS:
+            loss += z_loss * denominator * denominator
+        tl.store(lse + row, denominator)
+        tl.store(losses + row, tl.where(counted, loss, 0.0))
+    if GRADIENT:
+        factor = 1.0
+        if WEIGHTED:
+            factor = tl.load(grads + row)
+        spread = 1.0
+        if Z_LOSS:
+            spread = 1.0 + 2.0 * z_loss * denominator
+        for start in range(0, C, BC):
+            at = start + column  # [BC]
+            x = _logits(z, bias, at, C, softcap, BIAS, SOFTCAP)
+            # All threads have read this block, and those before it, when one writes over them.
+            tl.debug_barrier()
+            d = tl.exp(x - denominator) * spread - tl.where(at == target, 1.0, 0.0)
+            if SOFTCAP:
+                d *= 1.0 - tl.minimum((x / softcap) * (x / softcap), 1.0)
+            d = tl.where(counted, d * factor, 0.0)
+            tl.store(dz + at, d.to(dz.dtype.element_ty), mask=at < C)
+
+
+def cross_entropy_(
+    z: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    losses: Tensor | None,
+    *,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    grads: Tensor | None = None,
+    gradient: torch.dtype | None = None,
+) -> Tensor:
+    """Cross-entropy of fp32 logits z [T, C], which the gradient overwrites.
+
+    Args:
+        bias: [C], added to the logits; targets: int64 [T].
+        lse: fp32 [T], written where `losses` is given, else read.
+        losses: fp32 [T], written.
+        grads: fp32 [T], the gradient of each loss; None for 1.
+        gradient: dtype of the gradient of the logits, fp32 or of 16 bits; None where it is not wanted.
+
+    Returns:
+        The gradient [T, C], a view of z's memory; z itself where it is not wanted.
+    """
+    T, C = z.shape
+    dz = z if gradient in (None, z.dtype) else z.view(gradient)[:, :C]
+    BC = min(4096, triton.next_power_of_2(C))
+    with _on(z):
+        cross_entropy_kernel[(T,)](
+            z, z.stride(0), bias, targets, lse, losses, grads, dz, dz.stride(0), C, ignore_index, softcap or 1.0,
+            z_loss, bias is not None, softcap is not None, z_loss != 0, losses is None, gradient is not None,
+            grads is not None, BC, num_warps=max(1, min(8, BC // 256)),
+        )  # fmt: skip
+    return dz
