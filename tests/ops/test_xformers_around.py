@@ -19,7 +19,6 @@ from keyspan.interop.xformers.checkpoint import (
     list_operators,
     selective_checkpoint_wrapper,
 )
-from keyspan.interop.xformers.support import mask_classes
 from keyspan.ops import fmha
 from keyspan.ops.fmha import attn_bias as masks
 
@@ -141,14 +140,19 @@ def test_the_knapsack_is_optimal():
 
 
 @pytest.mark.parametrize("fmt", ["BMHK", "BMGHK"])
-@pytest.mark.parametrize("bias_type", [type(None), torch.Tensor, *KINDS], ids=lambda c: c.__name__)
-def test_random_masks_and_the_reference(bias_type, fmt):
+@pytest.mark.parametrize(("M", "N"), [(3, 5), (5, 3)])
+@pytest.mark.parametrize("bias_type", [None, type(None), torch.Tensor, *KINDS], ids=lambda c: getattr(c, "__name__", c))
+def test_random_masks_and_the_reference(bias_type, M, N, fmt):
     heads = {"BMHK": (2,), "BMGHK": (3, 2)}[fmt]
-    bias = create_attn_bias(bias_type, 2, 2, 3, 3, 5, "cpu", torch.float64, True, fmt, None, page_size=2)
-    again = create_attn_bias(bias_type, 2, 2, 3, 3, 5, "cpu", torch.float64, True, fmt, None, page_size=2)
+    arguments = (bias_type, 2, 2, 3, M, N, "cpu", torch.float64, True, fmt, None)
+    if M > N and isinstance(bias_type, type) and issubclass(bias_type, masks.BlockDiagonalCausalFromBottomRightMask):
+        with pytest.raises(ValueError, match="kv_len: got 3, want at least q_len = 5"):
+            create_attn_bias(*arguments)
+        return
+    bias, again = (create_attn_bias(*arguments, page_size=2) for _ in range(2))
     packed = isinstance(bias, masks.VARLEN_BIASES)
-    keys = 12 if isinstance(bias, masks._PagedBlocks) else 10 if packed else 5
-    batch, queries = (1, 6) if packed else (2, 3)
+    keys = 4 * -(-N // 2) if isinstance(bias, masks._PagedBlocks) else 2 * N if packed else N
+    batch, queries = (1, 2 * M) if packed else (2, M)
     if packed:
         assert type(bias) is bias_type
         assert bias == again
@@ -189,4 +193,4 @@ def test_version_and_info(capsys):
     printed = capsys.readouterr().out
     assert "memory_efficient_attention.chunked:" in printed
     assert "memory_efficient_attention.fa2F@keyspan:" in printed
-    assert set(mask_classes()) == set(KINDS)
+    assert set(masks.MASK_CLASSES) == set(KINDS)

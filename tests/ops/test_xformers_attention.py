@@ -566,9 +566,12 @@ def test_fmha_autograd_function():
     ("kwargs", "message"),
     [
         ({"attn_bias": "causal"}, "attn_bias: got str"),
-        ({"attn_bias": torch.zeros(7, 7)}, "bias: got shape"),
-        ({"attn_bias": torch.zeros(3, 3, dtype=torch.int64)}, "bias: got torch.int64"),
-        ({"scale": math.nan}, "scale: got nan"),
+        ({"attn_bias": torch.zeros(7, 7)}, "^attn_bias: got shape"),
+        ({"attn_bias": torch.zeros(7, 7, dtype=torch.bool)}, "^attn_bias: got shape"),
+        ({"attn_bias": torch.zeros(7, 7), "p": 0.5}, "^attn_bias: got shape"),
+        ({"attn_bias": torch.zeros(3, 3, dtype=torch.int64)}, "^attn_bias: got torch.int64"),
+        ({"scale": math.nan}, "^scale: got nan"),
+        ({"scale": torch.nn.Parameter(torch.ones(()))}, "^scale: got a tensor that requires a gradient"),
         (
             {"attn_bias": masks.BlockDiagonalMask.from_seqlens([3]).to("meta")},
             "attn_bias: got a mask on meta, want cpu",
@@ -581,7 +584,9 @@ def test_errors_name_the_argument(kwargs, message):
         mea(x, x, x, **kwargs)
     with pytest.raises(ValueError, match="key: got list, want a tensor"):
         mea(x, [1.0], x, TRIANGLE)
-    with pytest.raises(ValueError, match=r"key: got torch\.int32: keys packed as int4 or fp8 are left out"):
+    with pytest.raises(
+        ValueError, match=r"key: got torch\.int32, want .* keys packed as int4 or fp8 in int32 are left out"
+    ):
         mea(x, x.int(), x.int())
 
 
@@ -609,3 +614,18 @@ def test_under_compile():
     torch.testing.assert_close(compiled(x), step(x))
     (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), [x]) for f in (compiled, step))
     torch.testing.assert_close(got, want)
+
+
+def test_merging_under_compile():
+    q, k, v = leaves(*(random(1, n, 2, 8, dtype=torch.float32) for n in (3, 8, 8)))
+
+    def step(q, k, v):
+        parts = [fmha.memory_efficient_attention_partial(q, k[:, a:b], v[:, a:b]) for a, b in ((0, 5), (5, 8))]
+        return fmha.merge_attentions(*map(list, zip(*parts, strict=True)))[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), step(q, k, v))
+    torch.testing.assert_close(step(q, k, v), mea(q, k, v))
+    grads = [torch.autograd.grad(f(q, k, v).square().sum(), [q, k, v]) for f in (compiled, step)]
+    torch.testing.assert_close(*grads)

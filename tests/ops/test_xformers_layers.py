@@ -16,6 +16,8 @@ from keyspan.ops.fmha import attn_bias as masks
 from keyspan.ops.tree_attention import (
     SplitKAutotune,
     TreeAttnMetadata,
+    _get_depth_counts,
+    _prepare_tree_attn_bias,
     construct_full_tree_choices,
     construct_tree_choices,
     get_full_tree_size,
@@ -245,6 +247,17 @@ def test_scaled_index_add(scaled):
         xops.scaled_index_add(x.detach(), index, source[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaled_index_add_rounds_once(dtype):
+    x, source, scaling = (random(*shape).to(dtype) for shape in ((4, 2, 64), (2, 2, 64), (64,)))
+    index, alpha = torch.tensor([3, 1]), 0.3
+    want = x.double().index_add(0, index, source.double() * scaling.double(), alpha=alpha)
+    got = xops.scaled_index_add(x.clone(), index, source, scaling, alpha).double()
+    # The sum is in fp32, so only the result is rounded: to within half a unit in the last place and fp32's error.
+    half = torch.finfo(dtype).eps / 2 * (1 + 1e-3)
+    assert ((got - want).abs() <= half * want.abs() + torch.finfo(dtype).tiny).all()
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
 def test_stacking_unbound_parts_is_a_view(dim):
     x = random(3, 4, 5)
@@ -317,6 +330,10 @@ def test_tree_metadata_of_the_documented_example():
     assert tree.num_nodes_per_level.tolist() == [1, 3, 9]
     assert [row.tolist() for row in tree.num_children_per_node_at_level] == [[3], [3, 3, 3], [0] * 9]
     assert tree.subtree_sizes == [1, 4, 13]
+    counts = _get_depth_counts(tree.tree_choices)
+    assert counts == [3, 9]
+    bias = _prepare_tree_attn_bias(tree.tree_choices, counts, torch.float32, None)
+    assert torch.equal(bias, tree.attention_bias)
     visible = {(i, j) for i, j in (tree.attention_bias == 0).nonzero().tolist()}
     assert visible == {(path[n], path[m]) for path in paths for n in range(3) for m in range(n + 1)}
 

@@ -1,4 +1,4 @@
-"""A stand-in for xFormers: its modules are those of `keyspan`, under their old names. Holds no code of its own."""
+"""A stand-in for xFormers: its modules are those of `keyspan` under xFormers' names."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _MOVED = {
     "xformers._cpp_lib": "keyspan.interop.xformers._cpp_lib",
     "xformers.attn_bias_utils": "keyspan.interop.xformers.attn_bias_utils",
     "xformers.checkpoint": "keyspan.interop.xformers.checkpoint",
+    "xformers.utils": "keyspan.interop.xformers.utils",
     "xformers.ops.modpar_layers": "keyspan.ops.parallel",
     "xformers.ops.seqpar": "keyspan.ops.parallel",
     "xformers.ops.sequence_parallel_fused_ops": "keyspan.ops.parallel",
@@ -28,7 +29,7 @@ _MOVED = {
 
 
 def _real_xformers() -> Iterator[str]:
-    """Other packages of this name on sys.path; copies of this file do not count."""
+    """Other packages of this name on sys.path, except copies of this one."""
     here = Path(__file__).resolve()
     for entry in sys.path:
         spec = PathFinder.find_spec("xformers", [entry])
@@ -39,7 +40,7 @@ def _real_xformers() -> Iterator[str]:
 
 
 class _Alias(MetaPathFinder, Loader):
-    """Finds `xformers.ops...` as `keyspan.ops...`: the same module object, so that classes are the same too."""
+    """Imports `xformers.ops...` as `keyspan.ops...`: the same module object, and so the same classes."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -59,7 +60,7 @@ class _Alias(MetaPathFinder, Loader):
         return import_module(name)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import system has put the spec of the alias on the module; it is still the module it was.
+        # The import system has set the alias's spec on the module: restore its own.
         module.__spec__ = self._spec
 
     @staticmethod
@@ -83,7 +84,7 @@ for _other in _real_xformers():
 if not any(type(finder).__name__ == _Alias.__name__ for finder in sys.meta_path):
     sys.meta_path.insert(0, _Alias())
 
-# Behind the finder, which finds them. As in xFormers, the name `checkpoint` here is the function, not the module.
+# These need the finder. As in xFormers, `xformers.checkpoint` is the function, not the module.
 from . import _cpp_lib  # noqa: E402
 from .checkpoint import (  # noqa: E402
     checkpoint,

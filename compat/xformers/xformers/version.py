@@ -1,3 +1,3 @@
-"""The version of xFormers whose API this is; the build reads it here."""
+"""The version of xFormers with this API; the build reads it here."""
 
 __version__ = "0.0.35+keyspan"

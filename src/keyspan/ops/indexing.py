@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from keyspan.ops.common import BaseOperator
+
 
 def index_select_cat(sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
     """Rows `indices[i]` of `sources[i]`, `[S_i, D_i]`, flattened and joined: `[Σ len(indices[i])·D_i]`."""
@@ -22,5 +24,22 @@ def scaled_index_add(
     """
     if source.shape != (len(index), *input.shape[1:]):
         raise ValueError(f"source: got shape {list(source.shape)}, want {[len(index), *input.shape[1:]]}")
-    scaled = source if scaling is None else source * scaling
-    return input.index_add_(0, index, scaled.to(input.dtype), alpha=alpha)
+    # In fp32 up to the sum, so that it is rounded once.
+    wide = torch.promote_types(input.dtype, torch.float32)
+    scaled = alpha * source.to(wide) * (1 if scaling is None else scaling.to(wide))
+    return input.index_copy_(0, index, (input.index_select(0, index).to(wide) + scaled).to(input.dtype))
+
+
+class ScaledIndexAddFw(BaseOperator):
+    NAME = "scaled_index_addF"
+    OPERATOR_CATEGORY = "indexing"
+
+
+class ScaledIndexAddBw(BaseOperator):
+    NAME = "scaled_index_addB"
+    OPERATOR_CATEGORY = "indexing"
+
+
+class IndexSelect(BaseOperator):
+    NAME = "index_select"
+    OPERATOR_CATEGORY = "indexing"

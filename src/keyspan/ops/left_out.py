@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 _SPARSE = "2:4 sparsity is a matter of NVIDIA's sparse tensor cores; see torch.sparse.to_sparse_semi_structured"
-_TRITON = "a tuning variant of one kernel; pass triton_splitk.FwOp, keyspan chooses the splits itself"
 _GONE = "xFormers itself has removed it; pass op=None"
 
 LEFT_OUT = {
@@ -17,8 +16,6 @@ LEFT_OUT = {
     "Sparse24Tensor": _SPARSE,
     "sp24": _SPARSE,
     "ipc": "it shares memory between processes over NVLink; see torch.distributed._symmetric_memory",
-    "InputsFp8": "keys packed as int4 or fp8 are left out",
-    "FwOp_Map": _TRITON,
     "AttentionOpDispatch": _GONE,
     "MemoryEfficientAttentionTritonFwdFlashBwOp": _GONE,
     "TritonFlashAttentionOp": _GONE,

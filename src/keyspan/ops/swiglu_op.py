@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import layers
-from keyspan.ops.unbind import get_stack_strides
+from keyspan.ops.unbind import get_stack_strides, unbind
 
 
 class SwiGLUOp:
@@ -138,8 +138,9 @@ class SwiGLU(nn.Module):
         """(w1, b1, w2, b2, w3, b3), as `swiglu` takes them."""
         if self.w12 is None:
             return (self.w1.weight, self.w1.bias, self.w2.weight, self.w2.bias, self.w3.weight, self.w3.bias)
-        w1, w2 = self.w12.weight.chunk(2)
-        b1, b2 = (None, None) if self.w12.bias is None else self.w12.bias.chunk(2)
+        w1w2, b1b2, _, _ = self._packed_ordered_params()
+        w1, w2 = unbind(w1w2, 0)
+        b1, b2 = (None, None) if b1b2 is None else unbind(b1b2, 0)
         return w1, b1, w2, b2, self.w3.weight, self.w3.bias
 
     def _packed_ordered_params(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ the first child of the root's second child. The root, the last accepted token, i
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,14 +91,10 @@ class TreeAttnMetadata:
         widest = max(1, *(len(row) for row in children))
         leaves = [path for path, row in zip(nodes, children, strict=True) if not row]
         retrieval = [[number[leaf[:level]] for level in range(len(leaf) + 1)] for leaf in leaves]
-        depth = max(len(path) for path in nodes)
-        levels = [sum(len(path) == level for path in nodes) for level in range(depth + 1)]
+        levels = [1, *_get_depth_counts(paths)]
+        depth = len(levels) - 1
         counts = [len(row) for row in children]
         edges = [0, *itertools.accumulate(levels)]
-
-        bias = torch.full((len(nodes), len(nodes)), -torch.inf, dtype=dtype)
-        for i, path in enumerate(nodes):
-            bias[i, [number[path[:level]] for level in range(len(path) + 1)]] = 0
 
         def ints(values: Sequence[object], kind: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=kind, device=device)
@@ -105,7 +102,7 @@ class TreeAttnMetadata:
         per_level = [ints(counts[a:b]) for a, b in itertools.pairwise(edges)]
         return cls(
             tree_choices=paths,
-            attention_bias=bias.to(device),
+            attention_bias=_prepare_tree_attn_bias(paths, levels[1:], dtype, device),
             tree_indices=ints(_draft_tokens(nodes, depth)),
             retrieval_indices=ints([row + [-1] * (depth + 1 - len(row)) for row in retrieval]),
             path_lengths=[len(row) for row in retrieval],
@@ -122,6 +119,27 @@ class TreeAttnMetadata:
             num_children_per_node_at_level_cpu=[row.cpu() for row in per_level],
             subtree_sizes=edges[1:],
         )
+
+
+def _get_depth_counts(sorted_tree_choices: Sequence[Path]) -> list[int]:
+    """The number of nodes of each level below the root."""
+    counts = Counter(map(len, sorted_tree_choices))
+    return [counts[level] for level in range(1, max(counts, default=0) + 1)]
+
+
+def _prepare_tree_attn_bias(
+    sorted_tree_choices: Sequence[Path],
+    depth_counts: Sequence[int],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """`TreeAttnMetadata.attention_bias`. (`depth_counts` follows from the paths and is unused.)"""
+    nodes: list[Path] = [(), *sorted_tree_choices]
+    number = {path: i for i, path in enumerate(nodes)}
+    bias = torch.full((len(nodes), len(nodes)), -torch.inf, dtype=dtype)
+    for i, path in enumerate(nodes):
+        bias[i, [number[path[:level]] for level in range(len(path) + 1)]] = 0
+    return bias.to(device)
 
 
 def _draft_tokens(nodes: Sequence[Path], depth: int) -> list[int]:

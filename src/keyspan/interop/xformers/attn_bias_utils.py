@@ -33,10 +33,10 @@ def create_attn_bias(
     masks have that many slots, rounded up to whole pages.
 
     Args:
-        bias_type: a class of `attn_bias`, `torch.Tensor` or `type(None)`.
+        bias_type: a class of `attn_bias`, `torch.Tensor`, `type(None)` or `None`.
         fmt: "BMK" (the heads are in the batch), "BMHK" or "BMGHK".
     """
-    if bias_type is type(None):
+    if bias_type in (None, type(None)):
         return None
     heads = {"BMK": (), "BMHK": (num_heads,), "BMGHK": (num_heads_groups, num_heads)}[fmt]
     batch = batch_size * num_heads if fmt == "BMK" else batch_size
@@ -57,8 +57,14 @@ def create_attn_bias(
     q = _parts(r, batch_size * q_len, batch_size)
     more = {name: value for name, value in {"_window_size": window, **sides}.items() if _takes(bias_type, name)}
     if issubclass(bias_type, masks.BlockDiagonalMask):
-        # Some of these classes demand as many keys as queries in each block.
-        k = [n + extra for n, extra in zip(q, _parts(r, batch_size * (kv_len - q_len), batch_size), strict=True)]
+        if kv_len >= q_len:  # at least as many keys as queries in each block, which some of these classes demand
+            k = [n + extra for n, extra in zip(q, _parts(r, batch_size * (kv_len - q_len), batch_size), strict=True)]
+        elif issubclass(bias_type, masks.BlockDiagonalCausalFromBottomRightMask):
+            raise ValueError(f"kv_len: got {kv_len}, want at least q_len = {q_len} for {bias_type.__name__}")
+        else:
+            k = _parts(r, batch_size * kv_len, batch_size)
+            if "_window_size" in more:  # the last query of each block must see a key
+                more["_window_size"] = max(window, *(n - m + 1 for n, m in zip(q, k, strict=True)))
         plain = masks.BlockDiagonalMask.from_seqlens(q, k, device=device)
         return _made(bias_type(plain.q_seqinfo, plain.k_seqinfo, **more))
     k = [r.randint(min(n, kv_len), kv_len) for n in q]
@@ -87,8 +93,6 @@ def _made(mask: Any) -> AttentionBias:
 
 def _parts(r: random.Random, total: int, count: int) -> list[int]:
     """`count` random integers ≥ 0 that add up to `total`."""
-    if total < 0:
-        raise ValueError(f"kv_len: got {-total} keys too few, want at least q_len")
     cuts = sorted(r.randint(0, total) for _ in range(count - 1))
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,14 +13,6 @@ from keyspan.ops.fmha import memory_efficient_attention
 from keyspan.ops.fmha.attn_bias import AttentionBias
 
 BATCH, QUERIES, KEYS, PAGE = 2, 3, 6, 2
-
-
-def mask_classes() -> Iterator[type[AttentionBias]]:
-    """The mask classes of xFormers, in the order of their definition."""
-    general = (AttentionBias, masks.MaskWithBias, masks._Blocks, masks._PagedBlocks)
-    for found in vars(masks).values():
-        if isinstance(found, type) and issubclass(found, AttentionBias) and found not in general:
-            yield found
 
 
 def _case(bias_type: type[AttentionBias], kv_heads: int = 2) -> tuple[AttentionBias, tuple[Tensor, ...]]:
@@ -87,7 +79,7 @@ def table() -> str:
         f"| class | query i sees key j if | {' | '.join(COLUMNS)} |",
         f"|---|---|{'---|' * len(COLUMNS)}",
     ]
-    for bias_type in mask_classes():
+    for bias_type in masks.MASK_CLASSES:
         cells = ["yes" if works(bias_type) else "no" for works in COLUMNS.values()]
         lines.append(f"| `{bias_type.__name__}` | {bias_type.__doc__} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

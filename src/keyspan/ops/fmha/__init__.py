@@ -86,8 +86,7 @@ def memory_efficient_attention(
     Raises:
         ValueError: for a wrong argument, named in the message.
     """
-    check_pair(op)
-    return common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype))[0]
+    return _memory_efficient_attention(Inputs(query, key, value, attn_bias, p, scale, output_dtype), op)
 
 
 def memory_efficient_attention_forward(
@@ -102,9 +101,7 @@ def memory_efficient_attention_forward(
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`memory_efficient_attention` without autograd."""
-    check_op(op, AttentionFwOpBase)
-    with torch.no_grad():
-        return common.forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype))[0]
+    return _memory_efficient_attention_forward(Inputs(query, key, value, attn_bias, p, scale, output_dtype), op)
 
 
 def memory_efficient_attention_forward_requires_grad(
@@ -124,10 +121,8 @@ def memory_efficient_attention_forward_requires_grad(
     inputs), −inf for rows that see no key. With `op=cutlass.FwOp` and a packed mask it is padded, one row per sequence.
     With dropout the seed is an attribute of the tensor: pass the same tensor to backward.
     """
-    check_op(op, AttentionFwOpBase)
     inputs = Inputs(query, key, value, attn_bias, p, scale, output_dtype)
-    out, context = (op or AttentionFwOpBase).apply(inputs, needs_gradient=True)
-    assert context is not None
+    out, context = _memory_efficient_attention_forward_requires_grad(inputs, op)
     context.lse.dropout_seed = context.rng_state  # type: ignore[attr-defined]
     return out, context.lse
 
@@ -150,9 +145,9 @@ def memory_efficient_attention_backward(
     `BwOp.apply(Context(lse, output), Inputs(...), grad)` of any operator returns the gradient of a bias tensor too, as
     `db`.
     """
-    check_op(op, AttentionBwOpBase)
     context = Context(lse, output, rng_state=getattr(lse, "dropout_seed", None))
-    grads = common.backward(context, Inputs(query, key, value, attn_bias, p, scale), grad)
+    inputs = Inputs(query, key, value, attn_bias, p, scale)
+    grads = _memory_efficient_attention_backward(context, inputs, grad, op)
     return grads.dq, grads.dk, grads.dv
 
 
@@ -193,14 +188,38 @@ def merge_attentions(
     return out, lse if write_lse else None
 
 
+def _memory_efficient_attention(inp: Inputs, op: AttentionOp = None) -> Tensor:
+    check_pair(op)
+    return common.forward(inp)[0]
+
+
+def _memory_efficient_attention_forward(inp: Inputs, op: FwOp = None) -> Tensor:
+    check_op(op, AttentionFwOpBase)
+    with torch.no_grad():
+        return common.forward(inp)[0]
+
+
+def _memory_efficient_attention_forward_requires_grad(inp: Inputs, op: FwOp = None) -> tuple[Tensor, Context]:
+    check_op(op, AttentionFwOpBase)
+    out, context = (op or AttentionFwOpBase).apply(inp, needs_gradient=True)
+    assert context is not None
+    return out, context
+
+
+def _memory_efficient_attention_backward(
+    ctx: Context, inp: Inputs, grad: Tensor, op: type[AttentionBwOpBase] | None = None
+) -> Gradients:
+    check_op(op, AttentionBwOpBase)
+    return common.backward(ctx, inp, grad)
+
+
 class _fMHA:  # noqa: N801
     """xFormers' autograd function; some callers use its `apply`."""
 
     @staticmethod
     def apply(op: AttentionOp, *inputs: Any) -> Tensor:
         """`inputs`: the fields of `Inputs`, in order."""
-        check_pair(op)
-        return common.forward(Inputs(*inputs))[0]
+        return _memory_efficient_attention(Inputs(*inputs), op)
 
 
 __getattr__ = refuse(__name__)
@@ -231,6 +250,10 @@ __all__ = [
     "MemoryEfficientAttentionFlashAttentionOp",
     "MemoryEfficientAttentionCkOp",
     "MemoryEfficientAttentionSplitKCkOp",
+    "_memory_efficient_attention",
+    "_memory_efficient_attention_forward",
+    "_memory_efficient_attention_forward_requires_grad",
+    "_memory_efficient_attention_backward",
     "_dispatch_bw",
     "_dispatch_fw",
     "_get_use_fa3",

@@ -649,6 +649,15 @@ class PagedBlockDiagonalCausalWithOffsetGappyKeysMask(PagedBlockDiagonalGappyKey
 P = TypeVar("P", bound=PagedBlockDiagonalPaddedKeysMask)
 PG = TypeVar("PG", bound=PagedBlockDiagonalGappyKeysMask)
 
+MASK_CLASSES: tuple[type[AttentionBias], ...] = tuple(
+    found
+    for found in list(globals().values())
+    if isinstance(found, type)
+    and issubclass(found, AttentionBias)
+    and found not in (AttentionBias, MaskWithBias, _Blocks, _PagedBlocks)
+)
+"""The mask classes of xFormers, in the order of their definition."""
+
 VARLEN_BIASES = (
     BlockDiagonalMask,
     BlockDiagonalPaddedKeysMask,

@@ -23,9 +23,14 @@ from keyspan.core.problem import DTYPES, HeadLayout, Problem, make_problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention, autocast_inputs
 from keyspan.dispatch.op import attend
+from keyspan.ops.common import BaseOperator
 from keyspan.ops.fmha import attn_bias as masks
 from keyspan.ops.fmha.attn_bias import AttentionBias
-from keyspan.ops.left_out import LEFT_OUT
+
+NO_PACKED_KEYS = (
+    "keys packed as int4 or fp8 in int32 are left out; see keyspan.quantize, key_scale and value_scale of "
+    "keyspan.attention"
+)
 
 Biases = AttentionBias | Mask | KeyRanges | Tensor | Bias | None
 
@@ -100,7 +105,10 @@ class Inputs:
     def canonical(self) -> tuple[Problem, HeadLayout]:
         """The problem for keyspan's backends, and the layout of its results."""
         query, key, value, terms = self.arguments()
-        return make_problem(*autocast_inputs(query, key, value), **terms, dropout_p=float(self.p) % 1)
+        try:
+            return make_problem(*autocast_inputs(query, key, value), **terms, dropout_p=float(self.p) % 1)
+        except ValueError as error:
+            raise _in_xformers_words(error) from None
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """Query, key, value and the keyword arguments of `keyspan.attention`, without dropout."""
@@ -109,12 +117,16 @@ class Inputs:
             if not isinstance(x, Tensor):
                 raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
             if x.dtype == torch.int32:  # xFormers' quantised cache
-                raise ValueError(f"{name}: got {x.dtype}: {LEFT_OUT['InputsFp8']}")
+                raise ValueError(f"{name}: got {x.dtype}, want a floating dtype: {NO_PACKED_KEYS}")
         value = self._with_heads(self.value)
         if self.p == 1:
             # All weights are dropped: the output and the gradients are 0, and lse is unchanged.
             value = value.masked_fill(value.new_ones((), dtype=torch.bool), 0)
         mask, bias = self._mask_and_bias()
+        if getattr(self.scale, "requires_grad", False) and torch.is_grad_enabled():
+            raise ValueError(
+                "scale: got a tensor that requires a gradient, want a number: multiply query by it and pass scale=1.0"
+            )
         scale = None if self.scale is None else float(self.scale)
         terms = {"mask": mask, "bias": bias, "scale": scale, "output_dtype": self.output_dtype}
         return self.query, self._with_heads(self.key), value, terms
@@ -196,8 +208,17 @@ def forward(inp: Inputs) -> tuple[Tensor, Context]:
         out, lse, seed = layout.output(out), layout.lse(lse), problem.seed
     else:
         query, key, value, terms = inp.arguments()
-        out, lse = attention(query, key, value, **terms, return_lse=True)
+        try:
+            out, lse = attention(query, key, value, **terms, return_lse=True)
+        except ValueError as error:
+            raise _in_xformers_words(error) from None
     return out, Context(lse[:, None] if out.dim() == 3 else lse, out, rng_state=seed)
+
+
+def _in_xformers_words(error: ValueError) -> ValueError:
+    """The error with `attn_bias` in place of `mask` or `bias`, keyspan's names of the argument."""
+    name, colon, rest = str(error).partition(":")
+    return ValueError(f"attn_bias:{rest}") if colon and name in ("mask", "bias") else error
 
 
 def partial(inp: Inputs, op: AttentionOp | FwOp) -> tuple[Tensor, Tensor]:
@@ -294,17 +315,16 @@ def _starts(attn_bias: Biases) -> Sequence[int] | None:
     return attn_bias.q_seqinfo.starts if isinstance(attn_bias, masks.VARLEN_BIASES) else None
 
 
-class AttentionOpBase:
+class AttentionOpBase(BaseOperator):
     """An operator of xFormers. Keyspan chooses its backend itself, so all operators compute the same."""
 
     NAME: ClassVar[str] = "keyspan"
-    OPERATOR: ClassVar[Any] = torch.ops.keyspan.attention_forward
     OPERATOR_CATEGORY: ClassVar[str] = "memory_efficient_attention"
     SUPPORTED_DEVICES: ClassVar[set[str]] = {"cpu", "cuda", "mps", "mtia", "xpu"}
     SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = set(DTYPES)
     SUPPORTED_MAX_K: ClassVar[float] = math.inf
     SUPPORTED_MIN_K: ClassVar[int] = 1
-    SUPPORTED_ATTN_BIAS_TYPES: ClassVar[tuple[type, ...]] = (type(None), Tensor, AttentionBias)
+    SUPPORTED_ATTN_BIAS_TYPES: ClassVar[tuple[type, ...]] = (type(None), Tensor, *masks.MASK_CLASSES)
     SUPPORTS_DROPOUT: ClassVar[bool] = True
     SUPPORTS_CUSTOM_SCALE: ClassVar[bool] = True
     SUPPORTS_DIFFERENT_VALUE_EMBED: ClassVar[bool] = True
@@ -326,10 +346,6 @@ class AttentionOpBase:
     }  # fmt: skip
     _TEST_BATCH_SIZES: ClassVar[list[int]] = [1, 300]
     _TEST_K: ClassVar[list[int]] = [32, 128]
-
-    @classmethod
-    def is_available(cls) -> bool:
-        return True
 
     @classmethod
     def supports(cls, d: Inputs) -> bool:
@@ -366,7 +382,12 @@ class AttentionFwOpBase(AttentionOpBase):
 class AttentionBwOpBase(AttentionOpBase):
     """The backward half of an operator of xFormers."""
 
-    OPERATOR: ClassVar[Any] = torch.ops.keyspan.attention_backward
+    ERROR_ATOL: ClassVar[dict[torch.dtype, float]] = {
+        torch.float64: 1e-8, torch.float32: 9e-4, torch.float16: 0.2, torch.bfloat16: 0.9,
+    }  # fmt: skip
+    ERROR_RTOL: ClassVar[dict[torch.dtype, float]] = {
+        torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1,
+    }  # fmt: skip
 
     @classmethod
     def apply(cls, ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
@@ -392,3 +413,21 @@ def check_pair(op: object) -> None:
         raise ValueError(f"op: got {op!r}, want None or a pair (FwOp or None, BwOp or None)")
     check_op(op[0], AttentionFwOpBase)
     check_op(op[1], AttentionBwOpBase)
+
+
+def _is_bias_type_supported_in_BMK(attn_bias_type: Any) -> bool:
+    """Whether xFormers takes the class with 3-D inputs; keyspan takes every class."""
+    return attn_bias_type in (type(None), Tensor, masks.LowerTriangularMask)
+
+
+def bmk2bmhk(tensor: Tensor, num_heads: int) -> Tensor:
+    """`[B·H, M, K]` as `[B, M, H, K]`."""
+    return tensor.reshape(-1, num_heads, *tensor.shape[1:]).transpose(1, 2)
+
+
+def pack_fp8_tensorwise_per_head(x: Tensor, scale: Tensor | float, original_dtype: torch.dtype) -> Tensor:
+    """Left out: raises NotImplementedError."""
+    raise NotImplementedError(
+        "pack_fp8_tensorwise_per_head is left out of keyspan: pass the fp8 tensors to keyspan.attention with "
+        "query_scale, key_scale and value_scale; keyspan.quantize makes both"
+    )

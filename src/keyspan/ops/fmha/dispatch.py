@@ -19,6 +19,10 @@ def fa3_available() -> bool:
     return False
 
 
+def _dispatch_fw_priority_list(inp: Inputs, needs_gradient: bool) -> list[type[AttentionFwOpBase]]:
+    return [flash.FwOp]
+
+
 def _dispatch_fw(inp: Inputs, needs_gradient: bool) -> type[AttentionFwOpBase]:
     """The forward operator.
 
