@@ -278,13 +278,20 @@ def _by_row(name: str, scale: Tensor | None, of: str, x: Tensor) -> Tensor | Non
     B, length, *heads = x.shape[:-1]
     shape = (1,) * (2 + len(heads)) if scale.numel() == 1 else tuple(scale.shape)
     fits = len(shape) == 2 + len(heads) and shape[1] >= 1 and length % shape[1] == 0
-    if not fits or any(n not in (1, m) for n, m in zip((shape[0], *shape[2:]), (B, *heads), strict=True)):
+    if not fits or any(not _broadcasts(n, m) for n, m in zip((shape[0], *shape[2:]), (B, *heads), strict=True)):
         want = ", ".join([f"{B} or 1", "C", *(f"{n} or 1" for n in heads)])
         raise ValueError(
             f"{name}: got shape {list(scale.shape)}, want one element or [{want}] where C divides the {length} rows "
             f"of {of}"
         )
     return scale.reshape(shape).expand(B, -1, *heads)
+
+
+def _broadcasts(size: int, want: int) -> bool:
+    """Whether `size` is 1 or `want`. Not `in`: there torch's compiler tells a number from a symbol equal to it."""
+    if size == 1:
+        return True
+    return size == want
 
 
 _Rows = tuple[Tensor, Tensor | None]
@@ -307,7 +314,7 @@ def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, HeadLayout]:
     else:
         G, H = query.shape[2:4]
         for name, x in (("key", key), ("value", value)):
-            if x.shape[2] != G or x.shape[3] not in (1, H) or min(G, H) < 1:
+            if x.shape[2] != G or not _broadcasts(x.shape[3], H) or min(G, H) < 1:
                 raise ValueError(f"{name}: got heads {list(x.shape[2:4])}, want [{G}, {H}] as in query, or [{G}, 1]")
         layout = HeadLayout(5, G, H)
     shared = layout.dims < 5 or all(x is None or _shared_by_group(x) for x in keys)
@@ -370,7 +377,7 @@ def _ranges(mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, devi
     if not isinstance(mask, KeyRanges):
         raise ValueError(f"mask: got {type(mask).__name__}, want a mask, KeyRanges, a bool tensor or None")
     for x in (mask.lo, mask.hi, mask.diagonal):
-        if x.dim() != 3 or x.shape[2] != M or x.shape[1] not in (1, B) or x.shape != mask.lo.shape:
+        if x.dim() != 3 or x.shape[2] != M or not _broadcasts(x.shape[1], B) or x.shape != mask.lo.shape:
             raise ValueError(f"mask: got ranges of shape {list(x.shape)}, want [S, {B} or 1, {M}], all alike")
         if x.dtype != torch.int32:
             raise ValueError(f"mask: got ranges of {x.dtype}, want int32")
@@ -398,7 +405,7 @@ class _Broadcast:
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         want = self.want
-        fits = x.dim() <= len(want) and all(a in (1, b) for a, b in zip(x.shape[::-1], want[::-1], strict=False))
+        fits = x.dim() <= len(want) and all(_broadcasts(a, b) for a, b in zip(x.shape[::-1], want[::-1], strict=False))
         if not fits:
             raise ValueError(f"{name}: got shape {list(x.shape)}, want one broadcastable to {list(want)}")
         x = x.reshape((1,) * (len(want) - x.dim()) + tuple(x.shape))
