@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 # Where torch comes from. `auto`: on Linux without an NVIDIA GPU the package index would give a CUDA build of some
 # gigabytes, so torch's own index of CPU builds is searched too, if it can be reached (its local version, +cpu, wins).
-# A URL is searched instead, e.g. https://download.pytorch.org/whl/rocm6.4 for AMD; nothing: the package index alone.
+# A URL is searched instead, e.g. torch's index of ROCm builds for AMD; nothing: the package index alone.
 TORCH_INDEX ?= auto
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 

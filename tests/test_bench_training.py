@@ -1,0 +1,85 @@
+"""The training benchmark: all providers train the same model, and one that computes something else gets no figure."""
+
+import json
+
+import pytest
+import torch
+
+from keyspan import cli
+from keyspan.bench import training
+from keyspan.bench.training import SIZES, Bench, documents, main, padded
+from keyspan.models.gpt import GPT
+
+CPU = torch.device("cpu")
+FEW = ("keyspan", "SDPA, padded, sorted", "SDPA, dense mask", "SDPA, rows that leak")
+
+
+def test_providers_compute_the_same_loss_and_are_all_reported(tmp_path, capsys):
+    words = ["bench", "training", "--size", "tiny", "--repeats", "1", "--out", str(tmp_path), "--providers", *FEW]
+    assert cli.main(words) == 0
+    assert "MFU" in capsys.readouterr().out
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert list(rows) == list(FEW)
+    for name, row in rows.items():
+        assert row["tokens_per_second"] > 0
+        assert row["peak_mib"] > 0
+        assert row["note"] == (training.LEAKS if "leak" in name else "")
+    assert rows["keyspan"]["loss"] == pytest.approx(rows["SDPA, dense mask"]["loss"], rel=1e-5)
+    assert rows["keyspan"]["loss"] != pytest.approx(rows["SDPA, rows that leak"]["loss"], rel=1e-5)
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+
+def test_a_provider_with_another_loss_gets_no_figure(monkeypatch, tmp_path, capsys):
+    leaking = training.PROVIDERS["SDPA, rows that leak"]
+    monkeypatch.setitem(training.PROVIDERS, "SDPA, dense mask", leaking)
+    rows = main(Bench("tiny", providers=("keyspan", "SDPA, dense mask"), repeats=1, out=tmp_path))
+    assert rows[0].tokens_per_second is not None
+    assert rows[1].tokens_per_second is None
+    assert rows[1].note.startswith("its loss differs")
+
+
+def test_a_provider_that_fails_is_a_line(monkeypatch, tmp_path, capsys):
+    def broken(*_):
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setitem(training.PROVIDERS, "SDPA, dense mask", (broken, False))
+    rows = main(Bench("tiny", providers=("keyspan", "SDPA, dense mask"), repeats=1, out=tmp_path))
+    assert rows[1].note == "RuntimeError: no kernel for this device"
+
+
+def test_gradients_are_those_of_the_plain_model():
+    size = SIZES["tiny"]
+    torch.manual_seed(0)
+    gpt, data = GPT(size.config), documents(size, CPU)
+    grads = []
+    for name in ("keyspan", "SDPA, padded, sorted"):
+        make, fast = training.PROVIDERS[name]
+        trained = make(gpt, data, size, fast)
+        for batch in trained.batches:
+            batch().backward()
+        grads.append({name: p.grad for name, p in trained.model.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_padded_batches_hold_every_token_once_and_keep_the_budget():
+    data = documents(SIZES["10m"], CPU)
+    batches = padded(data, range(len(data.lengths)), 4096)
+    assert sum(int((targets != -100).sum()) for _, targets, _ in batches) == sum(data.lengths) == 4096
+    for tokens, _, _ in batches:
+        assert tokens.numel() <= max(4096, tokens.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": "huge"}, "size: got 'huge', want one of tiny"),
+        ({"precision": "fp8"}, "precision: got 'fp8', want fp32 or bf16"),
+        ({"providers": ("mine",)}, "providers: got 'mine', want some of keyspan"),
+        ({"repeats": 0}, "repeats: got 0, want at least 1"),
+    ],
+)
+def test_wrong_options(change, message):
+    with pytest.raises(ValueError, match=message):
+        main(Bench(**change))
