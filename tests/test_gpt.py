@@ -159,7 +159,7 @@ def test_dropout_acts_in_training_only_and_follows_the_seed():
 
 @pytest.mark.parametrize("embedding", [0.02, 0.5])
 def test_initial_values(embedding):
-    model = small(layers=8, dim=96, tie_embeddings=False, vocab_size=200, hidden=None, embedding_std=embedding)
+    model = small(layers=8, dim=96, tie_embeddings=False, vocab_size=200, hidden=0, embedding_std=embedding)
     std = (2 / (5 * 96)) ** 0.5
     want = {"embedding.weight": embedding, "head.weight": 0.02, "qkv.weight": std, "w12.weight": std}
     want |= {"out.weight": std / 4, "w3.weight": std / 4}  # sqrt(2 * 8) = 4

@@ -20,7 +20,6 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class _Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        assert config.kv_heads is not None
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.qkv = nn.Linear(config.dim, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
@@ -37,7 +36,6 @@ class _Attention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        assert config.hidden is not None
         self.w12 = nn.Linear(config.dim, 2 * config.hidden, bias=False)
         self.w3 = nn.Linear(config.hidden, config.dim, bias=False)
 

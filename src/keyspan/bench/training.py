@@ -259,7 +259,6 @@ def _llama(gpt: GPT, data: Documents, size: Size, fast: bool, batches: list[tupl
 
 def _llama_weights(gpt: GPT) -> dict[str, Tensor]:
     c, weights = gpt.config, gpt.state_dict()
-    assert c.kv_heads is not None
     rows = [heads * c.head_dim for heads in (c.heads, c.kv_heads, c.kv_heads)]
     found = {"model.embed_tokens.weight": weights["embedding.weight"], "model.norm.weight": weights["norm.weight"]}
     for n in range(c.layers):
@@ -333,8 +332,6 @@ def able(name: str, size: Size, options: Bench, device: torch.device) -> bool:
 def flops(size: Size, data: Documents) -> float:
     """Of a step, forward and backward: the products with weights, and the scores that are visible."""
     c = size.config
-    assert c.kv_heads is not None
-    assert c.hidden is not None
     per_layer = c.dim * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.dim * c.hidden
     weights = c.layers * per_layer + c.vocab_size * c.dim
     pairs = sum(n * (n + 1) // 2 for n in data.lengths)

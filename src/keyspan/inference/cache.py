@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keyspan import Causal, KeyRanges, PaddedKeys
+from keyspan import Causal, PaddedKeys
 
 
 class KVCache:
@@ -39,8 +39,8 @@ class KVCache:
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}  # per layer: keys, values
         self._slots = torch.empty(0, dtype=torch.int64)
 
-    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> KeyRanges:
-        """Makes room for `lengths[b]` new tokens of each sequence b; returns which stored keys each of them sees.
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> tuple[PaddedKeys, int]:
+        """Makes room for `lengths[b]` new tokens of each sequence b; returns where the keys lie, and the slots in all.
 
         A tensor of lengths is read on the host. Raises ValueError for another number of sequences, for lengths that do
         not add up to `tokens`, and where a sequence outgrows a capacity that may not grow.
@@ -59,11 +59,12 @@ class KVCache:
                     f"want at most the cache's capacity = {self.capacity} (or grow=True)"
                 )
             self._grow_to(longest)
-        mask = PaddedKeys(new, total, self.capacity) & Causal("bottom_right")
-        ranges = mask.lower(1, tokens, len(total) * self.capacity, device)
+        layout, slots = PaddedKeys(new, total, self.capacity), len(total) * self.capacity
+        # The last query of a sequence stands beside its last key, so a query's own key is on the diagonal.
+        diagonal = (layout & Causal("bottom_right")).lower(1, tokens, slots, device).diagonal
         self.lengths = total
-        self._slots = ranges.diagonal[0, 0].long()  # beside a query stands its own key: that is where it goes
-        return ranges
+        self._slots = diagonal[0, 0].long()
+        return layout, slots
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""

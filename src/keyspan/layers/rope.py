@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,21 @@ from torch.autograd.function import once_differentiable
 from keyspan.layers.kernels import kernels_for
 
 
-def rotary_table(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, dim: int, theta: float = 10000.0, scaling: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles `position * theta ** (-2 * pair / dim)`, shared by all layers of a step.
 
-    positions [...] (integers or floats), dim even -> two fp32 tensors [..., dim / 2].
-    Raises ValueError for an odd dim.
+    positions [...] (integers or floats), dim even -> two fp32 tensors [..., dim / 2]. `scaling` changes the
+    frequencies [dim / 2], radians per position. Raises ValueError for an odd dim.
     """
     if dim % 2:
-        raise ValueError(f"dim: got {dim}, want an even number (components are turned in pairs)")
+        raise ValueError(f"dim: got {dim}, want an even number (components are rotated in pairs)")
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float().unsqueeze(-1) * theta ** (-pair / dim)
+    frequencies = theta ** (-pair / dim)
+    if scaling is not None:
+        frequencies = scaling(frequencies)
+    angles = positions.float().unsqueeze(-1) * frequencies
     return angles.cos(), angles.sin()
 
 

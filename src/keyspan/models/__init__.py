@@ -1,5 +1,6 @@
 """Models built from the layers and `keyspan.attention`: tokens in, hidden states, logits or loss out."""
 
-from keyspan.models.gpt import GPT, GPTConfig, alibi_slopes
+from keyspan.models.checkpoints import load, save
+from keyspan.models.gpt import GPT, GPTConfig, RopeScaling, alibi_slopes
 
-__all__ = ["GPT", "GPTConfig", "alibi_slopes"]
+__all__ = ["GPT", "GPTConfig", "RopeScaling", "alibi_slopes", "load", "save"]

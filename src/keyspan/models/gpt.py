@@ -1,6 +1,7 @@
-"""A decoder-only transformer on packed documents.
+"""A decoder-only transformer on packed documents; its configuration covers the dense families of Hugging Face.
 
-Pre-norm blocks (RMSNorm), grouped-query attention, SwiGLU, no biases; positions by RoPE, ALiBi or none at all.
+Pre-norm blocks (RMSNorm), grouped-query attention, a gated feed-forward layer; positions by RoPE, ALiBi or none at all.
+`keyspan.models.checkpoints` loads Llama, Mistral, Qwen and Gemma weights into it.
 Letters: T packed tokens, D width, H query heads, G key/value heads, K head dim, C vocabulary.
 """
 
@@ -11,13 +12,44 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keyspan import Alibi, Causal, Documents, KeyRanges, attention
-from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate_qkv
+from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
+from keyspan.core.masks import Layout, Mask
+from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate, rotate_qkv
 from keyspan.layers.gemm import gemm_dtype
 
 Positions = Literal["rope", "alibi", "none"]
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's angles are changed so that a model reads longer texts than it was trained on first."""
+
+    kind: Literal["linear", "llama3"]
+    """linear: all angles are divided by `factor` (Chen et al., 2023). llama3: those of low frequencies (Llama 3.1)."""
+    factor: float
+    original_length: int = 8192
+    """llama3: tokens of the first training; a frequency is judged by its turns in so many."""
+    low_turns: float = 1.0
+    """llama3: angles of fewer turns are divided by `factor`; between `low_turns` and `high_turns` in part."""
+    high_turns: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"kind: got {self.kind!r}, want 'linear' or 'llama3'")
+        if not self.factor > 0 or self.original_length < 1 or not self.low_turns < self.high_turns:
+            raise ValueError(f"rope_scaling: got {self}, want factor > 0, original_length ≥ 1, low_turns < high_turns")
+
+    def frequencies(self, frequencies: Tensor) -> Tensor:
+        """Radians per token of each pair, scaled."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        turns = self.original_length * frequencies / (2 * math.pi)
+        kept = ((turns - self.low_turns) / (self.high_turns - self.low_turns)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -26,16 +58,41 @@ class GPTConfig:
 
     vocab_size: int
     dim: int
-    """Width of the residual stream; a multiple of `heads`."""
+    """Width of the residual stream; a multiple of `heads` where `head_dim` is 0."""
     layers: int
     heads: int
     """Query heads."""
-    kv_heads: int | None = None
-    """Key and value heads; divides `heads`. None: as many as query heads."""
-    hidden: int | None = None
-    """Width of the SwiGLU. None: 8/3 of `dim` (as many weights as a plain layer of 4 * dim), up to a multiple of 64."""
+    kv_heads: int = 0
+    """Key and value heads; divides `heads`. 0: as many as query heads."""
+    hidden: int = 0
+    """Width of the SwiGLU. 0: 8/3 of `dim` (as many weights as a plain layer of 4 * dim), up to a multiple of 64."""
+    head_dim: int = 0
+    """0: dim / heads."""
     positions: Positions = "rope"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    windows: tuple[int | None, ...] | None = None
+    """Sliding windows: per layer, how many tokens a token sees, itself included, or None for all. None: no windows."""
+    local_rope_theta: float | None = None
+    """`rope_theta` of the layers with a window, without scaling (Gemma 3); None: as the others."""
+    activation: Activation = "silu"
+    """Of the gated feed-forward layer: silu (SwiGLU), or gelu_tanh (Gemma)."""
+    qkv_bias: bool = False
+    """Whether query, key and value have biases (Qwen 2)."""
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """Whether each query and key head is normed before RoPE (Qwen 3, Gemma 3)."""
+    post_norms: bool = False
+    """Whether outputs of attention and feed-forward layers are normed too (Gemma 2 and 3)."""
+    sinks: bool = False
+    """Whether each query head has a learned sink (GPT-OSS)."""
+    attention_scale: float | None = None
+    """Factor on query · key; None: head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    """Factor on embeddings (Gemma: sqrt(dim))."""
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     """Whether the output layer shares the embedding's weights."""
@@ -45,37 +102,46 @@ class GPTConfig:
     """Probability of dropping attention weights, outputs of attention and SwiGLU, and embeddings, in training."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: got {value!r}, want an int ≥ 1")
-        if self.dim % self.heads:
+        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden", "head_dim"):
+            value, least = getattr(self, name), int(name in ("vocab_size", "dim", "layers", "heads"))
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, want an int ≥ {least}")
+        if not self.head_dim and self.dim % self.heads:
             raise ValueError(f"dim: got {self.dim}, want a multiple of heads = {self.heads}")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads: got {self.kv_heads}, want a divisor of heads = {self.heads}")
         if self.positions not in get_args(Positions):
             raise ValueError(f"positions: got {self.positions!r}, want one of {', '.join(get_args(Positions))}")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"dim: got {self.dim} / heads = {self.head_dim} per head, want an even number for rope")
+        head_dim = self.head_dim or self.dim // self.heads
+        if self.positions == "rope" and head_dim % 2:
+            raise ValueError(f"dim: got {self.dim} / heads = {head_dim} per head, want an even number for rope")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation: got {self.activation!r}, want one of {', '.join(get_args(Activation))}")
+        if self.windows is not None and (
+            len(self.windows) != self.layers or any(w is not None and w < 1 for w in self.windows)
+        ):
+            raise ValueError(f"windows: got {self.windows}, want {self.layers} of None or an int ≥ 1, one a layer")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}, want a probability in [0, 1)")
-        for name in ("rope_theta", "norm_eps", "embedding_std"):
+        for name in ("rope_theta", "norm_eps", "embedding_std", "embedding_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a positive number")
         # Defaults that depend on other fields are filled in, so that a saved configuration is complete.
+        object.__setattr__(self, "head_dim", head_dim)
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
         object.__setattr__(self, "hidden", self.hidden or -(-8 * self.dim // 3 // 64) * 64)
 
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token of this layer sees; None: all."""
+        return None if self.windows is None else self.windows[layer]
 
 
 class Cache(Protocol):
     """What the model asks of a key/value cache; `keyspan.inference.KVCache` is one."""
 
-    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> KeyRanges:
-        """Makes room for new tokens, so many per sequence; returns what each may see among the keys of `append`."""
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> tuple[Layout, int]:
+        """Makes room for new tokens, so many per sequence; returns where the keys of `append` lie, and how many slots
+        there are."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's new keys and values [1, T, G, K]; returns all of them, [1, N, G, K]."""
@@ -84,9 +150,10 @@ class Cache(Protocol):
 class Step(NamedTuple):
     """What all layers of one forward pass share."""
 
-    mask: KeyRanges
-    turn: tuple[Tensor, Tensor] | None
-    """RoPE's cosines and sines."""
+    masks: dict[int | None, KeyRanges]
+    """By window."""
+    turns: dict[int | None, tuple[Tensor, Tensor]] | None
+    """RoPE's cosines and sines, by window."""
     bias: Alibi | None
     cache: Cache | None
     backend: str | None
@@ -97,45 +164,70 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        assert config.kv_heads is not None
         self.layer = layer
+        self.window = config.window(layer)
         self.head_dim = config.head_dim
         self.heads = [config.heads, config.kv_heads, config.kv_heads]  # of query, key, value
         self.dropout = config.dropout
-        self.qkv = Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
-        self.out = Linear(config.dim, config.dim, bias=False)
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.qkv = Linear(config.dim, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.heads * config.head_dim, config.dim, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.sinks = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        qkv = self.qkv(x)
-        if step.turn is None:
-            q, k, v = qkv.view(1, x.shape[0], sum(self.heads), self.head_dim).split(self.heads, dim=2)
-        else:
-            q, k, v = rotate_qkv(qkv, step.turn, self.heads)  # [1, T, H, K], [1, T, G, K], [1, T, G, K]
+        q, k, v = self._heads(self.qkv(x), None if step.turns is None else step.turns[self.window])
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v)
-        dropout_p = self.dropout if self.training else 0.0
-        out = attention(q, k, v, mask=step.mask, bias=step.bias, dropout_p=dropout_p, backend=step.backend)
-        y: Tensor = self.out(out.reshape(x.shape))
+        out = attention(
+            q, k, v, mask=step.masks[self.window], bias=step.bias, scale=self.scale, softcap=self.softcap,
+            sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=step.backend,
+        )  # fmt: skip
+        y: Tensor = self.out(out.reshape(x.shape[0], -1))
+        return y
+
+    def _heads(self, qkv: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[1, T, H, K], [1, T, G, K], [1, T, G, K] of the projection [T, (H + 2 G) · K]."""
+        if self.q_norm is None and turn is not None:
+            return rotate_qkv(qkv, turn, self.heads)
+        q, k, v = qkv.view(1, len(qkv), sum(self.heads), self.head_dim).split(self.heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        return q, k, v
+
+
+class GeGLU(SwiGLU):
+    """SwiGLU with GELU (its tanh form) in place of SiLU, with the same parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        gate, up = self.w12(x).chunk(2, dim=-1)
+        y: Tensor = self.w3(F.gelu(gate, approximate="tanh") * up)
         return y
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)): x [T, D] -> [T, D]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): x [T, D] -> [T, D]."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        assert config.hidden is not None
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = SwiGLU(config.dim, config.hidden, bias=False)
+        gated = SwiGLU if config.activation == "silu" else GeGLU
+        self.mlp = gated(config.dim, config.hidden, bias=config.mlp_bias)
+        self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
+        self.mlp_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         dtype = gemm_dtype(x)  # of what the linear layers round their input to
-        h = self.dropout(self.attention(self.attention_norm(x, dtype), step))
-        h, x = self.mlp_norm.add(x, h, dtype)
-        y: Tensor = x + self.dropout(self.mlp(h))
+        h = self.attention(self.attention_norm(x, dtype), step)
+        h, x = self.mlp_norm.add(x, self.dropout(self.attention_post_norm(h)), dtype)
+        y: Tensor = x + self.dropout(self.mlp_post_norm(self.mlp(h)))
         return y
 
 
@@ -177,26 +269,44 @@ class GPT(nn.Module):
         if tokens.ndim != 1 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, want torch.int64 [T]")
         step = self._step(tokens, lengths, cache)
-        x = self.dropout(self.embedding(tokens))
+        x = self.embedding(tokens)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(
+                self.config.embedding_scale, dtype=x.dtype
+            )  # rounded to the weights' dtype, as Gemma's
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x, step)
         hidden: Tensor = self.norm(x)
         return hidden
 
     def _step(self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None) -> Step:
-        T = tokens.shape[0]
+        T, config = tokens.shape[0], self.config
+        layout: Mask
         if cache is None:
-            mask = (Documents(lengths) & Causal()).lower(1, T, T, tokens.device)
+            layout, N, causal = Documents(lengths), T, Causal()
         else:
-            mask = cache.extend(lengths, T, tokens.device)
-        turn = bias = None
-        if self.config.positions == "rope":
+            layout, N = cache.extend(lengths, T, tokens.device)
+            causal = Causal("bottom_right")
+        masks: dict[int | None, KeyRanges] = {None: (layout & causal).lower(1, T, N, tokens.device)}
+        for window in set(config.windows or ()) - {None}:
+            assert window is not None
+            masks[window] = (layout & causal & Window(left=window - 1)).lower(1, T, N, tokens.device)
+        turns = bias = None
+        if config.positions == "rope":
             # A causal row sees its document from the first key (lo) to the one beside it (diagonal).
-            positions = (mask.diagonal - mask.lo)[0, 0]
-            turn = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        elif self.config.positions == "alibi":
+            positions = (masks[None].diagonal - masks[None].lo)[0, 0]
+            turn = self._turn(positions, config.rope_theta, config.rope_scaling)
+            turns = dict.fromkeys(masks, turn)
+            if config.local_rope_theta is not None:
+                local = self._turn(positions, config.local_rope_theta, None)
+                turns = {window: turn if window is None else local for window in masks}
+        elif config.positions == "alibi":
             bias = Alibi(self.slopes)
-        return Step(mask, turn, bias, cache, self.backend)
+        return Step(masks, turns, bias, cache, self.backend)
+
+    def _turn(self, positions: Tensor, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+        return rotary_table(positions, self.config.head_dim, theta, None if scaling is None else scaling.frequencies)
 
     @property
     def head_weight(self) -> Tensor:
@@ -205,7 +315,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., C], in autocast's dtype where autocast is on."""
-        return linear(hidden, self.head_weight)
+        z = linear(hidden, self.head_weight)
+        cap = self.config.logit_softcap
+        return z if cap is None else cap * torch.tanh(z / cap)
 
     def loss(self, tokens: Tensor, targets: Tensor, lengths: list[int] | Tensor, *, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy in nats (fp32 scalar) of targets int64 [T] given tokens [T]; see `forward`.
@@ -213,7 +325,8 @@ class GPT(nn.Module):
         Targets equal to `ignore_index` do not count. The logits [T, C] are never held as a whole.
         """
         hidden = self(tokens, lengths)
-        return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index=ignore_index)
+        softcap = self.config.logit_softcap
+        return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index=ignore_index, softcap=softcap)
 
     def num_parameters(self) -> int:
         """How many numbers are learned; shared ones count once."""
@@ -223,8 +336,8 @@ class GPT(nn.Module):
 def initialize(model: GPT) -> None:
     """Every initial value of a GPT, drawn from torch's generator.
 
-    Norms: 1. Matrices: normal. As in GPT-2 (Radford et al., 2019), the two that write to the residual stream in
-    each block are smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth.
+    Norms: 1. Biases and sinks: 0. Matrices: normal. As in GPT-2 (Radford et al., 2019), the two that write to the
+    residual stream in each block are smaller by sqrt(2 * layers), so that its variance does not grow with depth.
     The standard deviation is sqrt(2 / (5 * dim)) ("small init", Nguyen and Salazar, 2019): GPT-2's 0.02 at a width
     of 1000, and more for narrow models, whose signals 0.02 would make vanish. Embeddings have `embedding_std`, 0.02
     by default: the first norm rescales them, and with tied weights small logits make the first loss that of a uniform
@@ -234,7 +347,9 @@ def initialize(model: GPT) -> None:
     """
     std = math.sqrt(2 / (5 * model.config.dim))
     for name, p in model.named_parameters():
-        if p.ndim < 2:
+        if name.endswith(("bias", "sinks")):
+            nn.init.zeros_(p)
+        elif p.ndim < 2:
             nn.init.ones_(p)
         elif name == "embedding.weight":
             nn.init.normal_(p, std=model.config.embedding_std)

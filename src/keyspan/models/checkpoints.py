@@ -1,0 +1,394 @@
+"""Hugging Face model folders: config.json and safetensors, read into a GPT and written from one.
+
+Weights are memory-mapped and copied tensor by tensor; no pickle is read and no code of the folder is run. Everything is
+checked before memory for the weights is taken: the architecture, options that change the result, and the name and shape
+of every tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keyspan.models.gpt import GPT, GPTConfig, RopeScaling
+
+Raw = dict[str, Any]
+"""A parsed config.json."""
+
+
+def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> GPT:
+    """The model of a folder in Hugging Face's format, in evaluation mode.
+
+    Args:
+        folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json. Architectures:
+            Llama 2 and 3 (SmolLM among them), Mistral, Qwen 2 and 3, Gemma 2, Gemma 3 (text).
+        dtype: of the weights; None for that of the config (fp32 where it names none). Norms stay in fp32.
+        device: where the weights go.
+
+    Raises:
+        ValueError: for an unknown architecture, an option that is not supported, and a missing, extra or misshapen
+            tensor; the message names it.
+        OSError: where a file cannot be read.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    family, config = read_config(raw, str(folder / "config.json"))
+    dtype = dtype or _dtype(raw)
+    with torch.device("meta"):
+        model = GPT(config)
+    wanted = {name: list(p.shape) for name, p in model.named_parameters()}
+    sources = list(_sources(config, family))
+    with ExitStack() as stack:
+        stored = _Stored(folder, stack)
+        _check(folder, stored, sources, config)
+        for name, shape in wanted.items():
+            kept = torch.float32 if _is_norm(name) or name.endswith("sinks") else dtype
+            _replace(model, name, nn.Parameter(torch.empty(shape, dtype=kept, device=device)))
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for source in sources:
+                parts = [stored.tensor(name) for name in source.names]
+                x = parts[0] if len(parts) == 1 else torch.cat(parts)
+                parameters[source.ours].copy_(x if source.read is None else source.read(x))
+    return model.eval()
+
+
+def read_json(path: Path) -> Raw:
+    """A JSON object. Raises ValueError for anything else, OSError where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}; want JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got {type(found).__name__}, want a JSON object")
+    return found
+
+
+# Configurations
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells the architectures apart."""
+
+    windowed: bool = False
+    """Whether `sliding_window` alone means all layers; else `layer_types` or `use_sliding_window` say which."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    gemma: bool = False
+    """Norms' weights are stored less 1, embeddings are scaled by sqrt(dim), blocks have four norms."""
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(windowed=True),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Gemma2ForCausalLM": Family(gemma=True),
+    "Gemma3ForCausalLM": Family(gemma=True, qk_norm=True),
+}
+"""By the name in config.json's `architectures`."""
+
+
+def read_config(raw: Raw, where: str = "config.json") -> tuple[Family, GPTConfig]:
+    """The configuration of a model, from what config.json says in transformers 4 or 5.
+
+    Raises ValueError for an unknown architecture, a missing entry, or an option that would change the result.
+    """
+    names = raw.get("architectures") or []
+    name = names[0] if len(names) == 1 else None
+    if name not in FAMILIES:
+        raise ValueError(f"{where}: got architectures {names}, want one of {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+
+    def get(key: str) -> Any:
+        if raw.get(key) is None:
+            raise ValueError(f"{where}: {key} is missing")
+        return raw[key]
+
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
+    known = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    if activation not in known:
+        raise ValueError(f"{where}: got activation {activation!r}, want one of {', '.join(known)}")
+    if raw.get("num_experts") or raw.get("num_local_experts"):
+        raise ValueError(f"{where}: a mixture of experts is not supported, want a dense model")
+    if family.gemma and raw.get("use_bidirectional_attention"):
+        raise ValueError(f"{where}: use_bidirectional_attention is not supported")
+    dim, heads, layers = get("hidden_size"), get("num_attention_heads"), get("num_hidden_layers")
+    rope, local = _rope(raw, where)
+    bias = bool(raw.get("attention_bias"))
+    config = GPTConfig(
+        vocab_size=get("vocab_size"),
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        hidden=get("intermediate_size"),
+        head_dim=raw.get("head_dim") or dim // heads,
+        rope_theta=rope[0],
+        rope_scaling=rope[1],
+        local_rope_theta=local,
+        windows=_windows(raw, family, layers, where),
+        activation=known[activation],  # type: ignore[arg-type]
+        qkv_bias=bias or family.qkv_bias,
+        out_bias=bias,
+        mlp_bias=bool(raw.get("mlp_bias")),
+        qk_norm=family.qk_norm,
+        post_norms=family.gemma,
+        attention_scale=get("query_pre_attn_scalar") ** -0.5 if family.gemma else None,
+        attention_softcap=raw.get("attn_logit_softcapping") if family.gemma else None,
+        logit_softcap=raw.get("final_logit_softcapping") if family.gemma else None,
+        embedding_scale=math.sqrt(dim) if family.gemma else 1.0,
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", family.gemma)),
+    )
+    return family, config
+
+
+def _rope(raw: Raw, where: str) -> tuple[tuple[float, RopeScaling | None], float | None]:
+    """(theta and scaling, theta of windowed layers): `rope_parameters` of transformers 5, or the entries of 4."""
+    found: Raw | None = raw.get("rope_parameters")
+    local: float | None = None
+    if found is None:
+        found = {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta", 10_000.0)}
+        local = raw.get("rope_local_base_freq")
+    elif "full_attention" in found:
+        local = found["sliding_attention"]["rope_theta"]
+        found = found["full_attention"]
+    kind = found.get("rope_type", found.get("type", "default"))
+    theta = float(found.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    if found.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor {found['partial_rotary_factor']} is not supported, want 1")
+    if kind == "default":
+        scaling = None
+    elif kind == "linear":
+        scaling = RopeScaling("linear", float(found["factor"]))
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            "llama3",
+            float(found["factor"]),
+            int(found["original_max_position_embeddings"]),
+            float(found["low_freq_factor"]),
+            float(found["high_freq_factor"]),
+        )
+    else:
+        raise ValueError(f"{where}: got rope_type {kind!r}, want default, linear or llama3")
+    if local is not None and float(local) == theta and scaling is None:
+        local = None
+    return (theta, scaling), None if local is None else float(local)
+
+
+def _windows(raw: Raw, family: Family, layers: int, where: str) -> tuple[int | None, ...] | None:
+    window, types = raw.get("sliding_window"), raw.get("layer_types")
+    if window is None:
+        return None
+    if types is None:
+        if family.gemma and "sliding_window_pattern" in raw:
+            pattern = raw["sliding_window_pattern"]
+            types = ["sliding_attention" if (n + 1) % pattern else "full_attention" for n in range(layers)]
+        elif family.gemma:
+            types = ["full_attention" if n % 2 else "sliding_attention" for n in range(layers)]
+        elif family.windowed:
+            types = ["sliding_attention"] * layers
+        elif raw.get("use_sliding_window"):
+            first = raw.get("max_window_layers", 0)
+            types = ["sliding_attention" if n >= first else "full_attention" for n in range(layers)]
+        else:
+            return None
+    if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"{where}: got layer_types {types}, want {layers} of sliding_attention and full_attention")
+    found = tuple(window if kind == "sliding_attention" else None for kind in types)
+    return found if any(found) else None
+
+
+def _dtype(raw: Raw) -> torch.dtype:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"dtype: got {name!r}, want one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+# Tensors
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a parameter comes from: tensors laid one behind the other, and what makes ours of them."""
+
+    ours: str
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    """Of each tensor."""
+    columns: int | None
+    """None for a vector."""
+    read: Callable[[Tensor], Tensor] | None = None
+
+
+def _sources(config: GPTConfig, family: Family) -> Iterator[_Source]:
+    """The tensors of a checkpoint, parameter by parameter."""
+    c = config
+    norm = _plus_one if family.gemma else None
+    yield _Source("embedding.weight", ("model.embed_tokens.weight",), (c.vocab_size,), c.dim)
+    yield _Source("norm.weight", ("model.norm.weight",), (c.dim,), None, norm)
+    if not c.tie_embeddings:
+        yield _Source("head.weight", ("lm_head.weight",), (c.vocab_size,), c.dim)
+    query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    for n in range(c.layers):
+        ours, theirs = f"blocks.{n}.", f"model.layers.{n}."
+        linears = [
+            ("attention.qkv", [f"self_attn.{x}_proj" for x in "qkv"], (query, key, key), c.dim, c.qkv_bias),
+            ("attention.out", ["self_attn.o_proj"], (c.dim,), query, c.out_bias),
+            ("mlp.w12", ["mlp.gate_proj", "mlp.up_proj"], (c.hidden, c.hidden), c.dim, c.mlp_bias),
+            ("mlp.w3", ["mlp.down_proj"], (c.dim,), c.hidden, c.mlp_bias),
+        ]
+        for name, parts, rows, columns, bias in linears:
+            yield _Source(f"{ours}{name}.weight", tuple(f"{theirs}{x}.weight" for x in parts), rows, columns)
+            if bias:
+                yield _Source(f"{ours}{name}.bias", tuple(f"{theirs}{x}.bias" for x in parts), rows, None)
+        before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        norms = [("attention_norm", "input_layernorm", c.dim), ("mlp_norm", before_mlp, c.dim)]
+        if c.post_norms:
+            norms += [("attention_post_norm", "post_attention_layernorm", c.dim)]
+            norms += [("mlp_post_norm", "post_feedforward_layernorm", c.dim)]
+        if c.qk_norm:
+            norms += [(f"attention.{x}_norm", f"self_attn.{x}_norm", c.head_dim) for x in "qk"]
+        for name, part, size in norms:
+            yield _Source(f"{ours}{name}.weight", (f"{theirs}{part}.weight",), (size,), None, norm)
+
+
+def _plus_one(x: Tensor) -> Tensor:
+    return x.float() + 1
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith("norm.weight")
+
+
+class _Stored:
+    """The tensors of a folder's safetensors files, memory-mapped."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else [single.name]
+        self._by_name: dict[str, Any] = {}
+        for file in files:
+            path = folder / file
+            if path.parent != folder or not path.is_file():
+                raise ValueError(f"{folder}: holds no {file}; want model.safetensors, or its shards and their index")
+            try:
+                opened = stack.enter_context(safe_open(str(path), framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path}: {error}; the file is damaged or cut off") from None
+            self._by_name |= dict.fromkeys(opened.keys(), opened)
+
+    def names(self) -> set[str]:
+        return set(self._by_name)
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._by_name[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        found: Tensor = self._by_name[name].get_tensor(name)
+        return found
+
+
+def _check(folder: Path, stored: _Stored, sources: list[_Source], config: GPTConfig) -> None:
+    """Whether every tensor is there in its shape, and no other."""
+    wanted = {
+        name: [rows] if source.columns is None else [rows, source.columns]
+        for source in sources
+        for name, rows in zip(source.names, source.rows, strict=True)
+    }
+    names = stored.names()
+    # Old checkpoints store what follows from the configuration, and a tied head beside the embedding.
+    ignored = {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    ignored |= {"lm_head.weight"} if config.tie_embeddings else set()
+    wrong = [f"{name} is missing" for name in sorted(set(wanted) - names)]
+    wrong += [f"{name} is not part of this architecture" for name in sorted(names - set(wanted) - ignored)]
+    for name, shape in wanted.items():
+        if name in names and stored.shape(name) != shape:
+            wrong.append(f"{name}: got shape {stored.shape(name)}, want {shape}")
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
+
+
+def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, parameter)
+
+
+# Writing
+
+
+def save(model: GPT, folder: Path | str) -> None:
+    """Write a model as a Llama folder that `transformers` loads: config.json and model.safetensors.
+
+    Raises ValueError for a model that is no Llama: of other positions than RoPE, with norms of heads, and so on.
+    """
+    from safetensors.torch import save_file
+
+    config = model.config
+    plain = GPTConfig(
+        config.vocab_size, config.dim, config.layers, config.heads, config.kv_heads, config.hidden, config.head_dim,
+        rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, norm_eps=config.norm_eps,
+        tie_embeddings=config.tie_embeddings, embedding_std=config.embedding_std, dropout=config.dropout,
+    )  # fmt: skip
+    if plain != config:
+        differing = [x for x in vars(plain) if getattr(plain, x) != getattr(config, x)]
+        values = ", ".join(f"{x} = {getattr(config, x)!r}" for x in differing)
+        raise ValueError(f"model: got {values}, which Llama's format has no place for")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    scaling: Raw = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        r = config.rope_scaling
+        scaling = {"rope_type": r.kind, "factor": r.factor}
+        if r.kind == "llama3":
+            scaling |= {"original_max_position_embeddings": r.original_length}
+            scaling |= {"low_freq_factor": r.low_turns, "high_freq_factor": r.high_turns}
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "dtype": dtype,
+    }
+    tensors: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters())
+    for source in _sources(config, FAMILIES["LlamaForCausalLM"]):
+        parts = parameters[source.ours].detach().split(source.rows)
+        tensors |= {name: part.contiguous() for name, part in zip(source.names, parts, strict=True)}
+    # The weights first: a folder with a config.json is whole.
+    temporary = folder / "model.safetensors.new"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
+    text = folder / "config.json.new"
+    text.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    text.replace(folder / "config.json")

@@ -1,0 +1,172 @@
+"""Hugging Face folders: every family has transformers' logits, and what does not fit is refused before it is loaded."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from keyspan.inference import KVCache
+from keyspan.models import GPT, GPTConfig, RopeScaling, load, save
+from keyspan.models.checkpoints import read_config
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 50.0,
+}  # fmt: skip
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama tied, scaled rope": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama, biases, wide heads": ("Llama", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24}),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 24,
+                          "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def theirs(request, tmp_path):
+    """A tiny random model of transformers; its folder is `tmp_path`."""
+    family, more = FAMILIES[request.param]
+    torch.manual_seed(0)
+    text = "Text" if family == "Gemma3" else ""
+    config = getattr(transformers, f"{family}{text}Config")(**{**SIZES, **more}, attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@torch.inference_mode()
+def test_logits_are_those_of_transformers(theirs, tmp_path):
+    ours = load(tmp_path)
+    assert not ours.training
+    documents = [torch.randint(61, (n,)) for n in (11, 1, 17)]
+    want = torch.cat([theirs(tokens[None]).logits[0] for tokens in documents])
+    got = ours.logits(ours(torch.cat(documents), [len(x) for x in documents]))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+    cache = KVCache(3)
+    first = [ours(torch.cat([x[:-1] for x in documents]), [len(x) - 1 for x in documents], cache=cache)]
+    last = ours.logits(ours(torch.stack([x[-1] for x in documents]), [1, 1, 1], cache=cache))
+    ends = torch.tensor([len(x) for x in documents]).cumsum(0) - 1
+    torch.testing.assert_close(last, want[ends], rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert first[0].shape == (26, 32)
+
+
+def test_the_loss_is_that_of_the_logits(theirs, tmp_path):
+    ours = load(tmp_path)
+    tokens = torch.randint(61, (9,))
+    want = torch.nn.functional.cross_entropy(theirs(tokens[None]).logits[0], tokens.roll(1))
+    torch.testing.assert_close(ours.loss(tokens, tokens.roll(1), [9]), want, rtol=1e-4, atol=1e-5)
+
+
+def small(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{"vocab_size": 61, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False, "head_dim": 12, "rope_scaling": RopeScaling("linear", 4.0)},
+     {"rope_scaling": RopeScaling("llama3", 8.0, 64)}],
+)  # fmt: skip
+@torch.inference_mode()
+def test_what_is_saved_is_loaded_by_transformers_and_by_us(changes, tmp_path):
+    model = small(**changes)
+    save(model, tmp_path)
+    tokens = torch.randint(61, (13,))
+    want = model.logits(model(tokens, [13]))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens[None]).logits[0], want, rtol=1e-4, atol=1e-5)
+    again = load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_shards_and_another_dtype(tmp_path):
+    model = small()
+    save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load(tmp_path, torch.bfloat16)
+    assert loaded.embedding.weight.dtype == torch.bfloat16
+    assert loaded.norm.weight.dtype == torch.float32
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight.bfloat16())
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no b.safetensors"):
+        load(tmp_path)
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, r"got architectures \['MambaForCausalLM'\], want one of LlamaFor"),
+        ({"hidden_act": "relu"}, "got activation 'relu', want one of silu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "got rope_type 'yarn', want default, linear"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight is missing; .*\(and 4 more\)"),
+        ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is not part of this architecture"),
+        ({"intermediate_size": 50}, r"model.layers.0.mlp.gate_proj.weight: got shape \[128, 32\], want \[50, 32\]"),
+        ({"num_local_experts": 4}, "a mixture of experts is not supported"),
+        ({"dtype": "int4"}, "dtype: got 'int4', want one of float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message, tmp_path):
+    save(small(), tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    save(small(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="the file is damaged or cut off"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="got list, want a JSON object"):
+        load(tmp_path)
+
+
+def test_what_llama_cannot_hold_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="got positions = 'alibi', which Llama's format has no place for"):
+        save(small(positions="alibi"), tmp_path)
+
+
+def test_old_configs_are_read():
+    """config.json as transformers 4 wrote it."""
+    raw = {"architectures": ["Gemma3ForCausalLM"], "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4,
+           "vocab_size": 7, "intermediate_size": 40, "query_pre_attn_scalar": 16, "sliding_window": 8,
+           "sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "torch_dtype": "bfloat16",
+           "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+           "hidden_activation": "gelu_pytorch_tanh"}  # fmt: skip
+    _, config = read_config(raw)
+    assert config.windows == (8, None, 8, None)
+    assert config.rope_scaling == RopeScaling("linear", 8.0)
+    assert (config.rope_theta, config.local_rope_theta) == (1e6, 1e4)
+    raw = {"architectures": ["MistralForCausalLM"], "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 7,
+           "num_hidden_layers": 2, "intermediate_size": 40, "sliding_window": 8, "rope_theta": 1e4}  # fmt: skip
+    assert read_config(raw)[1].windows == (8, 8)
