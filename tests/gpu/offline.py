@@ -234,7 +234,7 @@ def main(name: str, every: bool, plain: bool) -> None:
 
         todo = works(name, every)
         if plain:
-            forward_kernels.any_nan = triton.jit(_never)
+            forward_kernels.has_nan = triton.jit(_never)
             todo = [work for work in todo if crowded(work) and work.dtype != "float32"]
         for work in todo:
             problem = problem_of(work)

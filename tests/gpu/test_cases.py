@@ -6,7 +6,7 @@ import torch
 import keyspan
 from keyspan.backends import Needs
 from keyspan.backends.triton import backward_kernels, config, launch
-from keyspan.backends.triton.primitives import STATS, Arguments
+from keyspan.backends.triton.primitives import STATS_PADDING, Arguments
 from keyspan.core.problem import make_problem
 from keyspan.dispatch.op import attend
 from keyspan.testing import results, tolerances, worst
@@ -54,9 +54,9 @@ def test_gradients_of_keys_and_values_by_a_launch_each(name, monkeypatch):
 @pytest.mark.parametrize("name", ["gqa", "everything"])
 def test_statistics_behind_the_last_row_do_not_matter(name, monkeypatch):
     # The path for a NaN would put right what they spoil, only slowly.
-    monkeypatch.setattr(backward_kernels, "any_nan", lambda x: False)
+    monkeypatch.setattr(backward_kernels, "has_nan", lambda x: False)
     case = next(case for case in CASES if case.name == name)
-    assert case.M % STATS.value
+    assert case.M % STATS_PADDING.value
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
         agree(case, torch.float32)
@@ -149,10 +149,10 @@ def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
             return lambda *values, stream: launched.append(values)
 
     monkeypatch.setattr(launch, "run", lambda *_, **__: Compiled())
-    monkeypatch.setattr(launch.plans, "_plans", {})
-    monkeypatch.setattr(launch.plans, "_direct", lambda kernel, grid: None)
-    monkeypatch.setattr(launch.plans, "_stream", lambda index: 0)
-    monkeypatch.setattr(launch.plans, "_current_device", lambda: None)
+    monkeypatch.setattr(launch.relaunch, "_plans", {})
+    monkeypatch.setattr(launch.relaunch, "_direct", lambda kernel, grid: None)
+    monkeypatch.setattr(launch.relaunch, "_stream", lambda index: 0)
+    monkeypatch.setattr(launch.relaunch, "_current_device", lambda: None)
 
     def problem(run):
         q, k, v = (torch.randn(1, n, 2, 16) for n in (1, 64, 64))

@@ -24,7 +24,7 @@ from keyspan.backends.triton.backward_kernels import (
     table_kernel,
 )
 from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel
-from keyspan.backends.triton.primitives import STATS, Arguments, Constants
+from keyspan.backends.triton.primitives import STATS_PADDING, Arguments, Constants
 from keyspan.core.problem import Problem
 
 _CACHED_KEYS = 16 * 2**20
@@ -137,7 +137,7 @@ def _backward(
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
-    padded = triton.cdiv(M, STATS.value) * STATS.value
+    padded = triton.cdiv(M, STATS_PADDING.value) * STATS_PADDING.value
     stats = lse.new_empty((B, G, H, 2, padded))
     made = {"stats": stats}
     arguments = _arguments(problem)

@@ -1,10 +1,12 @@
-"""Tiles once more, slowly, where a NaN came out: a hidden key must not reach a row even when it holds NaN or inf.
+"""NaN repair: recomputes a tile in 16 × 16 steps when its output has a NaN.
 
-A hidden key has weight 0, but 0 · NaN = NaN. The kernels do not guard against that; they look at what they have stored
-and, where a NaN is among it, call these, which overwrite the tile in steps of 16 × 16. Knows no launch.
+A hidden key must not reach a row even when it holds NaN or inf. It has weight 0, but 0 · NaN = NaN. The kernels do not
+guard against that: they test what they have stored and, if a NaN is among it, call these functions to overwrite the tile.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,34 +14,63 @@ import triton.language as tl
 from keyspan.backends.triton.primitives import (
     INFINITY,
     MAY_REORDER,
-    beyond,
-    blocks_of,
-    bounds_of,
-    head_of,
-    kept,
+    Heads,
+    Rows,
+    dropout_mask,
+    expand_rows,
+    gradient_pointer,
+    key_blocks,
+    key_bounds,
+    key_pointer,
     key_scales,
     load_keys,
     load_lse,
+    load_range,
+    load_slope,
     load_stats,
     load_tile,
-    range_of,
-    raw_gradient,
-    row_scale,
-    rows_of,
+    physical_slots,
+    query_factor,
+    query_pointer,
+    query_rows,
     score_gradient,
-    slope_of,
-    slots_of,
-    visible_of,
-    weights_of,
+    softcap_gradient,
+    softmax_weights,
+    table_end_sums,
+    value_pointer,
+    value_scales,
+    visibility,
 )
 
 STEP = tl.constexpr(16)
 
 
+class ScoreTile(NamedTuple):
+    """What backward needs of one step of rows and keys."""
+
+    q: Any
+    """[STEP, K]"""
+    k: Any
+    grad: Any
+    """Gradient of the output, [STEP, V]."""
+    dropped: Any
+    """Weights after dropout, [rows, keys]."""
+    ds: Any
+    """Gradient of the biased score, [rows, keys]; 0 where hidden."""
+    dqk: Any
+    """Gradient of the scaled product of query and key, [rows, keys]; 0 where hidden."""
+    visible: Any
+    """[rows, keys]"""
+    distance: Any
+    """Key position minus query position, [rows, keys]."""
+
+
 @triton.jit
-def exact_dot(weight, visible, x, acc, C: tl.constexpr):
-    """acc + weight · x, where rows of x reach a result only where visible: what is not finite is taken out of the
-    product and put back where it is visible."""
+def visible_dot(weight, visible, x, acc, C: tl.constexpr):
+    """acc + weight · x, where a row of x reaches a result only if it is visible there.
+
+    Elements that are not finite are taken out of the product and added where they are visible.
+    """
     wide = x.to(tl.float32)
     finite = tl.abs(wide) < INFINITY
     acc = tl.dot(weight.to(x.dtype), tl.where(finite, wide, 0.0).to(x.dtype), acc, input_precision=C.precision)
@@ -52,105 +83,97 @@ def exact_dot(weight, visible, x, acc, C: tl.constexpr):
 
 
 @triton.jit
-def any_nan(x):
+def has_nan(x):
     # As one dimension: reducing one after the other does not compile for tensor memory (Triton 3.6, sm_100).
     return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]], can_reorder=MAY_REORDER), 0) > 0
 
 
 @triton.jit
-def forward_exact(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
-    """The tile of `forward_kernel` from the lse it has stored."""
-    key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
-    value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
+def repair_forward(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
+    """Overwrites the output tile of `forward_kernel`, from the lse that it has stored."""
+    key, value = key_pointer(a, b, g), value_pointer(a, b, g)
     n = tl.arange(0, STEP)
     columns = tl.arange(0, C.K)
     columns_v = tl.arange(0, C.V)
     for step in tl.range(0, C.BM // STEP, num_stages=1):
-        i, h, valid = rows_of(a, tile * C.BM + step * STEP, h0, STEP, C)
-        at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i.to(tl.int64) * a.q_m
-        pointers = at[:, None] + columns[None, :]
-        q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0)
+        i, h, valid = query_rows(a, tile * C.BM + step * STEP, h0, STEP, C)  # [STEP]
+        heads = Heads(b, g, h)
+        heads_expanded = Heads(b, g, h[:, None])
+        pointers = query_pointer(a, heads, i)[:, None] + columns[None, :]
+        q = tl.load(pointers, mask=(columns < C.k_dim)[None, :], other=0.0)  # [STEP, K]
         if q.dtype == tl.float8e4nv:
             q = q.to(tl.bfloat16)
         stat = ((split * a.B + b).to(tl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
         lse2 = load_lse(lse, stat)
-        slope = slope_of(a, b, g, h[:, None])
+        slope = load_slope(a, heads_expanded)
         acc = tl.full([STEP, C.V], 0.0, tl.float32)
         for s in tl.static_range(max(C.S, 1)):
-            lo, hi, diagonal = range_of(a, s, b, i, C)
-            first, full_first, full_last, last = bounds_of(lo, hi)
+            rows = load_range(a, s, b, i, C)
             # Splits are cut as the kernel cut them: by what all rows of its tile see.
-            rows, _1, _2 = rows_of(a, tile * C.BM, h0, C.BM, C)
-            tile_lo, tile_hi, _3 = range_of(a, s, b, rows, C)
-            first, full_first, full_last, last = bounds_of(tile_lo, tile_hi)
-            begin, t0, t1, f0, f1 = blocks_of(first, full_first, full_last, last, split, splits, C.BN)
-            begin, end = begin + t0 * C.BN, tl.minimum(begin + t1 * C.BN, last)
+            all_i, _1, _2 = query_rows(a, tile * C.BM, h0, C.BM, C)
+            blocks = key_blocks(load_range(a, s, b, all_i, C), split, splits, C.BN)
+            begin = blocks.begin + blocks.start * C.BN
+            end = tl.minimum(blocks.begin + blocks.stop * C.BN, blocks.last)
             for t in tl.range(0, tl.cdiv(end - begin, STEP), num_stages=1):
                 j0 = tl.multiple_of(begin + t * STEP, 16)
                 slots = n
                 if C.page > 0:
-                    slots = slots_of(a, j0 + n, end, C)
-                k = load_keys(key, a.k_n, slots, j0, end, True, STEP, C.K, C.k_dim, C.page)
-                v = load_keys(value, a.v_n, slots, j0, end, True, STEP, C.V, C.v_dim, C.page)
+                    slots = physical_slots(a, j0 + n, end, C)
+                k = load_keys(key, a.k_n, slots, j0, end, True, STEP, C.K, C.k_dim, C.page)  # [STEP, K]
+                v = load_keys(value, a.v_n, slots, j0, end, True, STEP, C.V, C.v_dim, C.page)  # [STEP, V]
                 j = (j0 + n)[None, :]
                 # Splits end within a range: the next key belongs to the next split.
-                until = tl.minimum(hi, end)
-                raw = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=C.precision)
+                expanded = expand_rows(Rows(i, rows.lo, tl.minimum(rows.hi, end), rows.diagonal))
+                s_tile = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=C.precision)  # [rows, keys]
                 if a.key_scale is not None or a.query_scale is not None:
-                    raw *= row_scale(a, b, g, h, i, C)[:, None]
+                    s_tile *= query_factor(a, heads, i, C)[:, None]
                 if C.key_run > 0:
-                    raw *= key_scales(a, a.key_scale, a.key_scale_b, a.key_scale_c, a.key_scale_g, b, g, slots, j0 + n,
-                                      end, C.key_run, C)[None, :]  # fmt: skip
+                    s_tile *= key_scales(a, heads, slots, j0 + n, end, C)[None, :]
                 if a.value_scale is not None:
-                    v = v.to(tl.float32) * key_scales(a, a.value_scale, a.value_scale_b, a.value_scale_c,
-                                                      a.value_scale_g, b, g, slots, j0 + n, end, C.value_run, C)[:, None]  # fmt: skip
+                    v = v.to(tl.float32) * value_scales(a, heads, slots, j0 + n, end, C)[:, None]
                 v = v.to(q.dtype)
-                p, _4 = weights_of(raw, a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None],
-                                   diagonal[:, None], slope, 0.0, lse2[:, None], True, C)  # fmt: skip
-                visible = visible_of(a, b, g, h[:, None], i[:, None], j, lo[:, None], until[:, None], C)
+                p, _3 = softmax_weights(s_tile, a, heads_expanded, expanded, j, slope, 0.0, lse2[:, None], True, C)
+                visible = visibility(a, heads_expanded, expanded, j, C)
                 if a.seed is not None:
-                    p = tl.where(kept(a, b, g * C.H + h, i, j0, STEP, STEP, C), p * a.keep_scale, 0.0)
-                acc = exact_dot(p, visible, v, acc, C)
+                    keep = dropout_mask(a, b, g * C.H + h, i, j0, STEP, STEP, C)
+                    p = tl.where(keep, p * a.keep_scale, 0.0)
+                acc = visible_dot(p, visible, v, acc, C)
         row = ((split * a.B + b).to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
         tl.store(out + row[:, None] * C.v_dim + columns_v[None, :], acc.to(out.dtype.element_ty),
                  mask=valid[:, None] & (columns_v < C.v_dim)[None, :])  # fmt: skip
 
 
 @triton.jit
-def pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, s: tl.constexpr, b, g, h, i0, j0, end,
-               C: tl.constexpr):  # fmt: skip
-    """Rows i0 … and keys j0 … of one step: q, k, do [16, ·], weights with dropout, gradient of q·k, where visible."""
+def _score_step(a, grad, stats, s: tl.constexpr, heads, i0, j0, end, C: tl.constexpr):
+    """Backward's intermediate results for rows i0 … i0 + 15 and keys j0 … j0 + 15."""
     n = tl.arange(0, STEP)
     i = tl.minimum(i0 + n, a.M - 1)
-    at = head_of(a.q, a.q_b, a.q_g, a.q_h, b, g, h) + i0.to(tl.int64) * a.q_m
-    q = load_tile(at, n, a.q_m, a.M - i0, True, C.K, C.k_dim)
-    at = head_of(grad, grad_b, grad_g, grad_h, b, g, h) + i0.to(tl.int64) * grad_m
-    do = load_tile(at, n, grad_m, a.M - i0, True, C.V, C.v_dim)
-    lse2, delta = load_stats(a, stats, b, g, h, i, C)
-    key = a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
-    value = a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
+    q = load_tile(query_pointer(a, heads, i0), n, a.q_m, a.M - i0, True, C.K, C.k_dim)
+    do = load_tile(gradient_pointer(grad, heads, i0), n, grad.m, a.M - i0, True, C.V, C.v_dim)
+    lse2, delta = load_stats(a, stats, heads, i, C)
+    key, value = key_pointer(a, heads.b, heads.g), value_pointer(a, heads.b, heads.g)
     k = load_keys(key, a.k_n, n, j0, end, True, STEP, C.K, C.k_dim, 0)
     v = load_keys(value, a.v_n, n, j0, end, True, STEP, C.V, C.v_dim, 0)
-    lo, hi, diagonal = range_of(a, s, b, i, C)
-    hi = tl.where(i0 + n < a.M, tl.minimum(hi, end), lo)
+    rows = load_range(a, s, heads.b, i, C)
+    hi = tl.where(i0 + n < a.M, tl.minimum(rows.hi, end), rows.lo)
+    rows = expand_rows(Rows(i, rows.lo, hi, rows.diagonal))
     j = (j0 + n)[None, :]
-    raw = tl.dot(q, tl.trans(k), input_precision=C.precision)
-    p, unit = weights_of(raw, a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], diagonal[:, None],
-                         slope_of(a, b, g, h), 0.0, lse2[:, None], True, C)  # fmt: skip
-    visible = visible_of(a, b, g, h, i[:, None], j, lo[:, None], hi[:, None], C)
+    qk = tl.dot(q, tl.trans(k), input_precision=C.precision)
+    p, tanh = softmax_weights(qk, a, heads, rows, j, load_slope(a, heads), 0.0, lse2[:, None], True, C)
+    visible = visibility(a, heads, rows, j, C)
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
     dropped = p
     if a.seed is not None:
-        keep = kept(a, b, i * 0 + g * C.H + h, i, j0, STEP, STEP, C)
+        keep = dropout_mask(a, heads.b, i * 0 + heads.g * C.H + heads.h, i, j0, STEP, STEP, C)
         dropped = tl.where(keep, p * a.keep_scale, 0.0)
         dp = tl.where(keep, dp * a.keep_scale, 0.0)
     ds = score_gradient(p, tl.where(visible, dp, 0.0), delta[:, None])
-    return q, k, do, dropped, ds, raw_gradient(ds, unit, C), visible, j - diagonal[:, None]
+    return ScoreTile(q, k, do, dropped, ds, softcap_gradient(ds, tanh, C), visible, j - rows.diagonal)
 
 
 @triton.jit
-def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dk, dv, b, g, n0, C: tl.constexpr):
-    """The block of `keys_kernel`; visits every query."""
+def repair_keys(a, grad, stats, dk, dv, b, g, n0, C: tl.constexpr):
+    """Overwrites the block of `keys_kernel`; visits every query."""
     n = tl.arange(0, STEP)
     columns, columns_v = tl.arange(0, C.K), tl.arange(0, C.V)
     tiles = tl.cdiv(a.M, STEP)
@@ -161,14 +184,13 @@ def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dk, dv, b, g, n0,
         for s in tl.static_range(max(C.S, 1)):
             for u in tl.range(0, tiles * C.H, num_stages=1):
                 h, i0 = n0 * 0 + u // tiles, n0 * 0 + u % tiles * STEP
-                lo, hi, _ = range_of(a, s, b, tl.minimum(i0 + n, a.M - 1), C)
-                first, _1, _2, last = bounds_of(lo, hi)
+                rows = load_range(a, s, b, tl.minimum(i0 + n, a.M - 1), C)
+                first, _1, _2, last = key_bounds(rows.lo, rows.hi)
                 if (first < j0 + STEP) & (last > j0):
-                    q, _3, do, p, _4, ds, visible, _5 = pair_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats,
-                                                                   s, b, g, h, i0, j0, a.N, C)  # fmt: skip
-                    seen = tl.trans(visible.to(tl.int32)) != 0
-                    dv_acc = exact_dot(tl.trans(p), seen, do, dv_acc, C)
-                    dk_acc = exact_dot(tl.trans(ds), seen, q, dk_acc, C)
+                    tile = _score_step(a, grad, stats, s, Heads(b, g, h), i0, j0, a.N, C)
+                    seen = tl.trans(tile.visible.to(tl.int32)) != 0
+                    dv_acc = visible_dot(tl.trans(tile.dropped), seen, tile.grad, dv_acc, C)
+                    dk_acc = visible_dot(tl.trans(tile.dqk), seen, tile.q, dk_acc, C)
         row = (b.to(tl.int64) * a.N + j0 + n) * a.G + g
         inside = (j0 + n < a.N)[:, None]
         if dk is not None:
@@ -180,9 +202,8 @@ def keys_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dk, dv, b, g, n0,
 
 
 @triton.jit
-def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dq, dslopes, dends, b, g, h, tile,
-                  C: tl.constexpr):  # fmt: skip
-    """The tile of `queries_kernel`."""
+def repair_queries(a, grad, stats, dq, dslopes, dends, heads, tile, C: tl.constexpr):
+    """Overwrites the tile of `queries_kernel`."""
     n = tl.arange(0, STEP)
     columns = tl.arange(0, C.K)
     for step in tl.range(0, C.BM // STEP, num_stages=1):
@@ -193,22 +214,21 @@ def queries_exact(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dq, dslopes, d
         low = dslope
         high = dslope
         for s in tl.static_range(max(C.S, 1)):
-            lo, hi, _ = range_of(a, s, b, i, C)
-            first, _1, _2, last = bounds_of(lo, hi)
+            rows = load_range(a, s, heads.b, i, C)
+            first, _1, _2, last = key_bounds(rows.lo, rows.hi)
             begin = tl.minimum(first, last) // 16 * 16
             for t in tl.range(0, tl.cdiv(last - begin, STEP), num_stages=1):
-                _3, k, _4, _5, dbias, ds, visible, distance = pair_exact(
-                    a, grad, grad_b, grad_m, grad_g, grad_h, stats, s, b, g, h, i0, begin + t * STEP, last, C)  # fmt: skip
-                acc = exact_dot(ds, visible, k, acc, C)
+                scores = _score_step(a, grad, stats, s, heads, i0, begin + t * STEP, last, C)
+                acc = visible_dot(scores.dqk, scores.visible, scores.k, acc, C)
                 if dslopes is not None:
-                    dslope -= tl.sum(dbias * tl.abs(distance).to(tl.float32), 1)
+                    dslope -= tl.sum(scores.ds * tl.abs(scores.distance).to(tl.float32), 1)
                 if dends is not None:
-                    below, above = beyond(a, dbias, distance)
+                    below, above = table_end_sums(a, scores.ds, scores.distance)
                     low += below
                     high += above
         valid = i0 + n < a.M
-        row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
-        stat = ((b * a.G + g) * C.H + h).to(tl.int64) * a.M
+        row = (heads.b.to(tl.int64) * a.M + i) * (a.G * C.H) + heads.g * C.H + heads.h
+        stat = ((heads.b * a.G + heads.g) * C.H + heads.h).to(tl.int64) * a.M
         tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),
                  mask=valid[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
         if dslopes is not None:

@@ -1,7 +1,7 @@
-"""What all Triton kernels share: key ranges, loads, bias terms, dropout, the online softmax. Knows no grid and no launch.
+"""Device functions that all Triton kernels share: key ranges, loads, bias terms, dropout, softmax weights.
 
-Scores are in units of log₂ throughout: p = 2^(s − lse₂). Vectors over query rows and over keys come expanded
-(`[m, 1]` and `[1, n]`, or the other way round where a kernel works on transposed tiles), so one line serves both.
+Scores are in units of log₂ throughout: p = 2^(s − lse₂). Vectors over query rows and over keys are passed expanded
+([BM, 1] and [1, BN]; [1, BM] and [BN, 1] where a kernel works on transposed tiles), so that one function serves both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 class Arguments(NamedTuple):
-    """The problem as kernels see it: pointers (or None), then element strides named by tensor and dimension."""
+    """The problem as kernels see it: pointers (or None), each followed by its element strides, named by dimension."""
 
     q: Any
     q_b: int
@@ -69,10 +69,10 @@ class Arguments(NamedTuple):
     B: int
     M: int
     N: int
-    """Keys in the row that ranges count in."""
+    """Keys in the row that ranges count in; paged sequences are laid end to end in one row."""
     G: int
     period: int
-    """Where keys are paged or laid end to end: keys per sequence, after which dense columns and dropout repeat."""
+    """Keys per sequence where sequences are laid end to end: columns of dense terms and dropout repeat after it. Else N."""
     pages: int
     """Pages in memory; 0 where keys are not paged."""
     scale2: float
@@ -83,7 +83,7 @@ class Arguments(NamedTuple):
     keep_scale: float
     """1 / (1 − p)."""
     threshold: int
-    """A weight is kept where its 32 random bits, as a signed number, are at least this."""
+    """Dropout keeps a weight whose 32 random bits, read as a signed number, are at least this."""
     query_scale: Any
     query_scale_b: Any
     query_scale_c: Any
@@ -118,42 +118,133 @@ class Constants(NamedTuple):
     page: int
     """Keys per page; 0 where keys are not paged."""
     simple: bool
-    """Scores are scale2 · q·k with scale2 > 0, and a table's term, so that the scale folds into the exponential of a
-    far tile."""
+    """Scores are scale2 · q·k with scale2 > 0, plus at most a table's entry: in far tiles the scale folds into the
+    exponential."""
     softcap: bool
     periodic: bool
+    """Sequences are laid end to end, see `Arguments.period`."""
     wide: bool
     """Offsets of a dense term's columns need 64 bits."""
     descriptors: bool
-    """Tiles of a plain layout come by TMA."""
+    """Tiles are read by TMA."""
     precision: str
-    """Of products of fp32 tiles: ieee, tf32x3 or tf32."""
+    """Of products of fp32 tiles: ieee, tf32x3 or tf32; `tl.dot`'s `input_precision`."""
     assembly: str
-    """Of conversions from 8 bits, NVIDIA's: none, pure or effectful, see `widened`."""
+    """Inline PTX for conversions from 8 bits: none, pure or effectful, see `convert_stored`."""
     scaled: bool
-    """Rows of the query are brought into a form with a factor of its own each, see `scaled_query`."""
+    """Each query row is rescaled and has a factor of its own, see `rescale_query`."""
     query_run: int
-    """Rows that share an entry of the query's scale; 0 where all of a batch entry and head do."""
+    """Query rows that share an entry of the scale; 0 where all of a batch entry and head do."""
     key_run: int
     value_run: int
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FAR = tl.constexpr(2**31 - 1)
+INT32_MAX = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
-LARGEST = tl.constexpr(2.0**24)
-"""Beyond it fp32 has no fractions."""
-STATS = tl.constexpr(128)
-"""To a multiple of this rows of a head's statistics are padded; every tile's rows divide it."""
-# Triton 3.9 warns where `reshape` is told that the order does not matter, and 3.10 will not be told.
+FRACTION_FREE = tl.constexpr(2.0**24)
+"""From here on fp32 has no fractions."""
+STATS_PADDING = tl.constexpr(128)
+"""The statistics of a head are padded to a multiple of this many rows; the rows of every tile divide it."""
+# Triton 3.9 warns where `reshape` is told that the order does not matter, and 3.10 rejects the argument.
 MAY_REORDER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 
 
+# Kernels build the tuples below from their arguments, so that the functions they call take a handful of arguments.
+# A function compiled by Triton takes a tuple with None in it but cannot return one.
+
+
+class Heads(NamedTuple):
+    """The heads that a tile belongs to."""
+
+    b: Any
+    """Batch entry, a scalar."""
+    g: Any
+    """Group, a scalar."""
+    h: Any
+    """Head within the group: a scalar, or one per row where heads are packed into a tile."""
+
+
+class Rows(NamedTuple):
+    """Query rows in one of their ranges of keys; all fields are [BM], or expanded over keys."""
+
+    i: Any
+    lo: Any
+    hi: Any
+    diagonal: Any
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of a batch entry and group."""
+
+    key: Any
+    """Pointer to key 0."""
+    value: Any
+    key_tiles: Any
+    """TMA descriptors of all keys and of all values, or None."""
+    value_tiles: Any
+
+
+class PositionBias(NamedTuple):
+    """Terms of a head that depend on the position alone, in log₂; 0 where there are none."""
+
+    slope: Any
+    """ALiBi's slope."""
+    first: Any
+    """First and last entry of the relative table."""
+    last: Any
+
+
+class KeyBlocks(NamedTuple):
+    """Blocks of BN keys that a tile of rows visits, numbered from the key `begin` on."""
+
+    begin: Any
+    last: Any
+    """One past the last key that some row sees."""
+    start: Any
+    """Blocks start … stop − 1 are visited; every row sees all keys of blocks full_start … full_stop − 1."""
+    stop: Any
+    full_start: Any
+    full_stop: Any
+
+
+class BlockRun(NamedTuple):
+    """Block numbers start … stop − 1, counted as if two gaps (x0 … x1 − 1 and y0 … y1 − 1, x1 ≤ y0) did not exist."""
+
+    start: Any
+    stop: Any
+    x0: Any
+    x1: Any
+    y0: Any
+    y1: Any
+
+
+class OutputGradient(NamedTuple):
+    """Gradient of the output [B, M, G, H, V]: pointer and element strides; rows are contiguous."""
+
+    pointer: Any
+    b: Any
+    m: Any
+    g: Any
+    h: Any
+
+
+class Scales(NamedTuple):
+    """Scales of keys or of values [B, C, G]: pointer and element strides."""
+
+    pointer: Any
+    b: Any
+    c: Any
+    g: Any
+
+
 @triton.jit
-def rows_of(a, start, h0, BM: tl.constexpr, C: tl.constexpr):
-    """Query rows, heads of the group and validity of rows start … start + BM − 1, each of which is one head of a query
-    row; those beyond the end repeat the last."""
+def query_rows(a, start, h0, BM: tl.constexpr, C: tl.constexpr):
+    """Query row, head of the group and validity of tile rows start … start + BM − 1, each [BM].
+
+    A tile row is one head of one query row. Tile rows beyond the end repeat the last one and are not valid.
+    """
     r = start + tl.arange(0, BM)
     i = r // C.pack
     h = h0 + r % C.pack
@@ -162,8 +253,8 @@ def rows_of(a, start, h0, BM: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def range_of(a, s: tl.constexpr, b, i, C: tl.constexpr, valid=None):
-    """lo, hi and diagonal of rows i in range s; rows that are not valid, where that is given, see nothing."""
+def load_range(a, s: tl.constexpr, b, i, C: tl.constexpr, valid=None):
+    """Range s of query rows i [BM]; rows that are not valid, where that is given, have an empty range."""
     if C.S == 0:
         lo = i * 0
         hi = lo + a.N
@@ -177,79 +268,129 @@ def range_of(a, s: tl.constexpr, b, i, C: tl.constexpr, valid=None):
         at = a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m
         diagonal = tl.load(at, mask=valid, other=none)
     if C.page > 0:
-        # The row of keys is the sequences' logical keys laid end to end.
+        # Paged sequences count as one row of keys: their logical keys laid end to end.
         base = tl.load(a.sequence + i) * a.period
         lo += base
         hi += base
         diagonal += base
-    return lo, hi, diagonal
+    return Rows(i, lo, hi, diagonal)
 
 
 @triton.jit
-def bounds_of(lo, hi):
-    """first, full_first, full_last, last: keys that some of the rows see, and those that all of them see."""
+def expand_rows(rows):
+    """Rows [BM] as [BM, 1], to meet keys [1, BN]."""
+    return Rows(rows.i[:, None], rows.lo[:, None], rows.hi[:, None], rows.diagonal[:, None])
+
+
+@triton.jit
+def key_bounds(lo, hi):
+    """first, full_first, full_last, last: some row sees keys first … last − 1, every row full_first … full_last − 1."""
     seen = lo < hi
-    first = tl.min(tl.where(seen, lo, FAR), 0)
-    full_first = tl.max(tl.where(seen, lo, FAR), 0)
+    first = tl.min(tl.where(seen, lo, INT32_MAX), 0)
+    full_first = tl.max(tl.where(seen, lo, INT32_MAX), 0)
     full_last = tl.min(tl.where(seen, hi, 0), 0)
     last = tl.max(tl.where(seen, hi, 0), 0)
     return first, full_first, full_last, last
 
 
 @triton.jit
-def blocks_of(first, full_first, full_last, last, split, splits, BN: tl.constexpr):
-    """begin, then numbers of blocks of BN keys from begin on: those to visit t0 … t1 − 1, those in full f0 … f1 − 1.
-
-    Of several splits each gets an equal run of blocks.
-    """
+def key_blocks(rows, split, splits, BN: tl.constexpr):
+    """The blocks of keys that rows visit; with several splits each gets an equal run of the blocks."""
+    first, full_first, full_last, last = key_bounds(rows.lo, rows.hi)
     # Blocks begin at a multiple of 16, so that loads of dense terms and TMA are aligned.
     begin = tl.minimum(first, last) // 16 * 16
     count = tl.cdiv(last - begin, BN)
     share = tl.cdiv(count, splits)
-    t0 = tl.minimum(split * share, count)
-    t1 = tl.minimum(t0 + share, count)
-    f0 = tl.cdiv(tl.minimum(full_first, last) - begin, BN)
-    f1 = (tl.maximum(full_last, begin) - begin) // BN
-    f0 = tl.minimum(tl.maximum(f0, t0), t1)
-    f1 = tl.maximum(tl.minimum(f1, t1), f0)
-    return begin, t0, t1, f0, f1
+    start = tl.minimum(split * share, count)
+    stop = tl.minimum(start + share, count)
+    full_start = tl.cdiv(tl.minimum(full_first, last) - begin, BN)
+    full_stop = (tl.maximum(full_last, begin) - begin) // BN
+    full_start = tl.minimum(tl.maximum(full_start, start), stop)
+    full_stop = tl.maximum(tl.minimum(full_stop, stop), full_start)
+    return KeyBlocks(begin, last, start, stop, full_start, full_stop)
 
 
 @triton.jit
-def far_of(a, begin, f0, f1, seen, diagonal, BN: tl.constexpr):
-    """left, right: of the full blocks f0 … f1 − 1 those before `left` and those from `right` on lie wholly beyond the
-    table's reach, or to one side of the diagonal, of all rows. Without terms that depend on position all do."""
-    left = f1
-    right = f1
+def far_blocks(a, blocks, rows, BN: tl.constexpr):
+    """left, right: of the full blocks, those before `left` and those from `right` on are far ones: beyond the table's
+    reach, or to one side of the diagonal, for every row. Without terms that depend on position all full blocks are far.
+    """
+    left = blocks.full_stop
+    right = blocks.full_stop
     if (a.slopes is not None) or (a.table is not None):
-        lowest, highest = span_of(seen, diagonal)
-        left = tl.minimum(tl.maximum((lowest - a.reach + 1 - begin) // BN, f0), f1)
-        right = tl.minimum(tl.maximum(tl.cdiv(highest + a.reach - begin, BN), left), f1)
+        lowest, highest = diagonal_span(rows)
+        left = (lowest - a.reach + 1 - blocks.begin) // BN
+        left = tl.minimum(tl.maximum(left, blocks.full_start), blocks.full_stop)
+        right = tl.minimum(tl.maximum(tl.cdiv(highest + a.reach - blocks.begin, BN), left), blocks.full_stop)
     return left, right
 
 
 @triton.jit
-def span_of(seen, diagonal):
-    """The lowest and the highest diagonal of the rows that see anything."""
-    return tl.min(tl.where(seen, diagonal, FAR), 0), tl.max(tl.where(seen, diagonal, -FAR), 0)
+def diagonal_span(rows):
+    """The lowest and the highest diagonal of the rows that see a key."""
+    seen = rows.lo < rows.hi
+    lowest = tl.min(tl.where(seen, rows.diagonal, INT32_MAX), 0)
+    return lowest, tl.max(tl.where(seen, rows.diagonal, -INT32_MAX), 0)
 
 
 @triton.jit
-def block_at(t, x0, x1, y0, y1):
-    """The t-th block where x0 … x1 − 1 and y0 … y1 − 1 are left out; x1 ≤ y0."""
-    t += tl.where(t >= x0, x1 - x0, 0)
-    return t + tl.where(t >= y0, y1 - y0, 0)
+def far_run(full_start, full_stop, left, right):
+    """The far blocks: those before `left`, and those from `right` on."""
+    return BlockRun(full_start, full_start + (left - full_start + full_stop - right), left, right, full_stop, full_stop)
 
 
 @triton.jit
-def head_of(x, x_b, x_g, x_h, b, g, h):
-    """Where a head of the query, or of what lies like it, begins; offsets of 64 bits, since heads may be far apart."""
-    return x + b.to(tl.int64) * x_b + g.to(tl.int64) * x_g + h.to(tl.int64) * x_h
+def near_run(start, stop, full_start, full_stop, left, right):
+    """The blocks of start … stop − 1 that are not far."""
+    return BlockRun(start, stop - (left - full_start + full_stop - right), full_start, left, right, full_stop)
+
+
+@triton.jit
+def whole_run(start, stop):
+    """All of blocks start … stop − 1."""
+    return BlockRun(start, stop, stop, stop, stop, stop)
+
+
+@triton.jit
+def block_number(run, t):
+    """The block that the number t, counted without the gaps, stands for."""
+    t += tl.where(t >= run.x0, run.x1 - run.x0, 0)
+    return t + tl.where(t >= run.y0, run.y1 - run.y0, 0)
+
+
+@triton.jit
+def head_pointer(x, x_b, x_g, x_h, heads):
+    """First row of a head; 64-bit offsets, since heads may be far apart."""
+    return x + heads.b.to(tl.int64) * x_b + heads.g.to(tl.int64) * x_g + heads.h.to(tl.int64) * x_h
+
+
+@triton.jit
+def query_pointer(a, heads, i):
+    """Query row i of a head; i and the head are scalars or [BM]."""
+    return head_pointer(a.q, a.q_b, a.q_g, a.q_h, heads) + i.to(tl.int64) * a.q_m
+
+
+@triton.jit
+def gradient_pointer(grad, heads, i):
+    """Row i of the output's gradient; i and the head are scalars or [BM]."""
+    return head_pointer(grad.pointer, grad.b, grad.g, grad.h, heads) + i.to(tl.int64) * grad.m
+
+
+@triton.jit
+def key_pointer(a, b, g):
+    """Key 0 of a batch entry and group."""
+    return a.k + b.to(tl.int64) * a.k_b + g.to(tl.int64) * a.k_g
+
+
+@triton.jit
+def value_pointer(a, b, g):
+    """Value 0 of a batch entry and group."""
+    return a.v + b.to(tl.int64) * a.v_b + g.to(tl.int64) * a.v_g
 
 
 @triton.jit
 def load_tile(base, rows, stride, limit, MASKED: tl.constexpr, D: tl.constexpr, dim: tl.constexpr):
-    """[rows, D] from rows of `dim` contiguous elements; zero beyond `dim` and, where masked, from row `limit` on."""
+    """[rows, D] from rows of `dim` contiguous elements; 0 beyond `dim` and, where masked, from row `limit` on."""
     columns = tl.arange(0, D)
     pointers = base + rows[:, None] * stride + columns[None, :]
     if MASKED and dim < D:
@@ -264,10 +405,10 @@ def load_tile(base, rows, stride, limit, MASKED: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def slots_of(a, j, last, C: tl.constexpr):
-    """Where keys j of the row lie in memory, int64; the page is read from the block table.
+def physical_slots(a, j, last, C: tl.constexpr):
+    """Slots in memory of the logical keys j [BN], int64, read from the block table.
 
-    A block of keys may begin or end in what belongs to no sequence: what the table says there is anything.
+    A block of keys may begin or end outside every sequence, where the table holds anything: pages are clamped.
     """
     page = tl.load(a.block_table + j // C.page, mask=j < last, other=0)
     page = tl.minimum(tl.maximum(page, 0), a.pages - 1)
@@ -277,7 +418,7 @@ def slots_of(a, j, last, C: tl.constexpr):
 @triton.jit
 def load_keys(x, stride, slots, j0, last, MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, dim: tl.constexpr,
               page: tl.constexpr):  # fmt: skip
-    """Keys or values j0 … j0 + BN − 1 of the row, [BN, D]; x points at key 0 of the batch entry and group."""
+    """Keys or values j0 … j0 + BN − 1 as [BN, D]; x points at key 0 of the batch entry and group."""
     n = tl.arange(0, BN)
     if page > 0:
         columns = tl.arange(0, D)
@@ -292,35 +433,37 @@ def load_keys(x, stride, slots, j0, last, MASKED: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
-def row_scale(a, b, g, h, i, C: tl.constexpr):
-    """What products with the stored query of rows i, heads h are to be multiplied by, but for scales of runs of keys."""
-    scale = tl.full([i.shape[0]], 1.0, tl.float32)
+def query_factor(a, heads, i, C: tl.constexpr):
+    """The factor of a row's products with stored keys [BM]: the query's scale times the keys' if they share one."""
+    factor = tl.full([i.shape[0]], 1.0, tl.float32)
     if a.query_scale is not None:
-        at = a.query_scale + b * a.query_scale_b + g * a.query_scale_g + h * a.query_scale_h
+        at = a.query_scale + heads.b * a.query_scale_b + heads.g * a.query_scale_g + heads.h * a.query_scale_h
         if C.query_run > 0:
             at += i // C.query_run * a.query_scale_c
-        scale = tl.load(at).to(tl.float32)
+        factor = tl.load(at).to(tl.float32)
     if a.key_scale is not None and C.key_run == 0:
-        scale *= tl.load(a.key_scale + b * a.key_scale_b + g * a.key_scale_g).to(tl.float32)
-    return scale
+        factor *= tl.load(a.key_scale + heads.b * a.key_scale_b + heads.g * a.key_scale_g).to(tl.float32)
+    return factor
 
 
 @triton.jit
-def scaled_query(q, a, b, g, h, i, C: tl.constexpr):
-    """The query as the product with stored keys takes it, and what is left of `row_scale`, [rows]: positive, since the
-    largest of a row's products is found before they are multiplied. The sign goes to the query."""
-    factor = row_scale(a, b, g, h, i, C)
+def rescale_query(q, a, heads, i, C: tl.constexpr):
+    """The query [BM, K] as the product with stored keys takes it, and the factor [BM] left to multiply products by.
+
+    The factor is positive, since a row's maximum is taken before it is applied; its sign moves to the query.
+    """
+    factor = query_factor(a, heads, i, C)
     sign = tl.where(factor > 0, 1.0, tl.where(factor < 0, -1.0, factor))
     wide = q.to(tl.float32) * sign[:, None]
     factor = tl.where(factor == 0, 1.0, tl.abs(factor))
     if q.dtype == tl.bfloat16:
-        # fp16 has the bits but not the range, so rows are divided by a power of two near their largest number.
+        # fp16 has the bits but not the range: rows are divided by the power of two below their largest element.
         size = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         size = tl.where(size == 0, 1.0, size)
         wide = (wide / size[:, None]).to(tl.float16)
         factor *= size
     elif q.dtype == tl.float8e4nv and C.BM < 64:
-        # Products of fewer rows are not made in 8 bits everywhere.
+        # Not every GPU multiplies so few rows in 8 bits.
         wide = wide.to(tl.float16)
     else:
         wide = wide.to(q.dtype)
@@ -328,20 +471,31 @@ def scaled_query(q, a, b, g, h, i, C: tl.constexpr):
 
 
 @triton.jit
-def key_scales(a, x, x_b, x_c, x_g, b, g, slots, j, last, run: tl.constexpr, C: tl.constexpr):
-    """The scales of keys or values j, [n]; `slots` says where paged keys lie, `run` how many share one, 0 for all. 0 from
-    `last` on."""
+def load_scales(x, b, g, slots, j, last, run: tl.constexpr, C: tl.constexpr):
+    """Scales of keys or values j [BN], 0 from `last` on; `run` keys share one (0: all of them do)."""
     where = (slots if C.page > 0 else j).to(tl.uint64)
-    at = x + b * x_b + g * x_g + (where // run * x_c if run > 0 else where * 0)
+    at = x.pointer + b * x.b + g * x.g + (where // run * x.c if run > 0 else where * 0)
     return tl.load(at, mask=j < last, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def widened(x, q, C: tl.constexpr):
-    """Keys or values as the product takes them: what is stored in 8 bits in fp16, which holds it exactly, or in fp32
-    where the query is; what is not, as it is.
+def key_scales(a, heads, slots, j, last, C: tl.constexpr):
+    x = Scales(a.key_scale, a.key_scale_b, a.key_scale_c, a.key_scale_g)
+    return load_scales(x, heads.b, heads.g, slots, j, last, C.key_run, C)
 
-    Something with effects is not moved behind the change of layout that follows, where each byte would be loaded alone.
+
+@triton.jit
+def value_scales(a, heads, slots, j, last, C: tl.constexpr):
+    x = Scales(a.value_scale, a.value_scale_b, a.value_scale_c, a.value_scale_g)
+    return load_scales(x, heads.b, heads.g, slots, j, last, C.value_run, C)
+
+
+@triton.jit
+def convert_stored(x, q, C: tl.constexpr):
+    """Keys or values as the product takes them: 8 bits become fp16, which is exact, or fp32 if the query is fp32.
+
+    Assembly that is marked as having effects is not moved behind the change of layout that follows, where each byte
+    would be loaded alone.
     """
     pure: tl.constexpr = C.assembly == "pure"
     if x.dtype.primitive_bitwidth > 8:
@@ -351,7 +505,7 @@ def widened(x, q, C: tl.constexpr):
     elif C.assembly == "none":
         wide = x.to(tl.float16)
     elif x.dtype == tl.int8:
-        # fp16's 1024 + 128 + x has x as its last byte, but for a bit.
+        # The last byte of 1024 + 128 + x in fp16 is x with its top bit flipped.
         wide = tl.inline_asm_elementwise(
             """{
             .reg .b32 x, c;
@@ -374,112 +528,118 @@ def widened(x, q, C: tl.constexpr):
 
 
 @triton.jit
-def column_of(a, j, C: tl.constexpr):
-    """Columns of dense terms for keys j of the row."""
+def dense_column(a, j, C: tl.constexpr):
+    """Column of a dense term for keys j."""
     column = j % a.period if C.periodic else j
     return column.to(tl.int64) if C.wide else column
 
 
 @triton.jit
-def visible_of(a, b, g, h, i, j, lo, hi, C: tl.constexpr):
-    """Which keys j rows i see; h, i, lo, hi are expanded over rows, j over keys."""
-    visible = (j >= lo) & (j < hi)
+def visibility(a, heads, rows, j, C: tl.constexpr):
+    """Which keys j the rows see; heads and rows are expanded over keys, j over rows."""
+    visible = (j >= rows.lo) & (j < rows.hi)
     if a.dense is not None:
-        column = column_of(a, j, C)
-        row = a.dense + b.to(tl.int64) * a.dense_b + g.to(tl.int64) * a.dense_g
-        row += h.to(tl.int64) * a.dense_h + i.to(tl.int64) * a.dense_m
+        column = dense_column(a, j, C)
+        row = a.dense + heads.b.to(tl.int64) * a.dense_b + heads.g.to(tl.int64) * a.dense_g
+        row += heads.h.to(tl.int64) * a.dense_h + rows.i.to(tl.int64) * a.dense_m
         visible &= tl.load(row + column * a.dense_n, mask=visible, other=0) != 0
     return visible
 
 
 @triton.jit
-def unit_of(a, MASKED: tl.constexpr, C: tl.constexpr):
-    """What scores are still to be multiplied by: the scale where it folds into the exponential, else 1."""
+def exponent_scale(a, MASKED: tl.constexpr, C: tl.constexpr):
+    """The factor still missing from scores: the scale where it folds into the exponential, else 1."""
     return a.scale2 if C.simple and (a.table is None or not MASKED) else 1.0
 
 
 @triton.jit
-def capped(s, a, MASKED: tl.constexpr, C: tl.constexpr):
-    """Raw products to scores in log₂ but for `unit_of`, and tanh of the scaled score (0 without a softcap)."""
-    unit = 0.0
+def scale_and_cap(s, a, MASKED: tl.constexpr, C: tl.constexpr):
+    """Products q·k to scores in log₂ (without `exponent_scale`), and tanh of the softcap (0 without one)."""
+    tanh = 0.0
     if C.softcap:
         x = s * a.scale2
         square = x * x
-        # Near 0 the difference would leave an error of the size of the cap, so there tanh is its series.
+        # tanh near 0 by its series: the difference below has an absolute error of one rounding of 1.
         near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
         far = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
-        unit = tl.where(square < 0.09, near, far)
-        s = unit * a.cap2
+        tanh = tl.where(square < 0.09, near, far)
+        s = tanh * a.cap2
     elif (not C.simple) or (MASKED and a.table is not None):
         s = s * a.scale2
-    return s, unit
+    return s, tanh
 
 
 @triton.jit
-def far_terms(a, slope, ends, is_left, j0, diagonal):
-    """What far tiles add to the score of key j0 + n in log₂: tilt · n and, over rows, shift. Beyond the table's reach
-    one entry serves, and a distance is a difference: a load or a conversion per score would cost more than all else."""
-    tilt = 0.0
-    shift = 0.0
+def load_slope(a, heads):
+    """ALiBi's slope in log₂; 0 without ALiBi."""
     if a.slopes is not None:
-        tilt = tl.where(is_left, slope, -slope)
-        shift = tilt * (j0 - diagonal).to(tl.float32)
-    if a.table is not None:
-        shift += tl.where(is_left, ends[0], ends[1])
-    return tilt, shift
-
-
-@triton.jit
-def ends_of(a, g, h):
-    """The relative table's first and last entry, in log₂; 0 without a table."""
-    first = 0.0
-    last = 0.0
-    if a.table is not None:
-        table = a.table + g * a.table_g + h * a.table_h
-        first = tl.load(table).to(tl.float32) * LOG2E
-        last = tl.load(table + 2 * a.reach).to(tl.float32) * LOG2E
-    return first, last
-
-
-@triton.jit
-def biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED: tl.constexpr, C: tl.constexpr):
-    """Scores plus all bias terms, in log₂; what is read for keys outside lo … hi − 1 does not matter.
-
-    Tiles that are not masked are far ones: what depends on position comes from `far_terms`.
-    """
-    if MASKED and a.slopes is not None:
-        s -= slope * tl.abs(j - diagonal).to(tl.float32)
-    if MASKED and a.table is not None:
-        entry = tl.minimum(tl.maximum(j - diagonal, -a.reach), a.reach) + a.reach
-        s += tl.load(a.table + g * a.table_g + h * a.table_h + entry).to(tl.float32) * LOG2E
-    if a.bias is not None:
-        column = column_of(a, j, C)
-        row = a.bias + b.to(tl.int64) * a.bias_b + g.to(tl.int64) * a.bias_g
-        row += h.to(tl.int64) * a.bias_h + i.to(tl.int64) * a.bias_m
-        if MASKED:
-            s += tl.load(row + column * a.bias_n, mask=(j >= lo) & (j < hi), other=0.0).to(tl.float32) * LOG2E
-        else:
-            s += tl.load(row + column * a.bias_n).to(tl.float32) * LOG2E
-    return s
-
-
-@triton.jit
-def slope_of(a, b, g, h):
-    """ALiBi's slope of each head in log₂; 0 without."""
-    if a.slopes is not None:
-        slope = tl.load(a.slopes + b * a.slopes_b + g * a.slopes_g + h * a.slopes_h).to(tl.float32) * LOG2E
+        at = a.slopes + heads.b * a.slopes_b + heads.g * a.slopes_g + heads.h * a.slopes_h
+        slope = tl.load(at).to(tl.float32) * LOG2E
     else:
         slope = 0.0
     return slope
 
 
 @triton.jit
-def kept(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr):
-    """Where dropout keeps a weight, [BM, BN]: Philox 4x32-10 as in core/dropout.py. `head`, `i`: [BM]."""
+def load_position_bias(a, heads):
+    """Slope, and the two ends of the relative table, of each head."""
+    slope = load_slope(a, heads)
+    first = 0.0
+    last = 0.0
+    if a.table is not None:
+        table = a.table + heads.g * a.table_g + heads.h * a.table_h
+        first = tl.load(table).to(tl.float32) * LOG2E
+        last = tl.load(table + 2 * a.reach).to(tl.float32) * LOG2E
+    return PositionBias(slope, first, last)
+
+
+@triton.jit
+def far_bias(a, position, is_left, j0, diagonal):
+    """Position bias of a far tile for key j0 + n: tilt · n plus, per row, shift; in log₂.
+
+    In a far tile a distance is a difference and one table entry serves all keys: a load or a conversion per score
+    would cost more than everything else.
+    """
+    tilt = 0.0
+    shift = 0.0
+    if a.slopes is not None:
+        tilt = tl.where(is_left, position.slope, -position.slope)
+        shift = tilt * (j0 - diagonal).to(tl.float32)
+    if a.table is not None:
+        shift += tl.where(is_left, position.first, position.last)
+    return tilt, shift
+
+
+@triton.jit
+def add_bias(s, a, heads, rows, j, slope, MASKED: tl.constexpr, C: tl.constexpr):
+    """Scores plus all bias terms, in log₂; keys outside lo … hi − 1 get any value.
+
+    Tiles that are not masked are far ones: `far_bias` has what depends on position.
+    """
+    if MASKED and a.slopes is not None:
+        s -= slope * tl.abs(j - rows.diagonal).to(tl.float32)
+    if MASKED and a.table is not None:
+        entry = tl.minimum(tl.maximum(j - rows.diagonal, -a.reach), a.reach) + a.reach
+        s += tl.load(a.table + heads.g * a.table_g + heads.h * a.table_h + entry).to(tl.float32) * LOG2E
+    if a.bias is not None:
+        column = dense_column(a, j, C)
+        row = a.bias + heads.b.to(tl.int64) * a.bias_b + heads.g.to(tl.int64) * a.bias_g
+        row += heads.h.to(tl.int64) * a.bias_h + rows.i.to(tl.int64) * a.bias_m
+        if MASKED:
+            inside = (j >= rows.lo) & (j < rows.hi)
+            s += tl.load(row + column * a.bias_n, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        else:
+            s += tl.load(row + column * a.bias_n).to(tl.float32) * LOG2E
+    return s
+
+
+@triton.jit
+def dropout_mask(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr):
+    """Where dropout keeps a weight, bool [BM, BN]: Philox 4x32-10 as in core/dropout.py. `head`, `i`: [BM]."""
     seed = tl.load(a.seed)
     batch = i * 0 + b
     if C.periodic:
-        # Sequences may begin anywhere, so each key works out its own four words.
+        # Sequences may begin anywhere, so each key computes its own four words.
         j = (j0 + tl.arange(0, BN)) % a.period
         zero = i[:, None] * 0
         w0, w1, w2, w3 = tl.philox(seed, (j >> 2)[None, :] + zero, i[:, None] + j[None, :] * 0,
@@ -497,19 +657,20 @@ def kept(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
-def weights_of(s, a, b, g, h, i, j, lo, hi, diagonal, slope, tilt, lse2, MASKED: tl.constexpr, C: tl.constexpr):
-    """Softmax weights from raw products and lse in log₂ (+inf for empty rows), and the softcap's tanh.
+def softmax_weights(s, a, heads, rows, j, slope, tilt, lse2, MASKED: tl.constexpr, C: tl.constexpr):
+    """Softmax weights from products q·k and lse in log₂ (+inf for empty rows), and the softcap's tanh.
 
-    Of far tiles lse2 comes less their shift, and `tilt` comes expanded over keys.
+    Heads, rows and lse2 are expanded over keys; j over rows. In far tiles `lse2` has the shift of `far_bias` taken
+    off, and `tilt` is expanded over keys.
     """
-    s, unit = capped(s, a, MASKED, C)
+    s, tanh = scale_and_cap(s, a, MASKED, C)
     if (not MASKED) and a.slopes is not None:
         s += tilt
-    s = biased(s, a, b, g, h, i, j, lo, hi, diagonal, slope, MASKED, C)
-    p = tl.math.exp2(s * unit_of(a, MASKED, C) - lse2)
+    s = add_bias(s, a, heads, rows, j, slope, MASKED, C)
+    p = tl.math.exp2(s * exponent_scale(a, MASKED, C) - lse2)
     if MASKED:
-        p = tl.where(visible_of(a, b, g, h, i, j, lo, hi, C), p, 0.0)
-    return p, unit
+        p = tl.where(visibility(a, heads, rows, j, C), p, 0.0)
+    return p, tanh
 
 
 @triton.jit
@@ -519,41 +680,42 @@ def score_gradient(p, dp, delta):
 
 
 @triton.jit
-def raw_gradient(ds, unit, C: tl.constexpr):
-    """Gradient of the scaled product from that of the capped score; 0 where that is, for a hidden product may be NaN."""
+def softcap_gradient(ds, tanh, C: tl.constexpr):
+    """Gradient of the scaled product from that of the capped score; 0 where that is 0: tanh of a hidden score may be
+    NaN."""
     if C.softcap:
-        ds = tl.where(ds == 0, 0.0, ds * (1.0 - unit * unit))
+        ds = tl.where(ds == 0, 0.0, ds * (1.0 - tanh * tanh))
     return ds
 
 
 @triton.jit
-def stats_at(a, stats, b, g, h, C: tl.constexpr):
-    """Where lse in log₂ of a head's rows lies, and how far behind it delta does, in stats [B, G, H, 2, padded M].
+def stats_pointer(a, stats, heads, C: tl.constexpr):
+    """Pointer to a head's lse in log₂ in stats [B, G, H, 2, padded M], and the distance from it to the head's delta.
 
     Heads begin aligned and no tile ends outside of its head, so that many rows are read at once, without a mask.
     """
-    rows = tl.cdiv(a.M, STATS) * STATS
-    return stats + ((b * a.G + g) * C.H + h).to(tl.int64) * (2 * rows), rows
+    rows = tl.cdiv(a.M, STATS_PADDING) * STATS_PADDING
+    return stats + ((heads.b * a.G + heads.g) * C.H + heads.h).to(tl.int64) * (2 * rows), rows
 
 
 @triton.jit
-def load_stats(a, stats, b, g, h, i, C: tl.constexpr):
+def load_stats(a, stats, heads, i, C: tl.constexpr):
     """lse in log₂ and delta of rows i."""
-    at, rows = stats_at(a, stats, b, g, h, C)
+    at, rows = stats_pointer(a, stats, heads, C)
     return tl.load(at + i), tl.load(at + rows + i)
 
 
 @triton.jit
 def load_lse(lse, at):
-    """lse in log₂; +inf, so that all weights are 0, for empty rows and for those hidden by a bias of −10⁹, say: of an lse
-    so large the rounding alone makes weights of 2¹²⁸."""
+    """lse in log₂. It is +inf, so that all weights are 0, for empty rows and for rows that a bias of −10⁹, say, hides:
+    rounding such an lse alone changes a weight by up to 2¹²⁸."""
     x = tl.load(lse + at) * LOG2E
-    return tl.where(tl.abs(x) > LARGEST, INFINITY, x)
+    return tl.where(tl.abs(x) > FRACTION_FREE, INFINITY, x)
 
 
 @triton.jit
-def beyond(a, ds, distance):
-    """Row sums of what belongs to the table's first entry, and to its last one."""
+def table_end_sums(a, ds, distance):
+    """Row sums of the score gradients that belong to the table's first entry, and to its last one."""
     below = distance <= -a.reach
     low = tl.sum(tl.where(below, ds, 0.0), 1)
     return low, tl.sum(tl.where((distance >= a.reach) & ~below, ds, 0.0), 1)
