@@ -1,11 +1,11 @@
-"""Times tiles of the Triton kernels on the GPU at hand, for the table in backends/triton/config.py.
+"""Times candidate tiles of the Triton kernels on this machine's GPU, for the table in backends/triton/config.py.
 
     PYTHONPATH=src python benchmarks/tune_triton.py --out $OUT [--only forward,128] [--seconds 120]
     PYTHONPATH=src python benchmarks/tune_triton.py --out $OUT --best tune.jsonl --kinds full,window,alibi,table
 
-Every candidate is compiled first, in parallel processes; then each is run, its result compared with that of the tile in
-the table, and timed: medians, two visits. Results go to tune.jsonl as they come, the best of each group to the output.
-The table itself is edited by hand: what is fastest on one shape is not always what one wants.
+All candidates are compiled first, in parallel processes. Then each is run, compared with the result of the table's tile,
+and timed twice (the smaller median counts). Results are appended to tune.jsonl, the best of each group is printed. The
+table is edited by hand: the fastest tile of one shape can be slow on others.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Ten
     if c.kernel not in ("forward", "decode") and c[1:4] not in READY:
         out, lse = launch.forward(problem)
         READY[c[1:4]] = Ready(torch.randn_like(out), out, lse)
-    config.tile = lambda kernel, *a: config.Tile(*tile) if tile and kernel == c.kernel else table(kernel, *a)
+    config.tile = lambda kernel, *a: config.TileConfig(*tile) if tile and kernel == c.kernel else table(kernel, *a)
     try:
         # What was launched with an earlier tile must not be launched again.
         relaunch.forget()
@@ -221,18 +221,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--best", type=Path, help="an earlier tune.jsonl: its best tiles, on other kinds of work")
     parser.add_argument("--kinds", default="full,window,alibi,table")
-    parser.add_argument("--most", type=int, default=5, help="of each group of --best")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--top", type=int, default=5, help="number of tiles of each group of --best")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    kernel, head_dim, dtype, *_ = [*given.only.split(","), "", "", ""]
+    kernel, head_dim, dtype, *_ = [*arguments.only.split(","), "", "", ""]
     wanted = [
         c
         for c in candidates()
         if kernel in ("", c.kernel) and head_dim in ("", str(c.head_dim)) and dtype in ("", c.dtype)
     ]
-    if given.best:
-        rows = [json.loads(line) for line in given.best.read_text().splitlines()]
+    if arguments.best:
+        rows = [json.loads(line) for line in arguments.best.read_text().splitlines()]
         rows.sort(key=lambda r: r["ms"])
         groups = {(r["kernel"], r["head_dim"]): [] for r in rows}  # type: dict[Any, list[Any]]
         for r in rows:
@@ -241,14 +241,14 @@ def main() -> None:
         wanted = [
             Candidate(k, d, "bfloat16", kind, t)
             for (k, d), tiles in sorted(groups.items())
-            for kind in given.kinds.split(",")
-            for t in tiles[: given.most]
+            for kind in arguments.kinds.split(",")
+            for t in tiles[: arguments.top]
             if kernel in ("", k) and head_dim in ("", str(d))
         ]
     good: list[Candidate] = []
-    with processes(given.workers) as pool:
+    with processes(arguments.workers) as pool:
         futures = [pool.submit(compiled, c) for c in wanted]
-        for c, error in arriving(futures, given.seconds * 0.6):
+        for c, error in arriving(futures, arguments.seconds * 0.6):
             if error is None:
                 good.append(c)
             else:
@@ -257,11 +257,11 @@ def main() -> None:
             print("not all were compiled", flush=True)
     print(f"{len(good)} of {len(wanted)} compiled in {time.time() - began:.0f} s", flush=True)
     good.sort(key=wanted.index)
-    with (given.out / "tune.jsonl").open("w") as log:
+    with (arguments.out / "tune.jsonl").open("w") as log:
         for group, members in itertools.groupby(good, key=lambda c: c[:4]):
             rows = []
             for c in members:
-                if time.time() - began > given.seconds:
+                if time.time() - began > arguments.seconds:
                     break
                 try:
                     want, got = call(c, None), call(c, c.tile)

@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def accepts(backend, dtype):
-    """Whether a backend runs here for this dtype; triton has its own tests."""
+    """Whether a backend runs here for this dtype; triton is tested in tests/gpu."""
     return load(backend).reason_against(probe(torch.zeros(1, 1, 1, 1, 1, dtype=dtype))) is None
 
 
@@ -29,7 +29,7 @@ TYPED = [(name, dtype) for name in TESTED for dtype in DTYPES if accepts(name, d
 
 
 def solved_by(*choices):
-    """Each choice, which begins with a backend, with each case that this backend solves: `native` stores no 8 bits."""
+    """Every choice (a tuple that begins with a backend) with every case of it: `native` has no 8-bit cases."""
     pairs = [(*choice, case) for choice in choices for case in CASES if case.stored is None or choice[0] != "native"]
     names = (*("backend", "dtype")[: len(choices[0])], "case")
     return pytest.mark.parametrize(names, pairs, ids=lambda x: getattr(x, "name", None) or str(x))
@@ -45,7 +45,7 @@ def check(got, want, allowed):
 
 
 @by_name
-def test_reference_is_the_textbook(case):
+def test_reference_agrees_with_the_textbook_form(case):
     problem = case.problem()
     want = results(lambda p: textbook(p, torch.float64), problem, torch.float64)
     got = results(lambda p: attend(p, "reference"), problem, torch.float64)
@@ -105,11 +105,11 @@ def test_one_key_wrong_fails_the_tolerance(name, wrong, dtype):
 
 @pytest.mark.parametrize("name", ["query_scale", "key_scale", "value_scale"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.stored and case.N], ids=lambda case: case.name)
-def test_the_scale_of_a_neighbour_fails_the_tolerance(case, name):
+def test_neighbouring_scale_fails_the_tolerance(case, name):
     problem = case.problem(torch.bfloat16)
     scale = getattr(problem, name)
     if scale is None or scale[0].unique().numel() == 1:
-        pytest.skip("there is no other scale")
+        pytest.skip("all scales are equal")
     want = results(lambda p: attend(p, "reference"), problem, torch.float64)
     allowed = tolerances(problem, torch.bfloat16, want)
     moved = scale.roll(1, 1 if scale.shape[1] > 1 else 2)
@@ -118,7 +118,7 @@ def test_the_scale_of_a_neighbour_fails_the_tolerance(case, name):
 
 
 @solved_by(*((backend,) for backend in TESTED))
-def test_bitwise_equal_from_run_to_run(case, backend):
+def test_runs_are_bitwise_equal(case, backend):
     problem = case.problem(torch.float32)
     first, second = (results(lambda p: attend(p, backend), problem, torch.float32) for _ in range(2))
     for name, x in first.items():
@@ -128,8 +128,8 @@ def test_bitwise_equal_from_run_to_run(case, backend):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("special", [torch.nan, torch.inf])
 @pytest.mark.parametrize("backend", RUNNABLE)
-def test_what_nobody_may_see_does_not_leak(backend, special, softcap):
-    """Keys in padding, and whole documents, full of NaN or inf: nothing of it reaches another document."""
+def test_nan_in_hidden_keys_does_not_leak(backend, special, softcap):
+    """A document full of NaN or inf does not reach another document."""
     torch.manual_seed(0)
     lengths = SHORT
     bad = slice(5, 14)  # the document of 9 tokens
@@ -153,7 +153,7 @@ def test_what_nobody_may_see_does_not_leak(backend, special, softcap):
 
 
 @pytest.mark.parametrize("backend", TESTED)
-def test_visible_nan_does_reach(backend):
+def test_visible_nan_reaches_the_output(backend):
     q, k, v = (torch.randn(1, 9, 1, 8) for _ in range(3))
     v[0, 4, 0, 2] = torch.nan
     v[0, 6, 0, 3] = torch.inf
@@ -184,7 +184,7 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize("name", ["query", "key", "value", "slopes", "table", "sinks", "dense"])
 @pytest.mark.parametrize("backend", TESTED)
 def test_each_gradient_alone(backend, name):
-    """An input that alone needs a gradient gets it, the same as when all do."""
+    """An input's gradient is the same whether or not others are needed."""
     torch.manual_seed(0)
     inputs = {name: torch.randn(1, 5, 2, 4) for name in ("query", "key", "value")}
     inputs |= {"slopes": torch.rand(2), "table": torch.randn(2, 5), "sinks": torch.randn(2), "dense": torch.randn(5, 5)}
@@ -211,7 +211,7 @@ def test_double_backward_is_refused():
 
 
 def test_memory_is_linear_in_length():
-    """Peak extra memory of forward and of forward with backward grows with exponent at most 1.05 from 1k to 32k."""
+    """Peak memory, of forward and with backward, grows with an exponent of at most 1.05 from 1k to 32k."""
     import math
 
     from keyspan.testing import peak_memory
@@ -220,7 +220,7 @@ def test_memory_is_linear_in_length():
         q, k, v = (torch.randn(1, n, 1, 8, requires_grad=backward) for _ in range(3))
 
         def run():
-            # A window keeps the time linear too; memory does not depend on what is visible.
+            # The window keeps the test short; memory does not depend on the mask.
             out = keyspan.attention(q, k, v, mask=keyspan.Causal() & keyspan.Window(64), backend="chunked")
             if backward:
                 out.sum().backward()
@@ -233,7 +233,7 @@ def test_memory_is_linear_in_length():
         peaks = [peak(n, backward) for n in sizes]
         exponent = math.log(peaks[-1] / peaks[0]) / math.log(sizes[-1] / sizes[0])
         assert exponent <= 1.05, peaks
-        # The whole score matrix at 32k would be 4 GiB; what is held is some vectors of that length and one tile.
+        # All scores at 32k would take 4 GiB; held are some vectors of that length and one tile.
         assert peaks[-1] < 64 * 2**20, peaks
     full = peak_memory(lambda: keyspan.attention(*(torch.randn(1, 8192, 1, 8) for _ in range(3)), backend="chunked"))
     assert full < 8192 * 8192  # a quarter of the fp32 score matrix, without any mask

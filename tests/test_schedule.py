@@ -1,46 +1,46 @@
-"""The tiling: covers what is visible exactly, calls full only what is full, and skips what nobody sees."""
+"""Row blocks cover the visible area exactly once, mark as full only what all rows see, and skip hidden keys."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keyspan
-from keyspan.backends.schedule import tiles
+from keyspan.backends.schedule import row_blocks
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_tiles_cover_the_visible_area(data):
+def test_row_blocks_cover_the_visible_area(data):
     draw = data.draw
     S, B, M, N = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 40)), 30
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     lo = torch.randint(0, N, (S, B, M), generator=generator, dtype=torch.int32)
     hi = torch.maximum(lo, torch.randint(0, N, (S, B, M), generator=generator, dtype=torch.int32))
-    found = tiles(lo, hi, draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([0.0, 30.0, 1e9])))
+    found = row_blocks(lo, hi, draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([0.0, 30.0, 1e9])))
     covered = torch.zeros(S, B, M, N, dtype=torch.int32)
     j = torch.arange(N)
     visible = (j >= lo[..., None]) & (j < hi[..., None])
-    for tile in found:
-        entries = range(B) if tile.batch is None else [tile.batch]
+    for block in found:
+        entries = range(B) if block.batch is None else [block.batch]
         for b in entries:
-            for span in tile.spans:
+            for span in block.spans:
                 for begin, end, full in span.chunks(7):
                     assert 0 < end - begin <= 7
-                    covered[span.range, b, tile.begin : tile.end, begin:end] += 1
+                    covered[span.range, b, block.begin : block.end, begin:end] += 1
                     if full:
-                        assert visible[span.range, b, tile.begin : tile.end, begin:end].all()
+                        assert visible[span.range, b, block.begin : block.end, begin:end].all()
     assert (covered[visible] == 1).all()
     assert covered.max() <= 1
-    rows = [r for tile in found if tile.batch in (None, 0) for r in range(tile.begin, tile.end)]
+    rows = [r for block in found if block.batch in (None, 0) for r in range(block.begin, block.end)]
     assert sorted(rows) == list(range(M))
 
 
 def spans(mask, M, N, rows=256, overhead=1000.0):
     ranges = mask.lower(1, M, N)
-    return tiles(ranges.lo, ranges.hi, rows, overhead)
+    return row_blocks(ranges.lo, ranges.hi, rows, overhead)
 
 
-def test_documents_do_not_meet_and_decode_rows_stay_apart():
+def test_documents_do_not_share_blocks_nor_do_decode_rows():
     area = sum(
         (t.end - t.begin) * (s.last - s.first) for t in spans(keyspan.Documents([64] * 16), 1024, 1024) for s in t.spans
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from keyspan.backends import AUTOMATIC, BACKENDS, choose, load
-from keyspan.backends.schedule import tiles
+from keyspan.backends.schedule import row_blocks
 from keyspan.core.biases import Alibi, Bias
 from keyspan.core.masks import Causal, Documents, Mask, Window
 from keyspan.core.problem import Problem, check_dropout, make_problem
@@ -175,7 +175,7 @@ def explain(
     # With an infinite price per tile the scheduler merges all it can: plain runs of rows.
     visited = sum(
         len({n for span in tile.spans for n in range(span.first // side, -(-span.last // side))})
-        for tile in tiles(lo, hi, side, overhead=float("inf"))
+        for tile in row_blocks(lo, hi, side, overhead=float("inf"))
     )
     copies = lo.shape[1]
     total = copies * -(-M // side) * -(-problem.row_length // side)

@@ -1,4 +1,4 @@
-"""Makes the Triton backend run on the CPU: kernels are decorated for the interpreter, tiles are small."""
+"""Runs the Triton backend on the CPU: kernels are decorated for Triton's interpreter, tiles are small."""
 
 import os
 from importlib.util import find_spec
@@ -8,8 +8,8 @@ import pytest
 if find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
-    # Read by triton when a kernel is decorated, its own among them; taken back, so that other tests do not choose this
-    # backend for the CPU.
+    # Triton reads it when it decorates a kernel, its own included. Unset again: other tests must not get this backend on
+    # the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
     from keyspan.backends.triton import config, launch
 
@@ -27,18 +27,18 @@ def interpreted(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """The interpreter takes as long for a small tile as for a large one, and several tiles are wanted."""
+    """Several tiles per test; the interpreter takes as long for a small tile as for a large one."""
 
     def tile(kernel, itemsize, head_dim, family, terms="plain"):
-        # Products in 8 bits are made of 64 rows and more.
+        # Products of 8-bit operands need at least 64 rows.
         rows = 64 if itemsize == 1 and kernel == "forward" else 16
-        return config.Tile(rows, 16 if kernel == "keys" else 32, 1, 1)
+        return config.TileConfig(rows, 16 if kernel == "keys" else 32, 1, 1)
 
     monkeypatch.setattr(config, "tile", tile)
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def descriptors(request, monkeypatch):
-    """Runs a test with plain loads and with TMA."""
+    """Runs a test once with plain loads and once with TMA."""
     monkeypatch.setattr(launch, "_descriptors_allowed", lambda x: request.param)
     return request.param

@@ -1,9 +1,9 @@
-"""Repairs for Triton's CPU interpreter (3.6 to 3.9), so that kernels can be tested without a GPU. Knows no kernel.
+"""Fixes for Triton's CPU interpreter (3.6 to 3.9), so that kernels can be tested without a GPU.
 
-* bf16 is held as uint16 bits: `dot` multiplies the bits, casts truncate and take integers for bits. Here products are
-  made in fp32 and casts round.
-* e4m3 is held as uint8 bits: a NaN is a number to casts, which truncate. Here torch casts.
-* NumPy 2.4 and later refuses `int(array([x]))`, which the interpreter does for loop bounds.
+* bf16 is stored as uint16 bits: `dot` multiplies the bits as integers, casts truncate and treat integers as bits. Fixed:
+  products are of fp32, casts round to nearest.
+* e4m3 is stored as uint8 bits: casts read a NaN as a number, and truncate. Fixed: torch casts.
+* NumPy 2.4 and later rejects `int(array([x]))`, which the interpreter uses for loop bounds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 
 def _floats(handle: Any) -> Any:
-    """The numbers a handle stands for."""
+    """The values of a handle as NumPy floats."""
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
     if handle.dtype.scalar == tl.float8e4nv:
@@ -36,7 +36,7 @@ def _to_float8(x: Any) -> Any:
 
 
 _ENCODE = {tl.bfloat16: _to_bfloat16, tl.float8e4nv: _to_float8}
-"""Of the types that numpy does not have."""
+"""Casts to the types that NumPy does not have."""
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
@@ -70,7 +70,7 @@ def _patch(original: Any) -> Any:
 
 
 def repair() -> None:
-    """Put the repairs in place, once per process."""
+    """Install the fixes, once per process."""
     builder = interpreter.InterpreterBuilder
     builder.create_dot = _dot
     builder.cast_impl = _cast(builder.cast_impl)

@@ -1,9 +1,9 @@
-"""Compiles what the launcher launches for an architecture that is not there, and reads what came out. Knows no test.
+"""Compiles the kernels of a call for another architecture and reads registers, spills and instructions of the result.
 
     python tests/gpu/offline.py sm_90 --all
 
-prints one JSON object per kernel. Needs only the triton wheel (its ptxas, cuobjdump and nvdisasm), no GPU and no driver.
-Must not run in a process whose kernels are decorated for the interpreter.
+prints one JSON object per kernel. Needs the triton wheel (its ptxas, cuobjdump and nvdisasm), no GPU and no driver.
+Cannot run in a process whose kernels are decorated for the interpreter.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Compiled(NamedTuple):
     """Local loads and stores in the machine code."""
     wgmma: int
     wgmma8: int
-    """Those of fp8 operands."""
+    """wgmma with fp8 operands."""
     mma: int
     mma8: int
     tma: int
     serialised: list[str]
-    """ptxas's C75xx notes: wgmma that waits for itself."""
+    """ptxas's C75xx notes: wgmma instructions that wait for each other."""
 
 
 class _Driver:
-    """As much of a driver as compiling takes."""
+    """The parts of a driver that the compiler asks for."""
 
     def __init__(self, target: Any):
         self.target = target
@@ -58,10 +58,10 @@ class _Driver:
 
 @contextmanager
 def target(name: str) -> Any:
-    """Launches become compilations for `name`; yields the list of results."""
+    """Inside, launches compile for `name` instead; yields the list of results."""
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # a cache hit prints no log
+        os.environ["TRITON_CACHE_DIR"] = cache  # a cache hit would print no log
         import triton
         from triton.backends.compiler import GPUTarget
 
@@ -120,20 +120,20 @@ def _read(name: str, made: Any, log: str) -> Compiled:
 
 
 class Work(NamedTuple):
-    """What is compiled: forward and backward of a problem of this kind."""
+    """A problem whose forward and backward kernels are compiled."""
 
     dtype: str
     head_dim: int
     kind: str
-    """causal, full, alibi, table, bias, decode, paged; one: a query of one head, whose keys are split. Triton compiles
-    numbers that are 1 in."""
+    """causal, full, alibi, table, bias, decode, paged; one: one query of one head, whose keys are split (Triton
+    specialises on arguments that are 1)."""
     stored: str = ""
-    """What keys and values are stored as where that is not `dtype`: with a scale per page of paged keys, else per head.
-    A query of 8 bits has one for each row."""
+    """Dtype of keys and values if it is not `dtype`: a scale per page of paged keys, else per head. A query of 8 bits has
+    a scale per row."""
 
 
 FORWARD = ("decode", "paged", "one")
-"""Kinds of few rows, whose backward is not compiled."""
+"""Kinds with few rows; their backward is not compiled."""
 
 FEW = {
     "sm_90": [("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 128, "table"),
@@ -144,11 +144,11 @@ FEW = {
     "sm_100": [("bfloat16", 128, "causal"), ("float8_e4m3fn", 128, "causal")],
     "gfx942": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8"), ("bfloat16", 16, "causal")],
 }  # fmt: skip
-"""A few of all works, for every day."""
+"""The works compiled by default."""
 
 
 def works(name: str, every: bool) -> list[Work]:
-    """What is compiled for an architecture."""
+    """The works compiled for an architecture; `every`: all of them."""
     if not every:
         return [Work(*work) for work in FEW[name]]
     kinds = ("causal", "full", "alibi", "table", "bias")
@@ -167,12 +167,12 @@ def works(name: str, every: bool) -> list[Work]:
 
 
 def crowded(work: Work) -> bool:
-    """Whether the path that is taken for a NaN needs more registers than there are."""
+    """Whether NaN repair needs more registers than there are."""
     return work.head_dim == 256 or (work.dtype == "float8_e4m3fn" and work.kind in ("decode", "paged"))
 
 
 def problem_of(work: Work) -> Any:
-    """A problem of this kind; its sizes matter only where the launcher looks at them."""
+    """A problem of this kind; its sizes matter only where the launcher reads them."""
     import torch
 
     import keyspan
@@ -217,11 +217,11 @@ def _never(x):  # type: ignore[no-untyped-def]
 
 
 def main(name: str, every: bool, plain: bool) -> None:
-    """Print what became of each kernel.
+    """Print the results of all works of an architecture.
 
     Args:
-        plain: forward of what is `crowded` alone, without the path that is taken where a NaN came out. That path is inlined and
-            needs registers of its own; what every call runs is the rest.
+        plain: only forward of works that are `crowded`, compiled without NaN repair. Repair is inlined and has registers
+            of its own; what remains is the code that every call runs.
     """
     import torch
 
@@ -242,7 +242,7 @@ def main(name: str, every: bool, plain: bool) -> None:
             if work.kind not in FORWARD and not problem.quantized and not plain:
                 needs = Needs(True, True, True, False, problem.table is not None, False, [True] * len(problem.biases))
                 launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
-                # Where no query's gradient is asked for, what that kernel makes for others has one of its own.
+                # Without the query's gradient a kernel of its own makes the statistics.
                 launch.backward(
                     problem, torch.zeros_like(out), None, out, lse, Needs(*[False] * 6, [False] * len(problem.biases))
                 )

@@ -1,4 +1,4 @@
-"""The Triton backend on every case against the fp64 reference, run by Triton's interpreter."""
+"""The Triton backend on every shared case against the fp64 reference, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from keyspan.dispatch.op import attend
 from keyspan.testing import results, tolerances, worst
 from keyspan.testing.cases import CASES
 
-# The interpreter warns where NumPy meets what the kernels mean: log2(0) of an empty row, inf − inf of a NaN test.
+# NumPy warns of log2(0) for empty rows and of inf − inf in NaN tests, both of which are intended.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
@@ -37,7 +37,7 @@ def test_the_kernels_run(monkeypatch):
 def larger_tiles_for_larger_cases(request, monkeypatch, small_tiles):
     case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
     if case is not None and case.M * case.N > 10_000:
-        monkeypatch.setattr(config, "tile", lambda *_: config.Tile(64, 64, 1, 1))
+        monkeypatch.setattr(config, "tile", lambda *_: config.TileConfig(64, 64, 1, 1))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -46,18 +46,18 @@ def test_agrees_with_reference(case):
 
 
 @pytest.mark.parametrize("name", ["gqa", "relative table, documents, gqa", "everything"])
-def test_gradients_of_keys_and_values_by_a_launch_each(name, monkeypatch):
-    monkeypatch.setattr(launch, "_apart", lambda problem: True)
+def test_key_and_value_gradients_by_separate_launches(name, monkeypatch):
+    monkeypatch.setattr(launch, "_split_key_value", lambda problem: True)
     agree(next(case for case in CASES if case.name == name), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["gqa", "everything"])
-def test_statistics_behind_the_last_row_do_not_matter(name, monkeypatch):
-    # The path for a NaN would put right what they spoil, only slowly.
+def test_statistics_padding_is_not_read(name, monkeypatch):
+    # NaN repair would hide the error.
     monkeypatch.setattr(backward_kernels, "has_nan", lambda x: False)
     case = next(case for case in CASES if case.name == name)
     assert case.M % STATS_PADDING.value
-    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         agree(case, torch.float32)
     finally:
@@ -65,7 +65,7 @@ def test_statistics_behind_the_last_row_do_not_matter(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["everything", "no keys, learned sinks"])
-def test_gradients_asked_for_alone(name):
+def test_each_gradient_alone(name):
     problem = next(case for case in CASES if case.name == name).problem(torch.float32)
     problem = problem._replace(
         **{n: x.float() for n, x in problem._asdict().items() if isinstance(x, torch.Tensor) and x.is_floating_point()},
@@ -75,9 +75,9 @@ def test_gradients_asked_for_alone(name):
     out, lse = launch.forward(problem)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
 
-    def gradients(*asked):
-        biases = [asked[-1]] * len(problem.biases)
-        found = launch.backward(problem, grad_out, grad_lse, out, lse, Needs(*asked[:-1], biases))
+    def gradients(*needed):
+        biases = [needed[-1]] * len(problem.biases)
+        found = launch.backward(problem, grad_out, grad_lse, out, lse, Needs(*needed[:-1], biases))
         return [*found[:-1], *found.biases]
 
     every = gradients(*[True] * 7)
@@ -97,8 +97,8 @@ def test_bfloat16(case, descriptors):
 
 @pytest.mark.parametrize("special", [torch.nan, 1e30])
 @pytest.mark.parametrize("layout", ["padded", "paged"])
-def test_scales_nobody_may_see_do_not_leak(layout, special):
-    """Two sequences, of 17 and 5 keys, in slots of 32: scales of what lies behind them may be anything."""
+def test_scales_of_hidden_keys_do_not_leak(layout, special):
+    """Sequences of 17 and 5 keys in 32 slots each: the scales of unused slots hold garbage."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 16) for n in (9, 64, 64))
     k, key_scale = keyspan.quantize(k, torch.float8_e4m3fn, 1)
@@ -118,7 +118,7 @@ def test_scales_nobody_may_see_do_not_leak(layout, special):
     torch.testing.assert_close(run(), want)
 
 
-def test_visible_nan_of_a_scale_and_of_a_number_do_reach():
+def test_visible_nan_in_scales_and_values_reaches_the_output():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 16) for n in (5, 40, 40))
     k, key_scale = keyspan.quantize(k, torch.float8_e4m3fn, 8)

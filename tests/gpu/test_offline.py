@@ -1,6 +1,6 @@
-"""What the Triton kernels compile to, for architectures that are not there: no spills, no serialised wgmma, what fits.
+"""What the Triton kernels compile to on each architecture: shared memory, spills, matrix instructions.
 
-`KEYSPAN_GPU_TESTS=all` (`make test-gpu-offline`) takes every configuration instead of a few.
+`KEYSPAN_GPU_TESTS=all` (`make test-gpu-offline`) compiles every configuration instead of a few.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ EVERY = os.environ.get("KEYSPAN_GPU_TESTS") == "all"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory a program may have."""
 SPILLS = {"forward_kernel": 0, "queries_kernel": 12, "keys_kernel": 140}
-"""Most local loads and stores on sm_90, of 16-bit elements with head dimensions up to 128. keys_kernel holds two
-accumulators; what it spills is in the path for a NaN. queries_kernel puts aside what it needs between and after its
-walks."""
-SPILLS_READING = {"forward_kernel": 40, "queries_kernel": 170, "keys_kernel": 260}
-"""The same where scores read an entry each: of a dense bias, or of a table near the diagonal, in few of all tiles."""
+"""Largest number of local loads and stores on sm_90, for 16-bit elements and head dimensions up to 128. keys_kernel has
+two accumulators; its spills are in NaN repair. queries_kernel spills values that it needs between and after its walks."""
+SPILLS_WITH_LOADS = {"forward_kernel": 40, "queries_kernel": 170, "keys_kernel": 260}
+"""The same where every score loads an entry: of a dense bias, or of a table in the tiles near the diagonal."""
 
 pytestmark = pytest.mark.timeout(1500)
 
 
 @functools.cache
 def compiled(target: str, *options: str) -> list[dict[str, Any]]:
-    """All kernels of a target, compiled by a process of its own: here they are decorated for the interpreter."""
+    """All kernels of a target, compiled by another process: in this one they are decorated for the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "offline.py"
     source = Path(__file__).parent.parent.parent / "src"
@@ -53,7 +52,7 @@ def name_of(kernel: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target):
-    # One test per architecture: what is compiled is not shared between the processes that run tests.
+    # One test per architecture: the processes that run tests do not share what is compiled.
     kernels = compiled(target)
     assert {"forward_kernel", "stats_kernel", "keys_kernel", "queries_kernel"} <= {k["kernel"] for k in kernels}
     too_much_shared_memory = {name_of(k): k["shared"] for k in kernels if k["shared"] > SHARED[target]}
@@ -69,20 +68,20 @@ def test_compiles(target):
     assert not without_wgmma_and_tma
     without_fp8_products = [name_of(k) for k in many_rows if k["dtype"] == "float8_e4m3fn" and not k["wgmma8"]]
     assert not without_fp8_products
-    # C7519 notes an instruction put in so that registers can be read; it serialises nothing.
+    # C7519 notes an instruction that was inserted so that registers can be read; it serialises nothing.
     serialised = {name_of(k): k["serialised"] for k in kernels if set(k["serialised"]) - {"C7519"}}
     assert not serialised
     roomy = [k for k in heavy if not crowded(Work(*(k[name] for name in Work._fields)))]
-    most = {True: SPILLS_READING, False: SPILLS}
+    limits = {True: SPILLS_WITH_LOADS, False: SPILLS}
     spilling = {
-        name_of(k): k["spills"] for k in roomy if k["spills"] > most[k["kind"] in ("table", "bias")][k["kernel"]]
+        name_of(k): k["spills"] for k in roomy if k["spills"] > limits[k["kind"] in ("table", "bias")][k["kernel"]]
     }
     assert not spilling
 
 
-def test_crowded_forward_spills_only_for_nan():
+def test_crowded_forward_spills_only_in_nan_repair():
     kernels = [k for k in compiled("sm_90", "--plain") if k["kernel"] == "forward_kernel"]
     assert kernels
-    # fp8 at 256 puts one number aside before its walks and takes it up behind the second.
-    most = {True: SPILLS_READING["forward_kernel"], False: 2}
-    assert {name_of(k): k["spills"] for k in kernels if k["spills"] > most[k["kind"] == "table"]} == {}
+    # fp8 at 256 spills one value before its walks and reloads it after the second.
+    limits = {True: SPILLS_WITH_LOADS["forward_kernel"], False: 2}
+    assert {name_of(k): k["spills"] for k in kernels if k["spills"] > limits[k["kind"] == "table"]} == {}

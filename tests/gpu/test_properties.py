@@ -1,4 +1,4 @@
-"""What holds of the Triton backend beyond the cases, run by Triton's interpreter: what is not to be read, and dtypes."""
+"""Properties of the Triton backend beyond the shared cases, in Triton's interpreter: hidden keys, strides, dtypes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 
 def gradients(inputs, **given):
-    """Output, lse and the gradients of `inputs`, through both."""
+    """Output, lse and the gradients of `inputs` through both."""
     x = [t.detach().requires_grad_() for t in inputs]
     out, lse = keyspan.attention(*x, return_lse=True, backend="triton", **given)
     loss = (out.float().cos() * 2).sum() + torch.where(lse.isfinite(), lse, 0).sum()
@@ -29,8 +29,8 @@ TERMS = {
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf])
 @pytest.mark.parametrize("terms", TERMS)
-def test_what_nobody_may_see_does_not_leak(terms, special):
-    """A document of 8 tokens, between two others and in their tiles, full of NaN or inf."""
+def test_nan_in_hidden_keys_does_not_leak(terms, special):
+    """A document of NaN or inf between two others, with which it shares tiles."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 27, 2, 16) for _ in range(3))
     bad = torch.zeros(27, dtype=torch.bool)
@@ -50,8 +50,8 @@ def test_what_nobody_may_see_does_not_leak(terms, special):
 @pytest.mark.parametrize("page", [-1, 2**30])
 @pytest.mark.parametrize("queries", [[1, 1, 1], [40, 7, 1]], ids=["decoding", "prompts"])
 @pytest.mark.parametrize("stored", [None, torch.int8])
-def test_pages_behind_a_document_are_not_followed(page, queries, stored):
-    """Two documents share a block of keys, between them entries of the block table that are no pages."""
+def test_block_table_entries_behind_a_document_are_not_used(page, queries, stored):
+    """Documents share a block of keys; the block table has invalid pages between them."""
     torch.manual_seed(0)
     k_lengths, table = [5, 19, 0], torch.tensor([[3, 0, 0], [1, 4, 2], [0, 0, 0]], dtype=torch.int32)
     q, k, v = torch.randn(1, sum(queries), 2, 16), torch.randn(1, 40, 2, 16), torch.randn(1, 40, 2, 16)
@@ -71,7 +71,7 @@ def test_pages_behind_a_document_are_not_followed(page, queries, stored):
 
 @pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("output", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_gradients_where_the_output_has_another_dtype(inputs, output, descriptors):
+def test_gradients_with_another_output_dtype(inputs, output, descriptors):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 33, 2, 16).to(inputs) for _ in range(3))
     want = gradients((q, k, v), mask=keyspan.Causal())
@@ -85,7 +85,7 @@ def test_gradients_where_the_output_has_another_dtype(inputs, output, descriptor
 
 @pytest.fixture
 def sparse(tmp_path):
-    """A tensor of zeros that takes no memory where nothing is written."""
+    """Makes a tensor of zeros whose pages take memory when they are written."""
 
     def of(elements, dtype):
         return torch.from_file(str(tmp_path / str(elements)), shared=True, size=elements, dtype=dtype)
@@ -94,8 +94,8 @@ def sparse(tmp_path):
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (3, 1)], ids=["groups", "heads of a group"])
-def test_heads_farther_apart_than_32_bits_reach(heads, sparse):
-    """Two heads' distance is a 32-bit number, and from the first to the third it is not."""
+def test_head_offsets_of_64_bits(heads, sparse):
+    """The stride of heads fits 32 bits; the offset of the third head does not."""
     apart = 2**30 + 8
     M, D = 20, 16
     memory = sparse(2 * apart + M * D, torch.float16)
@@ -114,8 +114,8 @@ def test_heads_farther_apart_than_32_bits_reach(heads, sparse):
 
 
 @pytest.mark.parametrize("kind", ["bias", "mask"])
-def test_columns_farther_apart_than_32_bits_reach(kind, sparse):
-    """A dense term that is written by key, of which only some rows are used."""
+def test_column_offsets_of_64_bits(kind, sparse):
+    """A dense term stored key by key, of which some rows are used."""
     apart = 2**26 + 16
     M, N, D = 20, 40, 16
     dtype = torch.float16 if kind == "bias" else torch.bool
@@ -128,8 +128,8 @@ def test_columns_farther_apart_than_32_bits_reach(kind, sparse):
         assert torch.equal(x, y)
 
 
-def test_gradients_of_a_value_that_tma_reads_beside_a_gradient_that_it_does_not(descriptors):
-    """A value that is a part of something aligned; the output's rows, and its gradient's, are not."""
+def test_value_read_by_tma_with_unaligned_output_gradient(descriptors):
+    """The value is a slice of aligned memory; the rows of the output and of its gradient are not aligned."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 40, 2, 32, dtype=torch.float16) for _ in range(3))
     cut = gradients((q, k, v[..., :20]), mask=keyspan.Causal())
@@ -139,7 +139,7 @@ def test_gradients_of_a_value_that_tma_reads_beside_a_gradient_that_it_does_not(
 
 
 def test_batches_of_more_than_65535_heads(monkeypatch):
-    """Only the first dimension of a grid may be so large."""
+    """Only the first dimension of a grid may exceed 65,535."""
     grids = {}
 
     def run(kernel, grid, *_, **__):
@@ -152,23 +152,23 @@ def test_batches_of_more_than_65535_heads(monkeypatch):
     bias = torch.zeros(B, 1, 2, 2) + keyspan.RelativeBias(torch.zeros(1, 3))
     problem = make_problem(q, q, q, mask=mask, bias=bias)[0]
     out, lse = launch.forward(problem)
-    for asked in (True, False):
-        launch.backward(problem, out, None, out, lse, Needs(asked, True, True, False, asked, False, [True]))
+    for wanted in (True, False):
+        launch.backward(problem, out, None, out, lse, Needs(wanted, True, True, False, wanted, False, [True]))
     assert set(grids) == {"forward_kernel", "stats_kernel", "queries_kernel", "bounds_kernel", "keys_kernel",
                           "bias_kernel", "table_kernel"}  # fmt: skip
     assert all(n < 65536 for grid in grids.values() for n in grid[1:])
 
 
 @pytest.mark.parametrize("scale", [1e-50, -1e-50, 1e-40, 0.0])
-def test_scales_that_fp32_does_not_hold(scale):
+def test_scales_below_the_range_of_fp32(scale):
     q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
     got = gradients((q, k, v), mask=keyspan.Causal(), scale=scale)
     for x, y in zip(got, gradients((q, k, v), mask=keyspan.Causal(), scale=0.0), strict=True):
         torch.testing.assert_close(x, y)
 
 
-def test_gradients_of_biases_are_apart_and_no_larger_than_they(monkeypatch):
-    """Also of equal shapes; and no tensor of what all of them broadcast to is made for them."""
+def test_bias_gradients_have_their_own_shape_and_memory(monkeypatch):
+    """Also for terms of equal shape; no tensor of the shape that all terms broadcast to is allocated."""
     torch.manual_seed(0)
     B, M, N, H = 3, 33, 47, 2
     q, k, v = (torch.randn(B, n, H, 16) for n in (M, N, N))

@@ -1,7 +1,7 @@
-"""Online-softmax attention over tiles, in plain torch: accepts every problem on every device, in O(M) memory.
+"""Online-softmax attention over chunks of keys, in plain torch: every problem on every device, in O(M) memory.
 
-Knows nothing of layouts or masks, only of the canonical problem. Derivation: docs/development/algorithm.md.
-Forward: Milakov & Gimelshein 2018, Rabe & Staats 2021; backward: recomputation from lse, Dao et al. 2022.
+Derivation: docs/development/algorithm.md. Forward: Milakov & Gimelshein 2018, Rabe & Staats 2021; backward:
+recomputation from lse, Dao et al. 2022.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from keyspan.backends import Gradients, Needs
 from keyspan.backends.common import dequantized, visible_matmul
-from keyspan.backends.schedule import Span, Tile, tiles, uniform_tiles
+from keyspan.backends.schedule import RowBlock, Span, row_blocks, uniform_row_blocks
 from keyspan.core.dropout import kept
 from keyspan.core.problem import Problem
 
 ROWS = 256
-"""Most query rows in a tile; a power of two."""
+"""Largest number of query rows in a task; a power of two."""
 ELEMENTS = 2**19
-"""Scores held at a time, over all heads of a tile; 2 MiB in fp32, so that a tile stays in cache."""
+"""Scores held at a time, over all heads of a task: 2 MiB in fp32, which fits a CPU's L2 or L3 cache."""
 OVERHEAD = 80_000
-"""What a tile costs besides its elements, in elements: dozens of torch calls of some µs, at about a ns an element."""
+"""Fixed cost of a task, in elements: dozens of torch calls of a few µs, at about 1 ns per element."""
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -36,21 +36,21 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     V = problem.value.shape[-1]
     out = problem.query.new_zeros((B, M, G, H, V), dtype=problem.output_dtype)
     lse = problem.query.new_full((B, G, H, M), -torch.inf, dtype=problem.compute_dtype)
-    for tile in _tiles(problem):
-        query = tile.query()
-        peak, total, acc = tile.start(V)
-        for chunk in tile.chunks():
-            score, visible, _ = tile.scores(query, chunk)
+    for task in _tasks(problem):
+        query = task.query()
+        peak, total, acc = task.start(V)
+        for chunk in task.chunks():
+            score, visible, _ = task.scores(query, chunk)
             highest = torch.maximum(peak, score.amax(-1, keepdim=True))
-            # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
+            # The pivot stays finite for rows that have seen no key yet: −inf − −inf would be NaN.
             pivot = highest.masked_fill(highest == -torch.inf, 0)
             weight = score.sub_(pivot).exp_()
             shrink = torch.exp(peak - pivot)
             total = total * shrink + weight.sum(-1, keepdim=True)
-            keep = tile.keep(chunk)
+            keep = task.keep(chunk)
             if keep is not None:
                 weight = weight * keep
-            value = tile.load(problem.value, chunk, problem.value_scale)
+            value = task.load_keys(problem.value, chunk, problem.value_scale)
             acc.mul_(shrink)
             if visible is None:
                 _add_product(acc, weight, value)
@@ -59,8 +59,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
             peak = highest
         seen = total > 0
         total.masked_fill_(~seen, 1)
-        out[tile.rows] = tile.ungroup(acc.div_(total)).to(out.dtype)
-        lse[tile.stats] = torch.where(seen, peak + total.log(), -torch.inf)[..., 0]
+        out[task.rows] = task.unpermute(acc.div_(total)).to(out.dtype)
+        lse[task.stats] = torch.where(seen, peak + total.log(), -torch.inf)[..., 0]
     return out, lse
 
 
@@ -81,29 +81,29 @@ def backward(
     by_distance = dslopes is not None or dtable is not None
     scores_needed = any(x is not None for x in (dq, dk, dslopes, dtable, *dbiases))
 
-    for tile in _tiles(problem):
-        query = tile.query()
-        grad = tile.group(grad_out)
-        row_lse = lse[tile.stats][..., None]
-        delta = (grad * tile.group(out)).sum(-1, keepdim=True)
+    for task in _tasks(problem):
+        query = task.query()
+        grad = task.load_rows(grad_out)
+        row_lse = lse[task.stats][..., None]
+        delta = (grad * task.load_rows(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta -= grad_lse[tile.stats][..., None]
+            delta -= grad_lse[task.stats][..., None]
         if dsinks is not None and problem.sinks is not None:
-            weight = torch.exp(tile.heads(problem.sinks.to(dtype))[..., None, None] - row_lse)
-            dsinks[tile.groups] -= torch.where(weight > 0, weight * delta, 0).sum((0, 3, 4))
-        # An empty row has lse −inf; +inf in its place gives it weights of 0.
+            weight = torch.exp(task.heads(problem.sinks.to(dtype))[..., None, None] - row_lse)
+            dsinks[task.groups] -= torch.where(weight > 0, weight * delta, 0).sum((0, 3, 4))
+        # An empty row has lse −inf. With +inf instead its weights are 0.
         row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
         dquery = torch.zeros_like(query) if dq is not None else None
-        for chunk in tile.chunks():
-            score, visible, slope = tile.scores(query, chunk)
+        for chunk in task.chunks():
+            score, visible, slope = task.scores(query, chunk)
             weight = score.sub_(row_lse).exp_()
-            keep = tile.keep(chunk)
+            keep = task.keep(chunk)
             if dv is not None:
                 dropped = weight if keep is None else weight * keep
-                tile.accumulate(dv, chunk, _transposed_product(dropped, grad, visible))
+                task.accumulate(dv, chunk, _transposed_product(dropped, grad, visible))
             if not scores_needed:
                 continue
-            value = tile.load(problem.value, chunk)
+            value = task.load_keys(problem.value, chunk)
             dscore = _grouped(torch.matmul, grad, value.transpose(-1, -2))
             if keep is not None:
                 dscore.mul_(keep)
@@ -112,21 +112,21 @@ def backward(
                 dscore.masked_fill_(~visible, 0)
             for dbias in dbiases:
                 if dbias is not None:
-                    tile.accumulate_bias(dbias, chunk, dscore)
+                    task.accumulate_bias(dbias, chunk, dscore)
             if by_distance:
-                tile.accumulate_by_distance(dslopes, dtable, chunk, dscore)
+                task.accumulate_by_distance(dslopes, dtable, chunk, dscore)
             if slope is not None:
                 dscore.mul_(slope)
             if dquery is not None:
-                key = tile.load(problem.key, chunk)
+                key = task.load_keys(problem.key, chunk)
                 if visible is None:
                     _add_product(dquery, dscore, key)
                 else:
                     dquery += _grouped(visible_matmul, dscore, key, visible)
             if dk is not None:
-                tile.accumulate(dk, chunk, _transposed_product(dscore, query, visible))
+                task.accumulate(dk, chunk, _transposed_product(dscore, query, visible))
         if dq is not None and dquery is not None:
-            dq[tile.rows] = tile.ungroup(dquery.mul_(problem.scale))
+            dq[task.rows] = task.unpermute(dquery.mul_(problem.scale))
 
     def like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
         return None if grad is None or x is None else grad.to(x.dtype)
@@ -143,7 +143,7 @@ def backward(
 
 
 class _Chunk(NamedTuple):
-    """Keys `begin … end − 1` of range `range`; `full`: every row of the tile sees them all."""
+    """Keys begin … end − 1 of range `range`; `full`: every row of the task sees them all."""
 
     range: int
     begin: int
@@ -151,53 +151,55 @@ class _Chunk(NamedTuple):
     full: bool
 
 
-class _Tile(NamedTuple):
-    """A tile of the schedule for a run of batch entries and groups: what to load, and where results go.
+class _Task(NamedTuple):
+    """One row block for some batch entries and groups: loads its inputs and stores its results.
 
-    Inside a tile tensors are `[b, g, H, m, ·]` for queries and `[b, g, n, ·]` for keys, in the compute dtype.
+    Tensors of a task are `[b, g, H, m, ·]` for queries and `[b, g, n, ·]` for keys, in the compute dtype.
     """
 
     problem: Problem
     ranges: tuple[Tensor, Tensor, Tensor]
-    plan: Tile
+    """`Problem.ranges`, made once."""
+    block: RowBlock
     batches: slice
     groups: slice
 
     @property
     def rows(self) -> tuple[slice, slice, slice]:
-        """Index of this tile in `[B, M, G, H, ·]`."""
-        return self.batches, slice(self.plan.begin, self.plan.end), self.groups
+        """Index of this task in `[B, M, G, H, ·]`."""
+        return self.batches, slice(self.block.begin, self.block.end), self.groups
 
     @property
     def stats(self) -> tuple[slice, slice, slice, slice]:
-        """Index of this tile in `[B, G, H, M]`."""
-        return self.batches, self.groups, slice(None), slice(self.plan.begin, self.plan.end)
+        """Index of this task in `[B, G, H, M]`."""
+        return self.batches, self.groups, slice(None), slice(self.block.begin, self.block.end)
 
-    def group(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """This tile's rows of `[B, M, G, H, ·]`, times their scale, as `[b, g, H, m, ·]`."""
+    def load_rows(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """This task's rows of `[B, M, G, H, ·]`, times their scale, as `[b, g, H, m, ·]`."""
         return self.scaled(x, scale, self.rows[1]).permute(0, 2, 3, 1, 4).contiguous()
 
     def scaled(self, x: Tensor, scale: Tensor | None, rows: slice | Tensor) -> Tensor:
-        """Rows of this tile's batch entries and groups, times their scale, in the compute dtype."""
+        """Some rows of this task's batch entries and groups, times their scale, in the compute dtype."""
         here = (self.batches, slice(None), self.groups)
         return dequantized(x[here], None if scale is None else scale[here], rows, self.problem.compute_dtype)
 
-    def ungroup(self, x: Tensor) -> Tensor:
+    def unpermute(self, x: Tensor) -> Tensor:
+        """`[b, g, H, m, ·]` as `[b, m, g, H, ·]`."""
         return x.permute(0, 3, 1, 2, 4)
 
     def heads(self, x: Tensor) -> Tensor:
-        """This tile's heads of `[G, H, …]`."""
+        """This task's groups of `[G, H, …]`."""
         return x[self.groups]
 
     def query(self) -> Tensor:
-        return self.group(self.problem.query, self.problem.query_scale) * self.problem.scale
+        return self.load_rows(self.problem.query, self.problem.query_scale) * self.problem.scale
 
     def start(self, V: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Running peak, total and accumulator; a sink is a key with this score and a value of zero."""
+        """Initial maximum, sum of weights and accumulator; a sink is a key with this score and a value of 0."""
         problem = self.problem
         b = len(range(*self.batches.indices(problem.query.shape[0])))
         g = len(range(*self.groups.indices(problem.query.shape[2])))
-        shape = (b, g, problem.query.shape[3], self.plan.end - self.plan.begin)
+        shape = (b, g, problem.query.shape[3], self.block.end - self.block.begin)
         acc = problem.query.new_zeros((*shape, V), dtype=problem.compute_dtype)
         peak = acc.new_full((*shape, 1), -torch.inf)
         if problem.sinks is not None:
@@ -206,13 +208,13 @@ class _Tile(NamedTuple):
 
     def chunks(self) -> Iterator[_Chunk]:
         problem = self.problem
-        per_key = math.prod(self.group_shape) * problem.query.shape[3] * (self.plan.end - self.plan.begin)
+        per_key = math.prod(self.group_shape) * problem.query.shape[3] * (self.block.end - self.block.begin)
         if problem.quantized:
-            # Few rows would bring all keys at once into the compute dtype.
+            # With few rows a chunk would be long, and dequantized keys would take more memory than its scores.
             widest = max(problem.query.shape[-1], problem.value.shape[-1])
             per_key = max(per_key, math.prod(self.group_shape) * widest)
         size = max(64, ELEMENTS // max(per_key, 1) // 64 * 64)
-        for span in self.plan.spans:
+        for span in self.block.spans:
             for begin, end, full in span.chunks(size):
                 yield _Chunk(span.range, begin, end, full)
 
@@ -221,29 +223,29 @@ class _Tile(NamedTuple):
         B, _, G = self.problem.query.shape[:3]
         return len(range(*self.batches.indices(B))), len(range(*self.groups.indices(G)))
 
-    def load(self, x: Tensor, chunk: _Chunk, scale: Tensor | None = None) -> Tensor:
+    def load_keys(self, x: Tensor, chunk: _Chunk, scale: Tensor | None = None) -> Tensor:
         """Keys or values of a chunk, times their scale, `[b, g, n, ·]`."""
         slots = self.problem.keys_in_row(chunk.begin, chunk.end)
         rows = slice(chunk.begin, chunk.end) if slots is None else slots
         return self.scaled(x, scale, rows).permute(0, 2, 1, 3).contiguous()
 
     def accumulate(self, total: Tensor, chunk: _Chunk, grad: Tensor) -> None:
-        """Add `[b, g, n, ·]` to the keys or values that `load` read."""
+        """Add a gradient `[b, g, n, ·]` of the keys or values that `load_keys` returned."""
         slots = self.problem.keys_in_row(chunk.begin, chunk.end)
         part = total[self.batches, :, self.groups]
         if slots is None:
             part[:, chunk.begin : chunk.end] += grad.permute(0, 2, 1, 3)
         else:
-            # A page may be shared; index_put sums in a fixed order, index_add would not on a GPU.
+            # Sequences may share a page. index_put sums in a fixed order; index_add on a GPU does not.
             part.transpose(0, 1).index_put_((slots,), grad.permute(2, 0, 1, 3), accumulate=True)
 
     def scores(self, query: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores `[b, g, H, m, n]`, −inf where hidden; where visible, `None` for everywhere; and the softcap's slope.
+        """Scores `[b, g, H, m, n]`, −inf where hidden; the visible keys (None: all of them); the softcap's slope.
 
-        The slope is that of the capped score by the raw one; `None` without a softcap.
+        The slope is the derivative of the capped score by the one before softcap; None without a softcap.
         """
         problem = self.problem
-        key = self.load(problem.key, chunk, problem.key_scale)
+        key = self.load_keys(problem.key, chunk, problem.key_scale)
         score = _grouped(torch.matmul, query, key.transpose(-1, -2))
         slope = None
         if problem.softcap:
@@ -251,7 +253,7 @@ class _Tile(NamedTuple):
             slope = 1 - unit * unit
             score = unit * problem.softcap
         for bias in problem.biases:
-            score += self.bias_tile(bias, chunk).to(score.dtype)
+            score += self.load_bias(bias, chunk).to(score.dtype)
         if problem.slopes is not None:
             slopes = problem.slopes.to(score.dtype)
             slopes = slopes[self.batches if slopes.shape[0] > 1 else slice(None), self.groups]
@@ -263,13 +265,13 @@ class _Tile(NamedTuple):
         visible = self.visible(chunk)
         if visible is not None:
             score.masked_fill_(~visible, -torch.inf)
-            slope = None if slope is None else slope.masked_fill(~visible, 0)  # that of a hidden score may be NaN
+            slope = None if slope is None else slope.masked_fill(~visible, 0)  # may be NaN there
         return score, visible, slope
 
     def bounds(self, x: Tensor, chunk: _Chunk) -> Tensor:
-        """`lo`, `hi` or `diagonal` for this tile's rows and a chunk's range, `[b or 1, 1, 1, m, 1]`."""
+        """`lo`, `hi` or `diagonal` for this task's rows and a chunk's range, `[b or 1, 1, 1, m, 1]`."""
         batches = self.batches if x.shape[1] > 1 else slice(None)
-        return x[chunk.range, batches, self.plan.begin : self.plan.end][:, None, None, :, None]
+        return x[chunk.range, batches, self.block.begin : self.block.end][:, None, None, :, None]
 
     def distance(self, chunk: _Chunk) -> Tensor:
         """Key position minus query position, int `[b or 1, 1, 1, m, n]`."""
@@ -283,21 +285,21 @@ class _Tile(NamedTuple):
             lo, hi = (self.bounds(x, chunk) for x in self.ranges[:2])
             visible = (j >= lo) & (j < hi)
         if self.problem.dense is not None:
-            dense = self.bias_tile(self.problem.dense, chunk)
+            dense = self.load_bias(self.problem.dense, chunk)
             visible = dense if visible is None else dense & visible
         return visible
 
     def columns(self, chunk: _Chunk) -> Tensor:
-        """The keys of a chunk as dense terms and dropout count them: logical ones where keys are paged."""
+        """Columns of dense terms, and keys as dropout counts them: logical keys where keys are paged."""
         return torch.arange(chunk.begin, chunk.end, device=self.problem.query.device) % max(self.problem.N, 1)
 
     def bias_index(self, x: Tensor) -> tuple[slice, ...]:
         whole = slice(None)
-        wanted = (self.batches, self.groups, whole, slice(self.plan.begin, self.plan.end))
+        wanted = (self.batches, self.groups, whole, slice(self.block.begin, self.block.end))
         return tuple(whole if size == 1 else index for size, index in zip(x.shape, wanted, strict=False))
 
-    def bias_tile(self, x: Tensor, chunk: _Chunk) -> Tensor:
-        """The part of a dense term that falls on this tile, each dimension 1 where it broadcasts."""
+    def load_bias(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        """The part of a dense term that this task reads, each dimension 1 where it broadcasts."""
         x = x[self.bias_index(x)]
         if x.shape[-1] == 1:
             return x
@@ -314,7 +316,7 @@ class _Tile(NamedTuple):
         elif self.problem.block_table is None:
             part[..., chunk.begin : chunk.end] += grad
         else:
-            # Two sequences in a chunk may share a logical key; index_put adds both.
+            # Two sequences of a chunk have the same columns: index_put adds both.
             part.movedim(-1, 0).index_put_((self.columns(chunk),), grad.movedim(-1, 0), accumulate=True)
 
     def accumulate_by_distance(
@@ -334,7 +336,7 @@ class _Tile(NamedTuple):
                 )
 
     def keep(self, chunk: _Chunk) -> Tensor | None:
-        """What dropout multiplies weights by, 0 or 1 / (1 − p), `[b, g, H, m, n]`; `None` without dropout."""
+        """Dropout's factor of each weight, 0 or 1 / (1 − p), `[b, g, H, m, n]`; None without dropout."""
         problem = self.problem
         if problem.seed is None:
             return None
@@ -345,14 +347,14 @@ class _Tile(NamedTuple):
             problem.dropout_p,
             torch.arange(B, device=device)[self.batches],
             torch.arange(G * H, device=device).view(G, H)[self.groups].flatten(),
-            torch.arange(self.plan.begin, self.plan.end, device=device),
+            torch.arange(self.block.begin, self.block.end, device=device),
             self.columns(chunk),
         )
         keep = keep.view(keep.shape[0], -1, H, *keep.shape[2:])
         return keep.to(problem.compute_dtype) / (1 - problem.dropout_p)
 
 
-def _tiles(problem: Problem) -> Iterator[_Tile]:
+def _tasks(problem: Problem) -> Iterator[_Task]:
     B, M, G, H, _ = problem.query.shape
     if min(B, M, G * H) == 0:
         return
@@ -361,25 +363,25 @@ def _tiles(problem: Problem) -> Iterator[_Tile]:
     entries = B if ranges[0].shape[1] == 1 else 1
     overhead = OVERHEAD / (entries * G * H)
     if problem.lo is None:
-        plans = uniform_tiles(M, problem.row_length, rows)
+        blocks = uniform_row_blocks(M, problem.row_length, rows)
     elif rows >= M and M * problem.row_length <= 2 * overhead:
-        # Nothing a schedule could save is worth making one, nor waiting for the device to read the ranges.
+        # So few elements cost less than making a schedule, and than waiting for the device to read the ranges.
         everything = Span(0, 0, 0, 0, problem.row_length)
-        plans = [Tile(None, 0, M, [everything._replace(range=s) for s in range(ranges[0].shape[0])])]
+        blocks = [RowBlock(None, 0, M, [everything._replace(range=s) for s in range(ranges[0].shape[0])])]
     else:
-        plans = tiles(ranges[0], ranges[1], rows, overhead)
-    for plan in plans:
-        # As many groups, then batch entries, at a time as fill the tile's budget with 64 keys.
-        at_once = max(1, ELEMENTS // ((plan.end - plan.begin) * H * 64))
+        blocks = row_blocks(ranges[0], ranges[1], rows, overhead)
+    for block in blocks:
+        # As many groups, then batch entries, as fit into ELEMENTS with chunks of 64 keys.
+        at_once = max(1, ELEMENTS // ((block.end - block.begin) * H * 64))
         group_step, batch_step = min(G, at_once), max(1, at_once // G)
-        batches = [slice(b, b + batch_step) for b in range(0, B, batch_step)] if plan.batch is None else None
-        for batch in batches or [slice(plan.batch, (plan.batch or 0) + 1)]:
+        batches = [slice(b, b + batch_step) for b in range(0, B, batch_step)] if block.batch is None else None
+        for batch in batches or [slice(block.batch, (block.batch or 0) + 1)]:
             for g in range(0, G, group_step):
-                yield _Tile(problem, ranges, plan, batch, slice(g, g + group_step))
+                yield _Task(problem, ranges, block, batch, slice(g, g + group_step))
 
 
 def _grouped(product, left: Tensor, right: Tensor, *visible: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    """product(left [b, g, H, m, x], right [b, g, x, y]) -> [b, g, H, m, y]."""
+    """product(left, right): [b, g, H, m, x], [b, g, x, y] -> [b, g, H, m, y], as one product per group if it can be."""
     if left.shape[2] > 1 and not visible:
         return product(left.flatten(2, 3), right).unflatten(2, left.shape[2:4])  # type: ignore[no-any-return]
     return product(left, right[:, :, None], *visible)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Maths that two backends use unchanged. Knows no backend."""
+"""Functions that both `reference` and `chunked` use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def dequantized(x: Tensor, scale: Tensor | None, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of `x` in `dtype`, each times its scale.
+    """Rows of `x` in `dtype`, each multiplied by its scale.
 
     Args:
         x: `[B, n, …, d]`.
-        scale: `[B, C, …]`, an entry for each run of n / C rows; `None`: 1.
-        rows: which of the n, as a slice without a step or as indices.
+        scale: `[B, C, …]`, one entry per n / C rows; None: 1.
+        rows: a slice without a step, or indices, into the n rows.
     """
     part = x[:, rows].to(dtype)
     if scale is None:
@@ -23,15 +23,15 @@ def dequantized(x: Tensor, scale: Tensor | None, rows: slice | Tensor, dtype: to
 
 
 def visible_matmul(weight: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
-    """`weight @ rows`, where a row that a result may not see does not reach it even when it holds NaN or inf.
+    """`weight @ rows`; NaN and inf of a hidden row do not reach the result.
 
-    A hidden row has weight 0, but 0 · NaN = NaN. So non-finite entries are taken out of the product and put back
-    only where they are visible.
+    A hidden row has weight 0, but 0 · NaN = NaN. So non-finite entries are replaced by 0 in the product, and added
+    to those results that see them.
 
     Args:
         weight: `[..., m, n]`, zero where `visible` is false.
         rows: `[..., n, d]`.
-        visible: bool, broadcastable to `[..., m, n]`.
+        visible: bool, broadcastable to `[..., m, n]`: result row m sees row n.
     """
     finite = torch.isfinite(rows)
     if bool(finite.all()):

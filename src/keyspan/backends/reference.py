@@ -1,4 +1,7 @@
-"""The definition: dense softmax attention and its gradient, the oracle of the tests. Knows nothing of memory."""
+"""Dense softmax attention and its gradient: the definition that every backend is tested against.
+
+Stores all B·H·M·N scores.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def backward(
     if grad_lse is not None:
         delta = delta - grad_lse[..., None]
     dscore = torch.where(a.visible, a.weight * (dweight - delta), 0)  # of the score with bias
-    # A hidden score may be NaN, and so its slope.
+    # The slope of a hidden score may be NaN.
     draw = torch.where(a.visible, dscore * a.slope, 0)  # of the score before softcap
     hidden = a.visible.transpose(-1, -2)
 
@@ -75,7 +78,7 @@ def backward(
 
 
 class Dense(NamedTuple):
-    """Everything of a forward pass, stored whole; keys are `[B, G, 1, N, ·]`, rows `[B, G, H, M, ·]`."""
+    """All intermediate results of a forward pass; keys are `[B, G, 1, N, ·]`, query rows `[B, G, H, M, ·]`."""
 
     query: Tensor
     key: Tensor
@@ -84,9 +87,9 @@ class Dense(NamedTuple):
     """Key position minus query position, `[B or 1, 1, 1, M, N]`; 0 where hidden."""
     visible: Tensor
     slope: Tensor
-    """Of the capped score by the raw one."""
+    """Derivative of the capped score by the one before softcap."""
     weight: Tensor
-    """The softmax."""
+    """Softmax of the scores."""
     keep: Tensor
     """0 where dropout drops a weight, else 1 / (1 − p)."""
     out: Tensor
@@ -94,7 +97,7 @@ class Dense(NamedTuple):
 
 
 def dense_attention(problem: Problem) -> Dense:
-    """The dense formula, line by line; differentiable by autograd as well."""
+    """The dense formula, differentiable by autograd as well."""
     dtype = problem.compute_dtype
     lo, hi, diagonal = problem.ranges
     everything = slice(None)
@@ -108,7 +111,7 @@ def dense_attention(problem: Problem) -> Dense:
     j = torch.arange(problem.row_length, device=key.device)
     logical = j % max(problem.N, 1)
     in_range = (j >= lo[..., None]) & (j < hi[..., None])  # [S, B|1, M, N]
-    # Ranges are disjoint, so the diagonal that counts is that of the range the key is in.
+    # Ranges are disjoint: a key's distance is counted from the diagonal of the one range that holds it.
     distance = torch.where(in_range, j - diagonal[..., None], 0).sum(0)[:, None, None]
     visible = in_range.any(0)[:, None, None]
     if problem.dense is not None:
@@ -166,5 +169,5 @@ def dense_attention(problem: Problem) -> Dense:
 
 
 def _columns(x: Tensor, logical: Tensor) -> Tensor:
-    """A dense term's columns for keys in one row, where each sequence's logical keys repeat the columns."""
+    """Columns of a dense term for all keys; with paged keys every sequence repeats the same columns."""
     return x if x.shape[-1] in (1, len(logical)) else x[..., logical]

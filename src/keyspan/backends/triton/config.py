@@ -1,7 +1,7 @@
-"""Tile sizes, warps and stages by kernel, element size, head dimension and architecture. Knows no problem and no launch.
+"""Tile sizes, warps and stages by kernel, element size, head dimension and architecture, as a table.
 
-The table is plain data; nothing is tuned at run time. What it says of `hopper` was the fastest on an H200 or an H100
-among what benchmarks/tune_triton.py tries; the other families were only compiled.
+Nothing is tuned at run time. The entries of `hopper` were the fastest on an H200 or an H100 among the candidates of
+benchmarks/tune_triton.py; those of the other families were compiled, not timed.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Tile(NamedTuple):
-    """Query rows × keys of a tile, and how it is run."""
+class TileConfig(NamedTuple):
+    """Shape of a tile of scores, and the launch options of the program that computes it."""
 
     BM: int
+    """Query rows, times the heads that are packed."""
     BN: int
+    """Keys."""
     warps: int
     stages: int
 
 
 KERNELS = ("forward", "decode", "keys", "keys alone", "values alone", "queries", "bias", "table")
-"""`forward` and `decode` are one kernel; `decode` has few rows, which are then heads of one query. So are `keys` and
-those alone, which make one of the two gradients; see `apart`."""
+"""Entries of the table. `forward` and `decode` are one kernel: in `decode` the rows of a tile are heads of few queries.
+`keys`, `keys alone` and `values alone` are one kernel: the gradients of keys and values by one launch or two, see
+`split_key_value`."""
 
 FAMILIES = ("hopper", "blackwell", "ampere", "small", "amd")
-"""By what a program may hold: hopper sm_90 and blackwell sm_100 (227 KiB), ampere sm_80 (163 KiB), small sm_86, sm_89
-and sm_120 (99 KiB), amd (64 KiB)."""
+"""Architectures by shared memory per program: hopper sm_90 and blackwell sm_100 (227 KiB), ampere sm_80 (163 KiB), small
+sm_86, sm_89 and sm_120 (99 KiB), amd (64 KiB)."""
 
 
 def family(capability: tuple[int, int], amd: bool = False) -> str:
-    """The family of an architecture, e.g. of `torch.cuda.get_device_capability()`."""
+    """The family of a compute capability, as `torch.cuda.get_device_capability()` gives it."""
     if amd:
         return "amd"
     if capability[0] == 9:
@@ -38,90 +41,93 @@ def family(capability: tuple[int, int], amd: bool = False) -> str:
     return "ampere" if capability == (8, 0) else "small"
 
 
-Row = tuple[Tile, Tile, Tile]
+Row = tuple[TileConfig, TileConfig, TileConfig]
 """The tiles for head dimensions up to 64, 128 and 256."""
 
-# Of 16-bit elements, by family and kernel.
+# 16-bit elements, by family and kernel.
 _HALF: dict[str, dict[str, Row]] = {
     "hopper": {
-        "forward": (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        "keys": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        "queries": (Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
-        "table": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
+        "forward": (TileConfig(64, 128, 4, 2), TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 3)),
+        "keys": (TileConfig(128, 64, 4, 2), TileConfig(64, 64, 4, 2), TileConfig(64, 64, 8, 2)),
+        "queries": (TileConfig(64, 128, 4, 3), TileConfig(128, 64, 8, 3), TileConfig(64, 32, 4, 3)),
+        "table": (TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2), TileConfig(32, 32, 4, 1)),
     },
     "blackwell": {
-        "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        "keys": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 1), Tile(64, 64, 8, 1)),
-        "queries": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        "forward": (TileConfig(128, 128, 8, 3), TileConfig(128, 128, 8, 2), TileConfig(128, 64, 8, 2)),
+        "keys": (TileConfig(64, 128, 8, 2), TileConfig(64, 128, 8, 1), TileConfig(64, 64, 8, 1)),
+        "queries": (TileConfig(128, 64, 8, 2), TileConfig(128, 64, 8, 2), TileConfig(64, 64, 8, 1)),
     },
     "ampere": {
-        "forward": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-        "keys": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
-        "queries": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+        "forward": (TileConfig(128, 64, 4, 3), TileConfig(128, 64, 8, 3), TileConfig(64, 64, 8, 2)),
+        "keys": (TileConfig(64, 64, 4, 2), TileConfig(64, 64, 8, 2), TileConfig(32, 64, 8, 1)),
+        "queries": (TileConfig(64, 64, 4, 2), TileConfig(64, 64, 8, 2), TileConfig(64, 32, 8, 1)),
     },
     "small": {
-        "forward": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-        "keys": (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
-        "queries": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+        "forward": (TileConfig(128, 64, 4, 2), TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2)),
+        "keys": (TileConfig(64, 64, 4, 2), TileConfig(32, 64, 4, 2), TileConfig(32, 32, 4, 1)),
+        "queries": (TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2), TileConfig(32, 32, 4, 1)),
     },
     "amd": {
-        "forward": (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
-        "keys": (Tile(64, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
-        "queries": (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+        "forward": (TileConfig(128, 64, 4, 1), TileConfig(128, 64, 4, 1), TileConfig(64, 32, 4, 1)),
+        "keys": (TileConfig(64, 64, 4, 1), TileConfig(32, 64, 4, 1), TileConfig(32, 32, 4, 1)),
+        "queries": (TileConfig(64, 64, 4, 1), TileConfig(64, 32, 4, 1), TileConfig(32, 32, 4, 1)),
     },
 }
 
-# Where two accumulators of keys are too much for the registers: on hopper, of wide heads.
-_ALONE = {"keys alone": Tile(64, 64, 4, 2), "values alone": Tile(64, 128, 8, 2)}
+# Two accumulators over keys need too many registers: hopper, heads wider than 128.
+_ALONE = {"keys alone": TileConfig(64, 64, 4, 2), "values alone": TileConfig(64, 128, 8, 2)}
 
-# The same on hopper where ALiBi or a table takes registers, and where every score reads something: a bias, a dense mask.
+# 16-bit elements on hopper, where ALiBi or a table needs registers, and where every score loads a bias or a dense mask.
 _HOPPER_TERMS: dict[str, dict[str, Row]] = {
     "positions": {
-        "forward": (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        "keys": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        "forward": (TileConfig(64, 128, 4, 3), TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 3)),
+        "keys": (TileConfig(64, 64, 4, 2), TileConfig(64, 64, 4, 2), TileConfig(64, 64, 8, 2)),
     },
     "loads": {
-        "forward": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)),
-        "keys": (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 8, 2)),
-        "queries": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
+        "forward": (TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 3), TileConfig(64, 32, 4, 2)),
+        "keys": (TileConfig(64, 64, 4, 3), TileConfig(32, 64, 4, 3), TileConfig(32, 64, 8, 2)),
+        "queries": (TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 1)),
     },
 }
 
-# Of keys and values of 8 bits, on hopper; `stored` where the query has 16. Chosen by what they compile to, not measured.
+# 8-bit keys and values on hopper; `stored`: with a 16-bit query. Chosen by registers and spills, not timed.
 _HOPPER_EIGHT: dict[str, dict[str, Row]] = {
-    "plain": {"forward": (Tile(64, 128, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 2))},
-    "stored": {"forward": (Tile(64, 128, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2))},
-    "positions": {"forward": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2))},
-    "loads": {"forward": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2))},
+    "plain": {"forward": (TileConfig(64, 128, 4, 3), TileConfig(64, 128, 4, 2), TileConfig(64, 64, 4, 2))},
+    "stored": {"forward": (TileConfig(64, 128, 4, 2), TileConfig(128, 64, 8, 2), TileConfig(64, 32, 4, 2))},
+    "positions": {"forward": (TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2))},
+    "loads": {"forward": (TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2))},
 }
 
-# Of fp32 elements; on hopper as tf32 products.
+# fp32 elements; on hopper products are of tf32.
 _SINGLE: dict[str, Row] = {
-    "forward": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
-    "keys": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
-    "queries": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "forward": (TileConfig(64, 32, 4, 2), TileConfig(32, 32, 4, 2), TileConfig(16, 32, 4, 1)),
+    "keys": (TileConfig(32, 32, 4, 1), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
+    "queries": (TileConfig(32, 32, 4, 1), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
 }
 _HOPPER_SINGLE: dict[str, Row] = {
-    "forward": (Tile(128, 64, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
-    "queries": (Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "forward": (TileConfig(128, 64, 8, 2), TileConfig(32, 32, 4, 2), TileConfig(16, 32, 4, 1)),
+    "queries": (TileConfig(128, 64, 8, 2), TileConfig(32, 32, 4, 1), TileConfig(16, 16, 4, 1)),
 }
 
-# Gradients of biases and tables: small tiles everywhere.
-_RARE: Row = (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(32, 32, 4, 1))
+# Gradients of biases and tables: one small tile for every family.
+_BIAS_GRADIENT: Row = (TileConfig(64, 64, 4, 1), TileConfig(64, 64, 8, 1), TileConfig(32, 32, 4, 1))
 
 
-def apart(itemsize: int, head_dim: int, family: str, terms: str = "plain") -> bool:
-    """Whether the gradients of keys and of values are made by a launch each; arguments as of `tile`."""
+def split_key_value(itemsize: int, head_dim: int, family: str, terms: str = "plain") -> bool:
+    """Whether the gradients of keys and of values take a launch each; arguments as of `tile`."""
     return family == "hopper" and itemsize == 2 and head_dim > 128 and terms != "loads"
 
 
-def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "plain") -> Tile:
-    """The tile of a kernel for the larger of the two head dimensions.
+def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "plain") -> TileConfig:
+    """The tile of a kernel.
 
     Args:
-        itemsize: bytes of an element; of a query of 16 bits with keys of 8, that of keys.
-        terms: `loads` where every score reads a bias or a dense mask; else `positions` where there is ALiBi or a table;
-            else `stored` where keys have 8 bits and the query does not; else `plain`.
+        kernel: one of `KERNELS`.
+        itemsize: bytes of an element; the keys' where they have 8 bits and the query has 16.
+        head_dim: the larger of the two head dimensions.
+        family: one of `FAMILIES`.
+        terms: `loads` if every score loads a bias or a dense mask; else `positions` with ALiBi or a table; else
+            `stored` if keys have 8 bits and the query does not; else `plain`.
     """
     if kernel in _ALONE:
         return _ALONE[kernel]
@@ -129,7 +135,7 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
     if kernel == "decode":
         stages = 1 if family == "amd" else 3 if head_dim <= 128 and itemsize == 2 else 2
         keys = 128 if itemsize == 1 else 64 if itemsize == 2 else 32
-        return Tile(16, keys if head_dim <= 128 else max(32, keys // 2), 4, stages)
+        return TileConfig(16, keys if head_dim <= 128 else max(32, keys // 2), 4, stages)
     hopper = family == "hopper"
     tables: list[dict[str, Row]]
     if itemsize == 4:
@@ -141,8 +147,8 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
     for table in tables:
         if kernel in table:
             found = table[kernel][column]
-            # What is read per score is staged as keys are; unstaged it fits beside them. On amd Triton 3.6 does not
-            # compile the far walk of a table in two stages.
+            # Pipelining would stage the loads of every score as well, more than fits; one stage fits. On amd Triton 3.6
+            # does not compile the far walk of a table in two stages.
             return found if hopper or (terms != "loads" and family != "amd") else found._replace(stages=1)
-    # Of fp32 elements only the smallest fits everywhere.
-    return _RARE[column if itemsize <= 2 else 2]
+    # With fp32 elements only the smallest tile fits everywhere.
+    return _BIAS_GRADIENT[column if itemsize <= 2 else 2]

@@ -32,11 +32,11 @@ _CACHED_KEYS = 16 * 2**20
 _LEAST_SPLIT = 256
 """Fewest keys worth a split."""
 _SMALLEST = torch.finfo(torch.float32).tiny
-Launch = tuple[Any, tuple[int, ...], list[Any], config.Tile]
+Launch = tuple[Any, tuple[int, ...], list[Any], config.TileConfig]
 """Kernel, grid, arguments and tile."""
 
 
-def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile) -> Any:
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.TileConfig) -> Any:
     """Launch a kernel; returns it compiled. All launches go through here, so that tests can compile for another GPU."""
     return kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
 
@@ -95,7 +95,7 @@ def _forward(problem: Problem) -> tuple[relaunch.Made, list[relaunch.Launched]]:
     if splits > 1:
         rows = B * M * G * H
         of_split = [parts, part_lse, out, lse, rows, splits, M, G * H, constants.V, V, triton.next_power_of_2(splits)]
-        launches.append((combine_kernel, (rows,), of_split, config.Tile(0, 0, 2, 1)))
+        launches.append((combine_kernel, (rows,), of_split, config.TileConfig(0, 0, 2, 1)))
     return made, _launched(query, launches)
 
 
@@ -109,16 +109,29 @@ def backward(
 ) -> Gradients:
     if problem.block_table is not None:
         return _paged_backward(problem, grad_out, grad_lse, out, lse, needs)
+    return _backward_in_row(problem, grad_out, grad_lse, out, lse, needs)
+
+
+def _backward_in_row(
+    problem: Problem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: Needs,
+    period: int = 0,
+) -> Gradients:
+    """Gradients where keys are not paged; `period` as of `_arguments`."""
     if problem.query.numel() == 0 or problem.key.numel() == 0:
         return _no_scores(problem, grad_lse, lse, needs)
     # Products are of the inputs' dtype, which the output need not have.
     grad = _rows_contiguous(grad_out.to(problem.query.dtype))
     out, lse = out.contiguous(), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    seen = relaunch.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases))
+    seen = relaunch.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases, period))
     plan = relaunch.find(seen)
     if plan is None:
-        made, calls = _backward(problem, grad, grad_lse, out, lse, needs)
+        made, calls = _backward(problem, grad, grad_lse, out, lse, needs, period)
         relaunch.keep(seen, calls, made)
     else:
         made = plan(seen.pointers)
@@ -132,6 +145,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     needs: Needs,
+    period: int,
 ) -> tuple[relaunch.Made, list[relaunch.Launched]]:
     """All tensors that are made for the gradients, and the launches that fill them; what is contiguous has been made so."""
     B, M, G, H, K = problem.query.shape
@@ -140,12 +154,12 @@ def _backward(
     padded = triton.cdiv(M, STATS_PADDING.value) * STATS_PADDING.value
     stats = lse.new_empty((B, G, H, 2, padded))
     made = {"stats": stats}
-    arguments = _arguments(problem)
+    arguments = _arguments(problem, period)
     grads = (grad, *grad.stride()[:4])
     launches: list[Launch] = []
     if needs.query or needs.slopes or needs.table:
         tile = _tile("queries", problem)
-        constants = _constants(problem, tile, 1)
+        constants = _constants(problem, tile, 1, period)
         keys, values = _key_tiles(problem, constants)
         made["query"] = query.new_empty((B, M, G, H, K))
         if needs.slopes:
@@ -158,17 +172,17 @@ def _backward(
              [arguments, keys, values, *grads, out, grad_lse, lse, stats, *by_row, constants], tile)
         )  # fmt: skip
     else:
-        tile = config.Tile(32, 0, 4, 1)
+        tile = config.TileConfig(32, 0, 4, 1)
         launches.append(
             (stats_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
-             [arguments, *grads, out, grad_lse, lse, stats, _constants(problem, tile, 1)], tile)
+             [arguments, *grads, out, grad_lse, lse, stats, _constants(problem, tile, 1, period)], tile)
         )  # fmt: skip
     if needs.key:
         made["key"] = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
     if needs.value:
         made["value"] = query.new_empty((B, N, G, V), dtype=problem.value.dtype)
     dk, dv = made.get("key"), made.get("value")
-    if _apart(problem):
+    if _split_key_value(problem):
         by_kernel = [("keys alone", dk, None), ("values alone", None, dv)]
     else:
         by_kernel = [("keys", dk, dv)]
@@ -176,7 +190,7 @@ def _backward(
         if dk is None and dv is None:
             continue
         tile = _tile(name, problem)
-        constants = _constants(problem, tile, 1)
+        constants = _constants(problem, tile, 1, period)
         bounds: list[Any] = [None, 0, 0]
         if problem.lo is not None:
             S, entries, _ = problem.lo.shape
@@ -184,7 +198,9 @@ def _backward(
             x = query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
             made[f"bounds for {tile.BM}"] = x
             bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
-            launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.Tile(0, 0, 1, 1)))
+            launches.append(
+                (bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.TileConfig(0, 0, 1, 1))
+            )
         constants = constants._replace(descriptors=constants.descriptors and _describable(grad))
         tiles_of = _query_tiles(problem, grad, constants)
         launches.append(
@@ -201,7 +217,7 @@ def _backward(
         tiles = triton.cdiv(shape[3], tile.BM) * triton.cdiv(shape[4], tile.BN)
         launches.append(
             (bias_kernel, (tiles * math.prod(shape[:3]),),
-             [arguments, *grads, stats, made[f"bias {n}"], *shape, _constants(problem, tile, 1)], tile)
+             [arguments, *grads, stats, made[f"bias {n}"], *shape, _constants(problem, tile, 1, period)], tile)
         )  # fmt: skip
     if needs.table and problem.table is not None:
         tile = _tile("table", problem)
@@ -209,7 +225,7 @@ def _backward(
         made["table"] = query.new_empty((slots, *problem.table.shape), dtype=torch.float32)
         launches.append(
             (table_kernel, (slots, G * H),
-             [arguments, *grads, stats, made["table"], _constants(problem, tile, 1)], tile)
+             [arguments, *grads, stats, made["table"], _constants(problem, tile, 1, period)], tile)
         )  # fmt: skip
     return made, _launched(query, launches)
 
@@ -277,12 +293,11 @@ def _paged_backward(
         diagonal=diagonal,
         sequence=None,
         block_table=None,
-        # The kernels are told how often dense columns and dropout repeat.
-        page_size=problem.N,
+        page_size=0,
         dense=None if problem.dense is None else in_row(problem.dense),
         biases=[in_row(x) for x in problem.biases],
     )
-    grads = backward(row, grad_out, grad_lse, out, lse, needs)
+    grads = _backward_in_row(row, grad_out, grad_lse, out, lse, needs, period=problem.N)
 
     def scattered(grad: Tensor | None, like: Tensor) -> Tensor | None:
         if grad is None:
@@ -308,7 +323,13 @@ def _paged_backward(
     )
 
 
-def _arguments(problem: Problem) -> Arguments:
+def _arguments(problem: Problem, period: int = 0) -> Arguments:
+    """The arguments of every kernel.
+
+    Args:
+        period: keys per sequence where sequences that were paged are laid end to end: columns of dense terms and
+            dropout repeat after it; 0 where they are not.
+    """
     q, k, v = problem.query, problem.key, problem.value
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     B, M, G, _, _ = q.shape
@@ -322,7 +343,7 @@ def _arguments(problem: Problem) -> Arguments:
     for term in problem.biases:
         bias = term if bias is None else bias + term
     paged = problem.block_table is not None
-    period = problem.N if paged else problem.page_size or row
+    period = problem.N if paged else period or row
     scale2 = problem.scale / problem.softcap if problem.softcap else problem.scale * math.log2(math.e)
     # Random bits are compared as signed numbers: subtract 2³¹ from the unsigned threshold.
     threshold = min(round(problem.dropout_p * 2**32), 2**32 - 1) - 2**31
@@ -361,7 +382,7 @@ def _five(x: Tensor | None) -> tuple[Any, ...]:
     return (None, 0, 0, 0, 0, 0) if x is None else (x, *_strides(x))
 
 
-def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
+def _constants(problem: Problem, tile: config.TileConfig, pack: int, period: int = 0) -> Constants:
     K, V = problem.query.shape[-1], problem.value.shape[-1]
     plain = not problem.biases and problem.slopes is None and not problem.softcap
     paged = problem.block_table is not None
@@ -381,7 +402,7 @@ def _constants(problem: Problem, tile: config.Tile, pack: int) -> Constants:
         # Hidden scores, −inf, are multiplied by the scale there.
         simple=plain and problem.scale >= _SMALLEST,
         softcap=problem.softcap > 0,
-        periodic=problem.page_size > 0,
+        periodic=paged or period > 0,
         wide=any(
             x.shape[-1] > 1 and x.shape[-1] * x.stride(-1) >= 2**31
             for x in (*problem.biases, problem.dense)
@@ -487,7 +508,7 @@ def _splits(problem: Problem, programs: int, decode: bool) -> int:
     return max(1, min(wanted, longest // _LEAST_SPLIT, 128))
 
 
-def _tile(kernel: str, problem: Problem) -> config.Tile:
+def _tile(kernel: str, problem: Problem) -> config.TileConfig:
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
     itemsize = problem.query.element_size()
     if itemsize <= 2:
@@ -503,9 +524,11 @@ def _terms(problem: Problem) -> str:
     return "stored" if problem.quantized and problem.query.element_size() > 1 else "plain"
 
 
-def _apart(problem: Problem) -> bool:
+def _split_key_value(problem: Problem) -> bool:
     head_dim = max(problem.query.shape[-1], problem.value.shape[-1])
-    return config.apart(problem.query.element_size(), head_dim, _family(problem.query.device), _terms(problem))
+    return config.split_key_value(
+        problem.query.element_size(), head_dim, _family(problem.query.device), _terms(problem)
+    )
 
 
 def _family(device: torch.device) -> str:
