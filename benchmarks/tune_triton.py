@@ -3,9 +3,9 @@
     PYTHONPATH=src python benchmarks/tune_triton.py --out $OUT [--only forward,128] [--seconds 120]
     PYTHONPATH=src python benchmarks/tune_triton.py --out $OUT --best tune.jsonl --kinds full,window,alibi,table
 
-All candidates are compiled first, in parallel processes. Then each is run, compared with the result of the table's tile,
-and timed twice (the smaller median counts). Results are appended to tune.jsonl, the best of each group is printed. The
-table is edited by hand: the fastest tile of one shape can be slow on others.
+All candidates are compiled first, in parallel processes. Then each is run, compared with the result of the tile in the
+table, and timed twice (the smaller median counts). Results are appended to tune.jsonl, and the best tile of each group
+is printed. The table is edited by hand: the fastest tile of one shape can be slow on others.
 """
 
 from __future__ import annotations
