@@ -38,9 +38,10 @@ class KVCache:
         self.grow = grow
         self._storage: dict[int, tuple[Tensor, Tensor]] = {}  # per layer: keys, values
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._layout = PaddedKeys([0] * sequences, [0] * sequences, capacity)
 
-    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> tuple[PaddedKeys, int]:
-        """Makes room for `lengths[b]` new tokens of each sequence b; returns where the keys lie, and the slots in all.
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> None:
+        """Makes room for `lengths[b]` new tokens of each sequence b.
 
         A tensor of lengths is read on the host. Raises ValueError for another number of sequences, for lengths that do
         not add up to `tokens`, and where a sequence outgrows a capacity that may not grow.
@@ -59,12 +60,15 @@ class KVCache:
                     f"want at most the cache's capacity = {self.capacity} (or grow=True)"
                 )
             self._grow_to(longest)
-        layout, slots = PaddedKeys(new, total, self.capacity), len(total) * self.capacity
+        self._layout = PaddedKeys(new, total, self.capacity)
         # The last query of a sequence stands beside its last key, so a query's own key is on the diagonal.
-        diagonal = (layout & Causal("bottom_right")).lower(1, tokens, slots, device).diagonal
+        mask = self._layout & Causal("bottom_right")
+        self._slots = mask.lower(1, tokens, len(total) * self.capacity, device).diagonal[0, 0].long()
         self.lengths = total
-        self._slots = diagonal[0, 0].long()
-        return layout, slots
+
+    def layout(self, window: int | None) -> tuple[PaddedKeys, int]:
+        """Where the keys of all layers lie after `extend`, and how many slots there are."""
+        return self._layout, len(self.lengths) * self.capacity
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""

@@ -139,9 +139,11 @@ class GPTConfig:
 class Cache(Protocol):
     """What the model asks of a key/value cache; `keyspan.inference.KVCache` is one."""
 
-    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> tuple[Layout, int]:
-        """Makes room for new tokens, so many per sequence; returns where the keys of `append` lie, and how many slots
-        there are."""
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> None:
+        """Makes room for new tokens, so many per sequence."""
+
+    def layout(self, window: int | None) -> tuple[Layout, int]:
+        """Where the keys of layers with this window lie after `extend`, and how many slots there are."""
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's new keys and values [1, T, G, K]; returns all of them, [1, N, G, K]."""
@@ -282,16 +284,19 @@ class GPT(nn.Module):
 
     def _step(self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None) -> Step:
         T, config = tokens.shape[0], self.config
-        layout: Mask
-        if cache is None:
-            layout, N, causal = Documents(lengths), T, Causal()
-        else:
-            layout, N = cache.extend(lengths, T, tokens.device)
-            causal = Causal("bottom_right")
-        masks: dict[int | None, KeyRanges] = {None: (layout & causal).lower(1, T, N, tokens.device)}
-        for window in set(config.windows or ()) - {None}:
-            assert window is not None
-            masks[window] = (layout & causal & Window(left=window - 1)).lower(1, T, N, tokens.device)
+        windows = {None, *(config.windows or ())}
+        masks: dict[int | None, KeyRanges] = {}
+        if cache is not None:
+            cache.extend(lengths, T, tokens.device)
+        for window in windows:
+            layout: Mask
+            if cache is None:
+                layout, N = Documents(lengths) & Causal(), T
+            else:
+                keys, N = cache.layout(window)
+                layout = keys & Causal("bottom_right")
+            mask = layout if window is None else layout & Window(left=window - 1)
+            masks[window] = mask.lower(1, T, N, tokens.device)
         turns = bias = None
         if config.positions == "rope":
             # A causal row sees its document from the first key (lo) to the one beside it (diagonal).

@@ -1,0 +1,424 @@
+"""Continuous batching: many requests at once through one model and one paged cache, without padding.
+
+A step is one forward pass over packed tokens: one new token of every request that is answering, and chunks of prompts
+that are being read ("chunked prefill", Agrawal et al., "Sarathi", 2023). Requests join and leave between steps. When
+pages run out, the request that came last gives its pages back and starts again later; none is lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from keyspan.inference.pages import Held, PagedCache
+from keyspan.inference.sampling import Chosen, Sampling, choose
+from keyspan.inference.tokenizer import Detokenizer, Tokenizer
+from keyspan.models.gpt import GPT
+
+
+class QueueFullError(RuntimeError):
+    """The engine has as many waiting requests as it may have; try again later."""
+
+
+@dataclass
+class Event:
+    """What became of a request in a step: one token of its answer, or its end, or both."""
+
+    id: str
+    token: int | None = None
+    text: str = ""
+    """What the answer's text grew by. It lags behind the tokens where characters or stop texts are not complete."""
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+    finished: str | None = None
+    """stop (an end token or a stop text), length (max_tokens), or cancelled."""
+
+
+@dataclass
+class Answer:
+    """A finished request."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finished: str = ""
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Request:
+    id: str
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    detokenizer: Detokenizer | None
+    answer: list[int] = field(default_factory=list)
+    held: Held = field(default_factory=Held)
+    number: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.answer
+
+    @property
+    def left(self) -> int:
+        """Tokens that are known and not yet stored."""
+        return len(self.prompt) + len(self.answer) - self.held.tokens
+
+    def draw(self) -> float:
+        """A uniform number for the next token, a function of the seed and the token's position."""
+        return random.Random(f"{self.seed}/{len(self.answer)}").random()
+
+
+@dataclass
+class Counters:
+    """What an engine has done so far."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    """Tokens of prompts whose keys were computed, again after a preemption."""
+    shared_tokens: int = 0
+    """Tokens of prompts whose keys were found in the cache."""
+    answer_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Drafted ones that turned out right."""
+    preemptions: int = 0
+    steps: int = 0
+    busy_seconds: float = 0.0
+
+
+class Engine:
+    """Answers requests with a model.
+
+    Args:
+        model: on its device, in evaluation mode; keys and values are stored in its weights' dtype.
+        tokenizer: for prompts that are text and for the text of answers; None for tokens alone.
+        memory: bytes for keys and values, at most.
+        page_size: tokens a page of the cache.
+        step_tokens: most tokens of a step. More of them read prompts faster and let answers wait longer.
+        running: most requests that are read or answered at the same time.
+        waiting: most requests that wait; one more is a `QueueFullError`.
+        share: whether requests with a common beginning share its pages.
+        draft: most tokens a step that are guessed for each answer, and checked by the same forward pass: what followed
+            the last `ngram` tokens where they stood before ("prompt lookup decoding", Saxena, 2023). The tokens of an
+            answer are those of `draft=0`.
+        ngram: how many tokens must agree for a guess.
+
+    Not safe for use by several threads, but that `add` and `cancel` may be called while another thread steps.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None = None,
+        *,
+        memory: int = 2**30,
+        page_size: int = 16,
+        step_tokens: int = 512,
+        running: int = 64,
+        waiting: int = 1024,
+        share: bool = True,
+        draft: int = 0,
+        ngram: int = 3,
+    ) -> None:
+        for name, value, least in (
+            ("page_size", page_size, 1), ("step_tokens", step_tokens, 1), ("running", running, 1),
+            ("waiting", waiting, 1), ("draft", draft, 0), ("ngram", ngram, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}: got {value}, want at least {least}")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.step_tokens, self.running_limit, self.waiting_limit = step_tokens, running, waiting
+        self.draft, self.ngram = draft, ngram
+        weight = model.embedding.weight
+        per_page = PagedCache.bytes_per_page(model.config, page_size, weight.dtype)
+        if memory < per_page:
+            raise ValueError(f"memory: got {memory} bytes, want at least {per_page}, one page of {page_size} tokens")
+        self.cache = PagedCache(model.config, memory // per_page, page_size, weight.dtype, weight.device, share=share)
+        self.counters = Counters()
+        self._arrived: deque[_Request] = deque()
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._cancelled: set[str] = set()
+        self._numbers = itertools.count()
+        self._ids: set[str] = set()
+
+    # Requests
+
+    def add(self, prompt: str | Sequence[int], sampling: Sampling | None = None, id: str | None = None) -> str:
+        """Queue a request; returns its id.
+
+        Raises:
+            ValueError: for an empty prompt, a token outside the vocabulary, a request that memory cannot hold, text
+                without a tokenizer, an id that is in use.
+            QueueFullError: where too many requests wait.
+        """
+        sampling = sampling or Sampling()
+        tokens = self._tokens(prompt)
+        room = self.cache.pages * self.cache.page_size
+        if len(tokens) + sampling.max_tokens > room:
+            raise ValueError(
+                f"prompt: got {len(tokens)} tokens and max_tokens = {sampling.max_tokens}, "
+                f"want at most {room} in all, which the cache's memory holds"
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("stop: got texts, want none without a tokenizer")
+        if len(self._waiting) + len(self._arrived) >= self.waiting_limit:
+            raise QueueFullError(f"{self.waiting_limit} requests wait already; try again later")
+        number = next(self._numbers)
+        id = f"request-{number}" if id is None else id
+        if id in self._ids:
+            raise ValueError(f"id: got {id!r}, want one that no unfinished request has")
+        seed = random.SystemRandom().getrandbits(63) if sampling.seed is None else sampling.seed
+        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, sampling.stop)
+        self._ids.add(id)
+        self._arrived.append(_Request(id, tokens, sampling, seed, detokenizer, number=number))
+        return id
+
+    def cancel(self, id: str) -> None:
+        """End a request at the next step; an unknown id is ignored."""
+        self._cancelled.add(id)
+
+    def busy(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self._ids)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        return len(self._running), len(self._waiting) + len(self._arrived)
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Answer]:
+        """The answers to all prompts, which are run together, in their order."""
+        each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"sampling: got {len(each)}, want one for each of {len(prompts)} prompts")
+        ids, answers = [], {}
+        left = deque(zip(prompts, each, strict=True))
+        while left or self.busy():
+            while left and sum(self.load) < self.waiting_limit:
+                ids.append(self.add(*left.popleft()))
+                answers[ids[-1]] = Answer()
+            for event in self.step():
+                _note(answers[event.id], event)
+        return [answers[id] for id in ids]
+
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Iterator[Event]:
+        """The events of one request as they come; those of other requests are lost. Closing the iterator cancels it."""
+        id = self.add(prompt, sampling)
+        try:
+            while id in self._ids:
+                yield from (event for event in self.step() if event.id == id)
+        finally:
+            if id in self._ids:
+                self.cancel(id)
+                self.step()
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt: got text, want tokens: the engine has no tokenizer")
+            prompt = self.tokenizer.encode(prompt)
+        tokens, C = list(prompt), self.model.config.vocab_size
+        if not tokens:
+            raise ValueError("prompt: got no token, want at least one")
+        if not 0 <= min(tokens) <= max(tokens) < C:
+            raise ValueError(f"prompt: got tokens {min(tokens)} … {max(tokens)}, want 0 … {C - 1}")
+        return tokens
+
+    # Steps
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward pass for whoever can go on; what became of each request. Nothing to do gives no events."""
+        begin = time.perf_counter()
+        events = self._admit()
+        batch = self._schedule()
+        if batch:
+            events += self._forward(batch)
+            self.counters.steps += 1
+            self.counters.busy_seconds += time.perf_counter() - begin
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Take in what has arrived, and end what was cancelled."""
+        while self._arrived:
+            self._waiting.append(self._arrived.popleft())
+            self.counters.requests += 1
+        events = []
+        while self._cancelled:
+            id = self._cancelled.pop()
+            for request in (*self._running, *self._waiting):
+                if request.id == id:
+                    if request in self._waiting:
+                        self._waiting.remove(request)
+                    events.append(self._finish(request, Event(id, finished="cancelled")))
+        for request in [x for x in self._waiting if x.sampling.max_tokens == 0]:
+            self._waiting.remove(request)
+            events.append(self._finish(request, Event(request.id, finished="length")))
+        return events
+
+    def _schedule(self) -> list[tuple[_Request, int, list[int]]]:
+        """Who goes on in this step: requests, how many of their known tokens, and what is guessed to follow."""
+        batch: list[tuple[_Request, int, list[int]]] = []
+        budget = self.step_tokens
+        # Answers first, in the order of arrival; then prompts.
+        for request in sorted(self._running, key=lambda x: (x.left > 1, x.number)):
+            if request not in self._running or budget < 1:  # preempted meanwhile
+                continue
+            count = min(request.left, budget)
+            guess = self._guess(request, budget - count) if count == request.left else []
+            if not self._make_room(request, count, guess, batch):
+                continue
+            batch.append((request, count, guess))
+            budget -= count + len(guess)
+        while budget > 0 and self._waiting and len(self._running) < self.running_limit:
+            request = self._waiting[0]
+            self.cache.adopt(request.held, request.tokens)
+            # Admitted only where its whole prompt has room, so that it does not have to leave at once.
+            if self.cache.needed(request.held, len(request.tokens) + 1) > self.cache.available():
+                self.cache.truncate(request.held, 0)
+                break
+            self.counters.shared_tokens += request.held.tokens
+            self._running.append(self._waiting.popleft())
+            count = min(request.left, budget)
+            self.cache.reserve(request.held, request.held.tokens + count)
+            batch.append((request, count, []))
+            budget -= count
+        return batch
+
+    def _make_room(
+        self, request: _Request, count: int, guess: list[int], batch: list[tuple[_Request, int, list[int]]]
+    ) -> bool:
+        """Pages for a request's new tokens, if need be those of requests that came later; False where it must leave."""
+        if self.cache.needed(request.held, request.held.tokens + count + len(guess)) > self.cache.available():
+            guess.clear()
+        total = request.held.tokens + count
+        scheduled = {id(other) for other, _, _ in batch}
+        while self.cache.needed(request.held, total) > self.cache.available():
+            others = [x for x in self._running if id(x) not in scheduled and x is not request]
+            last = max([*others, request], key=lambda x: x.number)
+            self._preempt(last)
+            if last is request:
+                return False
+        self.cache.reserve(request.held, total + len(guess))
+        return True
+
+    def _preempt(self, request: _Request) -> None:
+        self.cache.truncate(request.held, 0)
+        request.held = Held()
+        self._running.remove(request)
+        later = next((n for n, x in enumerate(self._waiting) if x.number > request.number), len(self._waiting))
+        self._waiting.insert(later, request)
+        self.counters.preemptions += 1
+
+    def _guess(self, request: _Request, room: int) -> list[int]:
+        """What followed the last tokens where they stood before, the latest time."""
+        most = min(self.draft, room, request.sampling.max_tokens - len(request.answer) - 1)
+        tokens = request.tokens
+        if most < 1 or len(tokens) <= self.ngram:
+            return []
+        last = tokens[-self.ngram :]
+        for start in range(len(tokens) - self.ngram - 1, -1, -1):
+            if tokens[start] == last[0] and tokens[start : start + self.ngram] == last:
+                return tokens[start + self.ngram : start + self.ngram + most]
+        return []
+
+    def _forward(self, batch: list[tuple[_Request, int, list[int]]]) -> list[Event]:
+        device = self.model.embedding.weight.device
+        fed: list[int] = []
+        lengths: list[int] = []
+        rows: list[int] = []
+        ends: list[int] = []
+        """Where a request's logits begin among those that are made, for those whose known tokens end in this step."""
+        for request, count, guess in batch:
+            start = request.held.tokens
+            done = count == request.left
+            new = request.tokens[start : start + count] + guess
+            if done:
+                ends.append(len(rows))
+                last = len(fed) + count - 1
+                rows += range(last, last + 1 + len(guess))
+            fed += new
+            lengths.append(len(new))
+        self.cache.begin([request.held for request, _, _ in batch], lengths, device)
+        hidden = self.model(torch.tensor(fed, device=device), lengths, cache=self.cache)
+        logits = self.model.logits(hidden[torch.tensor(rows, device=device)]).float() if rows else None
+        best = None if logits is None else logits.argmax(-1).tolist()
+        events: list[Event] = []
+        starts = iter(ends)
+        for request, count, guess in batch:
+            self.counters.prompt_tokens += max(0, min(len(request.prompt) - request.held.tokens, count))
+            if count < request.left:
+                self.cache.stored(request.held, request.tokens[: request.held.tokens + count])
+                continue
+            assert logits is not None
+            assert best is not None
+            events += self._answer(request, guess, logits, best, next(starts))
+        return events
+
+    def _answer(self, request: _Request, guess: list[int], logits: Tensor, best: list[int], row: int) -> list[Event]:
+        """Choose tokens for as long as the guess was right; store what was computed for them."""
+        events = []
+        known = len(request.tokens)
+        for n in range(len(guess) + 1):
+            if request.sampling.plain:
+                chosen = Chosen(best[row + n], None, ())
+            else:
+                chosen = choose(logits[row + n], request.sampling, request.prompt, request.answer, request.draw())
+            request.answer.append(chosen.token)
+            self.counters.answer_tokens += 1
+            events.append(self._event(request, chosen))
+            if events[-1].finished or n == len(guess) or chosen.token != guess[n]:
+                break
+        accepted = len(events) - 1
+        self.counters.drafted_tokens += len(guess)
+        self.counters.accepted_tokens += accepted
+        valid = known + accepted
+        self.cache.stored(request.held, request.tokens[:valid])
+        self.cache.truncate(request.held, valid)
+        if events[-1].finished:
+            self._finish(request, events[-1])
+        return events
+
+    def _event(self, request: _Request, chosen: Chosen) -> Event:
+        event = Event(request.id, chosen.token, "", chosen.logprob, chosen.likeliest)
+        sampling = request.sampling
+        ends = set(sampling.stop_tokens)
+        if not sampling.ignore_end and self.tokenizer is not None:
+            ends |= set(self.tokenizer.end_tokens)
+        if chosen.token in ends:
+            event.finished = "stop"
+        elif request.detokenizer is not None:
+            event.text, stopped = request.detokenizer.add(chosen.token)
+            event.finished = "stop" if stopped else None
+        if event.finished is None and len(request.answer) >= sampling.max_tokens:
+            event.finished = "length"
+        if event.finished is not None and request.detokenizer is not None:
+            event.text += request.detokenizer.finish()
+        return event
+
+    def _finish(self, request: _Request, event: Event) -> Event:
+        self.cache.truncate(request.held, 0)
+        if request in self._running:
+            self._running.remove(request)
+        self._ids.discard(request.id)
+        return event
+
+
+def _note(answer: Answer, event: Event) -> None:
+    if event.token is not None:
+        answer.tokens.append(event.token)
+    if event.logprob is not None:
+        answer.logprobs.append(event.logprob)
+    answer.text += event.text
+    answer.finished = event.finished or answer.finished

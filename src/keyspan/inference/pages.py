@@ -1,0 +1,237 @@
+"""A paged key/value cache (Kwon et al., "PagedAttention", 2023): pages are allocated, shared by content and given back.
+
+A page holds the keys and values of `page_size` consecutive tokens of one sequence. Layers with the same window share
+pages: layers without one keep all tokens of a sequence, layers with a sliding window give pages behind it back. Full
+pages are found again by what they hold (all tokens up to their end), so that a common prefix is computed and stored
+once; a page that sequences share is full, and nobody writes to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from keyspan import PagedKeys
+from keyspan.models.gpt import GPTConfig
+
+Key = bytes
+"""What a full page holds: SHA-256 of all tokens up to its end, so that nobody can make two texts share a page."""
+
+
+class PagePool:
+    """Pages of one kind of layers, by number. Knows which are free, how often each is used, and what full ones hold."""
+
+    def __init__(self, pages: int) -> None:
+        self.users = [0] * pages
+        self._free = list(range(pages - 1, -1, -1))
+        self._unused: OrderedDict[int, None] = OrderedDict()
+        """Pages without a user whose content may still be wanted, the longest unused first."""
+        self._by_key: dict[Key, int] = {}
+        self._keys: dict[int, Key] = {}
+
+    def available(self) -> int:
+        """How many pages can be allocated now."""
+        return len(self._free) + len(self._unused)
+
+    def allocate(self) -> int:
+        """A page of undefined content, with one user. There must be one."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._unused.popitem(last=False)
+            del self._by_key[self._keys.pop(page)]
+        self.users[page] = 1
+        return page
+
+    def find(self, key: Key) -> int | None:
+        """The page that holds this, used or not."""
+        return self._by_key.get(key)
+
+    def use(self, page: int) -> None:
+        """Count one more user."""
+        self._unused.pop(page, None)
+        self.users[page] += 1
+
+    def release(self, page: int) -> None:
+        """Count one user less. Content that is known stays until the page is needed."""
+        self.users[page] -= 1
+        if self.users[page] == 0:
+            if page in self._keys:
+                self._unused[page] = None
+            else:
+                self._free.append(page)
+
+    def publish(self, page: int, key: Key) -> None:
+        """Say what a full page holds; where another page holds the same, that one stays known."""
+        if key not in self._by_key and page not in self._keys:
+            self._by_key[key], self._keys[page] = page, key
+
+
+@dataclass
+class Held:
+    """The pages of one sequence."""
+
+    tokens: int = 0
+    """Tokens whose keys and values are stored."""
+    tables: dict[int | None, list[int]] = field(default_factory=dict)
+    """By window, the sequence's pages in order; −1 for one that was given back."""
+    keys: list[Key] = field(default_factory=list)
+    """What its full pages hold, for as many as were published."""
+
+
+class PagedCache:
+    """Keys and values of all layers for `GPT.forward(..., cache=...)`, for inference.
+
+    Args:
+        config: of the model.
+        pages: how many there are, for each window of the model.
+        page_size: tokens a page.
+        dtype: of keys and values; device: where they are.
+        share: whether full pages are shared by content.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        pages: int,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        share: bool = True,
+    ) -> None:
+        for name, value in (("pages", pages), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, want at least 1")
+        self.pages, self.page_size, self.share = pages, page_size, share
+        self._window = [config.window(n) for n in range(config.layers)]
+        self.pools = {window: PagePool(pages) for window in dict.fromkeys(self._window)}
+        shape = (1, pages * page_size, config.kv_heads, config.head_dim)
+        self._storage = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in self._window]
+        self._layouts: dict[int | None, PagedKeys] = {}
+        self._slots: dict[int | None, Tensor] = {}
+
+    @staticmethod
+    def bytes_per_page(config: GPTConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Memory that one page takes, over all layers."""
+        return 2 * config.layers * page_size * config.kv_heads * config.head_dim * dtype.itemsize
+
+    # Pages of a sequence
+
+    def needed(self, held: Held, tokens: int) -> int:
+        """Pages of each kind that must be allocated before a sequence holds so many tokens."""
+        return max(0, -(-tokens // self.page_size) - -(-held.tokens // self.page_size))
+
+    def available(self) -> int:
+        """Pages that can be allocated for a sequence, of the kind of which there are fewest."""
+        return min(pool.available() for pool in self.pools.values())
+
+    def adopt(self, held: Held, tokens: Sequence[int]) -> None:
+        """Use what others stored of the beginning of these tokens, in full pages, for a sequence that holds nothing.
+
+        At least one token is left to be computed, for its logits are wanted.
+        """
+        if not self.share:
+            return
+        size, keys = self.page_size, self._keys(held, tokens, (len(tokens) - 1) // self.page_size)
+        found = {w: [pool.find(key) for key in keys] for w, pool in self.pools.items()}
+        for count in range(len(keys), 0, -1):
+            first = {w: 0 if w is None else max(0, (count * size - w + 1) // size) for w in found}
+            if all(page is not None for w, pages in found.items() for page in pages[first[w] : count]):
+                break
+        else:
+            held.keys.clear()
+            return
+        for window, pool in self.pools.items():
+            table = [-1 if n < first[window] else found[window][n] for n in range(count)]
+            for page in table:
+                if page is not None and page >= 0:
+                    pool.use(page)
+            held.tables[window] = [page for page in table if page is not None]
+        held.tokens = count * size
+        del held.keys[count:]
+
+    def reserve(self, held: Held, tokens: int) -> None:
+        """Allocate pages until the sequence has room for so many tokens. There must be enough."""
+        want = -(-tokens // self.page_size)
+        for window, pool in self.pools.items():
+            table = held.tables.setdefault(window, [])
+            while len(table) < want:
+                table.append(pool.allocate())
+
+    def stored(self, held: Held, tokens: Sequence[int]) -> None:
+        """Say that these tokens, all of the sequence's so far, are stored now: full pages are published, pages behind a
+        window are given back."""
+        held.tokens = len(tokens)
+        known = len(held.keys)
+        for n, key in enumerate(self._keys(held, tokens, len(tokens) // self.page_size)[known:], known):
+            for window, pool in self.pools.items():
+                if self.share and held.tables[window][n] >= 0:
+                    pool.publish(held.tables[window][n], key)
+        for window, pool in self.pools.items():
+            if window is None:
+                continue
+            table = held.tables[window]
+            for n in range(min(len(table), max(0, held.tokens - window + 1) // self.page_size)):
+                if table[n] >= 0:
+                    pool.release(table[n])
+                    table[n] = -1
+
+    def truncate(self, held: Held, tokens: int) -> None:
+        """Forget all but the first tokens of a sequence, and give the pages behind them back."""
+        keep = -(-tokens // self.page_size)
+        for window, pool in self.pools.items():
+            table = held.tables.get(window, [])
+            for page in reversed(table[keep:]):
+                if page >= 0:
+                    pool.release(page)
+            del table[keep:]
+        held.tokens = min(held.tokens, tokens)
+        del held.keys[tokens // self.page_size :]
+
+    def _keys(self, held: Held, tokens: Sequence[int], count: int) -> list[Key]:
+        """What the first `count` full pages of these tokens hold; computed once for each page of a sequence."""
+        for n in range(len(held.keys), count):
+            page = array("q", tokens[n * self.page_size : (n + 1) * self.page_size]).tobytes()
+            held.keys.append(hashlib.sha256((held.keys[-1] if held.keys else b"") + page).digest())
+        return held.keys[:count]
+
+    # What the model asks for
+
+    def begin(self, sequences: Sequence[Held], lengths: Sequence[int], device: torch.device) -> None:
+        """Before a forward pass over `lengths[n]` new tokens of sequence n, for which there is room."""
+        q = torch.tensor(lengths, dtype=torch.int32, device=device)
+        before = torch.tensor([held.tokens for held in sequences], dtype=torch.int32, device=device)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), q, output_size=sum(lengths))
+        ends = q.cumsum(0)
+        at = torch.arange(sum(lengths), device=device) - (ends - q - before)[owner]
+        for window in self.pools:
+            tables = [held.tables[window] for held in sequences]
+            width = max(map(len, tables))
+            rows = [[max(page, 0) for page in table] + [0] * (width - len(table)) for table in tables]
+            table = torch.tensor(rows, dtype=torch.int32, device=device)
+            self._layouts[window] = PagedKeys(q, before + q, table, self.page_size)
+            self._slots[window] = table[owner, at // self.page_size].long() * self.page_size + at % self.page_size
+
+    def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> None:
+        """Nothing: `begin` has made room."""
+
+    def layout(self, window: int | None) -> tuple[PagedKeys, int]:
+        """Where the keys of layers with this window lie, and how many slots there are."""
+        # Where all layers have a window, the model still asks without one: to learn which token stands where.
+        found = self._layouts.get(window) or next(iter(self._layouts.values()))
+        return found, self.pages * self.page_size
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""
+        keys, values = self._storage[layer]
+        slots = self._slots[self._window[layer]]
+        keys.index_copy_(1, slots, key.to(keys.dtype))
+        values.index_copy_(1, slots, value.to(values.dtype))
+        return keys, values

@@ -1,0 +1,160 @@
+"""Text and tokens: Hugging Face's tokenizer files, bytes, and the text of an answer while it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from keyspan.models.checkpoints import read_json
+
+
+class Tokenizer(Protocol):
+    """What an engine asks of a tokenizer."""
+
+    end_tokens: tuple[int, ...]
+    """Tokens that end an answer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens; a character that is not complete is U+FFFD."""
+
+
+class ByteTokenizer:
+    """Each byte of the text in UTF-8 is a token.
+
+    Args:
+        end_tokens: tokens that end an answer, beyond the 256 bytes.
+    """
+
+    def __init__(self, end_tokens: tuple[int, ...] = ()) -> None:
+        self.end_tokens = end_tokens
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+class FolderTokenizer:
+    """The tokenizer of a model's folder: tokenizer.json, its end tokens and its chat template.
+
+    End tokens are those of generation_config.json and config.json, and the one of tokenizer_config.json.
+
+    Raises ValueError where the folder has no tokenizer.json, or one that cannot be read.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        from tokenizers import Tokenizer as Loaded
+
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: holds no tokenizer.json")
+        try:
+            self._loaded: Any = Loaded.from_file(str(path))
+        except Exception as error:  # the library raises plain Exceptions
+            raise ValueError(f"{path}: {error}") from None
+        settings = _optional(folder / "tokenizer_config.json")
+        names = {name: value for name, value in settings.items() if name.endswith("_token")}
+        names = {name: value["content"] if isinstance(value, dict) else value for name, value in names.items()}
+        self.special = {name: value for name, value in names.items() if isinstance(value, str)}
+        ends = {self._loaded.token_to_id(self.special["eos_token"])} if "eos_token" in self.special else set()
+        for file in ("generation_config.json", "config.json"):
+            found = _optional(folder / file).get("eos_token_id")
+            ends |= set(found if isinstance(found, list) else [found])
+        self.end_tokens = tuple(sorted(token for token in ends if token is not None))
+        template = folder / "chat_template.jinja"
+        self.chat_template: str | None = settings.get("chat_template")
+        if template.is_file():
+            self.chat_template = template.read_text(encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with what the tokenizer puts around it (a first token, where the model has one)."""
+        found: list[int] = self._loaded.encode(text).ids
+        return found
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Tokens of a text that a chat template made, which has put everything around it already."""
+        found: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
+        return found
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._loaded.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The text of a chat, up to where the assistant speaks. The template runs in jinja's sandbox.
+
+        Raises ValueError where the model has no template, or the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if self.chat_template is None:
+            raise ValueError("messages: the model has no chat template; use completions with a prompt")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment.globals["raise_exception"] = refuse
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=True, **self.special
+            )
+        except TemplateError as error:
+            raise ValueError(f"messages: the chat template refuses them: {error}") from None
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+class Detokenizer:
+    """The text of an answer, token by token: complete characters only, and nothing of a stop text.
+
+    Args:
+        tokenizer: decodes.
+        stop: texts that end the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens: list[int] = []
+        self._start = 0
+        """First token of the window that is decoded: a tokenizer may join a token with the one before it."""
+        self._read = 0
+        """Tokens whose text has been taken."""
+        self._pending = ""
+        """Text that may be the beginning of a stop text."""
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """(the text that the answer grew by, whether a stop text has ended it)."""
+        self._tokens.append(token)
+        before = self._tokenizer.decode(self._tokens[self._start : self._read])
+        text = self._tokenizer.decode(self._tokens[self._start :])
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            self._start, self._read = self._read, len(self._tokens)
+            self._pending += text[len(before) :]
+        found = [at for at in map(self._pending.find, self._stop) if at >= 0]
+        if found:
+            self._pending, text = "", self._pending[: min(found)]
+            self._start = self._read = len(self._tokens)
+            return text, True
+        kept = max(
+            (n for stop in self._stop for n in range(1, len(stop)) if self._pending.endswith(stop[:n])), default=0
+        )
+        cut = len(self._pending) - kept
+        text, self._pending = self._pending[:cut], self._pending[cut:]
+        return text, False
+
+    def finish(self) -> str:
+        """What is left when the answer ends otherwise: text held back for a stop text, and an incomplete character."""
+        before = self._tokenizer.decode(self._tokens[self._start : self._read])
+        rest = self._tokenizer.decode(self._tokens[self._start :])[len(before) :]
+        text, self._pending = self._pending + rest, ""
+        self._start = self._read = len(self._tokens)
+        return text

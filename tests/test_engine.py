@@ -1,0 +1,264 @@
+"""The engine: answers are those of one request alone, whatever is batched, shared, chunked, guessed or preempted."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keyspan.inference import generate
+from keyspan.inference.engine import Engine, QueueFullError
+from keyspan.inference.pages import Held, PagedCache, PagePool
+from keyspan.inference.sampling import Sampling, choose
+from keyspan.inference.tokenizer import ByteTokenizer, Detokenizer
+from keyspan.models import GPT, GPTConfig
+
+CONFIGS = {
+    "plain": GPTConfig(vocab_size=29, dim=32, layers=2, heads=4, kv_heads=2, embedding_std=1.0),
+    "windows": GPTConfig(vocab_size=29, dim=32, layers=3, heads=4, kv_heads=2, embedding_std=1.0, windows=(6, None, 6)),
+    "all windows": GPTConfig(vocab_size=29, dim=32, layers=2, heads=4, embedding_std=1.0, windows=(5, 9)),
+}
+
+
+def model(name="plain") -> GPT:
+    torch.manual_seed(0)
+    return GPT(CONFIGS[name]).eval()
+
+
+def pages(count: int, config: GPTConfig = CONFIGS["plain"], size: int = 4) -> int:
+    """Memory for so many pages."""
+    return count * PagedCache.bytes_per_page(config, size, torch.float32)
+
+
+def draw(seed: int, *lengths: int) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(29) for _ in range(n)] for n in lengths]
+
+
+def greedy(net: GPT, prompt: list[int], count: int) -> list[int]:
+    return generate(net, [prompt], count, temperature=0)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("step_tokens", [1, 7, 512])
+@pytest.mark.parametrize("draft", [0, 3])
+def test_answers_are_those_of_each_prompt_alone(name, step_tokens, draft):
+    net = model(name)
+    prompts = [*draw(0, 3, 17, 1, 9), [5, 6, 7] * 6]
+    engine = Engine(net, memory=pages(64, net.config), page_size=4, step_tokens=step_tokens, draft=draft, ngram=2)
+    answers = engine.generate(prompts, Sampling(max_tokens=12))
+    assert [x.tokens for x in answers] == [greedy(net, prompt, 12) for prompt in prompts]
+    assert {x.finished for x in answers} == {"length"}
+    assert engine.counters.answer_tokens == 60
+    assert not engine.busy()
+    assert engine.cache.available() == engine.cache.pages, "every page is given back"
+
+
+def test_guesses_are_made_and_accepted():
+    net = model()
+    prompt = draw(1, 6)[0]
+    repeated = prompt + greedy(net, prompt, 30)  # greedy answers of so small a model run in circles
+    engine = Engine(net, memory=pages(64), page_size=4, draft=4, ngram=2)
+    plain = Engine(net, memory=pages(64), page_size=4)
+    want, got = (e.generate([repeated], Sampling(max_tokens=30))[0] for e in (plain, engine))
+    assert got == want
+    assert engine.counters.accepted_tokens > 5
+    assert engine.counters.steps < plain.counters.steps
+
+
+def test_a_common_beginning_is_computed_once():
+    net = model()
+    start = draw(2, 22)[0]
+    prompts = [start + tail for tail in draw(3, 3, 1, 6)]
+    engine = Engine(net, memory=pages(64), page_size=4)
+    first = engine.generate(prompts[:1], Sampling(max_tokens=5))
+    rest = engine.generate(prompts[1:], Sampling(max_tokens=5))
+    assert engine.counters.shared_tokens == 2 * 20  # full pages of four
+    assert [x.tokens for x in first + rest] == [greedy(net, prompt, 5) for prompt in prompts]
+    alone = Engine(net, memory=pages(64), page_size=4, share=False)
+    assert [x.tokens for x in alone.generate(prompts, Sampling(max_tokens=5))] == [x.tokens for x in first + rest]
+    assert alone.counters.shared_tokens == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_is_lost_when_pages_run_out(name):
+    net = model(name)
+    prompts = draw(4, 9, 13, 6, 11, 8)
+    engine = Engine(net, memory=pages(9, net.config), page_size=4, step_tokens=16)
+    answers = engine.generate(prompts, Sampling(max_tokens=20))
+    assert [x.tokens for x in answers] == [greedy(net, prompt, 20) for prompt in prompts]
+    if name == "plain":
+        assert engine.counters.preemptions > 0
+    assert engine.cache.available() == 9
+
+
+def test_pages_behind_a_window_are_given_back():
+    net = model("all windows")
+    engine = Engine(net, memory=pages(64, net.config), page_size=4, share=False)
+    id = engine.add(draw(5, 40)[0], Sampling(max_tokens=3))
+    while engine.load != (1, 0) or engine._running[0].held.tokens < 40:
+        engine.step()
+    held = engine._running[0].held
+    assert sum(page >= 0 for page in held.tables[5]) <= 3
+    assert sum(page >= 0 for page in held.tables[9]) <= 4
+    engine.cancel(id)
+    assert [event.finished for event in engine.step()] == ["cancelled"]
+    assert engine.cache.available() == 64
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_random_arrivals_lengths_cancels_and_memory(data):
+    net = model(data.draw(st.sampled_from(sorted(CONFIGS))))
+    engine = Engine(
+        net, memory=pages(data.draw(st.integers(12, 30)), net.config), page_size=4,
+        step_tokens=data.draw(st.integers(3, 40)), running=data.draw(st.integers(1, 5)),
+        share=data.draw(st.booleans()), draft=data.draw(st.sampled_from([0, 3])), ngram=1,
+    )  # fmt: skip
+    start = draw(6, 12)[0]
+    wanted, got, cancelled, ended = {}, {}, set(), {}
+    for n in range(data.draw(st.integers(1, 7))):
+        prompt = start[: data.draw(st.integers(0, 12))] + draw(n, data.draw(st.integers(1, 12)))[0]
+        sampling = Sampling(max_tokens=data.draw(st.integers(1, 12)))
+        wanted[engine.add(prompt, sampling, id=str(n))] = (prompt, sampling.max_tokens)
+        got[str(n)] = []
+        for _ in range(data.draw(st.integers(0, 4))):
+            for event in engine.step():
+                got[event.id] += [] if event.token is None else [event.token]
+                ended[event.id] = event.finished or ended.get(event.id)
+        if data.draw(st.booleans()):
+            cancelled.add(str(n))
+            engine.cancel(str(n))
+    while engine.busy():
+        for event in engine.step():
+            got[event.id] += [] if event.token is None else [event.token]
+            ended[event.id] = event.finished or ended.get(event.id)
+    for id, (prompt, count) in wanted.items():
+        want = greedy(net, prompt, count)
+        assert got[id] == want[: len(got[id])]
+        assert ended[id] in ({"cancelled", "length"} if id in cancelled else {"length"})
+        assert id in cancelled or got[id] == want
+    assert engine.cache.available() == engine.cache.pages
+
+
+def test_a_seeded_answer_does_not_depend_on_what_else_runs():
+    net, prompts = model(), draw(7, 5, 8, 3)
+    hot = {"max_tokens": 10, "temperature": 12.0}  # the logits of this small model are large
+    each = [Sampling(**hot, top_k=9, top_p=0.9, seed=n, presence_penalty=0.5) for n in range(3)]
+    together = Engine(net, memory=pages(64), page_size=4, step_tokens=5).generate(prompts, each)
+    alone = [
+        Engine(net, memory=pages(64), page_size=4).generate([prompt], one)[0]
+        for prompt, one in zip(prompts, each, strict=True)
+    ]
+    assert together == alone
+    guessed = Engine(net, memory=pages(64), page_size=4, draft=3, ngram=1).generate(prompts, each)
+    assert guessed == alone
+    other = Engine(net, memory=pages(64), page_size=4).generate(prompts[:1], Sampling(**hot))
+    assert other[0].tokens != alone[0].tokens
+
+
+def test_log_probabilities_are_the_models_own():
+    net, prompt = model(), draw(8, 6)[0]
+    engine = Engine(net, memory=pages(64), page_size=4)
+    answer = engine.generate([prompt], Sampling(max_tokens=3, logprobs=2, temperature=0.7, seed=1))[0]
+    tokens = torch.tensor(prompt + answer.tokens)
+    want = net.logits(net(tokens, [len(tokens)])).log_softmax(-1)[len(prompt) - 1 : -1]
+    want = want.gather(1, tokens[len(prompt) :, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(answer.logprobs), want, rtol=1e-4, atol=1e-5)
+
+
+def test_choose_draws_from_the_distribution():
+    logits = torch.tensor([0.0, 2.0, 1.0, -3.0])
+    drawn = [choose(logits, Sampling(temperature=1.0), [], [], (n + 0.5) / 4000).token for n in range(4000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
+    torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=1e-3)
+    few = [choose(logits, Sampling(temperature=1.0, min_p=0.3), [], [], (n + 0.5) / 100).token for n in range(100)]
+    assert set(few) == {1, 2}
+    assert choose(logits, Sampling(temperature=1.0, top_k=2), [], [], 1 - 1e-12).token == 2
+    assert choose(logits, Sampling(repetition_penalty=4.0), [1], [], 0.0).token == 2
+    assert choose(logits, Sampling(frequency_penalty=0.6), [1], [1, 1], 0.0).token == 2
+    assert choose(logits, Sampling(presence_penalty=0.6), [], [1, 1], 0.0).token == 1
+
+
+def test_stop_texts_and_end_tokens():
+    class Fixed(GPT):
+        """Writes a text, whatever it reads."""
+
+        def logits(self, hidden):
+            out = torch.zeros(len(hidden), 300)
+            out[:, list(b"abc<end>d")[len(written)]] = 1
+            return out
+
+    torch.manual_seed(0)
+    net = Fixed(GPTConfig(vocab_size=300, dim=8, layers=1, heads=2))
+    for stop, text, finished in (
+        (("<end>",), "abc", "stop"),
+        (("<endx",), "abc<end>d", "length"),
+        ((), "abc<end>d", "length"),
+    ):
+        engine = Engine(net, ByteTokenizer(), memory=2**20, page_size=4)
+        written: list[str] = []
+        found = ""
+        for event in engine.stream("hello", Sampling(max_tokens=9, stop=stop)):
+            written.append(event.text)
+            found += event.text
+            last = event.finished
+        assert (found, last) == (text, finished)
+    engine = Engine(net, ByteTokenizer((ord("c"),)), memory=2**20, page_size=4)
+    written = []
+    events = []
+    for event in engine.stream("hello", Sampling(max_tokens=9)):
+        written.append(event.text)
+        events.append(event)
+    assert "".join(x.text for x in events) == "ab"
+    assert events[-1].finished == "stop"
+
+
+def test_detokenizer_holds_incomplete_characters_back():
+    d = Detokenizer(ByteTokenizer())
+    parts = [d.add(byte)[0] for byte in "aé€".encode()]
+    assert parts == ["a", "", "é", "", "", "€"]
+    d = Detokenizer(ByteTokenizer(), stop=("<stop>",))
+    assert "".join(d.add(byte)[0] for byte in b"x<sto") == "x"
+    assert d.finish() == "<sto"
+
+
+def test_pool_evicts_what_is_longest_unused():
+    pool = PagePool(2)
+    a, b = pool.allocate(), pool.allocate()
+    pool.publish(a, b"a")
+    pool.publish(b, b"b")
+    pool.release(a)
+    pool.release(b)
+    assert pool.available() == 2
+    pool.use(pool.find(b"a"))
+    assert pool.available() == 1
+    assert pool.allocate() == b
+    assert pool.find(b"b") is None
+    assert pool.find(b"a") == a
+
+
+def test_a_full_queue_and_wrong_requests_are_refused():
+    net = model()
+    engine = Engine(net, memory=pages(4), page_size=4, waiting=2)
+    for prompt, sampling, message in (
+        ([], Sampling(), "prompt: got no token"),
+        ([29], Sampling(), r"prompt: got tokens 29 … 29, want 0 … 28"),
+        ("text", Sampling(), "prompt: got text, want tokens"),
+        ([1] * 10, Sampling(max_tokens=7), "prompt: got 10 tokens and max_tokens = 7, want at most 16 in all"),
+        ([1], Sampling(max_tokens=1, stop=("x",)), "stop: got texts, want none without a tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.add(prompt, sampling)
+    engine.add([1], Sampling(max_tokens=1), id="a")
+    with pytest.raises(ValueError, match="id: got 'a'"):
+        engine.add([1], Sampling(max_tokens=1), id="a")
+    engine.add([1], Sampling(max_tokens=1))
+    with pytest.raises(QueueFullError, match="2 requests wait already"):
+        engine.add([1], Sampling(max_tokens=1))
+    with pytest.raises(ValueError, match="memory: got 10 bytes, want at least"):
+        Engine(net, memory=10)
+    with pytest.raises(ValueError, match="temperature: got -1"):
+        Sampling(temperature=-1)
+    assert Held().tokens == 0
