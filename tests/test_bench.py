@@ -25,7 +25,7 @@ def measured(row, provider, dtype="fp32"):
 
 
 def test_every_row_and_the_sweep_are_measured(tmp_path, capsys):
-    words = f"bench attention --quick --no-flex --lengths 512 1024 --out {tmp_path}"
+    words = f"bench attention --quick --no-flex --dtypes fp32 bfloat16 --lengths 512 1024 --out {tmp_path}"
     assert cli.main(words.split()) == 0
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "results.json").read_text())

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what was saved; a broken, foreign or half-written one is refused untouched."""
 
+import errno
 import json
 import os
 import shutil
@@ -167,7 +168,13 @@ def record(folder):
     for name in (MODEL, TRAINING):
         data = (folder / name).read_bytes()
         state["files"][name] = {"bytes": len(data), "sha256": checkpoint._sum(data)}
-    (folder / STATE).write_text(json.dumps(state))
+    sign(folder, state)
+
+
+def sign(folder, state):
+    """Write state.json with the checksum of what it says."""
+    state = {key: value for key, value in state.items() if key != "sha256"}
+    (folder / STATE).write_text(json.dumps(state | {"sha256": checkpoint._sum_of_state(state)}))
 
 
 def foreign_bytes(folder):
@@ -181,7 +188,7 @@ def half_state(folder):
 
 def edit(folder, **changes):
     state = json.loads((folder / STATE).read_text())
-    (folder / STATE).write_text(json.dumps(state | changes))
+    sign(folder, state | changes)
 
 
 def other_model(folder):
@@ -216,6 +223,12 @@ BROKEN = {
     "foreign state": (lambda f: (f / STATE).write_text('{"epoch": 3}'), f"{STATE}: not a checkpoint of keyspan"),
     "a list for a state": (lambda f: (f / STATE).write_text("[1]"), f"{STATE}: not a checkpoint of keyspan"),
     "no step": (lambda f: edit(f, step=None), f"{STATE}: got step = None"),
+    "a negative step": (lambda f: edit(f, step=-5), f"{STATE}: got step -5"),
+    "seconds that are no number": (lambda f: edit(f, seconds=float("nan")), f"{STATE}: got step 4 after nan s"),
+    "no sum": (
+        lambda f: (f / STATE).write_text((f / STATE).read_text().replace("sha256", "sha257")),
+        f"{STATE}: damaged: its SHA-256",
+    ),
     "no sizes": (lambda f: edit(f, files={}), f"{STATE}: records no size"),
     "foreign scale": (lambda f: edit(f, scaler={"x": 1}), f"{STATE}: got a loss scale of"),
     "not safetensors": (foreign_bytes, f"{MODEL}: not a safetensors file"),
@@ -253,6 +266,64 @@ def test_broken_checkpoints_are_refused_and_change_nothing(tmp_path, name):
         checkpoint.load(folder, *parts)
     assert str(folder) in str(caught.value)
     assert picture(*parts) == before
+
+
+def test_every_flipped_bit_of_the_state_is_found(tmp_path):
+    folder = checkpoint.save(tmp_path, Progress(400, 12.5), *make(steps=1))
+    data = (folder / STATE).read_bytes()
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 7)
+        (folder / STATE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=STATE):
+            checkpoint.load_model(folder, make()[0])
+    (folder / STATE).write_bytes(data)
+    assert checkpoint.load_model(folder, make()[0]) == (400, 12.5)
+
+
+def test_a_damaged_newest_checkpoint_names_the_older_one(tmp_path):
+    parts = make(steps=1)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, Progress(step, 0.0), *parts)
+    newest, older = checkpoint.latest(tmp_path), tmp_path / "checkpoints" / "step-00000001"
+    with pytest.raises(ValueError, match=r"want .7, 4.") as caught, checkpoint.naming_older(tmp_path):
+        checkpoint.load_model(newest, make(width=7)[0])  # another model: neither is damaged
+    assert str(older) not in str(caught.value)
+    flip(newest)
+    with pytest.raises(ValueError, match="damaged or foreign") as caught, checkpoint.naming_older(tmp_path):
+        checkpoint.load(newest, *parts)
+    assert str(caught.value).endswith(f"; {older} is undamaged: to go on from there, remove {newest}")
+    shutil.rmtree(newest)
+    assert checkpoint.load(checkpoint.latest(tmp_path), *parts).step == 1
+
+
+def test_a_deletion_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    parts = make(steps=1)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, Progress(step, 0.0), *parts)
+
+    def cut_short(folder):
+        (folder / MODEL).unlink()
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut_short)
+        with pytest.raises(OSError, match="killed"):
+            checkpoint.save(tmp_path, Progress(3, 0.0), *parts)
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == [".step-00000001", "step-00000002", "step-00000003"]
+    checkpoint.save(tmp_path, Progress(4, 0.0), *parts)
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-00000003", "step-00000004"]
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '.*{MODEL}'"):
+        checkpoint.save(tmp_path, Progress(1, 0.0), *make(steps=1))
 
 
 def test_files_are_replaced_atomically(tmp_path, monkeypatch):

@@ -2,13 +2,16 @@
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+import keyspan
 from keyspan import cli
 from keyspan.training.config import PRESETS, TrainConfig
 from keyspan.training.loop import load_run, read_config
@@ -62,11 +65,11 @@ def test_help_names_every_option_and_the_preset(capsys):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_says_what_each_option_is_for(capsys, command):
-    """An option that is not described shows its default alone."""
+    """An option without a description would show its default alone."""
     with pytest.raises(SystemExit) as caught:
         cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
-    text = re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().out)
+    text = re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().out).partition("options")[2]
     options = re.findall(r" (--[a-z][\w-]*)(.*?)\(default: ", text)
     assert options
     for name, shown in options:
@@ -97,6 +100,10 @@ def test_usage(capsys, words, status, stream):
         ("train --resume nowhere", "nowhere: holds no config.json"),
         ("generate nowhere", "nowhere: holds no config.json"),
         ("generate nowhere --seed -1", "seed: got -1"),
+        ("generate nowhere --device meta", "nowhere: holds no config.json"),
+        ("explain --dtype fp12", "dtype: got 'fp12', want fp32, bf16"),
+        ("explain --device meta", "device: got 'meta'"),
+        ("train --task copy --device meta", "device: got 'meta'"),
         ("explain --queries -1", "queries: got -1"),
         ("explain --heads 0", "heads: got 0"),
         ("explain --device toaster", "device: got 'toaster'"),
@@ -115,7 +122,15 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, message):
 
 
 @pytest.mark.parametrize(
-    "words", ["train --task divide", "train --steps many", "train --steps 0", "train --stepz 3", "generate"]
+    "words",
+    [
+        "train --task divide",
+        "train --steps many",
+        "train --steps 0",
+        "train --tokens 9223372036854775808",
+        "train --stepz 3",
+        "generate",
+    ],
 )
 def test_unknown_options(capsys, words):
     with pytest.raises(SystemExit) as caught:
@@ -131,18 +146,19 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path, missing):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Blocker(missing), *sys.meta_path])
     assert cli.main(["train", *TINY.split()]) == 1
-    assert capsys.readouterr().err == f"keyspan: train needs {missing}: pip install 'keyspan[train]'\n"
+    install = "pip install matplotlib numpy rich safetensors tyro"
+    assert capsys.readouterr().err == f"keyspan: train needs {missing}: {install}\n"
     assert list(tmp_path.iterdir()) == []  # said before the work, not after
 
 
 class Blocker:
-    """An import hook for which one package is not installed."""
+    """An import hook for which some packages are not installed."""
 
-    def __init__(self, package: str) -> None:
-        self.package = package
+    def __init__(self, *packages: str) -> None:
+        self.packages = packages
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == self.package:
+        if name.split(".")[0] in self.packages:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
@@ -154,20 +170,83 @@ def test_a_missing_module_of_keyspan_is_not_called_an_extra(monkeypatch):
 
 
 def test_commands_import_their_module_when_run(monkeypatch, capsys):
-    """info, explain and bench take their options from the functions they call."""
+    """bench takes its options from the function that it calls."""
     called = []
-    for name in ("keyspan.info", "keyspan.bench.attention"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "keyspan.bench.attention", ModuleType("keyspan.bench.attention"))
 
     def record(length: int = 3) -> None:
         called.append(length)
 
-    sys.modules["keyspan.info"].main = lambda json: called.append(json)
-    sys.modules["keyspan.info"].explain_main = record
     sys.modules["keyspan.bench.attention"].main = record
-    for words in ("info", "info --json", "explain --length 7", "bench attention --length 8"):
-        assert cli.main(words.split()) == 0
-    assert called == [False, True, 7, 8]
+    assert cli.main(["bench", "attention", "--length", "8"]) == 0
+    assert called == [8]
+
+
+@pytest.mark.parametrize(
+    "words", ["info", "info --json", "explain --causal --dtype bf16 --documents 3 4 5", "explain --json", "--version"]
+)
+def test_info_and_explain_need_no_extra(capsys, monkeypatch, words):
+    for name in [name for name in sys.modules if name.split(".")[0] in cli.EXTRAS]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Blocker(*cli.EXTRAS), *sys.meta_path])
+    assert cli.main(words.split()) == 0
+    shown = capsys.readouterr().out
+    if "--json" in words:
+        assert isinstance(json.loads(shown), dict)
+    if "--documents" in words:
+        assert "M 12, N 12, G 8, H 1, K 64, V 64, bfloat16" in shown
+    if words == "--version":
+        assert shown == f"keyspan {keyspan.__version__}\n"
+
+
+def test_subpackages_are_attributes():
+    code = "import sys, keyspan; assert 'keyspan.layers' not in sys.modules; print(keyspan.layers.rms_norm.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "rms_norm\n"
+    assert {"layers", "training", "attention"} <= set(dir(keyspan))
+    with pytest.raises(AttributeError, match="module 'keyspan' has no attribute 'lairs'"):
+        keyspan.lairs  # noqa: B018
+
+
+def test_a_reader_that_ends_early_prints_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "keyspan", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    with process.stderr as error:
+        assert error.read() == ""
+    assert process.wait(120) == 141
+
+
+def test_ctrl_c_while_importing_prints_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    path = [str(tmp_path), *sys.path]
+    code = f"import sys; sys.path[:0] = {path!r}; from keyspan_command import main; sys.exit(main())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (130, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_a_disk_that_is_full_names_the_file(tmp_path):
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "from keyspan.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", code, "train", *TINY.split(), "--steps", "2", "--out", str(tmp_path / "run")]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert re.search(r"^keyspan: \[Errno 27\] File too large: '.*model\.safetensors'$", found.stderr, re.MULTILINE)
+    assert "Traceback" not in found.stderr
+
+
+def test_a_backend_without_its_device_is_one_line(tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("triton runs here")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *TINY.split(), "--backend", "triton"]) == 1
+    error = capsys.readouterr().err
+    assert error == "keyspan: backend 'triton' cannot compute this: query is on cpu, want a GPU\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_train_resume_and_generate(tmp_path, monkeypatch, capsys):
@@ -198,6 +277,17 @@ def test_train_resume_and_generate(tmp_path, monkeypatch, capsys):
         assert cli.main(["generate", str(run), *words]) == 0
         drawn.add(capsys.readouterr().out)
     assert len(drawn) == 3
+
+    cold = ["generate", str(run), "--prompt", "hello=", "--max-tokens", "5", "--temperature"]
+    assert cli.main([*cold, "1e-300"]) == 0
+    assert capsys.readouterr().out == greedy
+    assert cli.main([*cold, "inf"]) == 1
+    assert capsys.readouterr().err == "keyspan: temperature: got inf, want 0 or a positive number\n"
+    assert cli.main(["generate", str(run), "--device", "meta"]) == 1
+    assert capsys.readouterr().err.startswith("keyspan: device: got 'meta'")
+
+    assert cli.main(["train", "--resume", str(run), "--task", "copy"]) == 1
+    assert capsys.readouterr().err.startswith("keyspan: task: got copy, but ")
 
     assert cli.main(["generate", str(run), "--prompt", "Ä"]) == 1
     assert capsys.readouterr().err.startswith("keyspan: prompt: got 'Ä'")

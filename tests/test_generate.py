@@ -201,6 +201,8 @@ def test_temperature():
     assert probabilities(P.log(), 0).tolist() == [0, 1, 0, 0, 0]
     assert probabilities(torch.tensor([1.0, 2.0, 2.0]), 0).tolist() == [0, 1, 0]
     assert probabilities(torch.tensor([100.0, 200.0]), 1e-40).tolist() == [0, 1]
+    for tiny in (1e-45, 1e-300, 5e-324):
+        assert probabilities(torch.tensor([1.0, 2.0, 2.0]), tiny).tolist() == [0, 0.5, 0.5]
     assert probabilities(P.log().bfloat16()).dtype == torch.float32
 
 
@@ -223,6 +225,7 @@ def test_samples_follow_the_distribution():
     [
         ({"temperature": -0.1}, r"temperature: got -0\.1"),
         ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
         ({"top_k": 0}, "top_k: got 0"),
         ({"top_p": 0.0}, r"top_p: got 0\.0"),
         ({"top_p": 1.1}, r"top_p: got 1\.1"),

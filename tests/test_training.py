@@ -225,6 +225,7 @@ def test_files_of_a_run_folder(tmp_path, monkeypatch, capsys):
     assert result.run == os.path.join("runs", "reverse")  # noqa: PTH118 (as the platform writes it)
     run = tmp_path / "runs" / "reverse"
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.json",
         "loss.png",
@@ -275,7 +276,10 @@ def test_training_on_text_with_baselines(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, sent):
+    if not hasattr(signal, sent):
+        pytest.skip("not a signal of this system")
     run = tmp_path / "run"
     options = "--task copy --max-length 4 --dim 16 --tokens 64 --steps 100000 --eval-every 100000 --device cpu"
     command = [sys.executable, "-m", "keyspan", "train", *options.split(), "--out", str(run)]
@@ -286,7 +290,11 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        records = (run / "metrics.jsonl").read_text()
+        with pytest.raises(ValueError, match="another process trains in this folder"):
+            train(replace(read_config(run), resume=run), quiet=True)
+        assert (run / "metrics.jsonl").read_text().startswith(records)
+        process.send_signal(getattr(signal, sent))
         out, error = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -334,10 +342,88 @@ def test_load_run(tmp_path):
 def test_a_run_of_another_model_is_refused(tmp_path):
     train(replace(TINY, steps=2, out=tmp_path / "run"), quiet=True)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"model\.safetensors: lacks"):
+    with pytest.raises(ValueError, match=r"layers: got 3, but .*run was begun with 2"):
         train(replace(read_config(tmp_path / "run"), resume=tmp_path / "run", layers=3, steps=4), quiet=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
     assert read_config(tmp_path / "run").layers == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "sort"}, "task: got sort, but .* was begun with reverse"),
+        ({"rope_theta": 500.0}, r"rope_theta: got 500.0, but .* was begun with 10000.0"),
+        ({"seed": 1}, "seed: got 1, but .* was begun with 0"),
+        ({"steps": 3}, "steps: got 3, but .* is at step 4; want at least that many"),
+    ],
+)
+def test_a_resume_that_contradicts_the_run_is_refused(tmp_path, change, message):
+    run = tmp_path / "run"
+    train(replace(TINY, steps=4, out=run), quiet=True)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        train(replace(read_config(run), resume=run, **change), quiet=True)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_a_resume_says_what_is_changed(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(replace(TINY, steps=2, out=run), quiet=True)
+    train(replace(read_config(run), resume=run, steps=3, lr=0.5))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "changed: steps from 2 to 3" in shown
+    assert "changed: lr from 0.01 to 0.5" in shown
+    assert "changed: tokens" not in shown
+
+
+def test_an_empty_micro_batch_counts_for_nothing():
+    config = replace(TINY, clip=math.inf)
+    task = make_task(config)
+    full = task.train_batch(0, 0, 96)
+    unscored = Batch(full.tokens, torch.full_like(full.targets, -100), full.lengths)
+    empty = Batch(full.tokens[:0], full.targets[:0], [])
+    results = []
+    for batches in ([full], [unscored, full, empty]):
+        _, model, optimizer, scaler = parts(config)
+        found = take_step(model, optimizer, scaler, batches, config)
+        results.append((found, [p.detach().clone() for p in model.parameters()]))
+    (want, weights), (got, same) = results
+    assert got == want
+    assert all(map(torch.equal, weights, same))
+    with pytest.raises(ValueError, match="batches: got no scored target"):
+        take_step(model, optimizer, scaler, [unscored, empty], config)
+
+
+def test_a_backend_that_cannot_run_leaves_no_folder(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("triton runs here")
+    with pytest.raises(NotImplementedError, match="backend 'triton' cannot compute this: query is on cpu"):
+        train(replace(TINY, backend="triton", out=tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
+    from keyspan.training import loop
+
+    whole = train(replace(TINY, steps=4, out=tmp_path / "whole"), quiet=True)
+    for name in ("out", "resume"):
+        run = tmp_path / name
+        with monkeypatch.context() as patch:
+            steps = []
+
+            def killed(*arguments, steps=steps):
+                steps.append(1)
+                if len(steps) == 3:
+                    raise RuntimeError("killed")
+                return take_step(*arguments)
+
+            patch.setattr(loop, "take_step", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                train(replace(TINY, steps=4, out=run), quiet=True)
+        assert not checkpoint.exists(run)
+        again = replace(TINY, steps=4, out=run) if name == "out" else replace(read_config(run), resume=run)
+        assert train(again, quiet=True).held_out == whole.held_out
+        assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_folders_are_not_overwritten(tmp_path):
@@ -388,6 +474,7 @@ def test_config_round_trip(task):
         ({"task": "divide"}, "task: got 'divide'"),
         ({"precision": "fp8"}, "precision: got 'fp8'"),
         ({"tokens": 0}, "tokens: got 0"),
+        ({"tokens": 2**63}, "tokens: got 9223372036854775808, want 1 … 2³¹ − 1"),
         ({"accumulation": 0}, "accumulation: got 0"),
         ({"steps": -1}, "steps: got -1"),
         ({"eval_every": 0}, "eval_every: got 0"),

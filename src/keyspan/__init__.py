@@ -1,5 +1,8 @@
 """Keyspan: exact attention in linear memory. The names most people need; nothing happens at import."""
 
+from importlib import import_module
+from types import ModuleType
+
 from keyspan.backends import BACKENDS
 from keyspan.core.biases import Alibi, RelativeBias
 from keyspan.core.masks import (
@@ -43,3 +46,16 @@ __all__ = [
     "BACKENDS",
     "__version__",
 ]
+
+_SUBPACKAGES = ("bench", "inference", "interop", "layers", "models", "ops", "testing", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`keyspan.layers` and the other subpackages, imported on first use."""
+    if name in _SUBPACKAGES:
+        return import_module(f"keyspan.{name}")
+    raise AttributeError(f"module 'keyspan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES})

@@ -1,11 +1,12 @@
-"""The command `keyspan`: which function answers to which word. Knows nothing of what these functions do.
+"""The command `keyspan`: dispatches each command to its function and turns every expected error into one line.
 
 tyro turns a configuration or a function's parameters into options. It and the other parts of the extra `train` are
-imported only by the commands that use them.
+imported only by the commands that use them; `info` and `explain` need torch alone.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keyspan import __version__
 from keyspan.training.config import PRESETS, TaskName, TrainConfig
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; `arguments` are those after the program's name. Returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     known = [command for command in COMMANDS if words[: len(command.split())] == command.split()]
+    if words == ["--version"]:
+        print(f"keyspan {__version__}")
+        return 0
     if not known:
         asked_for_help = words[:1] in (["-h"], ["--help"])
         print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
@@ -33,19 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     run, _ = COMMANDS[known[0]]
     try:
-        return run(words[len(known[0].split()) :])
+        status = run(words[len(known[0].split()) :])
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        return _fail(f"{known[0]} needs {error.name}: pip install 'keyspan[train]'")
-    except (ValueError, FloatingPointError, OSError) as error:
-        return _fail(str(error))
+        return _fail(f"{known[0]} needs {error.name}: pip install {' '.join(EXTRAS)}")
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return 128 + 13  # as a program that SIGPIPE ends
+    except (ValueError, FloatingPointError, NotImplementedError, OSError, MemoryError) as error:
+        return _fail(str(error) or "out of memory")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        return _fail(f"out of memory: {error}")
     except KeyboardInterrupt:
         return 130
 
 
 def _fail(message: str) -> int:
-    print(f"keyspan: {message}", file=sys.stderr)
+    print(f"keyspan: {message.splitlines()[0]}", file=sys.stderr)
     return 1
 
 
@@ -53,7 +67,14 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {command:<{width}}  {help}" for command, (_, help) in COMMANDS.items()]
     return "\n".join(
-        ["usage: keyspan COMMAND [OPTIONS]", "", *rows, "", "keyspan COMMAND --help shows a command's options."]
+        [
+            "usage: keyspan COMMAND [OPTIONS]",
+            "       keyspan --version",
+            "",
+            *rows,
+            "",
+            "keyspan COMMAND --help shows a command's options.",
+        ]
     )
 
 
@@ -170,22 +191,13 @@ def _demo(words: list[str]) -> int:
     return status
 
 
-def info(json: bool = False) -> None:
-    """Show versions, devices, and of each attention backend whether it is available, or why not.
-
-    Args:
-        json: Print JSON.
-    """
-    import_module("keyspan.info").main(json=json)
-
-
 def _info(words: list[str]) -> int:
-    _parse(info, words, "info")
+    import_module("keyspan.info").info_command(words)
     return 0
 
 
 def _explain(words: list[str]) -> int:
-    _parse(import_module("keyspan.info").explain_main, words, "explain")
+    import_module("keyspan.info").explain_command(words)
     return 0
 
 

@@ -1,13 +1,13 @@
 """`keyspan info` and `keyspan explain`: what is installed, which backend runs, and why each other one does not.
 
-Knows the backends by name only and runs no attention. `python -m keyspan.info [--json]` needs torch alone.
+Both need torch alone, and run no attention. `python -m keyspan.info [--json]` is `keyspan info`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json as json_module
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,8 +33,20 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {name!r}, want auto or a torch device that is here ({error})") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: got {name!r}, want auto or a torch device that is here ({reason})") from None
+    if device.type == "meta":
+        raise ValueError("device: got 'meta', whose tensors hold no numbers; want auto or a device that computes")
     return device
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """The dtype of this name: fp32, bf16, fp16 and the like, or torch's own name."""
+    long = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
+    dtype = getattr(torch, long, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: got {name!r}, want fp32, bf16, fp16, fp64 or the name of a torch dtype")
+    return dtype
 
 
 def collect() -> dict[str, Any]:
@@ -198,68 +210,67 @@ def explain(
     )
 
 
-@dataclass
-class Explain:
-    """Which backend a problem of this shape runs on, why not the others, and how much work it is."""
-
-    queries: int = 4096
-    """Queries per batch entry (M)."""
-    keys: int | None = None
-    """Keys (N); as many as queries by default."""
-    batch: int = 1
-    """Batch size (B)."""
-    heads: int = 8
-    """Query heads."""
-    kv_heads: int | None = None
-    """Key/value heads; as many as query heads by default."""
-    dim: int = 64
-    """Head dim of queries, keys and values."""
-    dtype: str = "float32"
-    """Dtype of queries, keys and values."""
-    causal: bool = False
-    """Query i sees the keys up to its own position."""
-    window: int | None = None
-    """Keys before its own that a query sees."""
-    documents: tuple[int, ...] = ()
-    """Lengths of packed documents; they must add up to the queries."""
-    alibi: bool = False
-    """Add ALiBi's bias."""
-    device: str = "cpu"
-    """auto (an accelerator where there is one, else the CPU), or a torch device."""
-    json: bool = False
-    """Print JSON."""
+def info_command(words: list[str] | None = None) -> None:
+    """`keyspan info`."""
+    parser = _parser(
+        "info", "Show versions, devices, and of each attention backend whether it is available, or why not."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    main(**vars(parser.parse_args(words)))
 
 
-def explain_main(options: Explain) -> None:
-    """Print what `explain` says of a problem given by its sizes."""
-    dtype = getattr(torch, options.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype: got {options.dtype!r}, want the name of a torch dtype, e.g. bfloat16")
-    for name in ("queries", "keys", "batch"):
-        if (size := getattr(options, name)) is not None and size < 0:
-            raise ValueError(f"{name}: got {size}, want 0 or more")
-    for name in ("heads", "kv_heads", "dim"):
-        if (size := getattr(options, name)) is not None and size < 1:
-            raise ValueError(f"{name}: got {size}, want at least 1")
-    device = find_device(options.device)
+def explain_command(words: list[str] | None = None) -> None:
+    """`keyspan explain`: what `explain` says of a problem given by its sizes."""
+    parser = _parser(
+        "explain", "Which backend computes a problem of this shape, why no other, and how much work it is."
+    )
+    add = parser.add_argument
+    add("--queries", type=int, help="queries per batch entry (M); by default the documents' sum, or 4096")
+    add("--keys", type=int, help="keys (N); by default as many as queries")
+    add("--batch", type=int, default=1, help="batch size (B)")
+    add("--heads", type=int, default=8, help="query heads")
+    add("--kv-heads", type=int, help="key/value heads; by default as many as query heads")
+    add("--dim", type=int, default=64, help="head dim of queries, keys and values")
+    add("--dtype", default="fp32", help="dtype of queries, keys and values: fp32, bf16, fp16 or torch's name")
+    add("--causal", action="store_true", help="query i sees the keys up to its own position")
+    add("--window", type=int, help="keys before its own that a query sees")
+    add("--documents", type=int, nargs="+", default=[], help="lengths of packed documents, which sum to the queries")
+    add("--alibi", action="store_true", help="add ALiBi's bias")
+    add("--device", default="cpu", help="auto (an accelerator where there is one, else the CPU), or a torch device")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+    dtype, device = find_dtype(options.dtype), find_device(options.device)
+    for names, least in ((("queries", "keys", "batch"), 0), (("heads", "kv_heads", "dim"), 1)):
+        for name in names:
+            if (size := getattr(options, name)) is not None and size < least:
+                raise ValueError(f"{name}: got {size}, want at least {least}")
+    queries = options.queries
+    if queries is None:
+        queries = sum(options.documents) if options.documents else 4096
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
-    keys = options.queries if options.keys is None else options.keys
+    keys = queries if options.keys is None else options.keys
 
     def zeros(length: int, heads: int) -> Tensor:
         # One number, expanded: only sizes matter here.
         return torch.zeros((), dtype=dtype, device=device).expand(options.batch, length, heads, options.dim)
 
-    parts: list[Mask] = [Documents(list(options.documents))] if options.documents else []
+    parts: list[Mask] = [Documents(options.documents)] if options.documents else []
     parts += [Causal()] if options.causal else []
     parts += [Window(options.window, None)] if options.window is not None else []
     mask = parts[0] if parts else None
     for part in parts[1:]:
         mask = part if mask is None else mask & part
     bias = Alibi(torch.ones(options.heads, device=device)) if options.alibi else None
-    query, key = zeros(options.queries, options.heads), zeros(keys, kv_heads)
+    query, key = zeros(queries, options.heads), zeros(keys, kv_heads)
     found = explain(query, key, key, mask=mask, bias=bias)
     print(json_module.dumps(asdict(found), indent=2) if options.json else found)
 
 
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The two commands use argparse, since they must run with torch alone."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    return argparse.ArgumentParser(prog=f"keyspan {command}", description=description, formatter_class=style)
+
+
 if __name__ == "__main__":
-    main(json="--json" in sys.argv[1:])
+    info_command()

@@ -13,9 +13,10 @@ import keyspan
 from keyspan.backends import load
 from keyspan.bench import providers
 from keyspan.bench.measure import Row, Yardstick, measure, yardstick
-from keyspan.bench.report import HEADER, Report, machine, plot_lengths, summary, write
+from keyspan.bench.report import HEADER, Report, machine, plot_lengths, summary
 from keyspan.bench.works import DTYPES, SHAPES, TABLE, Passes, Target, Work
 from keyspan.core.problem import make_problem
+from keyspan.files import write_file
 from keyspan.info import find_device
 
 YARDSTICKS = ("sum", "gemm")
@@ -62,6 +63,8 @@ def main(options: Bench) -> list[Row]:
     for name in options.rows:
         if name not in TABLE:
             raise ValueError(f"rows: got {name!r}, want one of {', '.join(TABLE)}")
+    short = {str(dtype)[6:]: name for name, dtype in DTYPES.items()}  # torch's own names are accepted too
+    options.dtypes = tuple(short.get(name, name) for name in options.dtypes)
     for name in options.dtypes:
         if name not in DTYPES:
             raise ValueError(f"dtypes: got {name!r}, want one of {', '.join(DTYPES)}")
@@ -90,7 +93,7 @@ def main(options: Bench) -> list[Row]:
                     report.add("sweep", measure_length(length, dtype, passes, options))
         plot_lengths(report.rows("sweep"), options.out / "results.png")
     parts = [summary(table, options.dtypes), NOTE] if table else []
-    write(options.out / "results.md", "\n\n".join([*parts, report.markdown()]))
+    write_file(options.out / "results.md", "\n\n".join([*parts, report.markdown()]).encode())
     print(f"\nwritten: {options.out}")
     return table + report.rows("sweep")
 

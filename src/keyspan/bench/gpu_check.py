@@ -29,9 +29,10 @@ from keyspan.bench.clock import EventClock
 from keyspan.bench.measure import measure, warm, yardstick
 from keyspan.bench.overhead import overhead
 from keyspan.bench.providers import OTHERS, gpu_peers, make
-from keyspan.bench.report import HEADER, Report, machine, plot_rates, write
+from keyspan.bench.report import HEADER, Report, machine, plot_rates
 from keyspan.bench.workers import arriving, guarded, guarded_print, processes
 from keyspan.bench.works import Passes, Work, gpu_work, gpu_works
+from keyspan.files import write_file
 
 GPU = torch.device("cuda")
 OURS = "keyspan:triton"
@@ -72,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
                 print("BAD", warmed["name"], warmed["error"], flush=True)
     print(f"compiled after {time.time() - began:.0f} s", flush=True)
     time_all(report, shapes, peers, left)
-    write(given.out / "results.md", report.markdown())
+    write_file(given.out / "results.md", report.markdown().encode())
     try:
         plot_rates(report.rows("gpu"), report.machine, given.out / "results.png")
     except ImportError:

@@ -19,6 +19,7 @@ import torch
 import keyspan
 from keyspan.bench.measure import Row
 from keyspan.bench.works import TABLE
+from keyspan.files import write_file
 
 HEADER = """| row | work | dtype | provider | ms | fastest | rate | peak MiB | Keyspan's rate ÷ its |
 |---|---|---|---|--:|--:|--:|--:|--:|"""
@@ -50,7 +51,7 @@ class Report:
 
     def write(self) -> None:
         found = {"machine": self.machine, **self.sections}
-        write(self.out / "results.json", json.dumps(found, indent=1))
+        write_file(self.out / "results.json", json.dumps(found, indent=1).encode())
 
     def markdown(self) -> str:
         """Every section as a table or as lines."""
@@ -60,13 +61,6 @@ class Report:
             parts += ["\n".join([HEADER, *map(line, measured)])] if measured else []
             parts += ["\n".join(f"* {x['text']}" for x in rows if "text" in x)] if len(measured) < len(rows) else []
         return "\n\n".join(parts) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file that others may be reading: whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from keyspan.bench.clock import synchronize
 from keyspan.bench.plain_gpt import PlainGPT
-from keyspan.bench.report import machine, write
+from keyspan.bench.report import machine
+from keyspan.files import write_file
 from keyspan.info import find_device
 from keyspan.models.gpt import GPT, GPTConfig
 
@@ -370,9 +371,9 @@ def main(options: Bench) -> list[Row]:
         "documents": data.lengths,
         "rows": [asdict(row) for row in rows],
     }
-    write(options.out / "results.json", json.dumps(found, indent=1))
+    write_file(options.out / "results.json", json.dumps(found, indent=1).encode())
     text = table(rows)
-    write(options.out / "results.md", text + "\n")
+    write_file(options.out / "results.md", f"{text}\n".encode())
     print(f"\n{text}\n")
     plot(rows, options, options.out / "results.png")
     print(f"written: {options.out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +23,8 @@ def probabilities(
         None or 1: all. Among equal tokens the earlier one is the likelier.
     Raises ValueError for a negative temperature, top_k below 1, top_p outside (0, 1].
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature: got {temperature}, want 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature}, want 0 or a positive number")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, want at least 1 (or None)")
     if top_p is not None and not 0 < top_p <= 1:
@@ -31,8 +32,9 @@ def probabilities(
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Less the maximum first: a small temperature must not make the quotient infinite.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    # Less the maximum first, and divided by a number that fp32 holds: a small temperature must give no inf or NaN.
+    tiny = torch.finfo(torch.float32).tiny
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, tiny)
     if top_k is None and top_p in (None, 1.0):
         return logits.softmax(-1)
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)

@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000500/
         model.safetensors       weights
         training.safetensors    AdamW's moments and step counts, random number generators' states
-        state.json              step, seconds, loss scale; size and SHA-256 of the two files above
+        state.json              step, seconds, loss scale; size and SHA-256 of the two files above, SHA-256 of the rest
 
 A checkpoint is written into a temporary folder, flushed to disk, and gets its name by one rename: a crash at any moment
 leaves the earlier checkpoint as it was, and no name ever stands for a mixture. Loading first verifies everything
@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-FORMAT = "keyspan checkpoint 1"
+from keyspan.files import flush_folder, write_file
+
+FORMAT = "keyspan checkpoint 2"
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 NAME = "step-" + 8 * "[0-9]"
 """What the folders of checkpoints are called, as a pattern; with a dot before it, while they are written."""
@@ -38,20 +42,6 @@ class Progress(NamedTuple):
     """Optimizer steps taken."""
     seconds: float
     """Time spent training."""
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically: under another name in the same folder, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
 
 
 def save(
@@ -83,13 +73,19 @@ def save(
         "scaler": scaler.state_dict(),
         "files": {name: {"bytes": len(data), "sha256": _sum(data)} for name, data in contents.items()},
     }
-    write_file(temporary / STATE, (json.dumps(state, indent=2) + "\n").encode())
+    write_file(temporary / STATE, (json.dumps(state | {"sha256": _sum_of_state(state)}, indent=2) + "\n").encode())
 
     temporary.rename(final)
-    _flush_folder(parent)
+    flush_folder(parent)
     for folder in _checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+        # Renamed first: a deletion that is cut short must not leave half a checkpoint under its name.
+        shutil.rmtree(folder.rename(parent / f".{folder.name}"))
     return final
+
+
+def exists(run: Path) -> bool:
+    """Whether the run has a checkpoint."""
+    return bool(_checkpoints(run))
 
 
 def latest(run: Path) -> Path:
@@ -98,6 +94,29 @@ def latest(run: Path) -> Path:
     if not found:
         raise ValueError(f"{run}: holds no checkpoint; want a run folder with checkpoints/step-…")
     return found[-1]
+
+
+@contextmanager
+def naming_older(run: Path) -> Iterator[None]:
+    """Where the run's newest checkpoint is damaged, add the newest undamaged one to the ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        *older, newest = _checkpoints(run) or [run]
+        whole = [folder for folder in older if _is_whole(folder)]
+        if not whole or _is_whole(newest):
+            raise
+        raise ValueError(f"{error}; {whole[-1]} is undamaged: to go on from there, remove {newest}") from None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        state = _read_state(checkpoint)
+        for name in (MODEL, TRAINING):
+            _read_tensors(checkpoint, name, state)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def load_model(checkpoint: Path, model: nn.Module) -> Progress:
@@ -201,6 +220,11 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise ValueError(f"{path}: got {key} = {state.get(key)!r}; truncated or not a checkpoint of keyspan")
+    sha256 = state.pop("sha256", None)
+    if sha256 != _sum_of_state(state):
+        raise ValueError(f"{path}: damaged: its SHA-256 is not the one that it records")
+    if not (state["step"] >= 0 and 0 <= state["seconds"] < math.inf):
+        raise ValueError(f"{path}: got step {state['step']} after {state['seconds']} s; not a checkpoint of keyspan")
     for name in (MODEL, TRAINING):
         record = state["files"].get(name)
         if not isinstance(record, dict) or set(record) != {"bytes", "sha256"}:
@@ -245,11 +269,5 @@ def _sum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a rename in the folder durable; only POSIX opens folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sum_of_state(state: dict[str, Any]) -> str:
+    return _sum(json.dumps(state).encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -85,7 +85,8 @@ class TrainConfig:
     out: Path | None = None
     """Run folder; by default a new one under runs/."""
     resume: Path | None = None
-    """Go on with the run in this folder, under its own configuration; other options given here override it."""
+    """Go on with the run in this folder, under its own configuration; other options given here override it, but for
+    those that make the task, the model and the order of the data."""
 
     def __post_init__(self) -> None:
         if self.task not in get_args(TaskName):
@@ -94,8 +95,8 @@ class TrainConfig:
             raise ValueError(f"precision: got {self.precision!r}, want fp32, bf16 or fp16")
         whole = ("tokens", "accumulation", "steps", "eval_every", "eval_tokens", "checkpoint_every")
         for name in whole:
-            if (got := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: got {got}, want at least 1")
+            if not 1 <= (got := getattr(self, name)) < 2**31:
+                raise ValueError(f"{name}: got {got}, want 1 … 2³¹ − 1")
         if self.warmup < 0:
             raise ValueError(f"warmup: got {self.warmup}, want 0 or more")
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -112,6 +113,11 @@ class TrainConfig:
             raise ValueError(f"seed: got {self.seed}, want 0 … 2⁶³ − 1")
         if self.stop_at is not None and (self.task == "stdlib" or not 0 < self.stop_at <= 1):
             raise ValueError(f"stop_at: got {self.stop_at} for {self.task}, want a share in (0, 1] of a synthetic task")
+
+    def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """By field: the value here and in `other`, where they differ; `out` and `resume` do not count."""
+        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        return {name: (a, b) for name, (a, b) in pairs.items() if a != b and name not in ("out", "resume")}
 
     def to_json(self) -> str:
         """This configuration as JSON text."""
@@ -138,6 +144,13 @@ class TrainConfig:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+
+
+FIXED = (
+    *("task", "dim", "layers", "heads", "kv_heads", "hidden", "positions", "rope_theta", "tie_embeddings"),
+    *("embedding_std", "seed"),
+)
+"""Options that a resumed run cannot change: they make the task, the model, its initial weights and the data's order."""
 
 
 def _is_a(value: object, kind: Any) -> bool:

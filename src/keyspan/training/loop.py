@@ -5,6 +5,7 @@ RUN/metrics.jsonl     one line a step, and one an evaluation
 RUN/checkpoints/      see `keyspan.training.checkpoint`
 RUN/loss.png          the curves
 RUN/result.json       the last evaluation
+RUN/.lock             locked by the process that trains here
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import count
@@ -25,11 +27,13 @@ from types import FrameType
 import torch
 from torch import nn
 
-from keyspan.info import find_device
+from keyspan import Alibi, Causal
+from keyspan.files import write_file
+from keyspan.info import explain, find_device
 from keyspan.models.gpt import GPT, GPTConfig
 from keyspan.training import checkpoint
-from keyspan.training.checkpoint import Progress, write_file
-from keyspan.training.config import TrainConfig
+from keyspan.training.checkpoint import Progress
+from keyspan.training.config import FIXED, TrainConfig
 from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
 from keyspan.training.packing import Batch
@@ -37,6 +41,8 @@ from keyspan.training.report import Report, peak_memory, plot
 from keyspan.training.tasks import SyntheticTask
 
 Task = SyntheticTask | StandardLibrary
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that end a run after the step in hand, with a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,12 @@ def take_step(
     """
     device = next(model.parameters()).device
     scored = [batch.scored() for batch in batches]
+    if not sum(scored):
+        raise ValueError("batches: got no scored target, want at least one in a step")
     losses = []
     for batch, share in zip(batches, scored, strict=True):
+        if not share:
+            continue  # its mean loss is 0 / 0
         tokens, targets, lengths = batch.to(device)
         with autocast(config, device):
             loss = model.loss(tokens, targets, lengths) * (share / sum(scored))
@@ -162,8 +172,13 @@ def _fp16_advice(config: TrainConfig) -> str:
 def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     """Train as configured (or go on with `config.resume`) and return how it ended; seeds torch's global generator.
 
-    Ctrl-C (or SIGTERM) ends the run after the step in hand, with a checkpoint; a second one ends it at once. Bad
-    options and checkpoints are ValueErrors; a loss or gradient that is not finite is a FloatingPointError.
+    Ctrl-C (or SIGTERM, or SIGHUP) ends the run after the step in hand, with a checkpoint; a second one ends it at once.
+
+    Raises:
+        ValueError: for bad options, options that contradict the run to resume, damaged checkpoints, and a folder that
+            another process trains in.
+        NotImplementedError: where `config.backend` cannot compute the model's attention.
+        FloatingPointError: for a loss or gradient that is not finite.
     """
     for extra in ("matplotlib", "rich", "safetensors"):  # better missed now than when the work is done
         import_module(extra)
@@ -173,13 +188,31 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     model = make_model(config, task.vocab_size).to(device)
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(config, device)
-    run = _run_folder(config)
-    step, seconds = 0, 0.0
-    if config.resume is not None:
-        step, seconds = checkpoint.load(checkpoint.latest(run), model, optimizer, scaler)
-    run.mkdir(parents=True, exist_ok=True)
-    write_file(run / "config.json", replace(config, out=None, resume=None).to_json().encode())
+    _check_backend(model, config, device)
+    changes = _changes(config)
+    with _run_folder(config) as run:
+        step, seconds = 0, 0.0
+        if checkpoint.exists(run):
+            with checkpoint.naming_older(run):
+                step, seconds = checkpoint.load(checkpoint.latest(run), model, optimizer, scaler)
+        if config.steps < step:
+            raise ValueError(f"steps: got {config.steps}, but {run} is at step {step}; want at least that many")
+        write_file(run / "config.json", replace(config, out=None, resume=None).to_json().encode())
+        return _run(config, run, Progress(step, seconds), (task, model, optimizer, scaler), changes, quiet)
 
+
+def _run(
+    config: TrainConfig,
+    run: Path,
+    start: Progress,
+    parts: tuple[Task, GPT, torch.optim.Optimizer, torch.amp.GradScaler],
+    changes: list[str],
+    quiet: bool,
+) -> Result:
+    """All steps from `start` on, evaluations and checkpoints included."""
+    task, model, optimizer, scaler = parts
+    device = next(model.parameters()).device
+    step, seconds = start
     with _interruption() as interrupted, Report(run, step, config.steps, quiet=quiet) as report:
 
         def held_out(limit: int | None) -> float:
@@ -192,10 +225,12 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
             return value
 
         report.say(f"{config.task}: {model.num_parameters():,} parameters, {config.precision} on {device}, in {run}")
+        for change in changes:
+            report.say(change)
         final = None
         saved = step
         while step < config.steps and final is None and not interrupted.is_set():
-            start = time.perf_counter()
+            began = time.perf_counter()
             batches = train_batches(task, config, step)
             lr = learning_rate(config, step)
             for group in optimizer.param_groups:
@@ -204,7 +239,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
                 loss, norm = take_step(model, optimizer, scaler, batches, config)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step + 1}: {error}; {run} holds the run up to step {saved}") from None
-            elapsed = time.perf_counter() - start
+            elapsed = time.perf_counter() - began
             step, seconds = step + 1, seconds + elapsed
             tokens = sum(len(batch.tokens) for batch in batches)
             figures = {
@@ -238,7 +273,8 @@ def load_run(run: Path, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
     config = read_config(run)
     task = make_task(config)
     model = make_model(config, task.vocab_size)
-    checkpoint.load_model(checkpoint.latest(run), model)
+    with checkpoint.naming_older(run):
+        checkpoint.load_model(checkpoint.latest(run), model)
     return config, task, model.to(find_device(device)).eval()
 
 
@@ -250,31 +286,78 @@ def read_config(run: Path) -> TrainConfig:
     return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
-def _run_folder(config: TrainConfig) -> Path:
-    """Where this run goes: the folder that is resumed, the one asked for, or the first free of runs/TASK,
-    runs/TASK-2, …"""
-    if config.resume is not None:
-        if config.out not in (None, config.resume):
-            raise ValueError(f"out: got {config.out}, want none, or the folder that is resumed, {config.resume}")
-        return config.resume
-    if config.out is not None:
-        if (config.out / "config.json").exists():
-            raise ValueError(
-                f"out: {config.out} holds a run already; want a new folder, or resume to go on with that run"
-            )
-        return config.out
-    first = Path("runs") / config.task
-    return next(run for n in count(1) if not (run := first if n == 1 else Path(f"{first}-{n}")).exists())
+def _check_backend(model: GPT, config: TrainConfig, device: torch.device) -> None:
+    """Refuse a backend that cannot compute the model's attention here, before anything is written."""
+    sizes = model.config
+    query, key = (torch.empty(1, 1, n, sizes.head_dim, device=device) for n in (sizes.heads, sizes.kv_heads or 1))
+    bias = Alibi(model.slopes) if sizes.positions == "alibi" else None
+    with autocast(config, device):
+        explain(query, key, key, mask=Causal(), bias=bias, dropout_p=config.dropout, backend=config.backend)
+
+
+def _changes(config: TrainConfig) -> list[str]:
+    """What a resumed run does otherwise than before, in words; ValueError where it contradicts the run."""
+    if config.resume is None:
+        return []
+    changes = read_config(config.resume).changes(config)
+    for name in FIXED:
+        if name in changes:
+            before, now = changes[name]
+            raise ValueError(f"{name}: got {now}, but {config.resume} was begun with {before}; want that, or a new run")
+    return [f"changed: {name} from {before} to {now}" for name, (before, now) in changes.items()]
+
+
+@contextmanager
+def _run_folder(config: TrainConfig) -> Iterator[Path]:
+    """Where this run goes, locked: the folder that is resumed, the one asked for, or the first free of runs/TASK,
+    runs/TASK-2, …
+
+    A folder without a checkpoint, of a run that was killed before its first, may be used again.
+    """
+    if config.resume is not None and config.out not in (None, config.resume):
+        raise ValueError(f"out: got {config.out}, want none, or the folder that is resumed, {config.resume}")
+    run = config.resume or config.out
+    if run is None:
+        first = Path("runs") / config.task
+        for n in count(1):
+            run = first if n == 1 else Path(f"{first}-{n}")
+            with suppress(FileExistsError):
+                run.mkdir(parents=True)
+                break
+    assert run is not None
+    run.mkdir(parents=True, exist_ok=True)
+    with _locked(run):
+        if config.resume is None and checkpoint.exists(run):
+            raise ValueError(f"out: {run} holds a run already; want a new folder, or resume to go on with that run")
+        yield run
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """The run folder, locked against other processes; the system drops the lock when the process ends."""
+    with (run / ".lock").open("a+b") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{run}: another process trains in this folder; want another one, or wait") from None
+        yield
 
 
 @contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """An event that is set by the first Ctrl-C or SIGTERM; the second one does what it always did."""
+    """An event that is set by the first Ctrl-C, SIGTERM or SIGHUP; the second one does what it did before."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may listen to signals
         yield event
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def restore() -> None:
         for number, handler in before.items():

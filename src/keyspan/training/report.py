@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from keyspan.training.checkpoint import write_file
+from keyspan.files import named_errors, write_file
 
 METRICS = "metrics.jsonl"
 
@@ -30,7 +30,7 @@ class Report:
         path = run / METRICS
         kept = [line for line, record in _records(path) if record["step"] <= step] if step else []
         write_file(path, "".join(kept).encode())
-        self._file = path.open("a", buffering=1)
+        self._path, self._file = path, path.open("a", buffering=1)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -71,7 +71,8 @@ class Report:
             self._progress.console.print(text, highlight=False, markup=False)
 
     def _write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        with named_errors(self._path):
+            self._file.write(json.dumps({"step": step, **figures}) + "\n")
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
