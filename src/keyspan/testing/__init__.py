@@ -37,19 +37,113 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 def textbook(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(out `[B, M, G, H, V]`, lse `[B, G, H, M]`) with every step in `dtype`, dense; differentiable by autograd."""
-    lo, hi, diagonal = problem.ranges
+    query, key, value = _inputs(problem, dtype)
+    score, visible, column = _scores(problem, torch.einsum("bmghk,bngk->bghmn", query, key), dtype)
+    if score.shape[-1] == 0:
+        nothing = (query.sum() + value.sum()) * 0  # the result is constant, and still of a graph
+        out = query.new_zeros((*query.shape[:-1], value.shape[-1])) + nothing
+        return out, query.new_full(score.shape[:-1], -torch.inf) + nothing
+    # A row without any finite score has no softmax: it is taken out before and set to zero after.
+    empty = (score == -torch.inf).all(-1, keepdim=True)
+    weight = score.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)[..., : len(column)].masked_fill(~visible, 0)
+    lse = score.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    keep = _dropout_factor(problem, weight, column)
+    return torch.einsum("bghmn,bngv->bmghv", weight if keep is None else weight * keep, value), lse
+
+
+def flash_emulation(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The arithmetic of FlashAttention-2 (Dao 2023) with operands of `dtype`, dense: the error a fused kernel may have.
+
+    Scores, softmax and accumulators are fp32. Forward rounds weights relative to the row's exact maximum to `dtype`
+    before their product with the values, and sums the rounded weights. Backward recomputes the weights from lse, and
+    rounds weights and gradients of scores to `dtype` before their products. For `results`, like `textbook`.
+
+    Returns:
+        (out `[B, M, G, H, V]` in `problem.output_dtype`, lse `[B, G, H, M]` in fp32), differentiable in all inputs.
+    """
+    query, key, value = (x.float() for x in _inputs(problem, dtype))
+    product = _RoundedGradientProduct.apply(query, key, dtype)  # type: ignore[no-untyped-call]
+    score, visible, column = _scores(problem, product, torch.float32)
+    keep = _dropout_factor(problem, score[..., : len(column)], column)
+    visible = visible.expand(*score.shape[:-1], len(column))
+    out, lse = _FlashSoftmax.apply(score, value, visible, keep, dtype)  # type: ignore[no-untyped-call]
+    return out.to(problem.output_dtype), lse
+
+
+class _RoundedGradientProduct(torch.autograd.Function):
+    """q·k `[B, G, H, M, N]` whose backward rounds the gradient to a dtype before its products."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(query, key)
+        ctx.dtype = dtype
+        return torch.einsum("bmghk,bngk->bghmn", query, key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        query, key = ctx.saved_tensors
+        grad = grad.to(ctx.dtype).float()
+        dquery = torch.einsum("bghmn,bngk->bmghk", grad, key)
+        return dquery, torch.einsum("bghmn,bmghk->bngk", grad, query), None
+
+
+class _FlashSoftmax(torch.autograd.Function):
+    """(out, lse) from scores, −inf where hidden, which may have a sink as one more column, and values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, score: Tensor, value: Tensor, visible: Tensor, keep: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        N = value.shape[1]
+        peak = score.amax(-1, keepdim=True) if score.shape[-1] else score.new_full((*score.shape[:-1], 1), -torch.inf)
+        weight = torch.exp(score - torch.where(peak == -torch.inf, 0, peak))
+        rounded = weight[..., :N].masked_fill(~visible, 0).to(dtype).float()
+        total = rounded.sum(-1) + weight[..., N:].sum(-1)
+        lse = torch.where(total == 0, -torch.inf, peak[..., 0] + total.log())
+        dropped = rounded if keep is None else rounded * keep
+        out = (
+            torch.einsum("bghmn,bngv->bmghv", dropped, value)
+            / torch.where(total == 0, 1, total).movedim(3, 1)[..., None]
+        )
+        ctx.save_for_backward(score, value, visible, keep, out.to(dtype).float(), lse)
+        ctx.dtype = dtype
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        score, value, visible, keep, out, lse = ctx.saved_tensors
+        N = value.shape[1]
+        weight = torch.exp(score - torch.where(lse == -torch.inf, torch.inf, lse)[..., None])
+        weight[..., :N].masked_fill_(~visible, 0)
+        dropped = weight[..., :N] if keep is None else weight[..., :N] * keep
+        dvalue = torch.einsum("bghmn,bmghv->bngv", dropped.to(ctx.dtype).float(), grad_out)
+        dweight = torch.zeros_like(score)
+        dweight[..., :N] = torch.einsum("bmghv,bngv->bghmn", grad_out, value)
+        if keep is not None:
+            dweight[..., :N] *= keep
+        delta = (grad_out * out).sum(-1).movedim(1, 3) - grad_lse
+        return weight * (dweight - delta[..., None]), dvalue, None, None, None
+
+
+def _inputs(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, and keys and values in the row that ranges count in, in `dtype`."""
     slots = problem.keys_in_row(0, problem.row_length)
     query = _dequantized(problem.query, problem.query_scale, dtype)
     key = _dequantized(problem.key, problem.key_scale, dtype)
     value = _dequantized(problem.value, problem.value_scale, dtype)
-    key, value = (x if slots is None else x[:, slots] for x in (key, value))
+    return (query, key, value) if slots is None else (query, key[:, slots], value[:, slots])
+
+
+def _scores(problem: Problem, product: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores in `dtype` from products q·k, −inf where hidden, with a sink as one more column; visible keys; columns."""
+    lo, hi, diagonal = problem.ranges
     j = torch.arange(problem.row_length)
     column = j % max(problem.N, 1)
 
     def term(x: Tensor) -> Tensor:
         return x if x.shape[-1] == 1 else x[..., column]
 
-    score = torch.einsum("bmghk,bngk->bghmn", query, key) * problem.scale
+    score = product * problem.scale
     if problem.softcap:
         score = problem.softcap * (score / problem.softcap).tanh()
     bias = torch.zeros((), dtype=dtype)
@@ -72,20 +166,17 @@ def textbook(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if problem.sinks is not None:
         sink = problem.sinks.to(dtype)[..., None, None].expand(*score.shape[:-1], 1)
         score = torch.cat([score, sink], -1)
-    if score.shape[-1] == 0:
-        nothing = (query.sum() + value.sum()) * 0  # the result is constant, and still of a graph
-        out = query.new_zeros((*query.shape[:-1], value.shape[-1])) + nothing
-        return out, query.new_full(score.shape[:-1], -torch.inf) + nothing
-    # A row without any finite score has no softmax: it is taken out before and set to zero after.
-    empty = (score == -torch.inf).all(-1, keepdim=True)
-    weight = score.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)[..., : len(j)].masked_fill(~visible, 0)
-    lse = score.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
-    if problem.seed is not None:
-        B, G, H, M = score.shape[:4]
-        b, h, i = (torch.arange(n) for n in (B, G * H, M))
-        weight = weight * kept(problem.seed, problem.dropout_p, b, h, i, column).view(weight.shape)
-        weight = weight / (1 - problem.dropout_p)
-    return torch.einsum("bghmn,bngv->bmghv", weight, value), lse
+    return score, visible, column
+
+
+def _dropout_factor(problem: Problem, weight: Tensor, column: Tensor) -> Tensor | None:
+    """0 or 1 / (1 − p) for each of the weights `[B, G, H, M, N]`; None without dropout."""
+    if problem.seed is None:
+        return None
+    B, G, H, M, _ = weight.shape
+    b, h, i = (torch.arange(n) for n in (B, G * H, M))
+    keep: Tensor = kept(problem.seed, problem.dropout_p, b, h, i, column).view(weight.shape)
+    return keep / (1 - problem.dropout_p)
 
 
 def _dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -135,7 +226,8 @@ def results(
 
 def _cotangents(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    # Values that every dtype holds: rounding them is no error of a backend.
+    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).bfloat16().double()
     grad_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64)
     return grad_out, torch.where(lse == -torch.inf, 0, grad_lse)
 
@@ -173,6 +265,13 @@ def tolerances(problem: Problem, dtype: torch.dtype, exact: dict[str, Tensor]) -
         error = worst(dense[name], x) + stored_output.get(name, 0.0)
         allowed[name] = 3 * error + stored * largest + 32 * computed * (1 + largest)
     return allowed
+
+
+def rms_error(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Root mean square of the error, by name, over entries that are finite in `exact`."""
+    return {
+        name: float((got[name] - x)[torch.isfinite(x)].square().mean().sqrt()) for name, x in exact.items() if x.numel()
+    }
 
 
 def worst(got: Tensor, want: Tensor) -> float:

@@ -207,3 +207,12 @@ CASES = [
          V=32),
     Case("int8, no keys", N=0, stored=INT8, sinks=True),
 ]  # fmt: skip
+
+LONG = [
+    Case("long rows", M=64, N=1024, K=64, V=64, scale=9 / 8),
+    Case("long rows, causal, gqa", M=192, N=512, heads=4, kv_heads=2, K=64, V=64, scale=9 / 8,
+         mask=lambda: S.Causal("bottom_right")),
+    Case("long rows, alibi, bias, sinks", M=96, N=700, K=64, V=64, scale=9 / 8, alibi=True, sinks=True,
+         bias=((2, 96, 700),), mask=lambda: S.Causal("bottom_right")),
+]  # fmt: skip
+"""Enough keys for several blocks and enough scores for stable mean errors; scores have a spread of 9."""
