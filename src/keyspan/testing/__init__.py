@@ -176,7 +176,7 @@ def _dropout_factor(problem: Problem, weight: Tensor, column: Tensor) -> Tensor 
     B, G, H, M, _ = weight.shape
     b, h, i = (torch.arange(n) for n in (B, G * H, M))
     keep: Tensor = kept(problem.seed, problem.dropout_p, b, h, i, column).view(weight.shape)
-    return keep / (1 - problem.dropout_p)
+    return keep.to(weight.dtype) / (1 - problem.dropout_p)
 
 
 def _dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
