@@ -11,6 +11,7 @@ import torch
 import keyspan
 from keyspan.backends import BACKENDS, load
 from keyspan.backends.native import binding
+from keyspan.cli import COMMANDS
 from keyspan.core.problem import Problem, make_problem
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -58,6 +59,11 @@ def test_every_public_name_has_its_place():
         assert f"### `{name}`" in guide
     for name in keyspan.__all__:
         assert name in ("BACKENDS", "__version__") or re.search(rf"^::: keyspan\.{name}$", reference, re.M), name
+
+
+def test_every_command_has_its_place():
+    page = (DOCS / "start" / "command_line.md").read_text(encoding="utf-8")
+    assert all(f"| `keyspan {command}` |" in page for command in COMMANDS)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=of_page)
