@@ -1,0 +1,126 @@
+"""An engine for a model on disk: a Hugging Face folder, or a run of `keyspan train`; and the server's command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keyspan.inference.engine import Engine
+from keyspan.inference.tokenizer import FolderTokenizer, Tokenizer
+from keyspan.info import find_device
+from keyspan.models import load
+from keyspan.models.gpt import GPT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TaskTokenizer:
+    """The alphabet of a training run's task."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self.end_tokens: tuple[int, ...] = () if task.stop is None else (task.stop,)
+
+    def encode(self, text: str) -> list[int]:
+        found: list[int] = self._task.encode(text)
+        return found
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._task.decode(tokens)
+        return text
+
+
+def load_model(path: Path, dtype: str | None = None, device: str = "auto") -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a folder.
+
+    Args:
+        path: a folder in Hugging Face's format with a tokenizer.json, or a run of `keyspan train`.
+        dtype: fp32, bf16 or fp16; None for that of the folder's config.
+        device: auto, or a torch device.
+
+    Raises ValueError for a folder that is neither, and for what `keyspan.models.load` refuses.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    where = find_device(device)
+    if (path / "checkpoints").is_dir():
+        from keyspan.training.loop import load_run
+
+        _, task, model = load_run(path, str(where))
+        return model if dtype is None else model.to(DTYPES[dtype]), TaskTokenizer(task)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: got no model, want a folder with config.json, or a run of keyspan train")
+    return load(path, None if dtype is None else DTYPES[dtype], where), FolderTokenizer(path)
+
+
+@dataclass
+class Serve:
+    """Serve a model over HTTP with OpenAI's interface, and a chat page at /."""
+
+    model: Path
+    """A folder in Hugging Face's format, or a run of keyspan train."""
+    name: str | None = None
+    """Of the model in requests. Default: the folder's name."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str | None = None
+    """fp32, bf16 or fp16. Default: as the folder says."""
+    device: str = "auto"
+    """auto (an accelerator where there is one, else the CPU), or a torch device."""
+    memory: float = 1.0
+    """GiB for keys and values."""
+    page_size: int = 16
+    """Tokens a page of the cache."""
+    step_tokens: int = 512
+    """Most tokens of one forward pass."""
+    running: int = 64
+    """Most requests that run together."""
+    waiting: int = 1024
+    """Most requests that wait; more are answered 429."""
+    draft: int = 0
+    """Most tokens guessed for each answer in a step, from what stood in the text before."""
+    connections: int = 2048
+    """Most connections; more are answered 503."""
+    api_key_file: Path | None = None
+    """A file with API keys, one a line, of which requests must bring one."""
+
+
+def serve(options: Serve) -> None:
+    """Load the model, then serve until SIGINT or SIGTERM; running answers end then."""
+    import uvicorn
+
+    from keyspan.inference.server import make_app
+
+    keys: tuple[str, ...] = ()
+    if options.api_key_file is not None:
+        keys = tuple(options.api_key_file.read_text(encoding="utf-8").split())
+        if not keys:
+            raise ValueError(f"api_key_file: {options.api_key_file} holds no key, want one a line")
+    model, tokenizer = load_model(options.model, options.dtype, options.device)
+    engine = Engine(
+        model,
+        tokenizer,
+        memory=int(options.memory * 2**30),
+        page_size=options.page_size,
+        step_tokens=options.step_tokens,
+        running=options.running,
+        waiting=options.waiting,
+        draft=options.draft,
+    )
+    name = options.name or options.model.resolve().name
+    room = engine.cache.pages * options.page_size
+    print(
+        f"{name}: {model.num_parameters():,} parameters, room for {room:,} tokens, http://{options.host}:{options.port}"
+    )
+    uvicorn.run(
+        make_app(engine, name, keys=keys),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        limit_concurrency=options.connections,
+        timeout_graceful_shutdown=5,
+    )

@@ -1,0 +1,272 @@
+"""The server: OpenAI's own client is answered as the engine answers, and clients that misbehave harm nobody else."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import httpx2 as httpx
+import openai
+import pytest
+import torch
+import uvicorn
+
+from keyspan.inference.engine import Engine
+from keyspan.inference.sampling import Sampling
+from keyspan.inference.serve import load_model
+from keyspan.inference.server import Limits, make_app
+from keyspan.models import GPT, GPTConfig, save
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'wrong' %}{{ raise_exception('no such role') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LIMITS = Limits(body_bytes=20_000, body_seconds=1.0, max_tokens=64, answers=4)
+
+
+def write_model(folder):
+    """A tiny Llama with a tokenizer of bytes, in Hugging Face's format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: n for n, c in enumerate(alphabet)} | {"</s>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    torch.manual_seed(0)
+    save(GPT(GPTConfig(vocab_size=257, dim=32, layers=2, heads=4, kv_heads=2, embedding_std=1.0)), folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": TEMPLATE}))
+
+
+class Running:
+    """A server on a port of this machine, in a thread."""
+
+    def __init__(self, app, **options):
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", **options))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    write_model(path)
+    return path
+
+
+def start(folder, limits=LIMITS, keys=(), **options):
+    net, tokenizer = load_model(folder, device="cpu")
+    engine = Engine(net, tokenizer, memory=2**22, page_size=8, **options)
+    found = Running(make_app(engine, "tiny", limits, keys))
+    found.engine = engine
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    found = start(folder)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def expected(folder, prompt, **options):
+    net, tokenizer = load_model(folder, device="cpu")
+    return Engine(net, tokenizer, memory=2**22, page_size=8).generate([prompt], Sampling(**options))[0]
+
+
+def test_completions_are_the_engines(client, folder):
+    want = expected(folder, "Hello", max_tokens=12)
+    got = client.completions.create(model="tiny", prompt="Hello", max_tokens=12, temperature=0)
+    assert got.choices[0].text == want.text
+    assert got.choices[0].finish_reason == want.finished == "length"
+    assert got.usage.completion_tokens == 12
+    assert got.usage.prompt_tokens == 5
+
+    parts = list(client.completions.create(
+        model="tiny", prompt="Hello", max_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+    ))  # fmt: skip
+    assert "".join(part.choices[0].text for part in parts if part.choices) == want.text
+    assert parts[-1].usage.total_tokens == 17
+
+    tokens = client.completions.create(model="tiny", prompt=[list(b"Hello")] * 2, max_tokens=12, temperature=0, n=2)
+    assert [choice.text for choice in tokens.choices] == [want.text] * 4 or len(tokens.choices) == 4
+    assert tokens.usage.prompt_tokens == 10
+
+
+def test_seeded_and_several_answers(client, folder):
+    options = {"max_tokens": 10, "temperature": 20.0}
+    got = client.completions.create(model="tiny", prompt="abc", n=3, seed=5, **options)
+    want = [expected(folder, "abc", seed=5 + n, **options).text for n in range(3)]
+    assert [choice.text for choice in got.choices] == want
+    assert len(set(want)) > 1
+
+
+def test_chat_renders_the_template(client, folder):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
+    want = expected(folder, "<system>Be kind.<user>Hi<assistant>", max_tokens=9)
+    got = client.chat.completions.create(
+        model="tiny", messages=messages, max_completion_tokens=9, temperature=0, logprobs=True, top_logprobs=2
+    )
+    assert got.choices[0].message.content == want.text
+    assert got.choices[0].message.role == "assistant"
+    assert len(got.choices[0].logprobs.content) == 9
+    assert len(got.choices[0].logprobs.content[0].top_logprobs) == 2
+    assert got.choices[0].logprobs.content[0].logprob <= 0
+    parts = client.chat.completions.create(model="tiny", messages=messages, max_tokens=9, temperature=0, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == want.text
+
+
+def test_models_health_metrics_and_page(client, server):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "keyspan"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert "keyspan_answer_tokens_total" in metrics
+    assert "keyspan_available_pages" in metrics
+    page = httpx.get(f"{server.url}/").text
+    assert "<title>tiny</title>" in page
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("completions", "{", 400, "JSON decode error"),
+        ("completions", {"model": "tiny"}, 400, "prompt: Field required"),
+        ("completions", {"model": "tiny", "prompt": ""}, 400, "prompt: got no token"),
+        ("completions", {"model": "tiny", "prompt": "a", "temperature": -1}, 400, "temperature"),
+        ("completions", {"model": "tiny", "prompt": "a", "logit_bias": {"1": 2}}, 400, "logit_bias"),
+        ("completions", {"model": "tiny", "prompt": "a", "beam": 3}, 400, "beam: Extra inputs"),
+        ("completions", {"model": "tiny", "prompt": [300]}, 400, "prompt: got tokens 300"),
+        ("completions", {"model": "tiny", "prompt": "a", "max_tokens": 65}, 400, "max_tokens: got 65, want at most 64"),
+        ("completions", {"model": "tiny", "prompt": "a", "n": 5}, 400, "n: got 5 answers in all, want 1 … 4"),
+        ("completions", {"model": "other", "prompt": "a"}, 404, "model: got 'other', want 'tiny'"),
+        ("completions", {"model": "tiny", "prompt": "a" * 30_000}, 413, "the body is larger than 20000 bytes"),
+        ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages"),
+        ("chat/completions", {"model": "tiny", "messages": [{"role": "tool", "content": ""}]}, 400, "messages.0.role"),
+        ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 1}, 400,
+         "want logprobs = true"),
+        ("embeddings", {"model": "tiny", "input": "a"}, 404, "Not Found"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_are_refused_in_words(server, path, body, status, message):
+    content = body if isinstance(body, str) else json.dumps(body)
+    got = httpx.post(f"{server.url}/v1/{path}", content=content, headers={"content-type": "application/json"})
+    assert got.status_code == status
+    assert message in got.json()["error"]["message"]
+    assert not server.engine.busy()
+
+
+def test_keys(folder):
+    found = start(folder, keys=("secret",))
+    try:
+        with pytest.raises(openai.AuthenticationError, match="a valid API key is missing"):
+            openai.OpenAI(base_url=f"{found.url}/v1", api_key="wrong", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=f"{found.url}/v1", api_key="secret").models.list().data[0].id == "tiny"
+        assert httpx.get(f"{found.url}/health").status_code == 200
+    finally:
+        found.close()
+
+
+def test_a_client_that_leaves_is_cancelled(server, client):
+    before = server.engine.counters.answer_tokens
+    stream = client.completions.create(model="tiny", prompt="Hello", max_tokens=64, stream=True)
+    next(iter(stream))
+    stream.close()
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        body = json.dumps({"model": "tiny", "prompt": "Hello", "max_tokens": 64})
+        raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                    f"content-length: {len(body)}\r\n\r\n{body}".encode())  # fmt: skip
+    deadline = time.monotonic() + 20
+    while server.engine.busy() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not server.engine.busy()
+    assert server.engine.counters.answer_tokens <= before + 128
+    assert server.engine.cache.available() == server.engine.cache.pages
+
+
+def test_slow_and_silent_clients_do_not_hold_others_up(server, client):
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+    for n, raw in enumerate(slow):
+        if n % 2:
+            raw.sendall(head)
+    got = client.completions.create(model="tiny", prompt="Hello", max_tokens=4, temperature=0)
+    assert got.usage.completion_tokens == 4
+    slow[1].settimeout(20)
+    assert b"408" in slow[1].recv(1000)
+    for raw in slow:
+        raw.close()
+
+
+def test_many_requests_at_once_are_all_answered_and_too_many_refused(folder):
+    found = start(folder, running=8, waiting=40)
+
+    async def run():
+        async with httpx.AsyncClient(base_url=found.url, timeout=60, limits=httpx.Limits(max_connections=200)) as http:
+            body = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+            return await asyncio.gather(
+                *(http.post("/v1/completions", json={**body, "prompt": f"prompt {n}"}) for n in range(120))
+            )
+
+    try:
+        answers = asyncio.run(run())
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) <= {200, 429}
+        assert statuses.count(200) >= 40
+        for n, answer in enumerate(answers):
+            if answer.status_code == 200:
+                text = answer.json()["choices"][0]["text"]
+                assert n % 20 or text == expected(folder, f"prompt {n}", max_tokens=6).text
+            else:
+                assert answer.headers["retry-after"] == "1"
+        assert found.engine.cache.available() == found.engine.cache.pages
+    finally:
+        found.close()
+
+
+def test_shutdown_ends_running_requests(folder):
+    found = start(folder)
+    statuses = []
+
+    def ask():
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 64, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{found.url}/v1/completions", json=body, timeout=60) as response:
+            statuses.append((response.status_code, "".join(response.iter_text())))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not found.engine.busy() and thread.is_alive():
+        time.sleep(0.005)
+    found.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert statuses[0][0] == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"dtype": "int4"}, "dtype: got 'int4', want one of fp32, bf16, fp16"), ({"path": "nowhere"}, "got no model")],
+)
+def test_what_is_no_model_is_refused(folder, tmp_path, change, message):
+    path = tmp_path / change.pop("path") if "path" in change else folder
+    with pytest.raises(ValueError, match=message):
+        load_model(path, device="cpu", **change)
