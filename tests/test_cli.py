@@ -88,7 +88,7 @@ def test_usage(capsys, words, status, stream):
     if words and status:
         assert f"keyspan: command: got {words[0]!r}" in found.err
     assert shown.startswith("usage: keyspan COMMAND")
-    for command in ("train", "generate", "demo", "info", "explain", "bench attention"):
+    for command in ("train", "generate", "demo", "export", "serve", "info", "explain", "bench attention"):
         assert f"\n  {command} " in shown
 
 

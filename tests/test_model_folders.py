@@ -170,3 +170,29 @@ def test_old_configs_are_read():
     raw = {"architectures": ["MistralForCausalLM"], "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 7,
            "num_hidden_layers": 2, "intermediate_size": 40, "sliding_window": 8, "rope_theta": 1e4}  # fmt: skip
     assert read_config(raw)[1].windows == (8, 8)
+
+
+def test_a_run_is_exported_with_its_tokenizer(tmp_path, monkeypatch, capsys):
+    from keyspan import cli
+
+    library = tmp_path / "library"
+    library.mkdir()
+    for i in range(40):
+        (library / f"m{i}.py").write_bytes(b"def f(x):\n    return x\n" * (1 + i % 5))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    words = f"train --task stdlib --steps 2 --dim 16 --layers 1 --heads 2 --tokens 64 --max-length 32 --out {run}"
+    assert cli.main(words.split()) == 0
+    assert cli.main(["export", str(run), "--to", str(folder)]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "def naïve(): €\n"
+    assert tokenizer.encode(text) == [256, *text.encode()]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    capsys.readouterr()
+    assert cli.main(["generate", str(run), "--prompt", "def ", "--max-tokens", "8", "--temperature", "0"]) == 0
+    ours = capsys.readouterr().out
+    assert cli.main(["generate", str(folder), "--prompt", "def ", "--max-tokens", "8"]) == 0
+    assert capsys.readouterr().out == ours
+    inputs = torch.tensor([tokenizer.encode("def ")])
+    out = theirs.generate(inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert tokenizer.decode(out[0], skip_special_tokens=True) + "\n" == ours

@@ -264,7 +264,10 @@ def test_shutdown_ends_running_requests(folder):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"dtype": "int4"}, "dtype: got 'int4', want one of fp32, bf16, fp16"), ({"path": "nowhere"}, "got no model")],
+    [
+        ({"dtype": "int4"}, "dtype: got 'int4', want one of fp32, bf16, fp16"),
+        ({"path": "nowhere"}, "holds no config.json"),
+    ],
 )
 def test_what_is_no_model_is_refused(folder, tmp_path, change, message):
     path = tmp_path / change.pop("path") if "path" in change else folder

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from keyspan.training.loop import Result
 
 EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "tyro")
+SERVE_EXTRAS = ("fastapi", "jinja2", "prometheus_client", "tokenizers", "uvicorn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        extras = next((x for x in (EXTRAS, SERVE_EXTRAS) if error.name in x), None)
+        if extras is None:
             raise
-        return _fail(f"{known[0]} needs {error.name}: pip install {' '.join(EXTRAS)}")
+        return _fail(f"{known[0]} needs {error.name}: pip install {' '.join(extras)}")
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         return 128 + 13  # as a program that SIGPIPE ends
@@ -144,39 +146,91 @@ def _generate(words: list[str]) -> int:
 
 
 def generate(
-    run: Path,
+    model: Path,
     prompt: str = "",
+    chat: bool = False,
     max_tokens: int = 256,
     temperature: float | None = None,
     top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
     seed: int = 0,
+    draft: int = 0,
+    dtype: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Continue a prompt with a trained model, and print both.
+    """Continue a prompt with a model; print both, the answer as it is written.
 
     Args:
-        run: Folder of a training run.
-        prompt: Text to continue: source code (stdlib), or a problem such as "banana=" (synthetic tasks).
-        max_tokens: Most tokens to generate; a token is a byte or a character.
+        model: Folder of a training run, or of a model in Hugging Face's format.
+        prompt: Text to continue: source code (stdlib), a problem such as "banana=" (synthetic tasks), any text.
+        chat: Take the prompt as a user's message, in the model's chat template; print the answer alone.
+        max_tokens: Most tokens to generate; of a training run a token is a byte or a character.
         temperature: 0 takes the likeliest token each time; higher is wilder. By default 0.8 for stdlib, else 0.
         top_p: Draw only from the likeliest tokens whose probabilities sum to this. By default from all.
+        top_k: Draw only from so many of the likeliest tokens. By default from all.
+        min_p: Draw only from tokens at least so many times as likely as the likeliest.
         seed: Fixes the draws.
+        draft: Most tokens guessed in a step from what stood in the text before. It changes the speed alone.
+        dtype: fp32, bf16 or fp16. By default as the folder says.
         device: auto (an accelerator where there is one, else the CPU), or a torch device.
     """
-    import torch
-
-    from keyspan.inference.generate import generate as continue_prompts
-    from keyspan.training.loop import load_run
+    from keyspan.inference.engine import Engine
+    from keyspan.inference.pages import PagedCache
+    from keyspan.inference.sampling import Sampling
+    from keyspan.inference.serve import TaskTokenizer, load_model
+    from keyspan.inference.tokenizer import FolderTokenizer
 
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, want 0 … 2⁶³ − 1")
-    config, task, model = load_run(run, device)
+    net, tokenizer = load_model(model, dtype, device)
     if temperature is None:
-        temperature = 0.8 if config.task == "stdlib" else 0.0
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    tokens = task.encode(prompt)
-    (new,) = continue_prompts(model, [tokens], max_tokens, temperature, top_p, stop=task.stop, generator=generator)
-    print(task.decode(tokens + new))
+        temperature = tokenizer.temperature if isinstance(tokenizer, TaskTokenizer) else 0.0
+    sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
+    if chat:
+        if not isinstance(tokenizer, FolderTokenizer):
+            raise ValueError(f"chat: {model} has no chat template")
+        tokens = tokenizer.encode_chat(tokenizer.render([{"role": "user", "content": prompt}]))
+    else:
+        tokens = tokenizer.encode(prompt)
+        print(prompt, end="", flush=True)
+    pages = -(-(len(tokens) + max_tokens) // 16) + 1
+    memory = pages * PagedCache.bytes_per_page(net.config, 16, net.embedding.weight.dtype)
+    for event in Engine(net, tokenizer, memory=memory, draft=draft).stream(tokens, sampling):
+        print(event.text, end="", flush=True)
+    print()
+
+
+def _serve(words: list[str]) -> int:
+    from keyspan.inference.serve import Serve, serve
+
+    serve(_parse(Serve, words, "serve"))
+    return 0
+
+
+def export(run: Path, to: Path | None = None) -> None:
+    """Write the model of a training run as a folder that transformers loads, with equal logits.
+
+    Args:
+        run: Folder of a training run.
+        to: Folder for config.json, model.safetensors and, for stdlib, tokenizer.json. By default `export` in the run's.
+    """
+    from keyspan.inference.tokenizer import write_byte_tokenizer
+    from keyspan.models import save
+    from keyspan.training.data import START
+    from keyspan.training.loop import load_run
+
+    config, _, model = load_run(run, "cpu")
+    to = to or run / "export"
+    save(model, to)
+    if config.task == "stdlib":
+        write_byte_tokenizer(to, START)
+    print(f"written: {to}")
+
+
+def _export(words: list[str]) -> int:
+    _parse(export, words, "export")
+    return 0
 
 
 def _demo(words: list[str]) -> int:
@@ -213,8 +267,10 @@ def _bench_training(words: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a GPT on a synthetic task or on this Python's standard library"),
-    "generate": (_generate, "continue a prompt with a trained model"),
+    "generate": (_generate, "continue a prompt with a trained model, or one in Hugging Face's format"),
     "demo": (_demo, "train on the standard library for some minutes, then generate"),
+    "export": (_export, "write a trained model as a folder that transformers loads"),
+    "serve": (_serve, "serve a model over HTTP with OpenAI's interface, and a chat page"),
     "info": (_info, "show versions, devices and attention backends"),
     "explain": (_explain, "show which backend computes an attention, and why no other"),
     "bench attention": (_bench_attention, "time attention against what torch offers"),

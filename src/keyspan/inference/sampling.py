@@ -100,7 +100,7 @@ class Sampling:
     def __post_init__(self) -> None:
         limits = {
             "max_tokens": (self.max_tokens >= 0, "0 or more"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or a positive number"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1 (or None)"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "a number in (0, 1] (or None)"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "a number in [0, 1] (or None)"),

@@ -19,10 +19,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TaskTokenizer:
-    """The alphabet of a training run's task."""
+    """The alphabet of a training run's task.
+
+    Attributes:
+        temperature: at which to draw by default: answers of synthetic tasks are right or wrong, texts are not.
+    """
 
     def __init__(self, task: Any) -> None:
         self._task = task
+        self.temperature = 0.8 if task.name == "stdlib" else 0.0
         self.end_tokens: tuple[int, ...] = () if task.stop is None else (task.stop,)
 
     def encode(self, text: str) -> list[int]:
@@ -46,14 +51,14 @@ def load_model(path: Path, dtype: str | None = None, device: str = "auto") -> tu
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: holds no config.json; want a training run, or a model in Hugging Face's format")
     where = find_device(device)
     if (path / "checkpoints").is_dir():
         from keyspan.training.loop import load_run
 
         _, task, model = load_run(path, str(where))
         return model if dtype is None else model.to(DTYPES[dtype]), TaskTokenizer(task)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: got no model, want a folder with config.json, or a run of keyspan train")
     return load(path, None if dtype is None else DTYPES[dtype], where), FolderTokenizer(path)
 
 
@@ -66,7 +71,9 @@ class Serve:
     name: str | None = None
     """Of the model in requests. Default: the folder's name."""
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this machine."""
     port: int = 8000
+    """Port to listen on."""
     dtype: str | None = None
     """fp32, bf16 or fp16. Default: as the folder says."""
     device: str = "auto"

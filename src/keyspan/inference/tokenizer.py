@@ -109,6 +109,29 @@ class FolderTokenizer:
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
 
 
+def write_byte_tokenizer(folder: Path, start: int) -> None:
+    """A tokenizer.json whose tokens are the bytes of the text, behind a first token `start`, written to a folder."""
+    from tokenizers import Tokenizer as Loaded
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    # The library writes each byte as a character: printable ones as themselves, the others as those from U+0100 on.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    vocab = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    made = Loaded(models.BPE(vocab=vocab, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<start>"])
+    if made.token_to_id("<start>") != start:
+        raise ValueError(f"start: got {start}, want {made.token_to_id('<start>')}, behind the bytes")
+    made.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", start)])
+    temporary = folder / "tokenizer.json.new"
+    made.save(str(temporary))
+    temporary.replace(folder / "tokenizer.json")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>"}\n', encoding="utf-8")
+
+
 def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
