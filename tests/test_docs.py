@@ -71,7 +71,9 @@ def test_links_lead_somewhere(path):
     """The README is also the page of the package on an index, where a relative link leads nowhere."""
     home = re.search(r'^Source = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
     raw = home.replace("https://github.com/", "https://raw.githubusercontent.com/")
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\]\[keyspan", text), "want [name](../reference/page.md#keyspan.name)"
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
         place = link.split("#")[0]
         ours = re.fullmatch(rf"(?:{home}/blob|{raw})/main/(.*)", place)
         if ours:
