@@ -1,7 +1,24 @@
-"""Text from models: a key/value cache, sampling, generation. Works on token ids."""
+"""Text from models: an engine over a paged key/value cache, sampling, and the simple generation loop."""
 
 from keyspan.inference.cache import KVCache
+from keyspan.inference.engine import Answer, Engine, Event, QueueFullError
 from keyspan.inference.generate import generate, stream
-from keyspan.inference.sampling import probabilities, sample
+from keyspan.inference.pages import PagedCache
+from keyspan.inference.sampling import Sampling, probabilities, sample
+from keyspan.inference.tokenizer import ByteTokenizer, FolderTokenizer
 
-__all__ = ["generate", "stream", "sample", "probabilities", "KVCache"]
+__all__ = [
+    "Engine",
+    "Sampling",
+    "Event",
+    "Answer",
+    "QueueFullError",
+    "PagedCache",
+    "FolderTokenizer",
+    "ByteTokenizer",
+    "generate",
+    "stream",
+    "sample",
+    "probabilities",
+    "KVCache",
+]
