@@ -245,3 +245,93 @@ def test_shared_prompt_by_its_definition(vis, groups):
             want[rows[:p, None], rows[:p]] = alone[:p, :p]
             at += n
     assert torch.equal(got, want)
+
+
+@settings(max_examples=100, deadline=None)
+@given(visibility(), visibility(), visibility(), st.data())
+def test_unions(a, b, c, data):
+    """`|` sees what any member sees, in documents and in a batch; its ranges are sorted and disjoint."""
+    members = [parts for parts, _ in (a, b, c) if any(isinstance(p, keyspan.Causal | keyspan.Window) for p in parts)]
+    q = data.draw(lengths)
+    k = data.draw(st.lists(st.integers(0, 6), min_size=len(q), max_size=len(q)))
+    layout = data.draw(st.sampled_from([keyspan.Documents(q, k), keyspan.KeyLengths(k), None]))
+    M, N = (sum(q), sum(k)) if isinstance(layout, keyspan.Documents) else (5, 7)
+    # A window without an alignment takes that of the other members: name it.
+    members = [combined([layout, *parts] if layout is not None else parts) for parts in members]
+    if not members:
+        return
+    want = torch.stack([member.materialize(M, N) for member in members]).any(0)
+    union = members[0]
+    for member in members[1:]:
+        union = union | member
+    assert torch.equal(union.materialize(M, N), want)
+    ranges = union.lower(len(k) if isinstance(layout, keyspan.KeyLengths) else 1, M, N)
+    lo, hi = ranges.lo, ranges.hi
+    assert ((lo >= 0) & (lo <= hi) & (hi <= N)).all()
+    if len(members) > 1:
+        filled = lo < hi
+        assert (filled[:-1] | ~filled[1:]).all()
+        assert ((hi[:-1] <= lo[1:]) | ~filled[1:]).all()
+
+
+def test_unions_of_shared_prompts_and_pages():
+    shared = keyspan.SharedPrompt([3, 2], [[2, 1], [2]])
+    near, first = shared & keyspan.Window(1), shared & keyspan.Window(0) & keyspan.Sinks(1)
+    assert torch.equal((near | first).materialize(), near.materialize() | first.materialize())
+    pages = keyspan.PagedKeys([1, 2], [3, 4], torch.tensor([[2, 0], [1, 3]]), 2)
+    near, first = (
+        pages & keyspan.Causal("bottom_right") & keyspan.Window(1),
+        pages & keyspan.Window(0, 0, "bottom_right"),
+    )
+    assert torch.equal((near | first).materialize(N=8), near.materialize(N=8) | first.materialize(N=8))
+    with pytest.raises(ValueError, match="got a union over different pages, want the same PagedKeys object"):
+        _ = pages | keyspan.Causal()
+
+
+def test_attention_over_a_union_is_attention_over_the_dense_mask():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 2, 4) for _ in range(3))
+    bias = keyspan.Alibi(torch.tensor([0.5, 0.1]))
+    layout = keyspan.Documents([4, 5])
+    union = (layout & keyspan.Causal() & keyspan.Window(1)) | (layout & keyspan.Window(0, 2))
+    assert union == (layout & keyspan.Causal() & keyspan.Window(1)) | (layout & keyspan.Window(0, 2))
+    assert union.cache_key() is not None
+    dense = union.materialize()[:, None]
+    # ALiBi counts from the documents' diagonal, which is that of the row here.
+    want = keyspan.attention(q, k, v, mask=dense, bias=bias)
+    for mask in (union, union.to("cpu"), union.lower(1, 9, 9)):
+        torch.testing.assert_close(keyspan.attention(q, k, v, mask=mask, bias=bias), want)
+
+
+def test_unions_distribute_over_and_take_one_alignment():
+    union = keyspan.Window(0, 1) | keyspan.Window(2, 0)
+    documents, causal = keyspan.Documents([3, 4]), keyspan.Causal()
+    want = documents.materialize() & union.materialize(7, 7)
+    for mask in (documents & union, union & documents):
+        assert torch.equal(mask.materialize(), want)
+    assert torch.equal((causal & union).materialize(4, 4), causal.materialize(4, 4) & union.materialize(4, 4))
+    # The window has no alignment of its own: it takes that of Causal, as under &.
+    got = (keyspan.Causal("bottom_right") | keyspan.Window(0, 1)).materialize(2, 4)
+    want = keyspan.Causal("bottom_right").materialize(2, 4) | keyspan.Window(0, 1, "bottom_right").materialize(2, 4)
+    assert torch.equal(got, want)
+    assert (
+        repr(union | causal) == "Window(left=0, right=1, align='top_left') | "
+        "Window(left=2, right=0, align='top_left') | Causal(align='top_left')"
+    )
+
+
+def test_unions_that_are_not_ranges_raise_the_reason():
+    keys = torch.tensor([True, False, True])
+    for make in (lambda: keyspan.Causal() | keys, lambda: keys | keyspan.Causal()):
+        with pytest.raises(ValueError, match=r"a union with a bool tensor, which is not ranges; want .*materialize"):
+            make()
+    with pytest.raises(ValueError, match="want & before Prefix and Sinks"):
+        _ = keyspan.Causal() | keyspan.Prefix(2)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = keyspan.Causal() | 3
+
+
+def test_bool_tensors_of_a_union_and_other_tensors():
+    keys = torch.tensor([True, False, True])
+    union = keyspan.Causal() | keyspan.Window(0, 1)
+    assert torch.equal((union & keys).materialize(3, 3)[0], union.materialize(3, 3)[0] & keys)

@@ -11,8 +11,8 @@ from torch import Tensor
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attention over disjoint sets of them: exact, and differentiable in all inputs.
 
-    `lse = log Σᵢ exp(lseᵢ)` and `out = Σᵢ exp(lseᵢ − lse) · outᵢ`; a part with lse −inf counts for nothing, whatever
-    its output holds, and where all are −inf the output is 0.
+    `lse = log Σᵢ exp(lseᵢ)` and `out = Σᵢ exp(lseᵢ − lse) · outᵢ`. A part with lse −inf is ignored, whatever its output
+    holds; where all are −inf the output is 0. NaN in any other part gives NaN.
 
     Args:
         parts: pairs (out, lse) as `attention(..., return_lse=True)` gives them: `[B, M, Hq, V]` with `[B, Hq, M]`,
@@ -48,6 +48,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = torch.where(empty, 1, total)
     shares = (weights / total).movedim(-1, 2).unsqueeze(-1)  # [parts, B, M, heads…, 1]
     values = torch.stack([o.to(shares.dtype) for o, _ in parts])
-    # Taken out before the product: a dead part may hold NaN, which would reach the gradient of every lse.
-    merged = (torch.where(shares > 0, values, 0) * shares).sum(0)
+    # The output of an empty part may be anything, NaN too: 0 keeps it out of the sum and of the gradients of lse. Any
+    # other part counts, even with a share of 0, so that its NaN is not lost.
+    seen = (scores > -torch.inf).movedim(-1, 2).unsqueeze(-1)
+    merged = (torch.where(seen, values, 0) * shares).sum(0)
     return merged.to(out.dtype), torch.where(empty, -torch.inf, peak + total.log()).to(lse.dtype)

@@ -4,11 +4,12 @@ The layout says where a query's keys live, the visibility which of them it may s
 
     visible(i, j) = layout(i, j) and (j < prefix or (causal(i, j) and (window(i, j) or j < sinks)))
 
-with `i` and `j` counted inside the document. `&` combines the parts; a part not given allows everything.
+with `i` and `j` counted inside the document. `&` combines the parts; a part not given allows everything. `|` sees what
+any of its members sees.
 In the pictures of the docstrings rows are queries, columns are keys, `■` is visible.
 """
 
-from keyspan.core.masks.base import Combined, Dense, Frame, Layout, Mask, as_mask
+from keyspan.core.masks.base import Combined, Dense, Frame, Layout, Mask, Union, as_mask
 from keyspan.core.masks.layouts import Documents, GappyKeys, KeyLengths, PaddedKeys, PagedKeys, SharedPrompt
 from keyspan.core.masks.visibility import Causal, Prefix, Sinks, Window
 
@@ -17,6 +18,7 @@ __all__ = [
     "Layout",
     "Frame",
     "Combined",
+    "Union",
     "Dense",
     "as_mask",
     "Documents",

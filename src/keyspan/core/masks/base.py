@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from keyspan.core.masks.checks import check_size, set_fields
 from keyspan.core.ranges import KeyRanges
 
 _AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and, operator.and_)
-"""The functions that torch reports for `&`: in eager mode, when it compiles and when it exports."""
+_OR = (Tensor.__or__, Tensor.__ror__, Tensor.bitwise_or, operator.or_)
+"""The functions that torch reports for `&` and `|`: in eager mode, when it compiles and when it exports."""
 
 
 class Frame(NamedTuple):
@@ -59,14 +61,24 @@ class Mask:
     def __and__(self, other: Mask | Tensor) -> Mask:
         if not isinstance(other, (Mask, Tensor)):
             return NotImplemented
-        return Combined((*self.parts, *as_mask(other).parts))
+        other = as_mask(other)
+        if isinstance(other, Union):
+            return Union(tuple(self & member for member in other.members))
+        return Combined((*self.parts, *other.parts))
+
+    def __or__(self, other: Mask | Tensor) -> Mask:
+        if not isinstance(other, (Mask, Tensor)):
+            return NotImplemented
+        return Union((*_members(self), *_members(as_mask(other))))
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Mask:
         """`tensor & mask`: torch calls this; its compiler does for `mask & tensor` too, which it reverses."""
-        return as_mask(args[0]) & as_mask(args[1]) if func in _AND else NotImplemented
+        if func in _AND:
+            return as_mask(args[0]) & as_mask(args[1])
+        return as_mask(args[0]) | as_mask(args[1]) if func in _OR else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -87,10 +99,12 @@ class Mask:
             device: of the ranges. Lengths that are tensors on that device are not read on the host.
 
         Raises:
-            ValueError: where the lengths do not fit `batch`, `M` or `N`.
+            ValueError: where the lengths do not fit `batch`, `M` or `N`, and for sizes of 2³¹ or more.
         """
         from keyspan.core.masks.lowering import lower_parts  # its classes derive from this one
 
+        for name, size in (("batch", batch), ("M", M), ("N", N)):
+            check_size(name, size)
         return lower_parts(self.parts, batch, M, N, torch.device(device))
 
     def materialize(
@@ -153,6 +167,8 @@ class Dense(Mask):
     visible: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.visible, Tensor):
+            raise ValueError(f"mask: got {type(self.visible).__name__}, want a bool tensor")
         if self.visible.dtype != torch.bool:
             raise ValueError(
                 f"mask: got a tensor of {self.visible.dtype}, want bool (true = visible); "
@@ -186,6 +202,63 @@ class Combined(Mask, keyed=True):
 
     def __repr__(self) -> str:
         return " & ".join(map(repr, self.members))
+
+
+@dataclass(frozen=True, eq=False)
+class Union(Mask, keyed=True):
+    """What any of the members sees; the result of `mask1 | mask2`.
+
+    Members that name no alignment take that of the others. Biases count positions as each member does; where members
+    with different positions see the same keys, the range that begins first counts.
+
+    >>> print(((Causal() & Window(1)) | Window(0, 2)).draw(5, 5))
+    ■ ■ ■ · ·
+    ■ ■ ■ ■ ·
+    · ■ ■ ■ ■
+    · · ■ ■ ■
+    · · · ■ ■
+
+    Args:
+        members: masks of ranges. A bool tensor raises ValueError, as do members with different `PagedKeys`.
+    """
+
+    members: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        from keyspan.core.masks.lowering import united
+
+        set_fields(self, members=united(self.members))
+
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        if not isinstance(other, (Mask, Tensor)):
+            return NotImplemented
+        return Union(tuple(member & other for member in self.members))
+
+    def cache_key(self) -> Hashable | None:
+        keys = tuple(member.cache_key() for member in self.members)
+        return None if not self._keyed or None in keys else (Union, keys)
+
+    def sizes(self) -> tuple[int | None, int | None, int | None]:
+        """(batch, M, N) as the members' layouts give them."""
+        known = [part.sizes() for member in self.members for part in member.parts if isinstance(part, Layout)]
+        batch = max([1, *(sizes[0] for sizes in known if sizes[0] is not None)])
+        M, N = (next((sizes[i] for sizes in known if sizes[i] is not None), None) for i in (1, 2))
+        return batch, M, N
+
+    def lower(self, batch: int, M: int, N: int, device: torch.device | str = "cpu") -> KeyRanges:
+        from keyspan.core.masks.lowering import unite
+
+        return unite([member.lower(batch, M, N, device) for member in self.members])
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Union(tuple(member.to(device) for member in self.members))
+
+    def __repr__(self) -> str:
+        return " | ".join(f"({member!r})" if len(member.parts) > 1 else repr(member) for member in self.members)
+
+
+def _members(mask: Mask) -> tuple[Mask, ...]:
+    return mask.members if isinstance(mask, Union) else (mask,)
 
 
 def as_mask(mask: Mask | Tensor) -> Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -10,24 +11,32 @@ from torch import Tensor
 
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 Lengths: TypeAlias = Sequence[int] | Tensor
+INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Dtypes of lengths and page numbers; torch lacks arithmetic for other unsigned ones."""
 
 
 def check_lengths(name: str, lengths: Any) -> tuple[int, ...] | Tensor:
     """Lengths as a tuple of int, or the tensor given. Values on a device are not read, so not checked."""
     if isinstance(lengths, Tensor):
-        if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        if lengths.dim() != 1 or lengths.dtype not in INT_DTYPES:
             raise ValueError(f"{name}: got {lengths.dtype} of shape {list(lengths.shape)}, want a 1-D int tensor")
         if readable(lengths) and lengths.numel() and int(lengths.min()) < 0:
             raise ValueError(f"{name}: got {int(lengths.min())}, want every length ≥ 0")
         return lengths
     try:
-        values = tuple(int(n) if n == int(n) and not isinstance(n, bool) else None for n in lengths)
-    except (TypeError, ValueError, OverflowError):
+        given = list(lengths)
+    except TypeError:
         raise ValueError(f"{name}: got {lengths!r}, want a sequence of int or an int tensor") from None
-    for given, value in zip(lengths, values, strict=True):
-        if value is None or value < 0:
-            raise ValueError(f"{name}: got {given!r}, want every length an int ≥ 0")
-    return values  # type: ignore[return-value]
+    values = []
+    for n in given:
+        try:
+            value = -1 if isinstance(n, bool) else operator.index(n)
+        except (TypeError, RuntimeError, ValueError):
+            value = -1
+        if value < 0:
+            raise ValueError(f"{name}: got {n!r}, want every length an int ≥ 0")
+        values.append(value)
+    return tuple(values)
 
 
 def readable(x: Tensor) -> bool:
@@ -49,6 +58,8 @@ def total_of(lengths: Lengths) -> int | None:
 
 def as_tensor(lengths: Lengths, device: torch.device) -> Tensor:
     if isinstance(lengths, Tensor):
+        if lengths.device.type == "meta" and device.type != "meta":
+            raise ValueError(f"mask: got lengths on meta, which hold no values, want them on {device}")
         return lengths.to(device=device, dtype=torch.int32)
     return torch.tensor(lengths, dtype=torch.int32, device=device)
 
@@ -75,6 +86,11 @@ def check_positive(name: str, value: object) -> None:
 def check_nonnegative(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name}: got {value!r}, want an int ≥ 0")
+
+
+def check_size(name: str, value: int) -> None:
+    if not 0 <= value < 2**31:
+        raise ValueError(f"{name}: got {value}, want at least 0 and less than 2³¹")
 
 
 def check_align(align: object) -> None:

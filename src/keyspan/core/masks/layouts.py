@@ -10,6 +10,7 @@ from torch import Tensor
 
 from keyspan.core.masks.base import Frame, Layout
 from keyspan.core.masks.checks import (
+    INT_DTYPES,
     Lengths,
     as_tensor,
     check_lengths,
@@ -189,15 +190,14 @@ class PagedKeys(Layout):
             table = torch.as_tensor(self.block_table)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"block_table: got {self.block_table!r}, want an int tensor [documents, pages]") from None
-        if (
-            table.dim() != 2
-            or table.is_floating_point()
-            or table.dtype == torch.bool
-            or table.shape[0] != len(self.q_lengths)
-        ):
+        if table.dim() != 2 or table.dtype not in INT_DTYPES or table.shape[0] != len(self.q_lengths):
             raise ValueError(
                 f"block_table: got {table.dtype} of shape {list(table.shape)}, "
                 f"want an int tensor [{len(self.q_lengths)} documents, pages]"
+            )
+        if table.shape[1] * self.page_size >= 2**31:
+            raise ValueError(
+                f"page_size: got {self.page_size} with {table.shape[1]} pages per document, want less than 2³¹ keys"
             )
         set_fields(self, block_table=table)
         longest = max(on_host(self.k_lengths) or [0])
@@ -219,6 +219,8 @@ class PagedKeys(Layout):
         self._check_pages(N // self.page_size)
         k = as_tensor(self.k_lengths, device)
         table = self.block_table.to(device=device, dtype=torch.int32)
+        if not table.numel():  # rows without keys read an entry all the same
+            table = table.new_zeros(max(table.shape[0], 1), max(table.shape[1], 1))
         frame = document_frame(as_tensor(self.q_lengths, device), k * 0, k, M, table.shape[1] * self.page_size)
         document = document_of_row(as_tensor(self.q_lengths, device), M)
         sequence = document.clamp(max=max(table.shape[0] - 1, 0)).int()
@@ -310,7 +312,7 @@ class SharedPrompt(Layout, keyed=True):
         set_fields(self, prompt_lengths=check_lengths("prompt_lengths", self.prompt_lengths))
         answers = self.answer_lengths
         if isinstance(answers, Tensor):
-            if answers.dim() != 2 or answers.is_floating_point() or answers.dtype == torch.bool:
+            if answers.dim() != 2 or answers.dtype not in INT_DTYPES:
                 raise ValueError(
                     f"answer_lengths: got {answers.dtype} of shape {list(answers.shape)}, want int [prompts, answers]"
                 )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from keyspan.core.masks.base import Dense, Frame, Layout, Mask
-from keyspan.core.masks.checks import Align, check_nonnegative, on_host
-from keyspan.core.masks.layouts import SharedPrompt
+from keyspan.core.masks.base import Combined, Dense, Frame, Layout, Mask, Union
+from keyspan.core.masks.checks import Align, check_nonnegative, on_host, readable
+from keyspan.core.masks.layouts import PagedKeys, SharedPrompt
 from keyspan.core.masks.visibility import Causal, Prefix, Sinks, Window
 from keyspan.core.ranges import KeyRanges
 
 UNBOUNDED = 2**30
-"""Stands for "all" in a window; a position of up to 2³⁰ plus this fits int32."""
+"""Stands for "all" in a window; positions below 2²⁹ plus this fit int32."""
 
 
 def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
@@ -23,6 +24,9 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
     frame = _frame(parts, batch, M, N, device)
     start, stop = frame.start, frame.stop
     diagonal = frame.top_left if align == "top_left" else frame.bottom_right
+    far = UNBOUNDED
+    if M + N > 2**29:  # sums of positions and windows exceed int32
+        start, stop, diagonal, far = start.long(), stop.long(), diagonal.long(), 2**33
     windows = [part for part in parts if isinstance(part, Window)]
     lo, hi = start, stop
     if any(isinstance(part, (Causal, SharedPrompt)) for part in parts):
@@ -30,11 +34,11 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
     reach = hi
     for window in windows:
         if window.left is not None:
-            lo = torch.maximum(lo, diagonal - min(window.left, UNBOUNDED))
+            lo = torch.maximum(lo, diagonal - min(window.left, far))
         if window.right is not None:
-            hi = torch.minimum(hi, diagonal + min(window.right, UNBOUNDED) + 1)
+            hi = torch.minimum(hi, diagonal + min(window.right, far) + 1)
 
-    exempt = _exempt(parts, start[:1], stop[:1], reach[:1])
+    exempt = _exempt(parts, start[:1], stop[:1], reach[:1], far)
     if exempt is not None and all(window.left is None for window in windows):
         # The exempt keys and the visible range both begin at `start`: their union is one range.
         hi = torch.cat([torch.maximum(hi[:1], exempt), hi[1:]])
@@ -64,14 +68,14 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
     )
 
 
-def _exempt(parts: tuple[Mask, ...], start: Tensor, stop: Tensor, reach: Tensor) -> Tensor | None:
+def _exempt(parts: tuple[Mask, ...], start: Tensor, stop: Tensor, reach: Tensor, far: int) -> Tensor | None:
     """One past the last key that `Prefix` or `Sinks` exempts, per row; the exempt keys begin at `start`."""
     exempt = None
     for part in parts:
         if isinstance(part, Prefix):
-            end = torch.minimum(start + min(part.length, UNBOUNDED), stop)
+            end = torch.minimum(start + min(part.length, far), stop)
         elif isinstance(part, Sinks):
-            end = torch.maximum(torch.minimum(start + min(part.count, UNBOUNDED), reach), start)
+            end = torch.maximum(torch.minimum(start + min(part.count, far), reach), start)
         else:
             continue
         exempt = end if exempt is None else torch.maximum(exempt, end)
@@ -102,10 +106,10 @@ def sizes_of(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int |
     """(batch, M, N): those given, else those that the lengths and dense masks tell."""
     known: tuple[int | None, int | None, int | None] = (1, None, None)
     for part in parts:
-        if isinstance(part, Layout):
+        if isinstance(part, (Layout, Union)):
             known = part.sizes()
     shapes = [part.visible.shape for part in parts if isinstance(part, Dense)]
-    if shapes and not any(isinstance(part, Layout) for part in parts):
+    if shapes and not any(isinstance(part, (Layout, Union)) for part in parts):
         shape = (1, 1, *torch.broadcast_shapes(*shapes))
         # A size of 1 may broadcast, so it does not give the number of rows or keys.
         rows, keys = (None if size == 1 else size for size in shape[-2:])
@@ -117,6 +121,68 @@ def sizes_of(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int |
     for name, size in (("batch", B), ("M", M), ("N", N)):
         check_nonnegative(name, size)
     return B, M, N
+
+
+def unite(ranges: Sequence[KeyRanges]) -> KeyRanges:
+    """The ranges of keys that any of `ranges` sees: sorted, disjoint, and merged where they touch.
+
+    Ranges with different positions (`diagonal`) are not merged. Where they overlap, the one that begins first counts.
+    """
+    first = ranges[0]
+    batch = max(x.lo.shape[1] for x in ranges)
+    lo, hi, diagonal = (
+        torch.cat([getattr(x, name).expand(-1, batch, -1) for x in ranges]) for name in ("lo", "hi", "diagonal")
+    )
+    seen = lo < hi
+    lo, order = torch.where(seen, lo, torch.iinfo(torch.int32).max).sort(dim=0, stable=True)  # empty ranges come last
+    reach = torch.where(seen, hi, 0).gather(0, order).cummax(0).values
+    diagonal = diagonal.gather(0, order)
+    begins = torch.ones_like(seen)
+    begins[1:] = (lo[1:] > reach[:-1]) | (diagonal[1:] != diagonal[:-1])
+    hi = reach.clone()
+    for s in range(len(lo) - 2, -1, -1):  # a range ends where the last one that continues it does
+        hi[s] = torch.where(begins[s + 1], reach[s], hi[s + 1])
+    lo[1:] = torch.maximum(lo[1:], reach[:-1])
+    begins &= lo < hi
+    lo, hi = torch.where(begins, lo, 0), torch.where(begins, hi, 0)
+    if readable(begins):  # drop what is empty in all rows
+        begins, order = begins.sort(dim=0, descending=True, stable=True)
+        most = max(int(begins.sum(0).max()) if begins.numel() else 0, 1)
+        lo, hi, diagonal = (x.gather(0, order)[:most] for x in (lo, hi, diagonal))
+    return replace(first, lo=lo, hi=hi, diagonal=diagonal)
+
+
+def united(members: tuple[Mask, ...]) -> tuple[Mask, ...]:
+    """The members of a union with one alignment, or ValueError with the reason why their union is not ranges."""
+    text = " | ".join(map(repr, members))
+    dense = [[id(part.visible) for part in member.parts if isinstance(part, Dense)] for member in members]
+    if any(found != dense[0] for found in dense):  # `(a | b) & tensor` has it in all members
+        raise ValueError(
+            "mask: got a union with a bool tensor, which is not ranges; want a bool tensor: "
+            "mask.materialize(M, N) | tensor"
+        )
+    for member in members:
+        if all(isinstance(part, (Layout, Prefix, Sinks)) for part in member.parts) and any(
+            isinstance(part, (Prefix, Sinks)) for part in member.parts
+        ):
+            raise ValueError(
+                f"mask: got {text}, want & before Prefix and Sinks: they say which keys Causal and Window do not hide"
+            )
+    pages = [next((part for part in member.parts if isinstance(part, PagedKeys)), None) for member in members]
+    if any(layout is not pages[0] for layout in pages):
+        raise ValueError("mask: got a union over different pages, want the same PagedKeys object in all members")
+    given = {getattr(part, "align", None) for member in members for part in member.parts} - {None}
+    if len(given) != 1:
+        return members
+    align = given.pop()
+    return tuple(
+        _with_parts([replace(part, align=align) if isinstance(part, Window) else part for part in member.parts])
+        for member in members
+    )
+
+
+def _with_parts(parts: Sequence[Mask]) -> Mask:
+    return parts[0] if len(parts) == 1 else Combined(tuple(parts))
 
 
 def check_parts(parts: tuple[Mask, ...]) -> None:
