@@ -335,3 +335,90 @@ def test_bool_tensors_of_a_union_and_other_tensors():
     keys = torch.tensor([True, False, True])
     union = keyspan.Causal() | keyspan.Window(0, 1)
     assert torch.equal((union & keys).materialize(3, 3)[0], union.materialize(3, 3)[0] & keys)
+
+
+def test_key_ranges_are_checked_at_construction():
+    x = torch.zeros(1, 1, 3, dtype=torch.int32)
+    sequence, table = torch.zeros(3, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    paged = {"sequence": sequence, "block_table": table, "page_size": 2}
+    for changed, message in (
+        ({"lo": [0]}, "lo: got list, want a tensor of torch.int32"),
+        ({"hi": x.long()}, "hi: got torch.int64, want torch.int32"),
+        ({"hi": x[0]}, r"hi: got shape \[1, 3\], want"),
+        ({"lo": x[0], "hi": x[0]}, r"lo: got shape \[1, 3\], want"),
+        ({"diagonal": x.expand(2, 1, 3)}, r"diagonal: got shape \[2, 1, 3\], want .* that of lo"),
+        ({"diagonal": x.to("meta")}, "diagonal: got a tensor on meta, want cpu"),
+        ({"hi": x.to_sparse()}, "hi: got a tensor of layout torch.sparse_coo"),
+        ({"page_size": 2}, "page_size: got some of sequence, block_table and page_size"),
+        ({**paged, "page_size": -1}, "page_size: got -1"),
+        ({**paged, "page_size": 2**30}, "page_size: got 1073741824 with 2 pages"),
+        ({**paged, "sequence": sequence[:2]}, r"sequence: got shape \[2\], want \[3\]"),
+        ({**paged, "sequence": sequence.long()}, "sequence: got torch.int64"),
+        ({**paged, "block_table": table[:0]}, r"block_table: got shape \[0, 2\], want .* not empty"),
+        ({**paged, "block_table": table[0]}, r"block_table: got shape \[2\]"),
+        ({"dense": x}, "dense: got torch.int32, want torch.bool"),
+        ({"keys": -1}, "keys: got -1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            keyspan.KeyRanges(**{"lo": x, "hi": x, "diagonal": x, **changed})
+        with pytest.raises(ValueError, match=f"^{message}"):
+            replace(keyspan.KeyRanges(x, x, x), **changed)
+    assert keyspan.KeyRanges(x, x, x, **paged).materialize(4).shape == (1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: keyspan.Causal().lower(1, -1, 3), "M: got -1, want at least 0"),
+        (lambda: keyspan.Causal().lower(1, 3, -8), "N: got -8, want at least 0"),
+        (lambda: keyspan.Causal().lower(1, 3, 2**31), "N: got 2147483648, want .* less than 2³¹"),
+        (lambda: keyspan.Documents(torch.tensor([1, 2], dtype=torch.uint16)), "q_lengths: got torch.uint16"),
+        (lambda: keyspan.Documents(torch.tensor([1, 2], dtype=torch.complex64)), "q_lengths: got torch.complex64"),
+        (lambda: keyspan.Documents([1.0, 2.0]), r"q_lengths: got 1\.0, want every length an int"),
+        (lambda: keyspan.Documents([1, True]), "q_lengths: got True, want every length an int"),
+        (lambda: keyspan.Documents(["1"]), "q_lengths: got '1', want every length an int"),
+        (lambda: keyspan.Documents(3), "q_lengths: got 3, want a sequence of int"),
+        (lambda: keyspan.Documents(torch.tensor([3], device="meta")).lower(1, 3, 3), "mask: got lengths on meta"),
+        (
+            lambda: keyspan.PagedKeys([1], [1], torch.zeros(1, 2, dtype=torch.int32), 2**30),
+            "page_size: got 1073741824 with 2 pages",
+        ),
+        (
+            lambda: keyspan.PagedKeys([1], [1], torch.zeros(1, 2, dtype=torch.uint32), 2),
+            "block_table: got torch.uint32",
+        ),
+        (lambda: keyspan.core.masks.Dense([True]), "mask: got list, want a bool tensor"),
+    ],
+)
+def test_errors_of_masks_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_lengths_from_generators_and_numpy():
+    assert keyspan.Documents(n for n in (1, 2)) == keyspan.Documents([1, 2])
+    assert keyspan.Documents(torch.tensor([1, 2]).numpy()) == keyspan.Documents([1, 2])
+
+
+def test_windows_near_the_largest_sizes():
+    """Positions plus windows beyond int32: the last rows of 2³¹ − 1 keys, of which two queries are made."""
+    N = 2**31 - 1
+    for left, right in ((7, 2**40), (2**31, 0), (2**31 + 7, 2**31), (2**30, 2**30)):
+        ranges = keyspan.Window(left, right, "bottom_right").lower(1, 2, N)
+        assert ranges.lo.flatten().tolist() == [max(N - 2 - left, 0), max(N - 1 - left, 0)]
+        assert ranges.hi.flatten().tolist() == [min(N - 2 + right + 1, N), N]
+    ranges = (keyspan.Causal("bottom_right") & keyspan.Prefix(2**31)).lower(1, 1, N)
+    assert ranges.hi.flatten().tolist() == [N]
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
+@pytest.mark.parametrize("pages", [0, 2])
+def test_paged_keys_without_documents(backend, pages):
+    """Rows behind the last document read the table although they see no key: there is an entry for them."""
+    none = torch.zeros(0, dtype=torch.int32)
+    mask = keyspan.PagedKeys(none, none, torch.zeros(0, pages, dtype=torch.int32), 2)
+    for K in (8, 16, 64):
+        q, k = torch.randn(1, 3, 2, K, requires_grad=True), torch.randn(1, 4, 2, K, requires_grad=True)
+        out = keyspan.attention(q, k, k, mask=mask, backend=backend)
+        assert torch.equal(out, torch.zeros_like(out))
+        assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k)))

@@ -379,13 +379,8 @@ def _ranges(mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, devi
     for x in (mask.lo, mask.hi, mask.diagonal):
         if x.dim() != 3 or x.shape[2] != M or not _broadcasts(x.shape[1], B) or x.shape != mask.lo.shape:
             raise ValueError(f"mask: got ranges of shape {list(x.shape)}, want [S, {B} or 1, {M}], all alike")
-        if x.dtype != torch.int32:
-            raise ValueError(f"mask: got ranges of {x.dtype}, want int32")
         if x.device != device:
             raise ValueError(f"mask: got ranges on {x.device}, want {device} as query")
-    paged = [mask.sequence is not None, mask.block_table is not None, mask.page_size > 0]
-    if any(paged) != all(paged):
-        raise ValueError("mask: got some of sequence, block_table and page_size, want all of them or none")
     if mask.keys is None:
         stop = N if mask.block_table is None else mask.block_table.shape[1] * mask.page_size
         lo = mask.lo.clamp(0, stop)

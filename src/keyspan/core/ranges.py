@@ -38,6 +38,8 @@ class KeyRanges:
         dense: bool, broadcastable to `[B, H, M, N]`, true = visible; for masks that ranges cannot express.
         keys: the N that the ranges were made for, which calls check; `None`: ranges are cut off at N.
 
+    Shapes, dtypes and devices are checked at construction; values are not read.
+
     `mask.lower(batch, M, N, device)` makes it. It may be passed as `mask=`: lower once per step and pass the result to
     every layer.
     """
@@ -50,6 +52,35 @@ class KeyRanges:
     page_size: int = 0
     dense: Tensor | None = None
     keys: int | None = None
+
+    def __post_init__(self) -> None:
+        lo = self.lo
+        for name in ("lo", "hi", "diagonal"):
+            x = getattr(self, name)
+            _check(name, x, torch.int32, lo.device if isinstance(lo, Tensor) else None)
+            if x.dim() != 3 or x.shape != lo.shape:
+                raise ValueError(f"{name}: got shape {list(x.shape)}, want [S, B or 1, M], that of lo")
+        if isinstance(self.page_size, bool) or not isinstance(self.page_size, int) or self.page_size < 0:
+            raise ValueError(f"page_size: got {self.page_size!r}, want an int ≥ 1, or 0 where keys are not paged")
+        paged = [self.sequence is not None, self.block_table is not None, self.page_size > 0]
+        if any(paged) != all(paged):
+            raise ValueError("page_size: got some of sequence, block_table and page_size, want all of them or none")
+        if self.sequence is not None and self.block_table is not None:
+            M, table = lo.shape[2], self.block_table
+            _check("sequence", self.sequence, torch.int32, lo.device)
+            _check("block_table", table, torch.int32, lo.device)
+            if self.sequence.shape != (M,):
+                raise ValueError(f"sequence: got shape {list(self.sequence.shape)}, want [{M}], one entry per query")
+            if table.dim() != 2 or (M > 0 and table.numel() == 0):
+                raise ValueError(f"block_table: got shape {list(table.shape)}, want [sequences, pages], not empty")
+            if table.shape[1] * self.page_size >= 2**31:
+                raise ValueError(
+                    f"page_size: got {self.page_size} with {table.shape[1]} pages per sequence, want less than 2³¹ keys"
+                )
+        if self.dense is not None:
+            _check("dense", self.dense, torch.bool, lo.device)
+        if self.keys is not None and not 0 <= self.keys < 2**31:
+            raise ValueError(f"keys: got {self.keys}, want None or the number of keys, less than 2³¹")
 
     def seen(self) -> Seen | None:
         """As they are now, for a tensor may be given other sizes in place; None where a subclass of tensors watches."""
@@ -102,3 +133,14 @@ class KeyRanges:
         physical = slot.clamp(0, max(N - 1, 0))[self.sequence.long()].expand(visible.shape)
         shape = (*visible.shape[:-1], N)
         return torch.zeros(shape, dtype=torch.int32, device=j.device).scatter_add_(-1, physical, visible.int()) > 0
+
+
+def _check(name: str, x: object, dtype: torch.dtype, device: torch.device | None) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: got {type(x).__name__}, want a tensor of {dtype}")
+    if x.dtype != dtype:
+        raise ValueError(f"{name}: got {x.dtype}, want {dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, want {device}, the device of lo")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: got a tensor of layout {x.layout}, want a strided one")
