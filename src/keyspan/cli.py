@@ -265,6 +265,11 @@ def _bench_training(words: list[str]) -> int:
     return 0
 
 
+def _bench_inference(words: list[str]) -> int:
+    _parse(import_module("keyspan.bench.inference").main, words, "bench inference")
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a GPT on a synthetic task or on this Python's standard library"),
     "generate": (_generate, "continue a prompt with a trained model, or one in Hugging Face's format"),
@@ -274,6 +279,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "info": (_info, "show versions, devices and attention backends"),
     "explain": (_explain, "show which backend computes an attention, and why no other"),
     "bench attention": (_bench_attention, "time attention against what torch offers"),
+    "bench inference": (_bench_inference, "time mixed requests through the engine against transformers"),
     "bench training": (_bench_training, "time a training step against plain torch and transformers"),
 }
 """Each command: what runs it with the words after it, and its line of help."""

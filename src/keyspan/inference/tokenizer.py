@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from keyspan.files import write_file
 from keyspan.models.checkpoints import read_json
 
 
@@ -125,11 +127,9 @@ def write_byte_tokenizer(folder: Path, start: int) -> None:
     if made.token_to_id("<start>") != start:
         raise ValueError(f"start: got {start}, want {made.token_to_id('<start>')}, behind the bytes")
     made.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", start)])
-    temporary = folder / "tokenizer.json.new"
-    made.save(str(temporary))
-    temporary.replace(folder / "tokenizer.json")
-    settings = folder / "tokenizer_config.json"
-    settings.write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>"}\n', encoding="utf-8")
+    write_file(folder / "tokenizer.json", made.to_str().encode())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>"}
+    write_file(folder / "tokenizer_config.json", f"{json.dumps(settings)}\n".encode())
 
 
 def _optional(path: Path) -> dict[str, Any]:

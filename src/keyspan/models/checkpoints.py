@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keyspan.files import write_file
 from keyspan.models.gpt import GPT, GPTConfig, RopeScaling
 
 Raw = dict[str, Any]
@@ -389,6 +390,4 @@ def save(model: GPT, folder: Path | str) -> None:
     temporary = folder / "model.safetensors.new"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    text = folder / "config.json.new"
-    text.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    text.replace(folder / "config.json")
+    write_file(folder / "config.json", f"{json.dumps(raw, indent=2)}\n".encode())
