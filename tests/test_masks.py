@@ -422,3 +422,66 @@ def test_paged_keys_without_documents(backend, pages):
         out = keyspan.attention(q, k, k, mask=mask, backend=backend)
         assert torch.equal(out, torch.zeros_like(out))
         assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k)))
+
+
+@pytest.mark.parametrize("as_given", [list, torch.tensor])
+def test_documents_from_cu_seqlens(as_given):
+    want = keyspan.Documents([2, 0, 3], [1, 2, 4])
+    got = keyspan.Documents.from_cu_seqlens(as_given([0, 2, 2, 5]), as_given([0, 1, 3, 7]))
+    assert torch.equal(got.materialize(), want.materialize())
+    alone = keyspan.Documents.from_cu_seqlens(as_given([0, 2, 2, 5]))
+    assert torch.equal(alone.materialize(), keyspan.Documents([2, 0, 3]).materialize())
+    assert keyspan.Documents.from_cu_seqlens(as_given([0])).materialize().shape == (1, 0, 0)
+    for wrong, message in (([1, 2], "want 0 and then"), ([0, 3, 2], "do not decrease"), ([], "no entries")):
+        with pytest.raises(ValueError, match=f"cu_q: got .*{message}"):
+            keyspan.Documents.from_cu_seqlens(torch.tensor(wrong, dtype=torch.int64))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), max_size=5), st.booleans())
+def test_documents_from_ids(q, in_a_batch):
+    want = keyspan.Documents(q).materialize()
+    positions = torch.tensor([i for n in q for i in range(n)], dtype=torch.int64)
+    documents = torch.tensor([7 - d for d, n in enumerate(q) for _ in range(n)], dtype=torch.int32)
+    if in_a_batch:
+        positions, documents = positions[None], documents[None]
+    for got in (keyspan.Documents.from_position_ids(positions), keyspan.Documents.from_document_ids(documents)):
+        assert got.q_lengths.tolist() == q
+        assert torch.equal(got.materialize(), want)
+
+
+def test_ids_that_are_not_one_packed_row():
+    for make in (keyspan.Documents.from_position_ids, keyspan.Documents.from_document_ids):
+        with pytest.raises(ValueError, match=r"ids: got shape \[2, 3\], want .* of one packed row; pack a batch by"):
+            make(torch.zeros(2, 3, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"ids: got torch\.float32, want an int tensor"):
+            make(torch.zeros(3))
+        # Values that are not read on the host: as many documents as tokens, most of them empty.
+        assert make(torch.zeros(1, 9, dtype=torch.int64, device="meta")).q_lengths.shape == (9,)
+
+
+def test_ids_under_compile_are_data():
+    def visible(ids):
+        ranges = (keyspan.Documents.from_position_ids(ids) & keyspan.Causal()).lower(1, 6, 6)
+        return ranges.lo, ranges.hi
+
+    torch._dynamo.reset()
+    compiled = torch.compile(visible, backend="eager", fullgraph=True)
+    for ids in ([0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 0], [3, 4, 0, 1, 0, 1]):
+        for got, want in zip(compiled(torch.tensor(ids)), visible(torch.tensor(ids)), strict=True):
+            assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_key_lengths_from_a_padding_mask(dtype):
+    padding = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).to(dtype)
+    got = keyspan.KeyLengths.from_padding_mask(padding)
+    assert torch.equal(got.materialize(3, 4), padding.bool()[:, None].expand(-1, 3, -1))
+    assert keyspan.KeyLengths.from_padding_mask(padding[:, :0]).materialize(3, 0).shape == (5, 3, 0)
+    assert keyspan.KeyLengths.from_padding_mask(padding.to("meta")).lower(5, 3, 4, "meta").lo.shape == (1, 5, 3)
+    with pytest.raises(ValueError, match=r"got padding between the keys of entry 1, want .* \[B, 1, 1, N\]"):
+        keyspan.KeyLengths.from_padding_mask(torch.tensor([[1, 1, 1], [1, 0, 1]]).to(dtype))
+    for wrong in (torch.ones(2, 3), torch.ones(2, 1, 1, 3, dtype=torch.bool), [[True]]):
+        with pytest.raises(ValueError, match=r"visible: got .*, want a bool or int tensor \[B, N\]"):
+            keyspan.KeyLengths.from_padding_mask(wrong)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from xformers_definitions import dense_attention, leaves, random
 
 from keyspan.ops import fmha
@@ -629,3 +630,13 @@ def test_merging_under_compile():
     torch.testing.assert_close(step(q, k, v), mea(q, k, v))
     grads = [torch.autograd.grad(f(q, k, v).square().sum(), [q, k, v]) for f in (compiled, step)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(("setting", "pairs"), [("0", 3 * 3 + 4 * 4), ("1", 7 * 7)])
+def test_flops_of_the_worst_case(monkeypatch, setting, pairs):
+    """xFormers' switch: FLOPs that do not depend on the lengths, so that all ranks recompute the same."""
+    monkeypatch.setenv("XFORMERS_FLOP_FORMULA_WORST_CASE", setting)
+    x = random(1, 7, 2, 8)
+    with FlopCounterMode(display=False) as counter:
+        mea(x, x, x, masks.BlockDiagonalMask.from_seqlens([3, 4]))
+    assert counter.get_total_flops() == 2 * 2 * pairs * (8 + 8)

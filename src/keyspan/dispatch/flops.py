@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -29,8 +30,12 @@ def backward_flops(problem: Problem) -> int:
 
 
 def visible_area(problem: Problem) -> int:
-    """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing)."""
-    if problem.lo is not None and type(problem.lo) is not Tensor:
+    """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing).
+
+    With `XFORMERS_FLOP_FORMULA_WORST_CASE=1`, xFormers' switch for ranks that must agree, all pairs too.
+    """
+    worst_case = os.environ.get("XFORMERS_FLOP_FORMULA_WORST_CASE") == "1"
+    if worst_case or (problem.lo is not None and type(problem.lo) is not Tensor):
         return problem._replace(lo=None, hi=None, diagonal=None, dense=None).visible_pairs()
     return problem.visible_pairs()
 

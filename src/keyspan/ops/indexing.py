@@ -26,8 +26,8 @@ def scaled_index_add(
         raise ValueError(f"source: got shape {list(source.shape)}, want {[len(index), *input.shape[1:]]}")
     # In fp32 up to the sum, so that it is rounded once.
     wide = torch.promote_types(input.dtype, torch.float32)
-    scaled = alpha * source.to(wide) * (1 if scaling is None else scaling.to(wide))
-    return input.index_copy_(0, index, (input.index_select(0, index).to(wide) + scaled).to(input.dtype))
+    scaled = source.to(wide) if scaling is None else source.to(wide) * scaling.to(wide)
+    return input.index_copy_(0, index, (input.index_select(0, index).to(wide) + alpha * scaled).to(input.dtype))
 
 
 class ScaledIndexAddFw(BaseOperator):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,6 +55,50 @@ class Documents(Layout, keyed=True):
         if self.k_lengths is not None:
             set_fields(self, k_lengths=check_lengths("k_lengths", self.k_lengths))
             check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_q: Lengths, cu_k: Lengths | None = None) -> Documents:
+        """From cumulative lengths, as FlashAttention's varlen functions take them.
+
+        >>> Documents.from_cu_seqlens([0, 2, 5])
+        Documents(q_lengths=(2, 3), k_lengths=None)
+
+        Args:
+            cu_q: list of int or int tensor `[documents + 1]`: 0, then the end of each document's queries.
+            cu_k: the same for keys; `None` means `cu_q`.
+        """
+        return cls(_differences("cu_q", cu_q), None if cu_k is None else _differences("cu_k", cu_k))
+
+    @classmethod
+    def from_position_ids(cls, ids: Tensor) -> Documents:
+        """From positions inside the documents, as packing collators give them (`position_ids` of transformers).
+
+        A document begins where a position is not the previous one plus 1.
+
+        >>> Documents.from_position_ids(torch.tensor([0, 1, 0, 1, 2])).q_lengths
+        tensor([2, 3], dtype=torch.int32)
+
+        Args:
+            ids: int tensor `[T]` or `[1, T]`. On a GPU and in a compiled function its values are not read on the
+                host: `q_lengths` then has T entries, of which the last are 0.
+        """
+        ids = _packed_ids("position ids", ids)
+        return cls(_run_lengths(ids[1:] != ids[:-1] + 1, len(ids)))
+
+    @classmethod
+    def from_document_ids(cls, ids: Tensor) -> Documents:
+        """From the number of the document of each token (`document_id` of FlexAttention's examples).
+
+        A document is a run of equal numbers. A number that comes back later begins a new document.
+
+        >>> Documents.from_document_ids(torch.tensor([7, 7, 4, 4, 4])).q_lengths
+        tensor([2, 3], dtype=torch.int32)
+
+        Args:
+            ids: int tensor `[T]` or `[1, T]`; see `from_position_ids` for tensors on a GPU.
+        """
+        ids = _packed_ids("document ids", ids)
+        return cls(_run_lengths(ids[1:] != ids[:-1], len(ids)))
 
     def sizes(self) -> tuple[int | None, int | None, int | None]:
         return 1, total_of(self.q_lengths), total_of(self.q_lengths if self.k_lengths is None else self.k_lengths)
@@ -266,6 +311,37 @@ class KeyLengths(Layout, keyed=True):
             set_fields(self, starts=check_lengths("starts", self.starts))
             check_same_count("starts", self.starts, "lengths", self.lengths)
 
+    @classmethod
+    def from_padding_mask(cls, visible: Tensor) -> KeyLengths:
+        """From a padding mask, left- or right-padded (`attention_mask` of transformers).
+
+        >>> print(KeyLengths.from_padding_mask(torch.tensor([[1, 1, 0], [0, 1, 1]])).draw(1, 3))
+        ■ ■ ·
+        <BLANKLINE>
+        · ■ ■
+
+        Args:
+            visible: bool or int tensor `[B, N]`, true or not 0 = a key, false or 0 = padding. The keys of an entry must
+                be contiguous. Values on a GPU are not read, so that is not checked there: the keys are those from the
+                first true one to the last.
+        """
+        if not isinstance(visible, Tensor) or visible.dim() != 2 or visible.dtype not in (*INT_DTYPES, torch.bool):
+            got = f"{visible.dtype} of shape {list(visible.shape)}" if isinstance(visible, Tensor) else repr(visible)
+            raise ValueError(f"visible: got {got}, want a bool or int tensor [B, N], true = a key")
+        N = visible.shape[1]
+        key = torch.arange(N, device=visible.device, dtype=torch.int32)
+        visible = visible != 0
+        # An entry without keys begins and ends at 0.
+        stop = torch.where(visible, key + 1, 0).amax(1) if N else visible.sum(1, dtype=torch.int32)
+        start = torch.minimum(torch.where(visible, key, N).amin(1), stop) if N else stop
+        if readable(visible) and not torch.equal(visible.sum(1), stop - start):
+            entry = int((visible.sum(1) != stop - start).nonzero()[0])
+            raise ValueError(
+                f"visible: got padding between the keys of entry {entry}, want contiguous keys; "
+                "a bool tensor with gaps goes to mask= as [B, 1, 1, N]"
+            )
+        return cls(stop - start, start)
+
     def sizes(self) -> tuple[int | None, int | None, int | None]:
         return len(self.lengths), None, None
 
@@ -378,6 +454,34 @@ class SharedPrompt(Layout, keyed=True):
         first = torch.stack([prompt_start, start])[:, None].clamp(max=N)
         stop = torch.stack([prompt_stop, own_stop])[:, None].clamp(max=N)
         return Frame(first, stop, diagonal, diagonal)
+
+
+def _differences(name: str, ends: Lengths) -> Lengths:
+    ends = check_lengths(name, ends)
+    if len(ends) == 0:
+        raise ValueError(f"{name}: got no entries, want 0 and the end of each document")
+    known = on_host(ends)
+    if known is not None and (known[0] != 0 or any(b < a for a, b in pairwise(known))):
+        raise ValueError(f"{name}: got {known}, want 0 and then numbers that do not decrease")
+    return ends.diff() if isinstance(ends, Tensor) else [b - a for a, b in pairwise(ends)]
+
+
+def _packed_ids(name: str, ids: Tensor) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.dtype not in INT_DTYPES:
+        raise ValueError(f"ids: got {ids.dtype if isinstance(ids, Tensor) else type(ids).__name__}, want an int tensor")
+    if ids.dim() != 1 and (ids.dim() != 2 or ids.shape[0] != 1):
+        raise ValueError(
+            f"ids: got shape {list(ids.shape)}, want {name} [T] or [1, T] of one packed row; "
+            "pack a batch by x.flatten(0, 1)"
+        )
+    return ids.flatten().long()
+
+
+def _run_lengths(changes: Tensor, tokens: int) -> Tensor:
+    """Lengths of the runs, int32; `changes` `[max(tokens − 1, 0)]` says which tokens after the first begin a run."""
+    run = torch.nn.functional.pad(changes, (1, 0)).cumsum(0)[:tokens]
+    count = (int(run[-1]) + 1 if tokens else 0) if readable(run) else tokens
+    return torch.zeros(count, dtype=torch.int32, device=run.device).scatter_add_(0, run, torch.ones_like(run).int())
 
 
 def document_of_row(lengths: Tensor, M: int) -> Tensor:

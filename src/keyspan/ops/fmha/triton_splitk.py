@@ -15,6 +15,7 @@ class FwOp(AttentionFwOpBase):
     NAME = "triton_splitKF"
     PARTIAL_IN_FLOAT32 = True
     SPLIT_K: ClassVar[int | None] = None
+    NUM_GROUPS: ClassVar[int] = 1
 
     @classmethod
     @lru_cache
