@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 import keyspan
 from keyspan import info
-from keyspan.backends import choose, native
+from keyspan.backends import native
 from keyspan.backends.native import binding, use_isa
 from keyspan.core.masks import Mask
 from keyspan.core.problem import make_problem
+from keyspan.dispatch.choose import choose
 from keyspan.dispatch.op import attend
 from keyspan.testing import peak_memory, results, tolerances, worst
 from keyspan.testing.cases import CASES, Case

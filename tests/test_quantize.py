@@ -254,7 +254,7 @@ def test_triton_refuses_fp8_where_nothing_converts_it(monkeypatch, capability, c
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "this GPU")
-    reason = triton._float8_reason.__wrapped__(0)
+    reason = triton._cached_float8_reason.__wrapped__(0)
     assert (reason is None) == can
     assert can or "this GPU" in reason
 

@@ -1,4 +1,4 @@
-"""Calls made again without being looked at anew: when they are, and that nothing that matters goes unseen."""
+"""Replayed calls: which calls are replayed, and that a replay sees every change that matters."""
 
 import warnings
 import weakref
@@ -10,9 +10,10 @@ from torch import Tensor
 
 import keyspan
 from keyspan.backends import native
-from keyspan.core import biases, lowering, masks
+from keyspan.core import biases, masks
 from keyspan.core.ranges import KeyRanges
-from keyspan.dispatch import replay
+from keyspan.dispatch import cache, replay
+from keyspan.dispatch.cache import CACHE
 
 needs_library = pytest.mark.skipif(
     native.reason_against(keyspan.core.problem.make_problem(*[torch.zeros(1, 1, 1, 1)] * 3)[0]) is not None,
@@ -21,33 +22,33 @@ needs_library = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch):
-    monkeypatch.setattr(replay, "_known", {})
-    monkeypatch.setattr(lowering, "_kept", {})
+def empty_cache():
+    CACHE.clear()
 
 
 @pytest.fixture
-def repeated(monkeypatch):
-    """Tells of each call of `attention` whether it was made again."""
-    told = []
-    again = replay.again
+def replayed(monkeypatch):
+    """For each call of `attention` with a signature, whether it was replayed."""
+    log = []
+    original = replay.replay
 
     def spy(call):
-        results = again(call)
-        told.append(results is not None)
+        results = original(call)
+        log.append(results is not None)
         return results
 
-    monkeypatch.setattr(replay, "again", spy)
-    return told
+    monkeypatch.setattr(replay, "replay", spy)
+    return log
 
 
 def tensors(B=1, M=5, N=7, Hq=4, Hkv=2, K=8, V=8, dtype=torch.float32) -> list[Tensor]:
     return [torch.randn(B, n, h, d).to(dtype) for n, h, d in ((M, Hq, K), (N, Hkv, K), (N, Hkv, V))]
 
 
-def the_long_way(*args, **kw):
+def without_replay(*args, **kw):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "look", lambda *_: None)
+        patch.setattr(replay, "lookup", lambda *_: None)
+        patch.setattr(CACHE, "get", lambda key: None)
         return keyspan.attention(*args, **kw)
 
 
@@ -71,7 +72,7 @@ CALLS = {
     [(name, layout) for name in CALLS for layout in ("BMHK", "BMGHK")]
     + [(name, "BMK") for name, kw in CALLS.items() if not {"sinks", "bias"} & set(kw)],  # whose terms have four heads
 )
-def test_again_on_other_memory(name, layout, repeated):
+def test_replay_on_other_tensors(name, layout, replayed):
     kw = CALLS[name]
     heads = 1 if layout == "BMK" else 4
 
@@ -84,7 +85,7 @@ def test_again_on_other_memory(name, layout, repeated):
     calls = [given() for _ in range(5)]
     for q, k, v in calls:
         got = keyspan.attention(q, k, v, **kw)
-        want = the_long_way(q, k, v, **kw)
+        want = without_replay(q, k, v, **kw)
         if not kw.get("return_lse"):
             got, want = (got,), (want,)
         for x, y in zip(got, want, strict=True):
@@ -92,9 +93,7 @@ def test_again_on_other_memory(name, layout, repeated):
             assert x.dtype == y.dtype
             assert x.stride() == y.stride()
             assert torch.equal(x, y)
-    # A mask is lowered by the first call, known by the second, and there in the third.
-    assert repeated[0] is False
-    assert repeated[-2:] == [True, True]
+    assert replayed == [False, False, True, True, True], "recorded on second sight"
 
 
 @needs_library
@@ -117,36 +116,32 @@ def test_results_are_new_each_time():
     ],
     ids=["head dim", "strides", "dtype", "length", "shared", "alignment"],
 )
-def test_other_forms_are_other_calls(other, repeated):
+def test_other_forms_are_other_calls(other, replayed):
     given = tensors()
-    for _ in range(2):
+    for _ in range(3):
         keyspan.attention(*given)
-    assert repeated == [False, True]
+    assert replayed == [False, False, True]
     q, k, v = other(*given)
-    assert torch.equal(keyspan.attention(q, k, v), the_long_way(q, k, v))
-    assert repeated[2] is False
+    assert torch.equal(keyspan.attention(q, k, v), without_replay(q, k, v))
+    assert replayed[3] is False
 
 
 @needs_library
-def test_other_numbers_are_other_calls(repeated):
+def test_other_numbers_are_other_calls(replayed):
     q, k, v = tensors(N=5)
-    outs = [
-        keyspan.attention(q, k, v, **kw)
-        for kw in (
-            {},
-            {"scale": 0.5},
-            {"softcap": 1.0},
-            {"mask": keyspan.Causal()},
-            {"mask": keyspan.Causal()},
-            {"mask": keyspan.Causal() & keyspan.Window(1)},
-            {"mask": keyspan.Causal() & keyspan.Window(2)},
-        )
-    ]
-    assert len(repeated) == 4, "a mask that was never lowered is not looked up"
-    assert not any(repeated)
-    assert torch.equal(outs[3], outs[4])
-    for n in range(7):
-        assert all(n == m or {n, m} == {3, 4} or not torch.equal(outs[n], outs[m]) for m in range(7))
+    calls = (
+        {},
+        {"scale": 0.5},
+        {"softcap": 1.0},
+        {"mask": keyspan.Causal()},
+        {"mask": keyspan.Causal() & keyspan.Window(1)},
+        {"mask": keyspan.Causal() & keyspan.Window(2)},
+    )
+    for turn in range(3):
+        outs = [keyspan.attention(q, k, v, **kw) for kw in calls]
+        for n, out in enumerate(outs):
+            assert all(n == m or not torch.equal(out, other) for m, other in enumerate(outs))
+        assert replayed[-len(calls) :] == [turn == 2] * len(calls)
 
 
 @needs_library
@@ -181,7 +176,7 @@ def test_bad_input_is_seen_behind_a_good_call():
 
 
 @needs_library
-def test_what_is_written_into_tensors_is_seen(repeated):
+def test_what_is_written_into_tensors_is_seen(replayed):
     q, k, v = tensors(N=5)
     lengths = torch.tensor([2, 3])
     ranges = keyspan.Causal().lower(1, 5, 5)
@@ -194,9 +189,9 @@ def test_what_is_written_into_tensors_is_seen(repeated):
             keyspan.attention(q, k, v, mask=ranges, bias=keyspan.Alibi(slopes)),
         ]
 
-    for _ in range(3):
+    for _ in range(4):
         before = results()
-    assert repeated[-2:] == [True, True]
+    assert replayed[-2:] == [True, True]
     lengths.copy_(torch.tensor([4, 1]))
     ranges.hi[..., -1] = 1
     slopes.mul_(2)
@@ -208,7 +203,7 @@ def test_what_is_written_into_tensors_is_seen(repeated):
 
 
 @needs_library
-def test_ranges_for_any_number_of_keys_are_cut_off_each_time(repeated):
+def test_ranges_for_any_number_of_keys_are_cut_off_each_time(replayed):
     q, k, v = tensors(N=5)
     made = keyspan.Causal().lower(1, 5, 5)
     ranges = KeyRanges(made.lo, made.hi.clone(), made.diagonal)
@@ -217,7 +212,7 @@ def test_ranges_for_any_number_of_keys_are_cut_off_each_time(repeated):
         assert torch.equal(keyspan.attention(q, k, v, mask=ranges), want)
     ranges.hi.fill_(99)
     assert torch.equal(keyspan.attention(q, k, v, mask=ranges), keyspan.attention(q, k, v))
-    assert not any(repeated)
+    assert not any(replayed)
 
 
 @needs_library
@@ -230,7 +225,7 @@ def test_ranges_that_are_given_another_form_in_place_are_checked_again():
     )
     for change in changes:
         ranges = keyspan.Causal().lower(1, 5, 5)
-        for _ in range(3):
+        for _ in range(4):
             keyspan.attention(q, k, v, mask=ranges)
         change(ranges.hi)
         with pytest.raises(ValueError, match="ranges"):
@@ -238,18 +233,17 @@ def test_ranges_that_are_given_another_form_in_place_are_checked_again():
 
 
 @needs_library
-def test_a_lowered_mask_outlives_its_being_forgotten():
-    """Another thread may forget it between the look at a call and its computation."""
+def test_a_replay_keeps_its_ranges_alive():
+    """Another thread may evict it while it runs."""
     q, k, v = tensors(N=5)
-    for _ in range(2):
-        want = keyspan.attention(q, k, v, mask=keyspan.Causal())
-    held = weakref.ref(next(iter(lowering._kept.values())).ranges.lo)
-    call = replay.look(q, k, v, keyspan.Causal(), None, None, (1,))
-    lowering._kept.clear()
+    for _ in range(3):
+        keyspan.attention(q, k, v, mask=keyspan.Causal())
+    (recorded,) = (x for x in CACHE.entries.values() if isinstance(x, replay._Recorded))
+    held = weakref.ref(recorded.held[0])
+    CACHE.clear()
     assert held() is not None
-    del call
+    del recorded
     assert held() is None
-    assert torch.equal(keyspan.attention(q, k, v, mask=keyspan.Causal()), want)
 
 
 class Learned(biases.Bias):
@@ -289,25 +283,133 @@ def test_biases_that_a_user_makes():
 
 
 @needs_library
-def test_gradients_go_the_long_way(repeated):
+@pytest.mark.parametrize("kind", ["dense gradient", "expanded gradient", "through lse", "of the query alone"])
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for name in (*CALLS, "dense", "two slopes") for layout in ("BMHK", "BMGHK")]
+)
+def test_gradients_are_replayed(name, layout, kind):
+    """Bitwise those of the call without replay, on other tensors each time."""
+
+    def run(attention, turn):
+        torch.manual_seed(turn)
+        q, k, v = tensors()
+        if layout == "BMGHK":
+            q, k, v = q.unflatten(2, (2, 2)), k[:, :, :, None], v[:, :, :, None]
+        leaves = [x.requires_grad_(kind != "of the query alone" or n == 0) for n, x in enumerate((q, k, v))]
+        kw = dict(CALLS.get(name, {}))
+        if "sinks" in kw:
+            kw["sinks"] = torch.randn(4).requires_grad_()
+            leaves.append(kw["sinks"])
+        terms = {"alibi": [(4,)], "two slopes": [(4,), (4,)], "table": [(4, 5)], "dense": [(5, 7)]}.get(name, [])
+        values = [torch.randn(shape).requires_grad_() for shape in terms]
+        kinds = {"alibi": keyspan.Alibi, "two slopes": keyspan.Alibi, "table": keyspan.RelativeBias}
+        if values:
+            kw["bias"] = sum(kinds.get(name, biases.DenseBias)(x) for x in values)
+        leaves += values
+        out, lse = attention(q, k, v, **{**kw, "return_lse": True})
+        if kind == "expanded gradient":
+            total = out.sum()
+        else:
+            total = (out * torch.randn_like(out)).sum()
+        if kind == "through lse":
+            total = total + lse.sin().sum()
+        needed = [x for x in leaves if x.requires_grad]
+        return [out, lse, *torch.autograd.grad(total, needed)]
+
+    for turn in range(6):
+        hits = CACHE.hits
+        got = run(keyspan.attention, turn)
+        after = CACHE.hits
+        want = run(without_replay, turn)
+        assert all(map(torch.equal, got, want))
+    assert (after - hits == 2) == (name not in ("dense", "two slopes")), "forward and backward are replayed"
+
+
+@needs_library
+def test_replayed_gradients_keep_autograds_promises():
+    def call():
+        q, k, v = (x.requires_grad_() for x in tensors())
+        return (q, k, v), keyspan.attention(q, k, v)
+
+    for _ in range(4):
+        leaves, out = call()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert CACHE.hits == 3
+    # A graph that is retained, and one of the gradients.
+    leaves, out = call()
+    grads = [torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True) for _ in range(2)]
+    assert all(map(torch.equal, *grads))
+    (grad, *_) = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+    # A saved tensor that was written to.
+    leaves, out = call()
+    with torch.no_grad():
+        leaves[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    # Hooks that return saved tensors in other memory, with other strides.
+    leaves, out = call()
+    want = torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    def unpack(x):
+        return x.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), unpack):
+        q, k, v = leaves
+        out = keyspan.attention(q, k, v)
+    for a, b in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), want, strict=True):
+        torch.testing.assert_close(a, b)
+    # A profiler sees the op.
+    leaves, out = call()
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert "keyspan::attention_backward" in {x.key for x in profile.key_averages()}
+
+
+@needs_library
+def test_calls_with_and_without_gradients_are_told_apart(replayed):
     q, k, v = tensors()
-    for _ in range(2):
+    for _ in range(3):
         keyspan.attention(q, k, v)
     q.requires_grad_()
     assert keyspan.attention(q, k, v).requires_grad
+    with torch.no_grad():
+        assert not keyspan.attention(q, k, v).requires_grad
     slopes = torch.rand(4)
     for _ in range(3):
         keyspan.attention(q.detach(), k, v, bias=keyspan.Alibi(slopes))
     assert keyspan.attention(q.detach(), k, v, bias=keyspan.Alibi(slopes.requires_grad_())).requires_grad
-    with torch.no_grad():
-        assert not keyspan.attention(q, k, v).requires_grad
-    assert repeated == [False, True, False, True, True]
+    assert replayed == [False, False, True, False, True, False, False, True, False]
 
 
 @needs_library
-def test_settings_are_read_each_time(repeated):
+def test_one_tensor_for_several_arguments():
+    def run(attention, turn):
+        torch.manual_seed(turn)
+        x = torch.randn(1, 6, 2, 8, requires_grad=True)
+        return torch.autograd.grad(attention(x, x, x).sin().sum(), x)[0]
+
+    for turn in range(5):
+        hits = CACHE.hits
+        got = run(keyspan.attention, turn)
+        replays = CACHE.hits - hits
+        assert torch.equal(got, run(without_replay, turn))
+    assert replays == 2
+
+
+@needs_library
+def test_a_key_value_cache_that_grows_records_nothing():
+    k, v = torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
+    for n in range(1, 40):
+        keyspan.attention(k[:, n - 1 : n], k[:, :n], v[:, :n])
+    assert CACHE.recorded == 0
+
+
+@needs_library
+def test_settings_are_read_each_time(replayed):
     q, k, v = tensors(M=40, N=40)
-    for _ in range(2):
+    for _ in range(3):
         want = keyspan.attention(q, k, v)
     with torch.autocast("cpu"):
         assert keyspan.attention(q, k, v).dtype == torch.bfloat16
@@ -315,7 +417,7 @@ def test_settings_are_read_each_time(repeated):
     for isa in native.binding.SUPPORTED:
         with native.use_isa(isa):
             torch.testing.assert_close(keyspan.attention(q, k, v), want)
-            assert torch.equal(keyspan.attention(q, k, v), the_long_way(q, k, v))
+            assert torch.equal(keyspan.attention(q, k, v), without_replay(q, k, v))
     try:
         torch.set_num_threads(1)
         torch.testing.assert_close(keyspan.attention(q, k, v), want)
@@ -323,8 +425,8 @@ def test_settings_are_read_each_time(repeated):
         torch.set_num_threads(threads)
     with torch.inference_mode():
         assert keyspan.attention(q, k, v).is_inference()
-    assert repeated[1]
-    assert repeated[-1]
+    assert replayed[2]
+    assert replayed[-1]
 
 
 @needs_library
@@ -377,24 +479,23 @@ def test_zeros_that_have_no_memory():
 def test_masks_of_numbers_are_lowered_once():
     cpu = torch.device("cpu")
     mask = keyspan.Documents([2, 3]) & keyspan.Causal()
-    first = lowering.lower(mask, 1, 5, 5, cpu)
+    lower = cache.lower
+    first = lower(mask, 1, 5, 5, cpu)
     same = keyspan.Documents([2, 3]) & keyspan.Causal()
-    assert lowering.lower(same, 1, 5, 5, cpu) is first
+    assert lower(same, 1, 5, 5, cpu) is first
     others = [
-        lowering.lower(keyspan.Documents([3, 2]) & keyspan.Causal(), 1, 5, 5, cpu),
-        lowering.lower(keyspan.Documents([2, 3]) & keyspan.Causal("bottom_right"), 1, 5, 5, cpu),
-        lowering.lower(keyspan.Documents(torch.tensor([2, 3])) & keyspan.Causal(), 1, 5, 5, cpu),
-        lowering.lower(mask & torch.ones(5, 5, dtype=torch.bool), 1, 5, 5, cpu),
+        lower(keyspan.Documents([3, 2]) & keyspan.Causal(), 1, 5, 5, cpu),
+        lower(keyspan.Documents([2, 3]) & keyspan.Causal("bottom_right"), 1, 5, 5, cpu),
+        lower(keyspan.Documents(torch.tensor([2, 3])) & keyspan.Causal(), 1, 5, 5, cpu),
+        lower(mask & torch.ones(5, 5, dtype=torch.bool), 1, 5, 5, cpu),
     ]
     assert all(x is not first for x in others)
     with torch.inference_mode():
-        made = lowering.lower(keyspan.Causal(), 1, 5, 5, cpu)
+        made = lower(keyspan.Causal(), 1, 5, 5, cpu)
     assert not made.lo.is_inference(), "it will be saved for backward"
-    for n in range(2 * lowering._MOST):
-        lowering.lower(keyspan.Window(n), 1, 5, 5, cpu)
-    assert len(lowering._kept) <= lowering._MOST
-    lowering.lower(keyspan.Causal(), 1, lowering._LARGEST + 1, 5, cpu)
-    assert not any(x.ranges.lo.numel() > lowering._LARGEST for x in lowering._kept.values())
+    assert CACHE.nbytes == sum(x.nbytes for x in CACHE.entries.values()) > 0
+    lower(keyspan.Causal(), 1, cache.LARGEST_MASK + 1, 5, cpu)
+    assert not any(x.ranges.lo.numel() > cache.LARGEST_MASK for x in CACHE.entries.values())
 
 
 class Halved(masks.Combined):
@@ -427,28 +528,38 @@ def test_masks_that_a_user_makes_are_lowered_each_time(monkeypatch):
     assert not torch.equal(keyspan.attention(q, k, v, mask=Upto()), before)
 
 
-def test_what_is_lowered_where_torch_makes_something_else_is_not_kept():
+def test_what_is_lowered_under_a_mode_is_not_cached():
     q, k, v = tensors(N=5)
     want = keyspan.attention(q, k, v, mask=torch.ones(5, 5, dtype=torch.bool).tril())
 
-    class Watching(torch.overrides.TorchFunctionMode):
+    class Observer(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda q: keyspan.attention(q, k, v, mask=keyspan.Causal()).sum())(q)
-    with Watching():
+    with Observer():
         keyspan.attention(q, k, v, mask=keyspan.Causal())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(lambda q: keyspan.attention(q, k, v, mask=keyspan.Causal()), q, check_trace=False)
-    assert not lowering._kept
+    assert not any(isinstance(x, cache.Lowered) for x in CACHE.entries.values())
     torch.testing.assert_close(keyspan.attention(q, k, v, mask=keyspan.Causal()), want)
 
 
-def test_no_more_calls_are_known_than_shall_be(monkeypatch):
-    monkeypatch.setattr(replay, "_MOST", 4)
+def test_the_cache_is_bounded(monkeypatch):
+    """By entries, and by the bytes of the masks that it holds; what was used last stays."""
+    monkeypatch.setattr(CACHE, "most_entries", 4)
+    one = torch.zeros(2, 1, 1, 4)
     for n in range(1, 12):
         q = torch.zeros(1, n, 1, 4)
         keyspan.attention(q, q, q)
-        assert len(replay._known) <= 4
+        keyspan.attention(one, one, one)
+        assert len(CACHE.entries) <= 4
+    assert sum(isinstance(x, replay._Recorded) for x in CACHE.entries.values()) == bool(not needs_library.args[0])
+    CACHE.clear()
+    monkeypatch.setattr(CACHE, "most_bytes", 1000)
+    for n in range(1, 40):
+        cache.lower(keyspan.Window(n), 1, 20, 20, torch.device("cpu"))
+        assert CACHE.nbytes == sum(x.nbytes for x in CACHE.entries.values()) <= 1000
+    assert len(CACHE.entries) > 1

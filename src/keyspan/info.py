@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keyspan.backends import AUTOMATIC, BACKENDS, choose, load
+from keyspan.backends import AUTOMATIC, BACKENDS, load
 from keyspan.backends.schedule import row_blocks
 from keyspan.core.biases import Alibi, Bias
 from keyspan.core.masks import Causal, Documents, Mask, Window
 from keyspan.core.problem import Problem, check_dropout, make_problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import autocast_inputs
+from keyspan.dispatch.choose import choose
 from keyspan.dispatch.flops import backward_flops, forward_flops, visible_area
 
 

@@ -7,7 +7,9 @@ import keyspan
 from keyspan.backends import Needs
 from keyspan.backends.triton import backward_kernels, config, launch
 from keyspan.backends.triton.primitives import STATS_PADDING, Arguments
+from keyspan.core import shims
 from keyspan.core.problem import make_problem
+from keyspan.dispatch.cache import CACHE
 from keyspan.dispatch.op import attend
 from keyspan.testing import results, tolerances, worst
 from keyspan.testing.cases import CASES
@@ -141,7 +143,7 @@ def test_visible_nan_in_scales_and_values_reaches_the_output():
     torch.testing.assert_close(partly[2], want[2])
 
 
-def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
+def test_a_replay_reads_the_scales_of_its_call(monkeypatch):
     launched = []
 
     class Compiled:
@@ -149,10 +151,9 @@ def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
             return lambda *values, stream: launched.append(values)
 
     monkeypatch.setattr(launch, "run", lambda *_, **__: Compiled())
-    monkeypatch.setattr(launch.relaunch, "_plans", {})
-    monkeypatch.setattr(launch.relaunch, "_direct", lambda kernel, grid: None)
-    monkeypatch.setattr(launch.relaunch, "_stream", lambda index: 0)
-    monkeypatch.setattr(launch.relaunch, "_current_device", lambda: None)
+    monkeypatch.setattr(shims, "triton_launcher", lambda kernel: None)
+    monkeypatch.setattr(shims, "cuda_stream", lambda index: 0)
+    monkeypatch.setattr(shims, "cuda_device", lambda: None)
 
     def problem(run):
         q, k, v = (torch.randn(1, n, 2, 16) for n in (1, 64, 64))
@@ -163,14 +164,15 @@ def test_a_launch_made_again_reads_the_scales_of_its_call(monkeypatch):
         return make_problem(*(x for x, _ in stored), **dict(zip(names, (y for _, y in stored), strict=True)))[0]
 
     for kind in ("scales", "none"):
-        first, second = (problem(1 if kind == "scales" else None) for _ in "12")
-        launch.forward(first)
-        assert not launched, "a first launch is compiled"
-        launch.forward(second)
+        CACHE.clear()
+        for _ in range(2):
+            attend(problem(1 if kind == "scales" else None), "triton")
+        assert not launched, "the first launches are compiled"
+        last = problem(1 if kind == "scales" else None)
+        attend(last, "triton")
         (arguments, *_), *_ = launched
         given = dict(zip(Arguments._fields, arguments, strict=True))
         for name in ("query_scale", "key_scale", "value_scale"):
-            scale = getattr(second, name)
+            scale = getattr(last, name)
             assert given[name] == (None if scale is None else scale.data_ptr())
         launched.clear()
-    assert len(launch.relaunch._plans) == 2

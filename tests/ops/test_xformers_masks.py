@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from xformers_definitions import KINDS, dense_attention, instances, leaves, random
 
 from keyspan import Alibi, Causal, Documents, Window, attention
-from keyspan.backends import choose
 from keyspan.backends.native import binding
+from keyspan.dispatch.choose import choose
 from keyspan.ops import fmha
 from keyspan.ops.fmha import attn_bias as masks
 from keyspan.ops.fmha.seq_info import _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo

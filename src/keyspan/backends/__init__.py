@@ -1,4 +1,4 @@
-"""How attention is computed: the backends and the choice among them. Knows nothing of layouts or masks.
+"""How attention is computed: the backends, and what they have in common. `keyspan.dispatch.choose` picks one.
 
 A backend is a module with three functions:
 
@@ -6,15 +6,18 @@ A backend is a module with three functions:
     forward(problem) -> (out, lse)              out [B, M, G, H, V] in output_dtype, lse [B, G, H, M] in compute_dtype
     backward(problem, grad_out, grad_lse, out, lse, needs) -> gradients, one per field of Needs
 
-One for which Python takes longer than a small problem has a fourth:
+A backend whose Python code takes longer than a small problem also has
 
-    record(problem, pointers, shapes) -> (out, lse, again)    forward, and what computes the same on other memory
+    record_forward(problem, given, shapes) -> ((out, lse), replay)
+    record_backward(problem, given, …) -> (gradients, replay)
+
+which compute the same and return a replay: a function that does it again on other tensors of the same signature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +29,8 @@ BACKENDS = ("triton", "native", "chunked", "reference")
 """All backends, by name."""
 
 AUTOMATIC = ("triton", "native", "chunked")
-"""Those that `backend=None` tries, in this order. The last accepts every problem. On the CPU `triton` is an interpreter
-for tests, taken by name alone."""
+"""Those that `backend=None` tries, in this order; the last accepts every problem. On the CPU `triton` is an interpreter
+for tests, which runs only when asked for by name."""
 
 
 class Needs(NamedTuple):
@@ -54,34 +57,57 @@ class Gradients(NamedTuple):
     biases: list[Tensor | None]
 
 
-Again: TypeAlias = Callable[[list[int]], list[Tensor] | None]
-"""Computes a recorded problem on other memory: from the addresses of the tensors, in the order in which they were
-recorded, to the results asked for. None where what it relies on, of torch's settings or the backend's, has changed."""
+T_co = TypeVar("T_co", covariant=True)
 
 
-def mould(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """What `cast` makes tensors from: of `x` its dtype and device, and a shape, but no memory to speak of."""
+class Replay(Protocol[T_co]):
+    """Computes a recorded problem on other tensors."""
+
+    def __call__(self, pointers: list[int], tensors: Sequence[Tensor]) -> T_co | None:
+        """The results; None where a setting that the recording relies on has changed.
+
+        Args:
+            pointers: addresses of `tensors`. The list is not changed.
+            tensors: in the order in which they were recorded, of the same signature.
+        """
+        ...
+
+
+def template(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `empty_like` makes tensors from: it has the dtype and device of `x`, a shape, and no memory to speak of."""
     return x.new_empty(1).expand(tuple(shape))
 
 
-def cast(mould: Tensor) -> Tensor:
-    """A new contiguous tensor; half as long in the making as one whose shape, dtype and device have to be read."""
-    return torch.empty_like(mould, memory_format=torch.contiguous_format)
+def empty_like(template: Tensor) -> Tensor:
+    """A new contiguous tensor, in half the time that it takes to pass shape, dtype and device."""
+    return torch.empty_like(template, memory_format=torch.contiguous_format)
 
 
 class Recorder(Protocol):
-    """The fourth function of some backend modules."""
+    """The further functions of some backend modules."""
 
-    def __call__(
-        self, problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, Tensor, Again | None]:
-        """(out, lse) of `forward`, and what makes them again; None where that cannot be, e.g. since it copies.
+    def record_forward(
+        self, problem: Problem, given: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+    ) -> tuple[list[Tensor], Replay[list[Tensor]] | None]:
+        """(out,) or (out, lse) of `forward`, and a replay; None where there is none, e.g. since a tensor is copied.
 
         Args:
-            problem: no gradients are wanted.
-            pointers: addresses of the tensors that will be given anew; of all others the problem may not be told apart.
-            shapes: of the results when made again: of `out`, or of `out` and `lse`; as many elements as those have.
+            given: the tensors that the replay is given anew; all others are the problem's own and stay as they are.
+            shapes: of `out`, or of `out` and `lse`, as the results and those of replays have them.
         """
+        ...
+
+    def record_backward(
+        self,
+        problem: Problem,
+        given: Sequence[Tensor],
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs: Needs,
+    ) -> tuple[Gradients, Replay[Gradients] | None]:
+        """Gradients of `backward`, and a replay; `given` ends with out, lse, grad_out and, if any, grad_lse."""
         ...
 
 
@@ -103,6 +129,11 @@ class Backend(Protocol):
     ) -> Gradients: ...
 
 
+def recorder(module: Backend) -> Recorder | None:
+    """The backend module, where it can record."""
+    return cast(Recorder, module) if hasattr(module, "record_forward") else None
+
+
 def load(name: str) -> Backend:
     """The backend module of this name."""
     # Plain imports, one per name: torch.compile traces these, and not importlib.
@@ -121,23 +152,3 @@ def load(name: str) -> Backend:
     from keyspan.backends import reference
 
     return reference
-
-
-def choose(problem: Problem, backend: str | None) -> str:
-    """The name of the backend that computes this problem.
-
-    Raises:
-        ValueError: for an unknown name.
-        NotImplementedError: where the backend asked for by name cannot; it is never replaced by another.
-    """
-    if backend is None:
-        for name in AUTOMATIC[:-1]:
-            if (name != "triton" or problem.query.is_cuda) and load(name).reason_against(problem) is None:
-                return name
-        return AUTOMATIC[-1]
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, want one of {', '.join(BACKENDS)} or None")
-    reason = load(backend).reason_against(problem)
-    if reason is not None:
-        raise NotImplementedError(f"backend {backend!r} cannot compute this: {reason}")
-    return backend

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import keyspan
-from keyspan.backends import choose, load
+from keyspan.backends import load
 from keyspan.bench.clock import synchronize
 from keyspan.bench.report import Report
 from keyspan.core.problem import make_problem
+from keyspan.dispatch.choose import choose
 
 
 def overhead(report: Report, device: torch.device, calls: int = 20, turns: int = 40) -> None:

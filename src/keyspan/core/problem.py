@@ -6,16 +6,24 @@ Letters: B batch, M queries, N keys, G key/value heads, H query heads per group,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
 from keyspan.core.biases import Alibi, Bias, DenseBias, RelativeBias, as_bias
-from keyspan.core.lowering import EVERYTHING, lower
-from keyspan.core.masks import Mask, as_mask
+from keyspan.core.masks import Combined, Mask, as_mask
 from keyspan.core.ranges import KeyRanges
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+MaskLike: TypeAlias = Mask | KeyRanges | Tensor | None
+BiasLike: TypeAlias = Bias | Tensor | None
+EVERYTHING = Combined(())
+"""The mask that hides nothing, lowered where a bias needs positions."""
 
 _LARGEST = torch.finfo(torch.float64).max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -23,6 +31,21 @@ STORED = (torch.float8_e4m3fn, torch.int8)
 """What keys and values may be stored as, for inference: a stored number times its scale is the true one. The query may
 be stored as the first of them, if keys and values are."""
 _OF_QUERIES = (*DTYPES, STORED[0])
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `attention` besides query, key and value that make the problem; all may be left out."""
+
+    mask: MaskLike
+    bias: BiasLike
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout_p: float
+    query_scale: Tensor | None
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    output_dtype: torch.dtype | None
 
 
 class Problem(NamedTuple):
@@ -64,6 +87,12 @@ class Problem(NamedTuple):
     """0 for none."""
     dropout_p: float
     output_dtype: torch.dtype
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of out, `[B, M, G, H, V]`, and of lse, `[B, G, H, M]`."""
+        B, M, G, H, _ = self.query.shape
+        return (B, M, G, H, self.value.shape[-1]), (B, G, H, M)
 
     @property
     def N(self) -> int:
@@ -147,6 +176,12 @@ class HeadLayout(NamedTuple):
         flat = out.flatten(2, 3)
         return flat if self.dims == 4 else flat.unflatten(2, (self.groups, self.heads))
 
+    def shapes(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        """Of out and lse as `output` and `lse` give them."""
+        (B, M, _, _, V), _ = problem.shapes
+        heads = {3: (), 4: (self.groups * self.heads,), 5: (self.groups, self.heads)}[self.dims]
+        return (B, M, *heads, V), (B, *heads, M)
+
     def lse(self, lse: Tensor) -> Tensor:
         """`[B, g, h, M]` to `[B, M]`, `[B, Hq, M]` or `[B, G, H, M]`."""
         if self.dims == 3:
@@ -160,29 +195,30 @@ def make_problem(
     key: Tensor,
     value: Tensor,
     *,
-    mask: Mask | KeyRanges | Tensor | None = None,
-    bias: Bias | Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    query_scale: Tensor | None = None,
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    output_dtype: torch.dtype | None = None,
+    lower: Callable[[Mask, int, int, int, torch.device], KeyRanges] = lambda mask, *sizes: mask.lower(*sizes),
+    **options: Unpack[Options],
 ) -> tuple[Problem, HeadLayout]:
-    """Check what the user gave and bring it into canonical form, without copying where strides allow."""
+    """Check what the user gave and bring it into canonical form, without copying where strides allow.
+
+    Args:
+        lower: what lowers a mask, given batch, M, N and device; may use a cache.
+    """
+    mask, bias, sinks = options.get("mask"), options.get("bias"), options.get("sinks")
+    dropout_p = options.get("dropout_p", 0.0)
     _check_tensors(query, key, value)
     scales = (
-        _by_row("query_scale", query_scale, "query", query),
-        _by_row("key_scale", key_scale, "key", key),
-        _by_row("value_scale", value_scale, "value", value),
+        _by_row("query_scale", options.get("query_scale"), "query", query),
+        _by_row("key_scale", options.get("key_scale"), "key", key),
+        _by_row("value_scale", options.get("value_scale"), "value", value),
     )
     (q, q_scale), (k, v, k_scale, v_scale), layout = _canonical((query, scales[0]), (key, value, *scales[1:]))
     B, M, G, H, K = q.shape
-    ranges = _ranges(mask, B, M, k.shape[1], query.device)
-    if ranges is None and bias is not None:
-        ranges = lower(EVERYTHING, B, M, k.shape[1], query.device)
+    if mask is None and bias is not None:
+        mask = EVERYTHING
+    if isinstance(mask, (Mask, Tensor)):
+        ranges: KeyRanges | None = lower(as_mask(mask), B, M, k.shape[1], query.device)
+    else:
+        ranges = None if mask is None else _checked(mask, B, M, k.shape[1], query.device)
     paged = ranges is not None and ranges.block_table is not None
     N = ranges.block_table.shape[1] * ranges.page_size if paged else k.shape[1]  # type: ignore[union-attr]
     if k.shape[0] != B:
@@ -216,10 +252,10 @@ def make_problem(
         v_scale,
         _seed(dropout_p, query.device),
         0 if ranges is None else ranges.page_size,
-        _scale(scale, K),
-        _softcap(softcap),
+        _scale(options.get("scale"), K),
+        _softcap(options.get("softcap")),
         float(dropout_p),
-        _output_dtype(output_dtype, torch.bfloat16 if query.dtype in STORED else query.dtype),
+        _output_dtype(options.get("output_dtype"), torch.bfloat16 if query.dtype in STORED else query.dtype),
     )
     if problem.quantized and torch.is_grad_enabled():
         _refuse_gradients(problem)
@@ -369,16 +405,15 @@ def _shared_by_group(x: Tensor) -> bool:
     return x.shape[3] == 1 or (x.stride(3) == 0 and not (x.requires_grad and torch.is_grad_enabled()))
 
 
-def _ranges(mask: Mask | KeyRanges | Tensor | None, B: int, M: int, N: int, device: torch.device) -> KeyRanges | None:
-    if mask is None:
-        return None
-    if isinstance(mask, (Mask, Tensor)):
-        return lower(as_mask(mask), B, M, N, device)
+def _checked(mask: KeyRanges, B: int, M: int, N: int, device: torch.device) -> KeyRanges:
+    """Ranges that a user lowered or made, for these sizes."""
     if not isinstance(mask, KeyRanges):
         raise ValueError(f"mask: got {type(mask).__name__}, want a mask, KeyRanges, a bool tensor or None")
     for x in (mask.lo, mask.hi, mask.diagonal):
         if x.dim() != 3 or x.shape[2] != M or not _broadcasts(x.shape[1], B) or x.shape != mask.lo.shape:
             raise ValueError(f"mask: got ranges of shape {list(x.shape)}, want [S, {B} or 1, {M}], all alike")
+        if x.dtype != torch.int32:  # checked at construction, but `x.data` may have been assigned to since
+            raise ValueError(f"mask: got ranges of {x.dtype}, want int32")
         if x.device != device:
             raise ValueError(f"mask: got ranges on {x.device}, want {device} as query")
     if mask.keys is None:

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Seen(NamedTuple):
-    """Key ranges as those see them who know what to do with the memory."""
-
-    form: tuple[object, ...]
-    """All but where the tensors lie and what they hold."""
-    pointers: list[int]
-    """Addresses of the tensors that are given, in the order of the fields."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +72,10 @@ class KeyRanges:
         if self.keys is not None and not 0 <= self.keys < 2**31:
             raise ValueError(f"keys: got {self.keys}, want None or the number of keys, less than 2³¹")
 
-    def seen(self) -> Seen | None:
-        """As they are now, for a tensor may be given other sizes in place; None where a subclass of tensors watches."""
-        form: list[object] = [self.page_size, self.keys]
-        pointers: list[int] = []
-        for x in (self.lo, self.hi, self.diagonal, self.sequence, self.block_table, self.dense):
-            if x is None:
-                form.append(None)
-            elif type(x) is Tensor:
-                pointer = x.data_ptr()
-                pointers.append(pointer)
-                form += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)
-            else:
-                return None
-        return Seen(tuple(form), pointers)
+    def tensors(self) -> list[Tensor]:
+        """Those of the fields that are tensors, in their order."""
+        fields = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table, self.dense)
+        return [x for x in fields if x is not None]
 
     def to(self, device: torch.device | str) -> KeyRanges:
         """The same ranges on another device."""

@@ -1,60 +1,33 @@
-"""`attention`: checks what it is given, casts under autocast, and calls the registered op. Knows no kernel."""
+"""`attention`, the public function: lookup → check → choose → run."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from keyspan.backends import choose
-from keyspan.core.biases import Bias
-from keyspan.core.masks import Mask
-from keyspan.core.problem import DTYPES, make_problem
-from keyspan.core.ranges import KeyRanges
+from keyspan.core.problem import DTYPES, BiasLike, MaskLike, Options, make_problem
 from keyspan.dispatch import replay
-from keyspan.dispatch.op import attend
+from keyspan.dispatch.cache import lower
+from keyspan.dispatch.choose import choose
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class CallOptions(Options, total=False):
+        backend: str | None
 
 
 @overload
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Mask | KeyRanges | Tensor | None = ...,
-    bias: Bias | Tensor | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    sinks: Tensor | None = ...,
-    dropout_p: float = ...,
-    query_scale: Tensor | None = ...,
-    key_scale: Tensor | None = ...,
-    value_scale: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-    output_dtype: torch.dtype | None = ...,
-    backend: str | None = ...,
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[CallOptions]
 ) -> Tensor: ...
 
 
 @overload
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Mask | KeyRanges | Tensor | None = ...,
-    bias: Bias | Tensor | None = ...,
-    scale: float | None = ...,
-    softcap: float | None = ...,
-    sinks: Tensor | None = ...,
-    dropout_p: float = ...,
-    query_scale: Tensor | None = ...,
-    key_scale: Tensor | None = ...,
-    value_scale: Tensor | None = ...,
-    return_lse: Literal[True],
-    output_dtype: torch.dtype | None = ...,
-    backend: str | None = ...,
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[CallOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -63,8 +36,8 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    mask: Mask | KeyRanges | Tensor | None = None,
-    bias: Bias | Tensor | None = None,
+    mask: MaskLike = None,
+    bias: BiasLike = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -122,40 +95,19 @@ def attention(
         ValueError: for a wrong argument; the message names it, what was got and what was wanted.
         NotImplementedError: where the backend asked for by name cannot compute the problem.
     """
-    others = None
+    terms = None
     if not sinks is query_scale is key_scale is value_scale is None:
-        others = (sinks, query_scale, key_scale, value_scale)
-    call = None
-    if type(dropout_p) in (float, int) and not dropout_p:
-        # True is no scale, though it equals one.
-        numbers = (scale, type(scale), softcap, type(softcap), bool(return_lse), output_dtype, backend)
-        call = replay.look(query, key, value, mask, bias, others, numbers)
-    results = None if call is None else replay.again(call)
+        terms = (sinks, query_scale, key_scale, value_scale)
+    numbers = (scale, softcap, dropout_p, bool(return_lse), output_dtype, backend)
+    call = replay.lookup(query, key, value, mask, bias, terms, numbers)
+    results = None if call is None else replay.replay(call)
     if results is None:
-        query, key, value = autocast_inputs(query, key, value)
-        problem, layout = make_problem(
-            query,
-            key,
-            value,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            dropout_p=dropout_p,
-            query_scale=query_scale,
-            key_scale=key_scale,
-            value_scale=value_scale,
+        problem, heads = make_problem(
+            *autocast_inputs(query, key, value), lower=lower, mask=mask, bias=bias, scale=scale, softcap=softcap,
+            sinks=sinks, dropout_p=dropout_p, query_scale=query_scale, key_scale=key_scale, value_scale=value_scale,
             output_dtype=output_dtype,
-        )
-        name = choose(problem, backend)
-        if call is None:
-            out, lse = attend(problem, name)
-        else:
-            B, M, *heads, _ = query.shape
-            shapes = [(B, M, *heads, value.shape[-1]), (B, *heads, M)]
-            out, lse = replay.first(call, problem, name, shapes if return_lse else shapes[:1])
-        results = [layout.output(out), layout.lse(lse)] if return_lse else [layout.output(out)]
+        )  # fmt: skip
+        results = replay.compute(call, problem, heads, choose(problem, backend), return_lse)
     return (results[0], results[1]) if return_lse else results[0]
 
 

@@ -1,6 +1,8 @@
-"""The registered operator: one forward, one backward, flat arguments. Knows backends by name only.
+"""The registered operator: one forward, one backward, flat arguments.
 
-Registered through torch.library so that torch.compile, autocast, checkpointing and the flop counter see one op.
+Registered through torch.library so that torch.compile, autocast, checkpointing and the FLOP counter see one op. Where
+nothing observes the op it is bypassed: the dispatcher costs more than a small problem, with gradients many times as
+much.
 """
 
 from __future__ import annotations
@@ -12,20 +14,27 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from keyspan.backends import Gradients, Needs, load
-from keyspan.core.observers import plain, unwatched
+from keyspan.backends import Gradients, Needs, Replay, load, recorder
+from keyspan.core import shims
 from keyspan.core.problem import Problem
+from keyspan.dispatch.cache import CACHE, signature
 from keyspan.dispatch.flops import register_when_imported
 
-_PROBLEM = (
-    "Tensor query, Tensor key, Tensor value, Tensor? lo, Tensor? hi, Tensor? diagonal, Tensor? sequence, "
-    "Tensor? block_table, Tensor? dense, Tensor[] biases, Tensor? slopes, Tensor? table, Tensor? sinks, "
-    "Tensor? query_scale, Tensor? key_scale, Tensor? value_scale, Tensor? seed, int page_size, float scale, "
-    "float softcap, float dropout_p, ScalarType output_dtype"
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "list[Tensor]": "Tensor[]",
+    "int": "int",
+    "float": "float",
+    "torch.dtype": "ScalarType",
+}
+_PROBLEM = ", ".join(
+    f"{_TYPES[str(getattr(kind, '__forward_arg__', kind))]} {name}" for name, kind in Problem.__annotations__.items()
 )
-_DIFFERENTIABLE = ("query", "key", "value", "slopes", "table", "sinks")
-_SAVED = Problem._fields.index("page_size")
+NUMBERS = Problem._fields.index("page_size")
 """The fields before this one are tensors (one a list of them); those from here on are numbers."""
+DIFFERENTIABLE = Needs._fields[:-1]
+"""The differentiable fields of a problem; `biases`, a list, comes behind them."""
 
 _library = torch.library.Library("keyspan", "DEF")
 _library.define(f"attention_forward({_PROBLEM}, str backend) -> (Tensor, Tensor)")
@@ -35,154 +44,212 @@ _library.define(
 )
 
 
-def attend(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a problem: through the registered op, or, where nothing would see the op, without it.
+def attend(problem: Problem, backend: str, cached: bool = True) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a problem: through the registered op, or, where nothing observes the op, without it.
+
+    Args:
+        cached: whether to look for a replay of the problem.
 
     Raises:
         RuntimeError: under forward-mode differentiation, whose tangents the op would drop, and inside `torch.func`.
     """
-    if _unobserved(problem):
-        inputs = _inputs(problem) if torch.is_grad_enabled() else []
+    if _bypass_allowed(problem):
+        inputs = flat(problem) if torch.is_grad_enabled() else []
         if any(x is not None and x.requires_grad for x in inputs):
-            out, lse = _Direct.apply(problem, backend, *inputs)  # type: ignore[no-untyped-call]
+            out, lse = _Direct.apply(problem, backend, cached, *inputs)  # type: ignore[no-untyped-call]
             return out, lse
-        return _run(problem, backend)
+        return _run_forward(problem, backend, cached)
     _refuse_transforms(problem)
     return cast(tuple[Tensor, Tensor], torch.ops.keyspan.attention_forward(*problem, backend))
 
 
+def gradients(
+    problem: Problem,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    backend: str,
+    cached: bool = True,
+) -> list[Tensor | None]:
+    """The gradient of each of `flat(problem)`, None where `needs` says that it is not needed."""
+    if problem.quantized:
+        raise RuntimeError(f"keyspan.attention has no gradient where keys are {problem.key.dtype}")
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    # Where autograd records this pass for a second derivative, the op raises the error.
+    given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
+    if not torch.is_grad_enabled() and all(map(shims.plain, given)) and _bypass_allowed(problem):
+        return flat(_run_backward(problem, grad_out, grad_lse, out, lse, needs, backend, cached))
+    found = torch.ops.keyspan.attention_backward(grad_out, grad_lse, out, lse, *problem, needs, backend)
+    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+
+
+def flat(of: Problem | Gradients) -> list[Tensor | None]:
+    """The differentiable inputs of a problem, or their gradients, in the order in which the ops list them."""
+    return [*(getattr(of, name) for name in DIFFERENTIABLE), *of.biases]
+
+
+def _tensors(problem: Problem) -> list[Tensor]:
+    """All tensors of a problem that it has, the dense biases last."""
+    return [x for x in problem[:NUMBERS] if isinstance(x, Tensor)] + problem.biases
+
+
 def _refuse_transforms(problem: Problem) -> None:
-    """For what torch would drop in silence, or would refuse in words about its own registration."""
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in _inputs(problem)
+    """Raise where torch would drop a derivative silently, or would complain about our registration of the op."""
+    if shims.dual_level() and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in flat(problem)
     ):
         raise RuntimeError("keyspan.attention has no forward-mode derivative; use reverse mode")
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
-        return
-    tensors = (x for x in (*problem[:_SAVED], *problem.biases) if isinstance(x, Tensor))
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+    if not torch.compiler.is_compiling() and any(map(shims.transformed, _tensors(problem))):
         raise RuntimeError(
-            "keyspan.attention has no rule for torch.func (vmap, grad, jacrev, …); give it the batch as B, and "
-            "differentiate with torch.autograd"
+            "keyspan.attention has no rule for torch.func (vmap, grad, jacrev, …) or batched gradients; give it the "
+            "batch as B, and differentiate with torch.autograd, one gradient at a time"
         )
 
 
-def _unobserved(problem: Problem) -> bool:
-    """Whether nothing would notice the op, neither around it nor among its tensors.
-
-    Its dispatch costs more than a small problem, with gradients many times as much.
-    """
-    if not unwatched() or problem.query.is_meta:  # without values only the op's shapes are to be had
-        return False
-    tensors = (*cast(tuple[Any, ...], problem[:_SAVED]), *problem.biases)
-    return all(x is None or type(x) is list or plain(x) for x in tensors)
+def _bypass_allowed(problem: Problem) -> bool:
+    """Whether nothing would notice that the dispatcher is bypassed, neither a mode nor one of the tensors."""
+    return shims.unobserved() and not problem.query.is_meta and all(map(shims.plain, _tensors(problem)))
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # The casts were made before; what runs here sees the caller's autocast still on.
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast has cast the inputs; inside the backend it is off."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def _run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    with _without_autocast(problem.query.device):
-        return load(backend).forward(problem)
+def _run_forward(problem: Problem, backend: str, cached: bool) -> tuple[Tensor, Tensor]:
+    module = load(backend)
+    with without_autocast(problem.query.device):
+        recording = recorder(module) if cached else None
+        given = _tensors(problem)
+        found = signature(given) if recording is not None else None
+        if recording is None or found is None:
+            return module.forward(problem)
+
+        def record() -> tuple[list[Tensor], Replay[list[Tensor]] | None]:
+            return recording.record_forward(problem, given, problem.shapes)
+
+        key = (backend, _form(problem), found.form)
+        out, lse = CACHE.run(key, found.pointers, given, lambda: list(module.forward(problem)), record)
+        return out, lse
+
+
+def _run_backward(
+    problem: Problem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    backend: str,
+    cached: bool,
+) -> Gradients:
+    module = load(backend)
+    backward = (grad_out, grad_lse, out, lse, as_needs(needs))
+    with without_autocast(problem.query.device):
+        recording = recorder(module) if cached else None
+        given = [*_tensors(problem), out, lse, grad_out, *(() if grad_lse is None else (grad_lse,))]
+        found = signature(given) if recording is not None else None
+        if recording is None or found is None:
+            return module.backward(problem, *backward)
+
+        def record() -> tuple[Gradients, Replay[Gradients] | None]:
+            return recording.record_backward(problem, given, *backward)
+
+        key = (backend, _form(problem), tuple(needs), grad_lse is None, found.form)
+        return CACHE.run(key, found.pointers, given, lambda: module.backward(problem, *backward), record)
+
+
+def _form(problem: Problem) -> tuple[object, ...]:
+    """What a problem is apart from its tensors: which of them there are, and the numbers."""
+    return tuple(x is None for x in problem[:NUMBERS]), len(problem.biases), problem[NUMBERS:]
+
+
+def as_needs(flags: list[bool]) -> Needs:
+    """The flags of `flat`'s entries by name."""
+    count = len(DIFFERENTIABLE)
+    return Needs._make([*flags[:count], flags[count:]])
+
+
+def _check_memory(*problem: Any) -> None:
+    for name, x in zip(Problem._fields, problem, strict=False):
+        if type(x) in shims.PLAIN and x.numel() and not x.is_meta and not x.data_ptr():
+            raise ValueError(f"{name}: got a tensor whose storage was freed, want one with memory")
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    problem, backend = Problem(*args[:-1]), args[-1]
-    out, lse = _run(problem, backend)
+    _check_memory(*args)
+    out, lse = _run_forward(Problem(*args[:-1]), args[-1], cached=True)
     return out.contiguous(), lse.contiguous()  # as the fake says: compiled code relies on the strides
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*args[:-1])
-    B, M, G, H, _ = problem.query.shape
-    out = problem.query.new_empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
-    return out, problem.query.new_empty((B, G, H, M), dtype=problem.compute_dtype)
-
-
-def _inputs(of: Problem | Gradients) -> list[Tensor | None]:
-    """The differentiable inputs of a problem, or their gradients, in the order in which the ops list them."""
-    return [getattr(of, name) for name in _DIFFERENTIABLE] + list(of.biases)
+    out, lse = problem.shapes
+    query = problem.query
+    return query.new_empty(out, dtype=problem.output_dtype), query.new_empty(lse, dtype=problem.compute_dtype)
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     *fields, needs, backend = args
-    problem = Problem(*fields)
-    first = len(_DIFFERENTIABLE)
-    with _without_autocast(problem.query.device):
-        grads = load(backend).backward(
-            problem, grad_out, grad_lse, out, lse, Needs._make([*needs[:first], list(needs[first:])])
-        )
-    # The op returns tensors only: an empty one stands for a gradient nobody asked for.
-    return [lse.new_empty(0) if grad is None else grad.contiguous() for grad in _inputs(grads)]
+    _check_memory(*fields)
+    grads = _run_backward(Problem(*fields), grad_out, grad_lse, out, lse, list(needs), backend, cached=True)
+    # The op returns tensors only: an empty one stands for a gradient that is not needed.
+    return [lse.new_empty(0) if grad is None else grad.contiguous() for grad in flat(grads)]
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     *fields, needs, _ = args
-    inputs = _inputs(Problem(*fields))
     return [
         lse.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
-        for x, needed in zip(inputs, needs, strict=True)
+        for x, needed in zip(flat(Problem(*fields)), needs, strict=True)
     ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    problem = Problem(*inputs[:-1])
-    ctx.save_for_backward(*output, *(x for x in problem[:_SAVED] if isinstance(x, Tensor)), *problem.biases)
-    # What was a tensor is put back from the saved ones; the rest is kept as it is.
-    ctx.present = [isinstance(x, Tensor) for x in problem[:_SAVED]]
-    ctx.numbers = (*problem[_SAVED:],)
-    ctx.biases = len(problem.biases)
-    ctx.backend = inputs[-1]
-
-
-def _restore(ctx: Any) -> tuple[Tensor, Tensor, Problem]:
-    out, lse, *saved = ctx.saved_tensors
-    count = len(saved) - ctx.biases
-    tensors, biases = iter(saved[:count]), saved[count:]
-    fields: list[Any] = [next(tensors) if present else None for present in ctx.present]
-    return out, lse, Problem(*fields, *ctx.numbers)._replace(biases=biases)
+    problem = Problem(*inputs[: len(Problem._fields)])
+    ctx.save_for_backward(*output, *_tensors(problem))
+    ctx.present = [isinstance(x, Tensor) for x in problem[:NUMBERS]]
+    ctx.numbers = problem[NUMBERS:]
+    ctx.backend, *ctx.cached = inputs[len(Problem._fields) :]
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needed: list[bool]) -> list[Tensor | None]:
-    """Of each of `_inputs`, None where it is not needed; `needed` says so of all but the dense biases."""
-    out, lse, problem = _restore(ctx)
+    """Of each of `flat(problem)`; `needed` says of all but the dense biases whether it is needed."""
+    out, lse, *saved = ctx.saved_tensors
+    tensors = iter(saved)
+    fields: list[Any] = [next(tensors) if present else None for present in ctx.present]
+    problem = Problem(*fields, *ctx.numbers)._replace(biases=[*tensors])
     needs = needed + [x.requires_grad for x in problem.biases]
-    if problem.quantized:
-        raise RuntimeError(f"keyspan.attention has no gradient where keys are {problem.key.dtype}")
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    # With a graph of this pass asked for, the op says that there is none.
-    given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
-    direct = not torch.is_grad_enabled() and all(map(plain, given)) and _unobserved(problem)
-    run = _backward if direct else torch.ops.keyspan.attention_backward
-    grads = run(grad_out, grad_lse, out, lse, *problem, needs, ctx.backend)
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return gradients(problem, grad_out, grad_lse, out, lse, needs, ctx.backend, *ctx.cached)
 
 
 class _Direct(torch.autograd.Function):
-    """The op's gradients where nothing would see the op."""
+    """The op's gradients without the op."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = _run(problem, backend)
-        _setup_context(ctx, (*problem, backend), (out, lse))
+    def forward(
+        ctx: Any, problem: Problem, backend: str, cached: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _run_forward(problem, backend, cached)
+        _setup_context(ctx, (*problem, backend, cached), (out, lse))
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        needed = list(ctx.needs_input_grad[2 : 2 + len(_DIFFERENTIABLE)])
-        return (None, None, *_gradients(ctx, grads[0], grads[1], needed))
+        needed = list(ctx.needs_input_grad[3 : 3 + len(DIFFERENTIABLE)])
+        return (None, None, None, *_gradients(ctx, grads[0], grads[1], needed))
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     # A list argument counts as one input; its entries tell for themselves.
     by_field = dict(zip(Problem._fields, ctx.needs_input_grad, strict=False))
-    found = _gradients(ctx, grad_out, grad_lse, [bool(by_field[name]) for name in _DIFFERENTIABLE])
-    first = len(_DIFFERENTIABLE)
-    by_name = dict(zip(_DIFFERENTIABLE, found[:first], strict=True))
-    result: list[Any] = [found[first:] if name == "biases" else by_name.get(name) for name in Problem._fields]
+    found = _gradients(ctx, grad_out, grad_lse, [bool(by_field[name]) for name in DIFFERENTIABLE])
+    count = len(DIFFERENTIABLE)
+    by_name = dict(zip(DIFFERENTIABLE, found[:count], strict=True))
+    result: list[Any] = [found[count:] if name == "biases" else by_name.get(name) for name in Problem._fields]
     return (*result, None)
 
 

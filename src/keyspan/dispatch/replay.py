@@ -1,131 +1,315 @@
-"""Calls made again: where nothing watches and nobody wants gradients, only memory differs from the time before.
+"""Fast path for repeated calls: a call with a known signature is replayed with new data pointers.
 
-A call of a few microseconds costs more when all is checked and laid out anew than it does in the kernel. Knows by what
-calls are told apart; what is computed, and how it is done again, a backend knows.
+`lookup` builds the key of a call of `attention`, `replay` runs a recorded call, `record` records one on second sight. A
+recorded call also replays its gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from keyspan.backends import Again, Recorder, load
+from keyspan.backends import Gradients, Recorder, Replay, load, recorder
+from keyspan.core import shims
 from keyspan.core.biases import Alibi, Bias, DenseBias, RelativeBias
-from keyspan.core.lowering import EVERYTHING, Kept, kept
 from keyspan.core.masks import Mask
-from keyspan.core.observers import PLAIN, unwatched
-from keyspan.core.problem import Problem
+from keyspan.core.problem import DTYPES, EVERYTHING, HeadLayout, Problem
 from keyspan.core.ranges import KeyRanges
-from keyspan.dispatch.op import attend
+from keyspan.dispatch.cache import CACHE, LARGEST_MASK, NO_REPLAY, mask_key, signature
+from keyspan.dispatch.op import DIFFERENTIABLE, NUMBERS, as_needs, attend, flat, gradients, without_autocast
 
-_MOST = 1024
-_TERMS = (Alibi, RelativeBias, DenseBias)
-
-Call = tuple[Hashable, list[int], object]
-"""All that a call depends on but where its tensors lie and what they hold; where they lie; and what holds them, for
-nobody else may: another thread may forget a mask that was lowered before, and a user's bias may make its terms anew."""
-_known: dict[Hashable, Again | None] = {}
-"""How calls are made again; None for those that cannot be."""
+_FIELD_OF_TERM = {Alibi: "slopes", RelativeBias: "table", DenseBias: "biases"}
+_TERMS = ("sinks", "query_scale", "key_scale", "value_scale")
+_NUMERIC = (float, int, type(None))
+_BIASES = Problem._fields.index("biases")
 
 
-def look(
+class Call(NamedTuple):
+    """A call of `attention` that may be replayed."""
+
+    key: Hashable
+    """Everything that the call depends on apart from addresses and what the tensors hold."""
+    pointers: list[int]
+    """Addresses of `tensors`."""
+    tensors: list[Tensor]
+    """Query, key, value, further terms, those of the bias, and those of a mask that is given as `KeyRanges`."""
+    fields: list[str]
+    """The field of the problem that each tensor stands for, without those of the mask."""
+    differentiated: bool
+
+
+def lookup(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Any,
     bias: Any,
-    others: tuple[Tensor | None, ...] | None,
+    terms: tuple[Tensor | None, ...] | None,
     numbers: tuple[Any, ...],
 ) -> Call | None:
-    """The call; None for one that must go the long way. Nothing is checked: what is wrong was never made before.
+    """The key of a call and its tensors; None for a call that cannot be replayed. Nothing is checked: a wrong call is
+    never recorded.
 
     Args:
-        others: further tensors that stand for themselves; None where none is given.
-        numbers: whatever else the user gave.
+        terms: sinks and the scales; None where none is given.
+        numbers: (scale, softcap, dropout_p), then all other arguments.
     """
-    if not unwatched() or torch._C._is_any_autocast_enabled():
+    scale, softcap, dropout_p = numbers[:3]
+    if not shims.unobserved() or not (type(scale) in _NUMERIC and type(softcap) in _NUMERIC):
         return None
-    found: list[Any] = [numbers]
-    told: list[Any] = [query, key, value]
-    if others is not None:
-        found.append(tuple(x is None for x in others))
-        told += [x for x in others if x is not None]
+    if type(dropout_p) not in _NUMERIC or dropout_p:
+        return None
+    return shims.without_default_device(_lookup, query, key, value, mask, bias, terms, numbers)
+
+
+def _lookup(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    bias: Any,
+    terms: tuple[Tensor | None, ...] | None,
+    numbers: tuple[Any, ...],
+) -> Call | None:
+    tensors, fields = [query, key, value], ["query", "key", "value"]
+    if terms is not None:
+        for name, x in zip(_TERMS, terms, strict=True):
+            if x is not None:
+                tensors.append(x)
+                fields.append(name)
     if isinstance(bias, Tensor):
-        found.append(DenseBias)
-        told.append(bias)
+        tensors.append(bias)
+        fields.append("biases")
     elif bias is not None:
         if not isinstance(bias, Bias):
             return None
         for term in bias.terms:
-            if type(term) not in _TERMS:
+            field = _FIELD_OF_TERM.get(type(term))
+            if field is None:  # of a user's class
                 return None
-            found.append(type(term))
-            told += vars(term).values()
-    pointers: list[int] = []
-    held: object = told
-    graded = torch.is_grad_enabled()
+            tensors += vars(term).values()
+            fields.append(field)
+    masked: Hashable = None
+    if type(mask) is KeyRanges:
+        tensors += mask.tensors()
+        absent = mask.sequence is None, mask.block_table is None, mask.dense is None
+        masked = mask.page_size, mask.keys, absent
+    elif mask is not None or bias is not None:
+        if not (mask is None or isinstance(mask, Mask)) or not isinstance(query, Tensor):
+            return None
+        masked = mask_key(EVERYTHING if mask is None else mask, query.device)
+        if masked is None:
+            return None
+    found = signature(tensors)
+    if found is None:
+        return None
+    if shims.any_autocast() and not _autocast_done(tensors[:3]):
+        return None
+    needs: tuple[bool, ...] | None = None
+    if torch.is_grad_enabled():
+        needs = tuple([x.requires_grad for x in tensors])  # a list comprehension is faster than a generator
+        if True not in needs:
+            needs = None
+    return Call((numbers, tuple(fields), masked, needs, found.form), found.pointers, tensors, fields, needs is not None)
+
+
+def _autocast_done(tensors: Sequence[Tensor]) -> bool:
+    """Whether autocast would cast none of these tensors."""
+    device = tensors[0].device.type
+    return not torch.is_autocast_enabled(device) or all(
+        x.dtype not in DTYPES or x.dtype in (torch.float64, torch.get_autocast_dtype(device)) for x in tensors
+    )
+
+
+def replay(call: Call) -> Sequence[Tensor] | None:
+    """(out,) or (out, lse) of a call that was recorded, in the user's layout; None for any other."""
     try:
-        for x in told:
-            if type(x) not in PLAIN or x.is_neg() or (graded and x.requires_grad):
-                return None
-            pointer = x.data_ptr()
-            if not pointer and x.numel():  # zeros that have no memory
-                return None
-            pointers.append(pointer)
-            # Kernels are made for aligned memory.
-            found += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)
-        if mask is not None or bias is not None:
-            if type(mask) is KeyRanges:
-                seen = mask.seen()
-            else:
-                known = _kept(EVERYTHING if mask is None else mask, query, key)
-                if known is None:
-                    return None
-                held, seen = (told, known), known.seen
-            if seen is None:
-                return None
-            found.append(seen.form)
-            pointers += seen.pointers
-    except RuntimeError:  # of a sparse tensor
+        recorded = CACHE.get(call.key)
+    except TypeError:  # an argument that cannot be hashed is wrong
         return None
-    # Tensors are told apart by their addresses, so those that share one must do so again.
-    if len(set(pointers)) < len(pointers):
-        found.append(tuple(map(pointers.index, pointers)))
-    return tuple(found), pointers, held
-
-
-def _kept(mask: Any, query: Tensor, key: Tensor) -> Kept | None:
-    """The mask as it was lowered before."""
-    if not isinstance(mask, Mask) or min(query.dim(), key.dim()) < 2:
+    if type(recorded) is not _Recorded:
         return None
-    return kept(mask, query.shape[0], query.shape[1], key.shape[1], query.device)
-
-
-def again(call: Call) -> list[Tensor] | None:
-    """The results of a call that was made before; None where it must be made the long way."""
-    key, pointers, _ = call
-    try:
-        known = _known.get(key)
-    except TypeError:  # not hashable, so nothing that was accepted before
+    results = shims.without_default_device(recorded.forward, call.pointers, call.tensors)
+    if results is None:  # a setting of torch or the backend has changed since
+        CACHE.put(call.key, None)
         return None
-    return None if known is None else known(pointers)
+    CACHE.hits += 1
+    return recorded.differentiable(results, call.tensors) if call.differentiated else results
 
 
-def first(call: Call, problem: Problem, backend: str, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call whose like may follow.
+def compute(call: Call | None, problem: Problem, heads: HeadLayout, backend: str, return_lse: bool) -> Sequence[Tensor]:
+    """(out, lse) of a checked call in the user's layout, lse only where asked for; recorded on second sight."""
+    if call is not None and CACHE.second_sight(call.key, CACHE.get(call.key)):
+        results = _record(call, problem, heads, backend, return_lse)
+        if results is not None:
+            return results
+    out, lse = attend(problem, backend, cached=call is None)
+    return (heads.output(out), heads.lse(lse)) if return_lse else (heads.output(out),)
 
-    Args:
-        shapes: of what the user wants of it: of out, or of out and lse.
+
+def _record(call: Call, problem: Problem, heads: HeadLayout, backend: str, return_lse: bool) -> Sequence[Tensor] | None:
+    """The results, with a replay in the cache; None for a call with gradients that cannot be replayed."""
+    CACHE.put(call.key, NO_REPLAY)
+    recording = recorder(load(backend))
+    views = _views(problem, call)
+    if recording is None or views is None:
+        return None
+    shapes = heads.shapes(problem)
+    if not return_lse and not call.differentiated:
+        shapes = shapes[:1]
+    with torch.no_grad(), without_autocast(problem.query.device):
+        results, forward = recording.record_forward(problem, call.tensors, shapes)
+    if forward is None:
+        return None if call.differentiated else results
+    held = [x for x in (problem.lo, problem.hi, problem.diagonal) if x is not None]
+    recorded = _Recorded(call, forward, held, backend, views, problem[NUMBERS:])
+    CACHE.recorded += 1
+    CACHE.put(call.key, recorded)
+    return recorded.differentiable(results, call.tensors) if call.differentiated else results
+
+
+class _View(NamedTuple):
+    """A tensor of a problem as a view of a tensor of the call."""
+
+    source: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+_Source = _View | Tensor | None
+
+
+def _views(problem: Problem, call: Call) -> Sequence[_Source] | None:
+    """Where each tensor of the problem comes from, dense biases last: a view of one of the call's, or a cached mask's.
+
+    None where one is a copy and, in a call with gradients, where two terms were added up or an input was expanded.
     """
-    key, pointers, _ = call
-    recorder: Recorder | None = getattr(load(backend), "record", None)
-    if recorder is None or _known.get(key, recorder) is None:
-        return attend(problem, backend)
-    out, lse, known = recorder(problem, pointers, shapes)
-    if len(_known) >= _MOST:
-        _known.clear()
-    _known[key] = known
-    return out, lse
+    if call.differentiated:
+        inputs = dict(zip(DIFFERENTIABLE, flat(problem), strict=False))
+        terms = iter(problem.biases)
+        for name, x in zip(call.fields, call.tensors, strict=False):
+            field = next(terms) if name == "biases" else inputs.pop(name, None) if name in DIFFERENTIABLE else x
+            if field is None or field.numel() != x.numel():
+                return None
+    # Without tensors of a mask in the call, its ranges are determined by numbers.
+    masked_by_cache = len(call.fields) == len(call.tensors)
+    if masked_by_cache and problem.lo is not None and problem.lo.numel() > LARGEST_MASK:
+        return None
+    views: list[_Source] = []
+    every: list[Any] = [*problem[:_BIASES], *problem[_BIASES + 1 : NUMBERS], *problem.biases]
+    for x in every:
+        if isinstance(x, Tensor) and x.data_ptr() in call.pointers:
+            views.append(_View(call.pointers.index(x.data_ptr()), x.shape, x.stride()))
+        elif x is None or (masked_by_cache and any(x is y for y in (problem.lo, problem.hi, problem.diagonal))):
+            views.append(x)
+        else:
+            return None
+    return views
+
+
+class _Recorded:
+    """A recorded call: its forward, and what its backward needs to be recorded and replayed in turn."""
+
+    def __init__(
+        self,
+        call: Call,
+        forward: Replay[list[Tensor]],
+        held: list[Tensor],
+        backend: str,
+        views: Sequence[_Source],
+        numbers: tuple[Any, ...],
+    ):
+        self.forward, self.held, self.backend, self.views, self.numbers = forward, held, backend, views, numbers
+        self.nbytes = sum(x.nbytes for x in held)
+        self.strides = [x.stride() for x in call.tensors]
+        order = {name: n for n, name in enumerate(DIFFERENTIABLE)}
+        terms = iter(range(len(order), len(order) + len(call.fields)))
+        fields = call.fields + [""] * (len(call.tensors) - len(call.fields))
+        self.positions = [next(terms) if name == "biases" else order.get(name) for name in fields]
+        """Which gradient of those that `flat` lists each of the call's tensors has; None for none."""
+        self.inputs = next(terms)
+
+    def differentiable(self, results: Sequence[Tensor], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The results (out, lse) as autograd's function of the call's tensors."""
+        # The query comes last: gradients of one tensor in several arguments then add up as they do without replay.
+        made: Sequence[Tensor] = _Replayed.apply(self, results, *tensors[1:], tensors[0])  # type: ignore[no-untyped-call]
+        return made
+
+    def problem(self, tensors: Sequence[Tensor]) -> Problem:
+        """The problem of the call with other tensors."""
+        # Hooks on saved tensors may return them with other strides.
+        laid = [
+            x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
+            for x, strides in zip(tensors, self.strides, strict=True)
+        ]
+        fields: list[Any] = [
+            laid[view.source].as_strided(view.shape, view.strides) if isinstance(view, _View) else view
+            for view in self.views
+        ]
+        last = NUMBERS - 1
+        return Problem._make([*fields[:_BIASES], fields[last:], *fields[_BIASES:last], *self.numbers])
+
+    def gradients(
+        self, saved: Sequence[Tensor], needed: Sequence[bool], grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> list[Tensor | None]:
+        """The gradient of each of the call's tensors, those of the query last, as autograd has them here."""
+        out, lse, *others, query = saved
+        tensors = [query, *others]
+        given = [*tensors, out, lse, *(x for x in (grad_out, grad_lse) if x is not None)]
+        found = None
+        if grad_out is not None and not torch.is_grad_enabled() and shims.unobserved() and not shims.any_autocast():
+            found = signature(given)
+
+        def needs() -> list[bool]:
+            flags = dict(zip(self.positions, (needed[-1], *needed[:-1]), strict=True))
+            return [flags.get(n, False) for n in range(self.inputs)]
+
+        def arguments() -> dict[str, Any]:
+            """The problem and what belongs to its results, as a backend takes them."""
+            problem = self.problem(tensors)
+            (o, s), results = problem.shapes, {"out": out, "lse": lse, "grad_out": grad_out, "grad_lse": grad_lse}
+            shapes = (o, s, o, s)
+            shaped = {n: x if x is None else x.reshape(m) for (n, x), m in zip(results.items(), shapes, strict=True)}
+            return {"problem": problem, **shaped}
+
+        if found is None:
+            every = gradients(**arguments(), needs=needs(), backend=self.backend, cached=False)
+        else:
+            module = load(self.backend)
+
+            def compute() -> Gradients:
+                return module.backward(**arguments(), needs=as_needs(needs()))
+
+            def record() -> tuple[Gradients, Replay[Gradients] | None]:
+                recording = cast(Recorder, module)
+                return recording.record_backward(given=given, **arguments(), needs=as_needs(needs()))
+
+            every = flat(CACHE.run((self, needed, found.form), found.pointers, given, compute, record))
+        grads = [None if n is None else every[n] for n in self.positions]
+        shaped = [
+            grad if grad is None or grad.shape == x.shape else grad.view(x.shape)
+            for grad, x in zip(grads, tensors, strict=True)
+        ]
+        return [*shaped[1:], shaped[0]]
+
+
+class _Replayed(torch.autograd.Function):
+    """A replayed call as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: _Recorded, results: Sequence[Tensor], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = results
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.recorded = recorded
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        found = shims.without_default_device(
+            ctx.recorded.gradients, ctx.saved_tensors, ctx.needs_input_grad[2:], *grads
+        )
+        return (None, None, *found)

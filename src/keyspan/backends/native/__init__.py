@@ -7,19 +7,19 @@ into the C structs of native/params.h; masks arrive as key ranges.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from keyspan.backends import Again, Gradients, Needs, cast, mould
+from keyspan.backends import Gradients, Needs, Replay, empty_like, template
 from keyspan.backends.native import binding
 from keyspan.backends.native.binding import DENSE, NUMBERS, POINTERS, use_isa
 from keyspan.core.problem import Problem
 
-__all__ = ["use_isa", "reason_against", "forward", "record", "backward"]
+__all__ = ["use_isa", "reason_against", "forward", "backward", "record_forward", "record_backward"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD_DIM = 256
@@ -52,52 +52,111 @@ def reason_against(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    return _forward(problem)[:2]
+    out, lse = _results(problem, problem.shapes)
+    _forward(problem, out, lse)
+    return out, lse
 
 
-def _forward(problem: Problem) -> tuple[Tensor, Tensor, list[int], bytes]:
-    """(out, lse), and the pointers and numbers that the library was called with."""
-    B, M, G, H, _ = problem.query.shape
-    out = torch.empty((B, M, G, H, problem.value.shape[-1]), dtype=problem.output_dtype)
-    lse = torch.empty((B, G, H, M), dtype=torch.float32)
+def record_forward(
+    problem: Problem, given: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], Replay[list[Tensor]] | None]:
+    results = _results(problem, shapes)
+    made = [*results, *_results(problem, problem.shapes)[len(results) :]]
+    out, lse = (x.view(shape) for x, shape in zip(made, problem.shapes, strict=True))
+    call_pointers, numbers = _forward(problem, out, lse)
+    if len(results) == 1:  # the library need not write lse
+        call_pointers[call_pointers.index(lse.data_ptr())] = 0
+    pick = _picker(problem, call_pointers, [*given, *results])
+    if pick is None:
+        return results, None
+    templates = [template(x, x.shape) for x in results]
+
+    def replay(pointers: list[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+        made = [*map(empty_like, templates)]
+        _run(binding.FORWARD, pick([*pointers, *(x.data_ptr() for x in made)]), numbers)
+        return made
+
+    return results, replay
+
+
+def _results(problem: Problem, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """New tensors for out and lse."""
+    dtypes = (problem.output_dtype, torch.float32)
+    return [problem.query.new_empty(tuple(shape), dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+
+
+def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[list[int], bytes]:
+    """Fills out and lse; returns the pointers and numbers that the library was called with."""
     call = _NativeCall(problem, out, lse)
     pointers, numbers = call.pointers(), call.numbers()
     if lse.numel():
         _run(binding.FORWARD, pointers, numbers)
-    return out, lse, pointers, numbers
+    return pointers, numbers
 
 
-def record(
-    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Again | None]:
-    out, lse, call_pointers, numbers = _forward(problem)
-    if problem.dense is not None or problem.biases or not lse.numel():
-        return out, lse, None
-    moulds = [mould(x, shape) for x, shape in zip((out, lse), shapes, strict=False)]
-    # Where each pointer of the call comes from: the recorded tensors, then the two results, then 0 for absent tensors.
-    sources = {address: n for n, address in reversed([*enumerate([*pointers, out.data_ptr(), lse.data_ptr()])])}
-    sources[0] = len(pointers) + 2
-    if any(address not in sources for address in call_pointers):
-        return out, lse, None  # the pointer of a copy, which a replay would have to make again
-    in_field_order = itemgetter(*(sources[address] for address in call_pointers))
-
-    def again(pointers: list[int]) -> list[Tensor]:
-        made = [*map(cast, moulds)]
-        _run(binding.FORWARD, in_field_order([*pointers, *(x.data_ptr() for x in made), 0, 0]), numbers)
-        return made
-
-    return out, lse, again
+def _picker(
+    problem: Problem, call_pointers: Sequence[int], tensors: Sequence[Tensor]
+) -> Callable[[list[int]], Sequence[int]] | None:
+    """Orders addresses of `tensors` as a call has them; None where the call reads a copy or an array of dense terms."""
+    if problem.dense is not None or problem.biases or 0 in problem.shapes[1]:
+        return None
+    own = [x for x in (problem.lo, problem.hi, problem.diagonal) if x is not None]
+    constants = [0, *(x.data_ptr() for x in own)]
+    known = [*(x.data_ptr() for x in tensors), *constants]
+    if not set(call_pointers) <= set(known):
+        return None
+    order = itemgetter(*map(known.index, call_pointers))
+    return lambda pointers: order(pointers + constants)
 
 
 def backward(
     problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
 ) -> Gradients:
-    query, key, value = problem.query, problem.key, problem.value
-    B, M, G, H, _ = query.shape
-    out, lse = out.contiguous(), lse.contiguous()
     if not lse.numel():
         return _zero_gradients(problem, needs)
-    call = _NativeCall(problem, out, lse)
+    made, _, _ = _backward(problem, grad_out, grad_lse, out, lse, needs)
+    return _reduced(made, _forms(problem))
+
+
+def record_backward(
+    problem: Problem,
+    given: Sequence[Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: Needs,
+) -> tuple[Gradients, Replay[Gradients] | None]:
+    if not lse.numel():
+        return _zero_gradients(problem, needs), None
+    made, call_pointers, numbers = _backward(problem, grad_out, grad_lse, out, lse, needs)
+    forms, state = _forms(problem), _state()
+    pick = _picker(problem, call_pointers, [*given, *(x for x in made if x is not None)])
+    if pick is None:
+        return _reduced(made, forms), None
+    templates = [None if x is None else template(x, x.shape) for x in made]
+    first_sum = 1 if problem.block_table is not None else 3
+
+    def replay(pointers: list[int], tensors: Sequence[Tensor]) -> Gradients | None:
+        if _state() != state:  # the number of chunks depends on it
+            return None
+        made = [None if x is None else empty_like(x) for x in templates]
+        for x in made[first_sum:]:  # what the library adds to
+            if x is not None:
+                x.zero_()
+        _run(binding.BACKWARD, pick([*pointers, *(x.data_ptr() for x in made if x is not None)]), numbers)
+        return _reduced(made, forms)
+
+    return _reduced(made, forms), replay
+
+
+def _backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> tuple[list[Tensor | None], list[int], bytes]:
+    """What the library wrote for each differentiable input, and the pointers and numbers that it was called with."""
+    query, key, value = problem.query, problem.key, problem.value
+    B, M, G, H, _ = query.shape
+    call = _NativeCall(problem, out.contiguous(), lse.contiguous())
     biases = list(zip(problem.biases, needs.biases, strict=True))
     # A bias gradient with a row for each query that several batch entries or groups share is summed by one thread.
     by_row = [x for x, needed in biases if needed and x.shape[3] > 1 and x.shape[4] > 1]
@@ -127,22 +186,36 @@ def backward(
         else lse.new_zeros((*heads, 1, x.shape[4]))
         for x, needed in biases
     ]
-    results = (dq, dk, dv, dslopes, dtable, dsinks)
-    pointers = call.pointers(grad_out, grad_lse, results, dbiases)
-    _run(binding.BACKWARD, pointers, call.numbers(grad_out, chunks, folds))
+    pointers = call.pointers(grad_out, grad_lse, (dq, dk, dv, dslopes, dtable, dsinks), dbiases)
+    numbers = call.numbers(grad_out, chunks, folds)
+    _run(binding.BACKWARD, pointers, numbers)
+    return [dq, dk, dv, dslopes, dtable, dsinks, *dbiases], pointers, numbers
 
-    def like(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
-        """The sum over chunks, and over what `x` broadcasts, in the dtype of `x`."""
-        return None if x is None or grad is None else grad.sum(0).sum_to_size(x.shape).to(x.dtype)
+
+_Form = tuple[torch.Size, torch.dtype] | None
+
+
+def _forms(problem: Problem) -> list[_Form]:
+    """Shape and dtype of each differentiable input."""
+    inputs = (problem.query, problem.key, problem.value, problem.slopes, problem.table, problem.sinks)
+    return [None if x is None else (x.shape, x.dtype) for x in (*inputs, *problem.biases)]
+
+
+def _reduced(made: list[Tensor | None], forms: list[_Form]) -> Gradients:
+    """Gradients in shape and dtype of their inputs: summed over chunks, and over what an input broadcasts."""
+    dq, dk, dv, dslopes, dtable, dsinks, *dbiases = made
+
+    def like(form: _Form, grad: Tensor | None) -> Tensor | None:
+        return None if form is None or grad is None else grad.sum(0).sum_to_size(form[0]).to(form[1])
 
     return Gradients(
         dq,
-        None if dk is None else dk.to(key.dtype),
-        None if dv is None else dv.to(value.dtype),
-        like(problem.slopes, dslopes),
-        like(problem.table, None if dtable is None else dtable.sum(1)),
-        like(problem.sinks, None if dsinks is None else dsinks.sum(1)),
-        [like(x, grad) for x, grad in zip(problem.biases, dbiases, strict=True)],
+        None if dk is None or forms[1] is None else dk.to(forms[1][1]),
+        None if dv is None or forms[2] is None else dv.to(forms[2][1]),
+        like(forms[3], dslopes),
+        like(forms[4], None if dtable is None else dtable.sum(1)),
+        like(forms[5], None if dsinks is None else dsinks.sum(1)),
+        [like(form, grad) for form, grad in zip(forms[6:], dbiases, strict=True)],
     )
 
 
@@ -262,10 +335,14 @@ class _NativeCall:
         )  # fmt: skip
 
 
+def _state() -> tuple[int, int]:
+    return binding.isa_number(), torch.get_num_threads()
+
+
 def _run(function: Any, pointers: Sequence[int], numbers: bytes) -> None:
     """Calls forward or backward; where it asks for a workspace, again with one from torch's allocator."""
-    state = binding.isa_number(), torch.get_num_threads()
+    state = _state()
     size = function(POINTERS.pack(*pointers, 0, *state) + numbers)
     if size:
-        workspace = torch.empty(size, dtype=torch.uint8)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
         function(POINTERS.pack(*pointers, workspace.data_ptr(), *state) + numbers)

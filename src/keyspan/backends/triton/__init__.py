@@ -1,6 +1,6 @@
-"""The fast path on NVIDIA and AMD GPUs, in plain Triton. Knows how to refuse a problem; `launch` knows how to run one.
+"""The fast path on NVIDIA and AMD GPUs, in plain Triton: what it refuses. `launch` runs a problem.
 
-Triton is imported by the first problem that is run.
+Triton is imported when the first problem is run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from keyspan.backends import Again, Gradients, Needs
+from keyspan.backends import Gradients, Needs, Replay
 from keyspan.core.problem import Problem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
@@ -43,8 +43,18 @@ def reason_against(problem: Problem) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _device_reason(index: int) -> str | None:
+    return _cached_device_reason(index)
+
+
+@torch.compiler.assume_constant_result
+def _float8_reason(index: int) -> str | None:
+    return _cached_float8_reason(index)
+
+
+# Apart from the functions above: torch's compiler would trace what `functools.cache` wraps, whatever its marks.
+@functools.cache
+def _cached_device_reason(index: int) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
@@ -52,9 +62,8 @@ def _device_reason(index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _float8_reason(index: int) -> str | None:
+def _cached_float8_reason(index: int) -> str | None:
     # AMD's older GPUs have another e4m3; Triton converts this one there.
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 9):
         return f"key is float8_e4m3fn, which {torch.cuda.get_device_name(index)} cannot convert: want compute capability 8.9"
@@ -67,12 +76,12 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     return launch.forward(problem)
 
 
-def record(
-    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Again | None]:
+def record_forward(
+    problem: Problem, given: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], Replay[list[Tensor]] | None]:
     from keyspan.backends.triton import launch
 
-    return launch.record(problem, pointers, shapes)
+    return launch.record_forward(problem, given, shapes)
 
 
 def backward(
@@ -81,3 +90,17 @@ def backward(
     from keyspan.backends.triton import launch
 
     return launch.backward(problem, grad_out, grad_lse, out, lse, needs)
+
+
+def record_backward(
+    problem: Problem,
+    given: Sequence[Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: Needs,
+) -> tuple[Gradients, Replay[Gradients] | None]:
+    from keyspan.backends.triton import launch
+
+    return launch.record_backward(problem, given, grad_out, grad_lse, out, lse, needs)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from keyspan.backends import Again, Gradients, Needs
+from keyspan.backends import Gradients, Needs, Replay
 from keyspan.backends.triton import config, relaunch
 from keyspan.backends.triton.backward_kernels import (
     bias_kernel,
@@ -42,30 +42,30 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.TileConfig)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    seen = relaunch.look(problem)
-    plan = relaunch.find(seen)
-    if plan is None:
-        made, calls = _forward(problem)
-        relaunch.keep(seen, calls, made)
-    else:
-        made = plan(seen.pointers)
+    made, _ = _forward(problem, *_results(problem, problem.shapes))
     return made["out"], made["lse"]
 
 
-def record(
-    problem: Problem, pointers: Sequence[int], shapes: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Again | None]:
-    made, calls = _forward(problem)
-    return made["out"], made["lse"], relaunch.repeated(pointers, calls, list(made.values()), shapes)
+def record_forward(
+    problem: Problem, given: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], Replay[list[Tensor]] | None]:
+    results = _results(problem, shapes)
+    views = [*results, *_results(problem, problem.shapes)[len(results) :]]
+    made, launches = _forward(problem, *(x.view(shape) for x, shape in zip(views, problem.shapes, strict=True)))
+    return results, relaunch.recorded(problem, given, launches, list(made.values()), shapes)
 
 
-def _forward(problem: Problem) -> tuple[relaunch.Made, list[relaunch.Launched]]:
-    """All tensors that are made, `out` and `lse` first, and the launches that fill them."""
+def _results(problem: Problem, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """New tensors for out and lse."""
+    dtypes = (problem.output_dtype, torch.float32)
+    return [problem.query.new_empty(tuple(shape), dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+
+
+def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made, list[relaunch.Launched]]:
+    """All tensors that the launches fill, `out` and `lse` first, and the launches."""
     B, M, G, H, _ = problem.query.shape
     N, V = problem.key.shape[1], problem.value.shape[-1]
     query = problem.query
-    out = query.new_empty((B, M, G, H, V), dtype=problem.output_dtype)
-    lse = query.new_empty((B, G, H, M), dtype=torch.float32)
     made = {"out": out, "lse": lse}
     if out.numel() == 0 and lse.numel() == 0:
         return made, []
@@ -124,30 +124,57 @@ def _backward_in_row(
     """Gradients where keys are not paged; `period` as of `_arguments`."""
     if problem.query.numel() == 0 or problem.key.numel() == 0:
         return _no_scores(problem, grad_lse, lse, needs)
-    # Products are of the inputs' dtype, which the output need not have.
-    grad = _rows_contiguous(grad_out.to(problem.query.dtype))
-    out, lse = out.contiguous(), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    seen = relaunch.look(problem, (grad, out, lse, grad_lse), (*needs[:-1], *needs.biases, period))
-    plan = relaunch.find(seen)
-    if plan is None:
-        made, calls = _backward(problem, grad, grad_lse, out, lse, needs, period)
-        relaunch.keep(seen, calls, made)
-    else:
-        made = plan(seen.pointers)
-    return _gradients(problem, made, lse, needs)
+    prepared = _prepared(problem.query.dtype, out, lse, grad_out, grad_lse)
+    made, _ = _backward(problem, *prepared, needs, period)
+    return _gradients(_forms(problem), made, needs, problem.sinks, prepared[1])
 
 
-def _backward(
+def record_backward(
     problem: Problem,
-    grad: Tensor,
+    given: Sequence[Tensor],
+    grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     needs: Needs,
-    period: int,
+) -> tuple[Gradients, Replay[Gradients] | None]:
+    if problem.block_table is not None or problem.query.numel() == 0 or problem.key.numel() == 0:
+        return backward(problem, grad_out, grad_lse, out, lse, needs), None
+    dtype, forms = problem.query.dtype, _forms(problem)
+    prepared = _prepared(dtype, out, lse, grad_out, grad_lse)
+    made, launches = _backward(problem, *prepared, needs)
+    gradients = _gradients(forms, made, needs, problem.sinks, prepared[1])
+    present = [x for x in prepared if x is not None]
+    names, filled = tuple(made), list(made.values())
+    relaunched = relaunch.recorded(problem, [*given, *present], launches, filled, [x.shape for x in filled])
+    if relaunched is None:
+        return gradients, None
+    count, lse_shape = len(present), problem.shapes[1]
+    sinks = None if problem.sinks is None else [x.data_ptr() for x in given].index(problem.sinks.data_ptr())
+
+    def replay(pointers: list[int], tensors: Sequence[Tensor]) -> Gradients | None:
+        prepared = _prepared(dtype, *tensors[-count:])
+        filled = relaunched([*pointers, *(x.data_ptr() for x in prepared if x is not None)], tensors)
+        if filled is None:
+            return None
+        learned = None if sinks is None else tensors[sinks].view(forms["sinks"][0])
+        return _gradients(forms, dict(zip(names, filled, strict=True)), needs, learned, prepared[1].view(lse_shape))
+
+    return gradients, replay
+
+
+def _prepared(
+    dtype: torch.dtype, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the backward kernels read besides the problem: products are of the inputs' dtype, which out need not have."""
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    return out.contiguous(), lse.contiguous(), _rows_contiguous(grad_out.to(dtype)), grad_lse
+
+
+def _backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, needs: Needs, period: int = 0
 ) -> tuple[relaunch.Made, list[relaunch.Launched]]:
-    """All tensors that are made for the gradients, and the launches that fill them; what is contiguous has been made so."""
+    """All tensors that the launches for the gradients fill, and the launches; takes what `_prepared` returns."""
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
@@ -230,21 +257,33 @@ def _backward(
     return made, _launched(query, launches)
 
 
-def _gradients(problem: Problem, made: relaunch.Made, lse: Tensor, needs: Needs) -> Gradients:
-    """Gradients in the shape and dtype of what they belong to from what the kernels made."""
+_Forms = dict[str, Any]
+"""Shape and dtype of each differentiable input by name, None for one that is absent; of dense biases a list."""
+
+
+def _forms(problem: Problem) -> _Forms:
+    form = lambda x: None if x is None else (x.shape, x.dtype)  # noqa: E731
+    forms = {name: form(getattr(problem, name)) for name in Gradients._fields[:-1]}
+    return {**forms, "biases": [form(x) for x in problem.biases]}
+
+
+def _gradients(forms: _Forms, made: relaunch.Made, needs: Needs, sinks: Tensor | None, lse: Tensor) -> Gradients:
+    """Gradients in the shape and dtype of their inputs from what the kernels wrote."""
     dslopes = dtable = dsinks = None
-    if needs.slopes and problem.slopes is not None:
-        dslopes = made["slopes"].sum(-1).sum_to_size(problem.slopes.shape).to(problem.slopes.dtype)
-    if needs.table and problem.table is not None:
+    if needs.slopes and forms["slopes"] is not None:
+        shape, dtype = forms["slopes"]
+        dslopes = made["slopes"].sum(-1).sum_to_size(shape).to(dtype)
+    if needs.table and forms["table"] is not None:
         dtable = made["table"].sum(0)
         first, last = made["ends"].sum((1, 4))
         # Both ends are one entry where the reach is 0.
         dtable[..., 0] += first
         dtable[..., -1] += last
-        dtable = dtable.to(problem.table.dtype)
-    dbiases = [made[f"bias {n}"].to(term.dtype) if needs.biases[n] else None for n, term in enumerate(problem.biases)]
-    if needs.sinks and problem.sinks is not None:
-        dsinks = _sinks_gradient(problem.sinks, lse, made["stats"][..., 1, : lse.shape[-1]])
+        dtable = dtable.to(forms["table"][1])
+    found = [made.get(f"bias {n}") for n in range(len(forms["biases"]))]
+    dbiases = [None if x is None else x.to(dtype) for x, (_, dtype) in zip(found, forms["biases"], strict=True)]
+    if needs.sinks and sinks is not None:
+        dsinks = _sinks_gradient(sinks, lse, made["stats"][..., 1, : lse.shape[-1]])
     dq = made["query"] if needs.query else None
     return Gradients(dq, made.get("key"), made.get("value"), dslopes, dtable, dsinks, dbiases)
 

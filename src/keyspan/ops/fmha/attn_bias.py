@@ -16,10 +16,10 @@ from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 import torch
 from torch import Tensor
 
-from keyspan.core import lowering
 from keyspan.core.biases import Bias
 from keyspan.core.masks import Causal, Documents, GappyKeys, Mask, PagedKeys, Window
 from keyspan.core.ranges import KeyRanges
+from keyspan.dispatch.cache import caches_masks, lower
 from keyspan.ops.fmha.seq_info import ByValue, Device, _GappySeqInfo, _PaddedSeqLenInfo, _SeqLenInfo, lengths_of
 
 BOTTOM_RIGHT = Causal("bottom_right")
@@ -64,7 +64,7 @@ class AttentionBias(ByValue):
         """`lower`, possibly from the cache: the caller may not write to the result."""
         if type(self).lower is not AttentionBias.lower:
             return self.lower(batch, M, N, device)
-        return lowering.lower(self.product(), batch, M, N, device)
+        return lower(self.product(), batch, M, N, device)
 
     def materialize(
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -275,13 +275,13 @@ class BlockDiagonalMask(_Blocks):
 
     def lowered(self, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
         q, k = self.q_seqinfo.host, self.k_seqinfo.host
-        if not _ours(self) or q is None or k is None or not lowering.keeps(device):
+        if not _ours(self) or q is None or k is None or not caches_masks(device):
             return self.lower(batch, M, N, device)
         # The host knows the lengths: the lowered mask is cached and serves all layers of a model.
         _holds("key", self.k_seqinfo, N)
         _holds("query", self.q_seqinfo, M)
         layout, visibility = _documents(tuple(q), tuple(k)), self.visibility()
-        return lowering.lower(layout if visibility is None else layout & visibility, batch, M, N, device)
+        return lower(layout if visibility is None else layout & visibility, batch, M, N, device)
 
     @classmethod
     def from_seqlens(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from keyspan.backends import choose
 from keyspan.core.biases import Bias
 from keyspan.core.masks import Mask
 from keyspan.core.merge import merge
 from keyspan.core.problem import DTYPES, HeadLayout, Problem, make_problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention, autocast_inputs
+from keyspan.dispatch.cache import lower
+from keyspan.dispatch.choose import choose
 from keyspan.dispatch.op import attend
 from keyspan.ops.common import BaseOperator
 from keyspan.ops.fmha import attn_bias as masks
@@ -105,8 +106,9 @@ class Inputs:
     def canonical(self) -> tuple[Problem, HeadLayout]:
         """The problem for keyspan's backends, and the layout of its results."""
         query, key, value, terms = self.arguments()
+        dropout_p = float(self.p) % 1
         try:
-            return make_problem(*autocast_inputs(query, key, value), **terms, dropout_p=float(self.p) % 1)
+            return make_problem(*autocast_inputs(query, key, value), lower=lower, **terms, dropout_p=dropout_p)
         except ValueError as error:
             raise _in_xformers_words(error) from None
 
