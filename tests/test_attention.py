@@ -134,9 +134,6 @@ ERRORS = [
     (dict(mask=keyspan.SharedPrompt([3], [[2]])), "prompt_lengths", "M = 5, N = 7"),
     (dict(mask=keyspan.Causal().lower(1, 6, 7)), "mask", r"\[1, 1, 6\]"),
     (dict(mask=keyspan.Causal().lower(1, 5, 9)), "mask", "N = 9"),
-    (dict(mask=replace(keyspan.Causal().lower(1, 5, 7), hi=torch.zeros(2, 1, 5))), "mask", r"\[2, 1, 5\]"),
-    (dict(mask=replace(keyspan.Causal().lower(1, 5, 7), lo=torch.zeros(1, 1, 5))), "mask", "float32"),
-    (dict(mask=replace(keyspan.Causal().lower(1, 5, 7), page_size=4)), "mask", "some of"),
     (dict(value=torch.zeros(1, 7, 2, 0)), "value", r"\[1, 7, 2, 0\]"),
     (dict(query=torch.zeros(1, 5, 4, 8).to_sparse()), "query", "sparse"),
     (dict(scale=10**400), "scale", "1000"),
@@ -167,6 +164,13 @@ def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name
 
 
 CONSTRUCTORS = [
+    (
+        lambda: replace(keyspan.Causal().lower(1, 5, 7), hi=torch.zeros(2, 1, 5, dtype=torch.int32)),
+        "hi",
+        r"\[2, 1, 5\]",
+    ),
+    (lambda: replace(keyspan.Causal().lower(1, 5, 7), lo=torch.zeros(1, 1, 5)), "lo", "float32"),
+    (lambda: replace(keyspan.Causal().lower(1, 5, 7), page_size=4), "page_size", "some of"),
     (lambda: keyspan.Documents([1, -2]), "q_lengths", "-2"),
     (lambda: keyspan.Documents([1.5]), "q_lengths", "1.5"),
     (lambda: keyspan.Documents(3), "q_lengths", "3"),

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keyspan.backends import choose
 from keyspan.core.biases import Alibi
 from keyspan.core.masks import Documents, Mask
 from keyspan.core.problem import make_problem
+from keyspan.dispatch.choose import choose
 from keyspan.interop.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
