@@ -437,7 +437,9 @@ class _Broadcast:
         want = self.want
         fits = x.dim() <= len(want) and all(_broadcasts(a, b) for a, b in zip(x.shape[::-1], want[::-1], strict=False))
         if not fits:
-            raise ValueError(f"{name}: got shape {list(x.shape)}, want one broadcastable to {list(want)}")
+            padding = name == "mask" and x.shape == (want[0], want[-1])
+            hint = "; a padding mask [B, N]? keyspan.KeyLengths.from_padding_mask(mask)" if padding else ""
+            raise ValueError(f"{name}: got shape {list(x.shape)}, want one broadcastable to {list(want)}{hint}")
         x = x.reshape((1,) * (len(want) - x.dim()) + tuple(x.shape))
         if self.layout.dims == 3:
             return x[:, None, None]

@@ -11,6 +11,7 @@ from keyspan.core.problem import DTYPES, BiasLike, MaskLike, Options, make_probl
 from keyspan.dispatch import replay
 from keyspan.dispatch.cache import lower
 from keyspan.dispatch.choose import choose
+from keyspan.dispatch.spelling import refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,7 +36,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
+    *positional: object,
     mask: MaskLike = None,
     bias: BiasLike = None,
     scale: float | None = None,
@@ -48,6 +49,7 @@ def attention(
     return_lse: bool = False,
     output_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    **unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, `softmax(softcap(scale · Q Kᵀ) + bias, over the visible keys) V`, in memory linear in length.
 
@@ -93,8 +95,11 @@ def attention(
 
     Raises:
         ValueError: for a wrong argument; the message names it, what was got and what was wanted.
+        TypeError: for an argument that is not one of these; the message names the right one.
         NotImplementedError: where the backend asked for by name cannot compute the problem.
     """
+    if positional or unknown:
+        raise refuse(positional, unknown)
     terms = None
     if not sinks is query_scale is key_scale is value_scale is None:
         terms = (sinks, query_scale, key_scale, value_scale)

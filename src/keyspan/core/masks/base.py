@@ -171,8 +171,8 @@ class Dense(Mask):
             raise ValueError(f"mask: got {type(self.visible).__name__}, want a bool tensor")
         if self.visible.dtype != torch.bool:
             raise ValueError(
-                f"mask: got a tensor of {self.visible.dtype}, want bool (true = visible); "
-                "scores to be added go to bias="
+                f"mask: got a tensor of {self.visible.dtype}, want bool (true = visible); scores to be added go to "
+                "bias=, a padding mask [B, N] to keyspan.KeyLengths.from_padding_mask"
             )
         if not 1 <= self.visible.dim() <= 5:
             raise ValueError(f"mask: got shape {list(self.visible.shape)}, want one broadcastable to [B, H, M, N]")
