@@ -5,18 +5,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from keyspan.layers import (
     Linear,
     RMSNorm,
     SwiGLU,
+    add_rms_norm,
     gemm,
     linear,
     linear_cross_entropy,
     rms_norm,
     rotary,
+    rotary_table,
     swiglu,
 )
+from keyspan.layers.rope import rotate_qkv
 from keyspan.testing import peak_memory
 
 LOW = [torch.bfloat16, torch.float16]
@@ -475,6 +479,109 @@ def test_cross_entropy_errors(change, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy_counts_its_products(reduction):
+    T, D, C = 300, 8, 50
+    hidden, weight = leaves((T, D), (C, D))
+    targets = torch.randint(0, C, (T,))
+    with FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+        forward = counter.get_total_flops()
+        loss.sum().backward()
+    product = 2 * T * D * C
+    # Losses of "none" compute the logits a second time in backward; a mean computes its gradients beside the loss.
+    want = (3 * product, 3 * product) if reduction == "mean" else (product, 4 * product)
+    assert (forward, counter.get_total_flops()) == want
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_cross_entropy_with_z_loss(reduction, softcap):
+    hidden, weight, bias = leaves((11, 6), (9, 6), (9,), dtype=torch.float64)
+    targets = torch.randint(0, 9, (11,))
+    targets[[0, 4]] = -1
+    upstream = torch.randn(11 if reduction == "none" else (), dtype=torch.float64)
+    options = {"ignore_index": -1, "softcap": softcap, "reduction": reduction}
+    got = linear_cross_entropy(hidden, weight, targets, bias=bias, z_loss=0.3, chunk=4, **options)
+    z = F.linear(hidden, weight, bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    square = z.logsumexp(1).square().where(targets != -1, 0.0)
+    square = {"mean": square.sum() / (targets != -1).sum(), "sum": square.sum(), "none": square}[reduction]
+    want = eager_cross_entropy(hidden, weight, targets, bias, **options) + 0.3 * square
+    torch.testing.assert_close(got, want)
+    inputs = (hidden, weight, bias)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream))
+    for wrong in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="z_loss: got "):
+            linear_cross_entropy(hidden, weight, targets, z_loss=wrong)
+
+
+def test_cross_entropy_of_one_sided_logits_is_exact():
+    """A target that is all but certain, and one that is all but impossible."""
+    hidden = torch.tensor([[30.0], [-40.0], [80.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
+    targets = torch.tensor([0, 0, 2])
+    got = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    want = eager_cross_entropy(hidden.double(), weight.double(), targets, reduction="none")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-7)
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), (hidden, weight)), torch.autograd.grad(want.sum(), (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_cross_entropy_backward"])
+@pytest.mark.parametrize("needs", [[True, True, True], [False, True, False]])
+def test_cross_entropy_ops_pass_opcheck(name, needs):
+    hidden, weight, bias = (x.detach() for x in leaves((11, 6), (9, 6), (9,)))
+    targets = torch.randint(0, 9, (11,))
+    rest = (hidden, weight, bias, targets, -100, None, 0.1, 4, torch.float32, needs)
+    before = (torch.rand(11), torch.rand(11)) if name.endswith("backward") else ()
+    torch.library.opcheck(
+        getattr(torch.ops.keyspan, name), (*before, *rest), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+# the residual and the fused projection
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_rms_norm_is_the_sum_and_its_norm(dtype):
+    x, residual, weight = leaves((3, 5, 16), (3, 5, 16), (16,))
+    normed, total = add_rms_norm(x, residual, weight, 1e-5, dtype)
+    want_total = x + residual
+    want = rms_norm(want_total, weight, 1e-5).to(dtype)
+    assert (normed.dtype, total.dtype) == (dtype, torch.float32)
+    assert torch.equal(total, want_total)
+    assert torch.equal(normed, want)
+    a, b = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+    inputs = (x, residual, weight)
+    got = torch.autograd.grad((normed.float() * a).sum() + (total * b).sum(), inputs)
+    wanted = torch.autograd.grad((want.float() * a).sum() + (want_total * b).sum(), inputs)
+    torch.testing.assert_close(got, wanted)
+    with pytest.raises(ValueError, match=r"residual: got shape \[5, 16\], want \[3, 5, 16\]"):
+        add_rms_norm(x, residual[0], weight)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotate_qkv_rotates_queries_and_keys(interleaved):
+    T, heads, K = 6, (4, 2, 2), 8
+    qkv = torch.randn(T, sum(heads) * K, requires_grad=True)
+    positions = torch.arange(T) * 7
+    table = rotary_table(positions, K)
+    q, k, v = rotate_qkv(qkv * 1, table, heads, interleaved)
+    want_q, want_k, want_v = qkv.view(1, T, sum(heads), K).split(heads, 2)
+    want = (
+        rotary(want_q, positions, interleaved=interleaved),
+        rotary(want_k, positions, interleaved=interleaved),
+        want_v,
+    )
+    upstream = [torch.randn_like(x) for x in want]
+    for x, y in zip((q, k, v), want, strict=True):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(torch.autograd.grad((q, k, v), qkv, upstream), torch.autograd.grad(want, qkv, upstream))
 
 
 # compilation

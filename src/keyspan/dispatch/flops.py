@@ -1,10 +1,10 @@
-"""FLOPs of a problem, and how torch's counter comes to know them. Knows nothing of backends."""
+"""FLOPs of a problem, and the registration of formulas with torch's FLOP counter."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -53,8 +53,8 @@ def register(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.keyspan.attention_backward, get_raw=True)(count_backward)
 
 
-def register_when_imported() -> None:
-    """`register` now or, where nobody has imported the counter yet, as soon as somebody does.
+def register_when_imported(register: Callable[[ModuleType], None]) -> None:
+    """Call `register` with torch's counter now or, where nobody has imported it yet, as soon as somebody does.
 
     Importing it here would import Triton where there is one, which takes longer than all of keyspan does; and a counter
     copies what is registered when it is made, so that the first call of an op would be too late.
@@ -62,11 +62,14 @@ def register_when_imported() -> None:
     if COUNTER in sys.modules:
         register(sys.modules[COUNTER])
     else:
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder(register))
 
 
 class _Finder(MetaPathFinder):
     """Finds the counter alone, once, and by what finds every other module."""
+
+    def __init__(self, register: Callable[[ModuleType], None]) -> None:
+        self.register = register
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -76,15 +79,15 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self.register)
         return spec
 
 
 class _Loader(Loader):
     """Loads a module as another loader does, then registers."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, register: Callable[[ModuleType], None]) -> None:
+        self.loader, self.register = loader, register
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -94,4 +97,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        register(module)
+        self.register(module)

@@ -18,7 +18,7 @@ from keyspan.backends import Gradients, Needs, Replay, load, recorder
 from keyspan.core import shims
 from keyspan.core.problem import Problem
 from keyspan.dispatch.cache import CACHE, signature
-from keyspan.dispatch.flops import register_when_imported
+from keyspan.dispatch.flops import register, register_when_imported
 
 _TYPES = {
     "Tensor": "Tensor",
@@ -265,4 +265,4 @@ for _name, _body, _fake, _gradient, _context in (
     torch.library.register_fake(f"keyspan::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"keyspan::{_name}", _gradient, setup_context=_context, lib=_library)
 
-register_when_imported()
+register_when_imported(register)

@@ -1,4 +1,4 @@
-"""Memory-lean functions and modules for transformers. They depend on torch alone, not on attention or models."""
+"""Memory-lean functions and modules for transformers. They depend on no model."""
 
 from keyspan.layers.cross_entropy import linear_cross_entropy
 from keyspan.layers.gated import SwiGLU, swiglu

@@ -5,17 +5,20 @@ Letters: T tokens, D width, C classes.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from keyspan.dispatch.flops import register_when_imported
 from keyspan.layers.gemm import gemm_dtype, multiplies, operand
 from keyspan.layers.kernels import kernels_for
 
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
-"""Logits held at a time: on a GPU enough for a few large products, on a CPU what its caches still serve."""
+_CHUNKS = {"cpu": (2**23, 1024), "cuda": (2**29, 2**31)}
+"""Bytes of logits held at a time, and most tokens of a chunk: on a GPU enough for a few large products, on a CPU what
+its caches still serve."""
 _CHUNK_TOKENS = 256
 """At least so many tokens a chunk: thinner products are slow."""
 
@@ -64,25 +67,28 @@ def _cross_entropy_(
         z.div_(options.softcap).tanh_().mul_(options.softcap)
     counted = targets != options.ignore_index
     target = targets.where(counted, 0).unsqueeze(1)
+    weight = z.softmax(1)  # one fused pass; logsumexp, subtraction and exponential would be seven
     if losses is not None:
-        torch.logsumexp(z, 1, out=lse)
+        # The largest weight is exp(max − lse), at least 1 / C: its logarithm is as exact as a logsumexp.
+        torch.sub(z.amax(1), weight.amax(1).log(), out=lse)
         loss = lse - z.gather(1, target).squeeze(1)
         if options.z_loss:
             loss += options.z_loss * lse.square()
         losses.copy_(loss.where(counted, 0.0))
     if gradient is None:
         return z
-    # d capped / d logit = 1 − tanh² = 1 − (capped / softcap)²
-    slope = None if options.softcap is None else 1 - (z / options.softcap).square_()
     # d loss / d capped = softmax(capped) · (1 + 2 z_loss · lse) − onehot(target)
-    dz = z.sub_(lse.unsqueeze(1)).exp_()
     if options.z_loss:
-        dz *= (1 + 2 * options.z_loss * lse).unsqueeze(1)
-    dz.scatter_(1, target, dz.gather(1, target) - 1)
-    dz *= (counted if grads is None else grads.where(counted, 0.0)).unsqueeze(1)
-    if slope is not None:
-        dz *= slope
-    return dz.to(gradient)
+        weight *= (1 + 2 * options.z_loss * lse).unsqueeze(1)
+    weight.scatter_(1, target, weight.gather(1, target) - 1)
+    if options.softcap is not None:
+        # d capped / d logit = 1 − tanh² = 1 − (capped / softcap)²
+        weight *= z.div_(options.softcap).square_().neg_().add_(1)
+    if grads is not None:
+        weight *= grads.where(counted, 0.0).unsqueeze(1)
+    elif z.device.type != "cpu" or not counted.all():  # only a CPU can be asked without waiting
+        weight *= counted.unsqueeze(1)
+    return weight.to(gradient)
 
 
 def _run(
@@ -130,6 +136,7 @@ def _run(
                 _add_product(dweight, dz.t(), h)
             if needs[2]:
                 dbias += dz.sum(0, dtype=wide)
+            del z, dz  # before the next chunk's are allocated
     return dhidden, dweight, dbias
 
 
@@ -182,6 +189,22 @@ for _name, _body, _shapes in (
 ):
     _library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"keyspan::{_name}", _shapes, lib=_library)
+
+
+def _register_flops(counter: ModuleType) -> None:
+    """Tell torch's counter what the ops cost: the product of the logits, and one for each gradient of a matrix."""
+
+    def count(hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(2 * hidden[0] * hidden[1] * weight[0] * (1 + sum(rest[-1][:2])))
+
+    def count_backward(lse: Any, grads: Any, *rest: Any, **kwargs: Any) -> int:
+        return count(*rest)
+
+    counter.register_flop_formula(torch.ops.keyspan.linear_cross_entropy)(count)
+    counter.register_flop_formula(torch.ops.keyspan.linear_cross_entropy_backward)(count_backward)
+
+
+register_when_imported(_register_flops)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -269,8 +292,8 @@ def linear_cross_entropy(
         reduction: "mean" over the tokens that count (NaN where none does, as in torch), "sum", or "none" for [T].
             A mean or sum computes its gradients in the forward pass; losses of "none" may be weighted afterwards, so
             backward computes the logits a second time.
-        chunk: tokens whose logits are held at a time. Default: 512 MiB of logits on a GPU, 16 MiB on a CPU, at least
-            256 tokens.
+        chunk: tokens whose logits are held at a time. Default: 512 MiB of logits on a GPU; 8 MiB, and at most 1024
+            tokens, on a CPU; at least 256 tokens.
 
     Returns:
         The loss in nats, fp32 (fp64 for fp64). Products run in autocast's dtype where autocast is on; logits and
@@ -299,7 +322,8 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, want 'mean', 'sum' or 'none'")
     if chunk is None:
-        chunk = max(_CHUNK_TOKENS, _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"]) // (4 * C) // 256 * 256)
+        size, most = _CHUNKS.get(hidden.device.type, _CHUNKS["cuda"])
+        chunk = max(_CHUNK_TOKENS, min(most, size // (4 * C) // 256 * 256))
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, want at least 1 token")
     options = _Options(ignore_index, softcap, z_loss, chunk, gemm_dtype(hidden, weight=weight))
