@@ -640,3 +640,29 @@ def test_flops_of_the_worst_case(monkeypatch, setting, pairs):
     with FlopCounterMode(display=False) as counter:
         mea(x, x, x, masks.BlockDiagonalMask.from_seqlens([3, 4]))
     assert counter.get_total_flops() == 2 * 2 * pairs * (8 + 8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: masks.BlockDiagonalMask.from_seqlens(n).make_causal(),
+        lambda n: masks.BlockDiagonalMask.from_seqlens(n).make_local_attention(2),
+        lambda n: masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(n, 7, n),
+        lambda n: masks.BlockDiagonalGappyKeysMask.from_seqlens(n, [0, 1, 14], n),
+    ],
+)
+def test_masks_made_inside_a_compiled_function(make):
+    """Without a device, and from lengths that change: compiled once more, for lengths that are symbols."""
+    q, k = random(1, 7, 2, 8, dtype=torch.float32), random(1, 14, 2, 8, dtype=torch.float32)
+
+    def step(q, k, lengths):
+        mask = make(lengths)
+        k = k[:, :7] if isinstance(mask, masks.BlockDiagonalMask) else k
+        return mea(q, k, k, mask)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for lengths in ([3, 4], [2, 5], [5, 2], [6, 1]):
+        torch.testing.assert_close(compiled(q, k, lengths), step(q, k, lengths))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

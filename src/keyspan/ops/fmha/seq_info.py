@@ -90,7 +90,7 @@ class _SeqLenInfo(ByValue):
         """From the lengths. `device=None` is the current CUDA device where there is one, else the CPU."""
         lengths = lengths_of("seqlens", seqlens)
         starts = [0, *accumulate(lengths)]
-        return cls(int_tensor(starts, device), max(lengths, default=0), min(lengths, default=0), starts)
+        return cls(int_tensor(starts, device), _longest(lengths), _shortest(lengths), starts)
 
     def from_seqlens_inplace(self, seqlens: Iterable[int]) -> None:
         """Write other lengths into the same tensor, which captured CUDA graphs then read.
@@ -100,13 +100,13 @@ class _SeqLenInfo(ByValue):
         lengths = lengths_of("seqlens", seqlens)
         self._check_lengths(lengths, self.max_seqlen)
         self.seqstart_py = [0, *accumulate(lengths)]
-        self.min_seqlen = min(lengths, default=0)
+        self.min_seqlen = _shortest(lengths)
         self.seqstart.copy_(torch.tensor(self.seqstart_py, dtype=torch.int32))
         self._given = None  # from here on only the tensor is valid; its total may be less than M
 
     def _check_lengths(self, lengths: list[int], longest: int) -> None:
         count = len(self.seqstart) - 1
-        if len(lengths) != count or max(lengths, default=0) > longest:
+        if len(lengths) != count or _longest(lengths) > longest:
             raise ValueError(f"seqlens: got {lengths}, want {count} lengths of at most {longest}")
 
     def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
@@ -153,10 +153,10 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
     def from_seqlens_padded(cls, seqlens: Sequence[int], padding: int, *, device: Device = None) -> _PaddedSeqLenInfo:
         """From the used lengths, each at most `padding`."""
         lengths = lengths_of("seqlens", seqlens)
-        if max(lengths, default=0) > padding:
+        if _longest(lengths) > padding:
             raise ValueError(f"seqlens: got a sequence of {max(lengths)}, want at most padding = {padding}")
         starts = [b * padding for b in range(len(lengths) + 1)]
-        longest, shortest = max(lengths, default=0), min(lengths, default=0)
+        longest, shortest = _longest(lengths), _shortest(lengths)
         return cls(int_tensor(starts, device), longest, shortest, starts, int_tensor(lengths, device), lengths, padding)
 
     def from_seqlens_inplace(self, seqlens: Iterable[int]) -> None:
@@ -166,7 +166,7 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
         """Write other lengths into the same tensor: as many as before, each at most `padding`."""
         lengths = lengths_of("seqlens", seqlens)
         self._check_lengths(lengths, self.padding)
-        self.seqlen_py, self.max_seqlen, self.min_seqlen = lengths, max(lengths, default=0), min(lengths, default=0)
+        self.seqlen_py, self.max_seqlen, self.min_seqlen = lengths, _longest(lengths), _shortest(lengths)
         self.seqlen.copy_(torch.tensor(lengths, dtype=torch.int32))
 
     def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
@@ -209,7 +209,7 @@ class _GappySeqInfo(_SeqLenInfo):
             raise ValueError(f"seqstarts: got {len(starts)} entries, want {wanted} for {count} sequences")
         starts = starts[:count] if paged else starts
         seqlen = [s + n for s, n in zip(starts, lengths, strict=True)] if paged else lengths
-        longest, shortest = max(lengths, default=0), min(lengths, default=0)
+        longest, shortest = _longest(lengths), _shortest(lengths)
         listed = [*starts, -1] if paged else starts
         return cls(int_tensor(listed, device), longest, shortest, listed, int_tensor(seqlen, device), seqlen)
 
@@ -230,9 +230,12 @@ def lengths_of(name: str, lengths: Iterable[int]) -> list[int]:
 
 def int_tensor(values: Sequence[int], device: Device) -> Tensor:
     """An int32 tensor on `device`; `None` is xFormers' default: CUDA, else MTIA, else the CPU."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mtia" if torch.mtia.is_available() else "cpu"
-    return torch.tensor(values, dtype=torch.int32, device=device)
+    return torch.tensor(values, dtype=torch.int32, device=_default_device() if device is None else device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mtia" if torch.mtia.is_available() else "cpu"
 
 
 def _version(x: Tensor) -> int | None:
@@ -246,3 +249,14 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.device == b.device and a.shape == b.shape and torch.equal(a, b)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+# The compiler, to which changing lengths are symbols, does not trace max(…, default=0).
+
+
+def _longest(lengths: Sequence[int]) -> int:
+    return max(lengths) if lengths else 0
+
+
+def _shortest(lengths: Sequence[int]) -> int:
+    return min(lengths) if lengths else 0
