@@ -11,16 +11,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keyspan import __version__
-from keyspan.training.config import PRESETS, TaskName, TrainConfig
+from keyspan.training.config import TaskName, TrainConfig, preset
 
 if TYPE_CHECKING:
     from keyspan.training.loop import Result
 
 EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "tyro")
+DATA_EXTRAS = ("pyarrow", "zstandard")
 SERVE_EXTRAS = ("fastapi", "jinja2", "prometheus_client", "tokenizers", "uvicorn")
 
 
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ModuleNotFoundError as error:
-        extras = next((x for x in (EXTRAS, SERVE_EXTRAS) if error.name in x), None)
+        extras = next((x for x in (EXTRAS, DATA_EXTRAS, SERVE_EXTRAS) if error.name in x), None)
         if extras is None:
             raise
         return _fail(f"{known[0]} needs {error.name}: pip install {' '.join(extras)}")
@@ -97,26 +99,27 @@ class _Choice:
     """The options that choose the defaults of all others."""
 
     task: TaskName = "stdlib"
+    data: Path | None = None
     resume: Path | None = None
 
 
 def parse_train(words: list[str], command: str = "train") -> TrainConfig:
     """The configuration that `keyspan train` reads from its options.
 
-    The defaults are those of the preset of `--task`, or those of the run to `--resume`.
+    The defaults are those of the preset of `--task` or `--data`, or those of the run to `--resume`.
     """
     import tyro
 
     from keyspan.training.loop import read_config
 
     choice, _ = tyro.cli(_Choice, args=words, prog=f"keyspan {command}", return_unknown_args=True, add_help=False)
-    default = PRESETS[choice.task] if choice.resume is None else read_config(choice.resume)
+    default = preset(choice.task, choice.data) if choice.resume is None else read_config(choice.resume)
     config: TrainConfig = tyro.cli(
         TrainConfig,
         default=default,
         args=words,
         prog=f"keyspan {command}",
-        description=f"Train a GPT. The defaults shown are those of {choice.resume or choice.task}.",
+        description=f"Train a GPT. The defaults shown are those of {choice.resume or choice.data or choice.task}.",
     )
     return config
 
@@ -201,6 +204,21 @@ def generate(
     print()
 
 
+def _prepare(words: list[str]) -> int:
+    from keyspan.training.prepare import Prepare, prepare
+
+    out = prepare(_parse(Prepare, words, "prepare"), print)
+    index = loads((out / "index.json").read_text(encoding="utf-8"))
+    counts = index["counts"]
+    for side in ("train", "held-out"):
+        of = [shard for shard in index["shards"] if shard["side"] == side]
+        print(f"{side}: {sum(x['documents'] for x in of):,} documents, {sum(x['tokens'] for x in of):,} tokens")
+    print(f"left out: {counts['duplicates']:,} duplicates, {counts['empty']:,} empty, {counts['bad']:,} bad records")
+    print("".join(f"  {text}\n" for text in counts["named"]), end="")
+    print(f"written: {out}; train on it with: keyspan train --data {out}")
+    return 0
+
+
 def _serve(words: list[str]) -> int:
     from keyspan.inference.serve import Serve, serve
 
@@ -272,6 +290,7 @@ def _bench_inference(words: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a GPT on a synthetic task or on this Python's standard library"),
+    "prepare": (_prepare, "turn text, JSON lines or Parquet into token shards to train on"),
     "generate": (_generate, "continue a prompt with a trained model, or one in Hugging Face's format"),
     "demo": (_demo, "train on the standard library for some minutes, then generate"),
     "export": (_export, "write a trained model as a folder that transformers loads"),

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib"]
+TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib", "data"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,12 @@ class TrainConfig:
 
     task: TaskName = "stdlib"
     """What to learn; chooses the defaults of all else."""
+    data: Path | None = None
+    """What to learn instead: a folder of `keyspan prepare`. Or a folder or file of text, which is prepared first, as
+    bytes, into FOLDER.prepared."""
     max_length: int = 1024
     """Longest problem in symbols (copy, reverse, sort), pairs (associative-recall) or digits (addition); longest
-    document in bytes (stdlib)."""
+    document in bytes (stdlib), or in tokens (data), beyond which it is cut."""
 
     dim: int = 128
     """Width of the model."""
@@ -72,7 +75,7 @@ class TrainConfig:
     eval_tokens: int = 16_384
     """Held-out tokens of such an evaluation; the last one, and the one that may stop the run, use all."""
     stop_at: float | None = None
-    """Stop once so large a share of the held-out problems is answered without an error (not for stdlib)."""
+    """Stop once so large a share of the held-out problems is answered without an error (not for stdlib and data)."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also written at the end, and on Ctrl-C."""
 
@@ -91,6 +94,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.task not in get_args(TaskName):
             raise ValueError(f"task: got {self.task!r}, want one of {', '.join(get_args(TaskName))}")
+        if (self.data is None) == (self.task == "data"):
+            raise ValueError(f"data: got {self.data} for the task {self.task}, want a folder for the task data alone")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: got {self.precision!r}, want fp32, bf16 or fp16")
         whole = ("tokens", "accumulation", "steps", "eval_every", "eval_tokens", "checkpoint_every")
@@ -111,7 +116,7 @@ class TrainConfig:
             raise ValueError(f"clip: got {self.clip}, want a positive number (inf for none)")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: got {self.seed}, want 0 … 2⁶³ − 1")
-        if self.stop_at is not None and (self.task == "stdlib" or not 0 < self.stop_at <= 1):
+        if self.stop_at is not None and (self.task in ("stdlib", "data") or not 0 < self.stop_at <= 1):
             raise ValueError(f"stop_at: got {self.stop_at} for {self.task}, want a share in (0, 1] of a synthetic task")
 
     def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -147,7 +152,7 @@ class TrainConfig:
 
 
 FIXED = (
-    *("task", "dim", "layers", "heads", "kv_heads", "hidden", "positions", "rope_theta", "tie_embeddings"),
+    *("task", "data", "dim", "layers", "heads", "kv_heads", "hidden", "positions", "rope_theta", "tie_embeddings"),
     *("embedding_std", "seed"),
 )
 """Options that a resumed run cannot change: they make the task, the model, its initial weights and the data's order."""
@@ -200,4 +205,14 @@ PRESETS: dict[TaskName, TrainConfig] = {
         task="stdlib", max_length=1024, steps=2000, lr=3e-3, embedding_std=0.09, precision="bf16", eval_every=200
     ),
 }
-"""The default run of each task."""
+"""The default run of each task but `data`, see `preset`."""
+
+
+def preset(task: TaskName, data: Path | None = None) -> TrainConfig:
+    """The default run of a task; for `data`, of a model of 10 million parameters on that folder."""
+    if data is None and task != "data":
+        return PRESETS[task]
+    return TrainConfig(
+        task="data", data=data, dim=320, layers=7, heads=5, kv_heads=5, tokens=8192, steps=2000, lr=1e-3, warmup=100,
+        beta2=0.95, embedding_std=0.05, precision="bf16", eval_every=200, eval_tokens=65_536,
+    )  # fmt: skip

@@ -63,6 +63,7 @@ class StandardLibrary:
     metric = "bits_per_byte"
     vocab_size = START + 1
     stop = None
+    bytes_per_token = 1.0
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

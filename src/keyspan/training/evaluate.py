@@ -22,14 +22,17 @@ class Evaluation(NamedTuple):
     """Share of documents whose every scored token is the model's first choice. As each choice is made after a right
     answer so far, this is the share that greedy decoding answers without an error."""
 
+    bytes_per_token: float = 1.0
+    """Bytes of text that a scored token stands for, on the average."""
+
     @property
     def bits_per_byte(self) -> float:
-        """Mean bits per scored token; of text, whose tokens are bytes, bits per byte."""
-        return self.loss / math.log(2)
+        """Mean bits per byte of text."""
+        return self.loss / math.log(2) / self.bytes_per_token
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(model: GPT, batches: Iterable[Batch], bytes_per_token: float = 1.0) -> Evaluation:
     """Score the model, without dropout, under whatever autocast is on."""
     device = next(model.parameters()).device
     training = model.training
@@ -46,4 +49,4 @@ def evaluate(model: GPT, batches: Iterable[Batch]) -> Evaluation:
         scored += len(logits)
         documents += len(lengths)
     model.train(training)
-    return Evaluation(nats / scored, right / documents)
+    return Evaluation(nats / scored, right / documents, bytes_per_token)

@@ -23,6 +23,7 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import nn
@@ -40,7 +41,10 @@ from keyspan.training.packing import Batch
 from keyspan.training.report import Report, peak_memory, plot
 from keyspan.training.tasks import SyntheticTask
 
-Task = SyntheticTask | StandardLibrary
+if TYPE_CHECKING:
+    from keyspan.training.corpus import Corpus
+
+Task: TypeAlias = "SyntheticTask | StandardLibrary | Corpus"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """Signals that end a run after the step in hand, with a checkpoint."""
 
@@ -69,7 +73,20 @@ def make_task(config: TrainConfig) -> Task:
     """The task of a configuration: its data and its alphabet."""
     if config.task == "stdlib":
         return StandardLibrary(config.max_length)
+    if config.data is not None:
+        from keyspan.training.corpus import Corpus
+
+        return Corpus(_prepared(config.data), config.max_length)
     return SyntheticTask(config.task, config.max_length)
+
+
+def _prepared(data: Path) -> Path:
+    """The folder of `keyspan prepare`; text is prepared first, beside itself."""
+    if (data / "index.json").is_file():
+        return data
+    from keyspan.training.prepare import Prepare, prepare
+
+    return prepare(Prepare((data,), data.with_name(f"{data.name}.prepared"), held_out=0.05))
 
 
 def make_model(config: TrainConfig, vocab_size: int) -> GPT:
@@ -217,7 +234,7 @@ def _run(
 
         def held_out(limit: int | None) -> float:
             with autocast(config, device):
-                result = evaluate(model, task.held_out(config.tokens, limit))
+                result = evaluate(model, task.held_out(config.tokens, limit), task.bytes_per_token)
             value: float = getattr(result, task.metric)
             share = "all of" if limit is None else "a part of"
             text = f"{task.metric.replace('_', ' ')} {value:.4f}, loss {result.loss:.4f} on {share} the held-out data"
@@ -264,7 +281,7 @@ def _run(
             final = held_out(None)
     result = Result(str(run), step, seconds, final is None, task.metric, final, task.baselines())
     write_file(run / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
-    plot(run, task.metric, result.baselines)
+    plot(run, task.metric, result.baselines, task.bytes_per_token)
     return result
 
 

@@ -110,7 +110,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory": float(peak if sys.platform == "darwin" else peak * 1024)}
 
 
-def plot(run: Path, metric: str, baselines: Mapping[str, float]) -> None:
+def plot(run: Path, metric: str, baselines: Mapping[str, float], bytes_per_token: float = 1.0) -> None:
     """Draw RUN/loss.png: the training loss, the held-out `metric` and, as level lines, the baselines.
 
     With the metric bits_per_byte all share one axis in that unit; any other has an axis of its own, from 0 to 1.
@@ -121,7 +121,7 @@ def plot(run: Path, metric: str, baselines: Mapping[str, float]) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     same_unit = metric == "bits_per_byte"
-    unit = math.log(2) if same_unit else 1.0
+    unit = math.log(2) * bytes_per_token if same_unit else 1.0
     steps = [record for record in records if "loss" in record]
     axes.plot([r["step"] for r in steps], [r["loss"] / unit for r in steps], lw=0.8, label="training loss")
     checks = [record for record in records if metric in record]

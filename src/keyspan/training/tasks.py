@@ -105,6 +105,7 @@ class SyntheticTask:
     metric = "exact_match"
     vocab_size = START + 1
     stop = ALPHABET.index(STOP)
+    bytes_per_token = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in PROBLEMS:

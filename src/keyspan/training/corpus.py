@@ -1,0 +1,258 @@
+"""The task `data`: documents that `keyspan prepare` has turned into token shards, packed best-fit.
+
+Shards are memory-mapped: what is in memory is a plan of a few shards, and the batch. A document that is longer than
+`max_length` is cut into consecutive pieces. The order of an epoch is drawn from its seed: the shards, then the pieces
+of a few shards at a time. Pieces of such a group are packed so that batches are full (best fit decreasing, Johnson
+1973); no document sees another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keyspan.training.packing import Batch
+
+GROUP = 8
+"""Shards whose pieces are shuffled and packed together."""
+
+
+class Piece(NamedTuple):
+    """Part of a document: `length` targets of a shard from `start` on."""
+
+    shard: int
+    start: int
+    length: int
+    first: bool
+    """Whether it opens its document; else the token before it is its first input."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The task `data`: predict each next token of the documents in a prepared folder.
+
+    Args:
+        folder: of `keyspan prepare`.
+        max_length: most tokens of a piece.
+
+    Raises ValueError where the folder is not prepared, its shards are not those of its index, or one side is empty.
+    """
+
+    folder: Path
+    max_length: int
+
+    name = "data"
+    metric = "bits_per_byte"
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length: got {self.max_length}, want at least 2 tokens for a piece")
+        for shard in self.index["shards"]:
+            for suffix, size in (("bin", self.dtype.itemsize * shard["tokens"]), ("ends", 8 * shard["documents"])):
+                path = self.folder / f"{shard['stem']}.{suffix}"
+                if not path.is_file() or path.stat().st_size != size:
+                    raise ValueError(f"{path}: want a file of {size} bytes, as index.json says; prepare the data again")
+        for side in ("train", "held-out"):
+            if not self._shards(side):
+                raise ValueError(
+                    f"data: {self.folder} holds no {side} document; prepare more text, or another held_out"
+                )
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        path = self.folder / "index.json"
+        if not path.is_file():
+            raise ValueError(f"data: {self.folder} holds no index.json; want a folder of keyspan prepare")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("format") != 1:
+            raise ValueError(f"{path}: got format {found.get('format')}, want 1; prepare the data again")
+        return found
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        found: np.dtype[Any] = np.dtype(self.index["dtype"]).newbyteorder("<")
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self.index["vocab_size"]
+        return size
+
+    @property
+    def stop(self) -> int:
+        """The end token."""
+        end: int = self.index["end"]
+        return end
+
+    def check(self) -> None:
+        """Compare every shard with its checksum. Raises ValueError for one that was altered."""
+        for shard in self.index["shards"]:
+            for suffix, want in shard["sha256"].items():
+                path = self.folder / f"{shard['stem']}.{suffix}"
+                digest = hashlib.sha256()
+                with path.open("rb") as file:
+                    while part := file.read(2**20):
+                        digest.update(part)
+                if digest.hexdigest() != want:
+                    raise ValueError(f"{path}: its checksum is not that of index.json; prepare the data again")
+
+    # Batches
+
+    def train_batch(self, seed: int, index: int, tokens: int) -> Batch:
+        """Micro-batch `index` of the run `seed`, at most `tokens` tokens; a function of these numbers alone."""
+        return self._batch(self._plans.batch(seed, index, tokens))
+
+    def held_out(self, tokens: int, limit: int | None = None) -> list[Batch]:
+        """The held-out documents in batches of at most `tokens`; with `limit`, as many as come to about that."""
+        shards = self._shards("held-out")
+        pieces = [piece for n in range(len(shards)) for piece in self._pieces("held-out", n)]
+        if limit is not None:
+            tokens = min(tokens, limit)
+            pieces = pieces[:: max(1, sum(piece.length for piece in pieces) // limit)]
+        bins, rest = pack_best_fit([x for x in pieces if x.length <= tokens], tokens, 1.0)
+        cut = [x._replace(length=tokens) for x in pieces if x.length > tokens]
+        return [self._batch(x, "held-out") for x in [*bins, *rest, *([x] for x in cut)]]
+
+    def filled(self, seed: int, count: int, tokens: int) -> float:
+        """Share of the positions of the first `count` micro-batches that hold a token."""
+        used = sum(x.length for n in range(count) for x in self._plans.batch(seed, n, tokens))
+        return used / (count * tokens)
+
+    def baselines(self) -> dict[str, float]:
+        """None: text has no simple model that is worth its time here."""
+        return {}
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the held-out text, end tokens counted."""
+        shards = self._shards("held-out")
+        length: int = sum(x["bytes"] for x in shards)
+        return length / max(1, sum(x["tokens"] for x in shards)) or 1.0
+
+    @cached_property
+    def _plans(self) -> _Plans:
+        return _Plans(self)
+
+    def _shards(self, side: str) -> list[dict[str, Any]]:
+        return [shard for shard in self.index["shards"] if shard["side"] == side]
+
+    def _mapped(self, side: str, shard: int) -> NDArray[Any]:
+        stem = self._shards(side)[shard]["stem"]
+        return np.memmap(self.folder / f"{stem}.bin", self.dtype, mode="r")
+
+    def _pieces(self, side: str, shard: int) -> list[Piece]:
+        """The pieces of a shard, in order."""
+        ends = np.fromfile(self.folder / f"{self._shards(side)[shard]['stem']}.ends", "<u8").tolist()
+        found = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            for at in range(start, end, self.max_length):
+                found.append(Piece(shard, at, min(self.max_length, end - at), at == start))
+        return found
+
+    def _batch(self, pieces: Sequence[Piece], side: str = "train") -> Batch:
+        tokens, targets = [], []
+        for piece in pieces:
+            data = self._mapped(side, piece.shard)
+            stop = piece.start + piece.length
+            before = self.stop if piece.first else data[piece.start - 1]
+            targets.append(data[piece.start : stop].astype(np.int64))
+            tokens.append(np.concatenate([[before], targets[-1][:-1]]))
+        return Batch(_tensor(tokens), _tensor(targets), [piece.length for piece in pieces])
+
+    # Text
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.folder / self.index["tokenizer"]))
+
+    def encode(self, text: str) -> list[int]:
+        """The end token, which stands before every document, then the tokens of a text."""
+        if self.index["tokenizer"] == "bytes":
+            return [self.stop, *text.encode()]
+        return [self.stop, *self._tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what is not UTF-8 is shown as U+FFFD, the end token leaves nothing."""
+        kept = [token for token in tokens if token != self.stop]
+        if self.index["tokenizer"] == "bytes":
+            return bytes(kept).decode(errors="replace")
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return text
+
+
+def _tensor(parts: list[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+class _Plans:
+    """Which pieces a micro-batch holds. Batches are asked for in order, nearly always; the plan goes on from there."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._of: tuple[int, int] | None = None
+        self._next = 0
+        self._bins: Iterator[list[Piece]] = iter(())
+        self._last: list[Piece] = []
+
+    def batch(self, seed: int, index: int, tokens: int) -> list[Piece]:
+        if self._of != (seed, tokens) or index < self._next - 1:
+            self._of, self._next, self._bins = (seed, tokens), 0, self._endless(seed, tokens)
+        while self._next <= index:
+            self._last = next(self._bins)
+            self._next += 1
+        return self._last
+
+    def _endless(self, seed: int, tokens: int) -> Iterator[list[Piece]]:
+        corpus = self._corpus
+        shards = len(corpus._shards("train"))
+        if corpus.max_length > tokens:
+            raise ValueError(
+                f"max_length: got {corpus.max_length}, want at most tokens = {tokens}, which a batch holds"
+            )
+        epoch = 0
+        while True:
+            random = np.random.default_rng([seed, epoch])
+            order = random.permutation(shards).tolist()
+            rest: list[list[Piece]] = []
+            for first in range(0, shards, GROUP):
+                pieces = [piece for n in order[first : first + GROUP] for piece in corpus._pieces("train", n)]
+                # Batches that are not full are packed again with the next group.
+                pieces += [piece for part in rest for piece in part]
+                pieces = [pieces[n] for n in random.permutation(len(pieces))]
+                full, rest = pack_best_fit(pieces, tokens, 0.99)
+                yield from (full[n] for n in random.permutation(len(full)))
+            yield from rest
+            epoch += 1
+
+
+def pack_best_fit(pieces: Sequence[Piece], capacity: int, least: float) -> tuple[list[list[Piece]], list[list[Piece]]]:
+    """(bins filled to a share of at least `least`, the other bins): the longest piece first, into the bin that it fills
+    best. Pieces of one length keep their order."""
+    bins: list[list[Piece]] = []
+    room: list[tuple[int, int]] = []  # (what is left of a bin, its number), sorted
+    for piece in sorted(pieces, key=lambda x: -x.length):
+        at = bisect_left(room, (piece.length, -1))
+        if at == len(room):
+            bins.append([piece])
+            left, number = capacity - piece.length, len(bins) - 1
+        else:
+            left, number = room.pop(at)
+            bins[number].append(piece)
+            left -= piece.length
+        insort(room, (left, number))
+    filled = {number: capacity - left >= least * capacity for left, number in room}
+    full = [x for n, x in enumerate(bins) if filled[n]]
+    return full, [x for n, x in enumerate(bins) if not filled[n]]

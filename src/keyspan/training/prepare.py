@@ -1,0 +1,387 @@
+"""`keyspan prepare`: text files, JSON lines and Parquet files to token shards that training maps into memory.
+
+    OUT/index.json          what the shards hold, their sizes and checksums; written last
+    OUT/tokenizer.json      unless tokens are bytes
+    OUT/train-00000.bin     tokens, little-endian uint16 or uint32, document after document, each with an end token
+    OUT/train-00000.ends    uint64, where each document ends
+    OUT/held-out-00000.*    the same for the documents that training must not see
+    OUT/progress.json       while it runs: how far the input has been read
+
+Inputs are streamed. A run that is killed goes on where the last shard ended, and ends with the same bytes: it reads the
+input again, but tokenizes only what is not stored.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyspan.files import write_file
+
+BLOCK = 1024
+"""Documents that are tokenized together, in parallel; a shard ends between blocks."""
+PIECE = 2**24
+"""Characters of a plain text file that make one document at most; a longer file is cut at the ends of lines."""
+NAMED = 20
+"""Bad records that index.json names."""
+SIDES = ("train", "held-out")
+
+
+@dataclass
+class Prepare:
+    """Turn text into token shards for `keyspan train --data`."""
+
+    inputs: tuple[Path, ...]
+    """Files or folders: .jsonl (.gz, .zst), .parquet, and any other as plain text, a document each."""
+    out: Path = Path("data")
+    """Folder for the shards."""
+    tokenizer: str = "bytes"
+    """bytes; train:VOCAB for a byte-level BPE of so many tokens, trained on the input; or a tokenizer.json."""
+    text_key: str = "text"
+    """Field or column that holds the text, in JSON lines and Parquet."""
+    held_out: float = 0.01
+    """Share of the documents that is kept from training, chosen by a hash of their text."""
+    deduplicate: bool = True
+    """Keep one of identical documents."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """What to do with a record that cannot be read; either way it is named."""
+    shard_tokens: int = 2**25
+    """Tokens of a shard, about."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ValueError("inputs: got none, want at least one file or folder")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: got {self.held_out}, want a share in [0, 1)")
+        if self.on_error not in ("skip", "stop"):
+            raise ValueError(f"on_error: got {self.on_error!r}, want skip or stop")
+        if self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens: got {self.shard_tokens}, want at least 1")
+
+
+@dataclass
+class Counts:
+    """What became of the input."""
+
+    documents: int = 0
+    """Stored ones."""
+    duplicates: int = 0
+    empty: int = 0
+    bad: int = 0
+    named: list[str] = field(default_factory=list)
+    """The first bad records: file, place, what is wrong."""
+
+
+class Bad(NamedTuple):
+    """A record that cannot be read."""
+
+    place: str
+    wrong: str
+
+
+Record: TypeAlias = "str | Bad"
+
+
+def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None) -> Path:
+    """Do it; returns the folder. What is finished already is left as it is.
+
+    Raises:
+        ValueError: for inputs that are not there or of an unknown form, for another input or options than those of an
+            unfinished run in the same folder, and for a bad record where they are to stop it.
+    """
+    out, files = options.out, _files(options.inputs)
+    plan = _plan(options, files)
+    index = out / "index.json"
+    if index.is_file():
+        if json.loads(index.read_text(encoding="utf-8"))["plan"] != plan:
+            raise ValueError(f"out: {out} holds other data, or the same under other options; want a new folder")
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {"plan": plan, "records": 0, "shards": [], "counts": asdict(Counts())}
+    progress = out / "progress.json"
+    if progress.is_file():
+        state = json.loads(progress.read_text(encoding="utf-8"))
+        if state["plan"] != plan:
+            raise ValueError(f"out: {out} holds an unfinished run over other data or options; want a new folder")
+        report(f"going on behind record {state['records']}")
+    encode = _tokenizer(options, files, report)
+    counts = Counts(**state["counts"])
+    writer = _Writer(out, encode.dtype, state["shards"])
+    seen: set[bytes] = set()
+    records = _records(files, options)
+    for record in islice(records, state["records"]):  # stored already; their digests tell duplicates
+        if isinstance(record, str) and options.deduplicate:
+            seen.add(_digest(record))
+    done = state["records"]
+    while block := list(islice(records, BLOCK)):
+        taken = [(record, _take(record, seen, counts, options)) for record in block]
+        texts = [record for record, side in taken if isinstance(record, str) and side is not None]
+        sides = [side for _, side in taken if side is not None]
+        for text, side, tokens in zip(texts, sides, encode(texts), strict=True):
+            writer.add(side, tokens, len(text.encode(errors="surrogatepass")))
+        done += len(block)
+        if writer.size >= options.shard_tokens:
+            writer.flush()
+            state |= {"records": done, "shards": writer.shards, "counts": asdict(counts)}
+            write_file(progress, json.dumps(state).encode())
+            report(f"{counts.documents} documents, {sum(x['tokens'] for x in writer.shards)} tokens")
+    writer.flush()
+    found = {
+        "format": 1, "plan": plan, "tokenizer": encode.name, "vocab_size": encode.vocab_size, "end": encode.end,
+        "dtype": encode.dtype.name, "shards": writer.shards, "counts": asdict(counts),
+    }  # fmt: skip
+    write_file(index, f"{json.dumps(found, indent=1)}\n".encode())
+    progress.unlink(missing_ok=True)
+    return out
+
+
+def _take(record: Record, seen: set[bytes], counts: Counts, options: Prepare) -> str | None:
+    """The side that a record goes to; None where it is left out."""
+    if isinstance(record, Bad):
+        place, wrong = record
+        if options.on_error == "stop":
+            raise ValueError(f"{place}: {wrong}")
+        counts.bad += 1
+        if len(counts.named) < NAMED:
+            counts.named.append(f"{place}: {wrong}")
+        return None
+    if not record:
+        counts.empty += 1
+        return None
+    digest = _digest(record)
+    if options.deduplicate:
+        if digest in seen:
+            counts.duplicates += 1
+            return None
+        seen.add(digest)
+    counts.documents += 1
+    return SIDES[int.from_bytes(digest[:8], "big") < options.held_out * 2**64]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _plan(options: Prepare, files: Sequence[Path]) -> dict[str, Any]:
+    """What the result is a function of, apart from what the files hold."""
+    rest = {k: v for k, v in asdict(options).items() if k not in ("inputs", "out", "on_error")}
+    return {**rest, "files": [[path.name, path.stat().st_size] for path in files]}
+
+
+# Input
+
+
+def _files(inputs: Iterable[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = (x for x in path.rglob("*") if x.is_file())
+            visible = (x for x in inside if not any(part.startswith(".") for part in x.relative_to(path).parts))
+            found += sorted(visible)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"inputs: {path} is not there")
+    if not found:
+        raise ValueError(f"inputs: got {', '.join(map(str, inputs))}, which hold no file")
+    return found
+
+
+def _records(files: Iterable[Path], options: Prepare) -> Iterator[Record]:
+    for path in files:
+        name = path.name.lower()
+        if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+            yield from _json_lines(path, options.text_key)
+        elif name.endswith(".parquet"):
+            yield from _parquet(path, options.text_key)
+        else:
+            yield from _plain(path)
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast("IO[bytes]", gzip.GzipFile(path))
+    if path.suffix == ".zst":
+        opened: IO[bytes] = import_module("zstandard").open(path, "rb")
+        return opened
+    return path.open("rb")
+
+
+def _json_lines(path: Path, key: str) -> Iterator[Record]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    yield Bad(place, f"no JSON ({error})")
+                    continue
+                text = value.get(key) if isinstance(value, dict) else None
+                yield text if isinstance(text, str) else Bad(place, f"holds no text under {key!r}")
+    except (OSError, EOFError) as error:  # a damaged archive
+        yield Bad(f"{path}, behind line {number}", str(error))
+
+
+def _parquet(path: Path, key: str) -> Iterator[Record]:
+    parquet: Any = import_module("pyarrow.parquet")
+    try:
+        file = parquet.ParquetFile(path)
+        if key not in file.schema_arrow.names:
+            yield Bad(str(path), f"has no column {key!r}, but {', '.join(file.schema_arrow.names)}")
+            return
+        row = 0
+        for batch in file.iter_batches(batch_size=BLOCK, columns=[key]):
+            for value in batch.column(0).to_pylist():
+                yield value if isinstance(value, str) else Bad(f"{path}, row {row}", f"holds no text under {key!r}")
+                row += 1
+    except OSError as error:
+        yield Bad(str(path), str(error))
+
+
+def _plain(path: Path) -> Iterator[Record]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while text := file.read(PIECE):
+                yield text + (file.readline() if len(text) == PIECE else "")
+    except UnicodeDecodeError as error:
+        yield Bad(str(path), f"is not UTF-8 text ({error})")
+
+
+# Tokens
+
+
+@dataclass
+class _Encoder:
+    """Texts to tokens, many at once."""
+
+    name: str
+    vocab_size: int
+    end: int
+    batch: Callable[[list[str]], list[Any]]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    def __call__(self, texts: list[str]) -> list[NDArray[Any]]:
+        return [np.append(np.asarray(tokens, self.dtype), self.dtype.type(self.end)) for tokens in self.batch(texts)]
+
+
+def _bytes(texts: list[str]) -> list[Any]:
+    return [np.frombuffer(text.encode(errors="surrogatepass"), np.uint8) for text in texts]
+
+
+def _tokenizer(options: Prepare, files: Sequence[Path], report: Callable[[str], None]) -> _Encoder:
+    if options.tokenizer == "bytes":
+        return _Encoder("bytes", 257, 256, _bytes)
+    from tokenizers import Tokenizer
+
+    kept = options.out / "tokenizer.json"
+    if not kept.is_file():
+        kind, _, size = options.tokenizer.partition(":")
+        if kind == "train":
+            if not size.isdigit() or not 258 <= int(size) < 2**31:
+                raise ValueError(f"tokenizer: got {options.tokenizer!r}, want train:VOCAB, at least 258 tokens")
+            report("training the tokenizer")
+            made = _train_tokenizer(int(size), (x for x in _records(files, options) if isinstance(x, str)))
+        else:
+            path = Path(options.tokenizer)
+            if not path.is_file():
+                raise ValueError(f"tokenizer: got {options.tokenizer!r}, want bytes, train:VOCAB or a tokenizer.json")
+            made = _read_tokenizer(path)
+        write_file(kept, made.to_str().encode())
+    tokenizer: Any = Tokenizer.from_file(str(kept))
+    end = end_token(tokenizer)
+    if end is None:
+        raise ValueError(f"tokenizer: {options.tokenizer} has none of the tokens {', '.join(END_TOKENS)}")
+
+    def batch(texts: list[str]) -> list[Any]:
+        return [x.ids for x in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    return _Encoder(kept.name, tokenizer.get_vocab_size(), end, batch)
+
+
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+"""Names that tokenizers give the token behind a document, by preference."""
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """The token that closes a document."""
+    found = (tokenizer.token_to_id(name) for name in END_TOKENS)
+    return next((token for token in found if token is not None), None)
+
+
+def _read_tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        raise ValueError(f"tokenizer: {path}: {error}") from None
+
+
+def _train_tokenizer(size: int, texts: Iterable[str]) -> Any:
+    """A byte-level BPE (Sennrich et al., 2016; Radford et al., 2019)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_TOKENS[0]], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+# Output
+
+
+class _Writer:
+    """Collects documents, and writes them as shards."""
+
+    def __init__(self, out: Path, dtype: np.dtype[Any], shards: list[dict[str, Any]]) -> None:
+        self.shards, self._out, self._dtype = list(shards), out, dtype
+        self.size = 0
+        self._documents: dict[str, list[NDArray[Any]]] = {side: [] for side in SIDES}
+        self._bytes = dict.fromkeys(SIDES, 0)
+
+    def add(self, side: str, tokens: NDArray[Any], length: int) -> None:
+        """Take a document of so many bytes of text."""
+        self._documents[side].append(tokens)
+        self._bytes[side] += length
+        self.size += len(tokens)
+
+    def flush(self) -> None:
+        """Write what has been taken, a shard for each side that has some."""
+        for side, documents in self._documents.items():
+            if not documents:
+                continue
+            number = sum(shard["side"] == side for shard in self.shards)
+            tokens = np.concatenate(documents).astype(self._dtype)
+            ends = np.cumsum([len(x) for x in documents], dtype="<u8")
+            stem, sums = f"{side}-{number:05d}", {}
+            for suffix, data in (("bin", tokens.tobytes()), ("ends", ends.tobytes())):
+                write_file(self._out / f"{stem}.{suffix}", data)
+                sums[suffix] = hashlib.sha256(data).hexdigest()
+            self.shards.append(
+                {"side": side, "stem": stem, "documents": len(documents), "tokens": len(tokens),
+                 "bytes": self._bytes[side], "sha256": sums}
+            )  # fmt: skip
+            self._documents[side], self._bytes[side] = [], 0
+        self.size = 0

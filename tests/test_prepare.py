@@ -1,0 +1,337 @@
+"""Prepared data: every document once, the same bytes whatever happens on the way, full batches, no leaks."""
+
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from keyspan import cli
+from keyspan.models import GPT, GPTConfig
+from keyspan.training.config import TrainConfig, preset
+from keyspan.training.corpus import Corpus, Piece, pack_best_fit
+from keyspan.training.loop import train
+from keyspan.training.prepare import Prepare, prepare
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    source = random.Random(seed)
+    return [
+        f"{n} " + "".join(source.choice("abcdé €\n") for _ in range(int(source.lognormvariate(3.5, 1))))
+        for n in range(count)
+    ]
+
+
+def write_lines(path: Path, documents) -> Path:
+    data = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def stored(folder: Path, side: str) -> list[bytes]:
+    """The documents of a side, as bytes."""
+    corpus = Corpus(folder, 10**6)
+    found = []
+    for n in range(len(corpus._shards(side))):
+        data = corpus._mapped(side, n)
+        for piece in corpus._pieces(side, n):
+            tokens = data[piece.start : piece.start + piece.length].tolist()
+            assert tokens[-1] == corpus.stop
+            found.append(corpus.decode(tokens[:-1]))
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_document_is_stored_once_and_read_from_every_format(tmp_path):
+    documents = texts(60)
+    source = tmp_path / "source"
+    source.mkdir()
+    write_lines(source / "a.jsonl", documents[:20])
+    write_lines(source / "b.jsonl.gz", [*documents[20:40], documents[0], ""])
+    (source / "c.txt").write_text(documents[40], newline="")
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": documents[41:]}), source / "d.parquet")
+    (source / ".hidden").write_text("no")
+    out = prepare(Prepare((source,), tmp_path / "out", held_out=0.2, shard_tokens=500))
+    train_side, held_out = stored(out, "train"), stored(out, "held-out")
+    assert sorted(train_side + held_out) == sorted(documents)
+    assert 3 <= len(held_out) <= 25
+    index = json.loads((out / "index.json").read_text())
+    assert index["counts"] == {"documents": 60, "duplicates": 1, "empty": 1, "bad": 0, "named": []}
+    assert sum(x["bytes"] for x in index["shards"]) == sum(len(x.encode()) for x in documents)
+    assert prepare(Prepare((source,), out, held_out=0.2, shard_tokens=500)) == out, "finished data stay as they are"
+    with pytest.raises(ValueError, match=r"holds other data, or the same under other options"):
+        prepare(Prepare((source,), out, held_out=0.3, shard_tokens=500))
+
+
+def test_bad_records_are_counted_and_named_or_stop(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": 3}\n\nnot json\n{"other": "x"}\n{"text": "two"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xfd")
+    packed = write_lines(tmp_path / "c.jsonl.gz", texts(50))
+    packed.write_bytes(packed.read_bytes()[:-30])
+    out = prepare(Prepare((path, tmp_path / "b.txt", packed), tmp_path / "out", held_out=0.0))
+    counts = json.loads((out / "index.json").read_text())["counts"]
+    assert counts["bad"] == 5
+    assert counts["named"][0] == f"{path}:2: holds no text under 'text'"
+    assert counts["named"][1].startswith(f"{path}:4: no JSON")
+    assert "is not UTF-8 text" in counts["named"][3]
+    assert str(packed) in counts["named"][4]
+    with pytest.raises(ValueError, match=r"a.jsonl:2: holds no text under 'text'"):
+        prepare(Prepare((path,), tmp_path / "other", on_error="stop"))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
+def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path, tokenizer):
+    documents = texts(12_000, seed=1)
+    source = write_lines(tmp_path / "a.jsonl", [*documents, *documents[:3000]])
+    words = ["prepare", str(source), "--tokenizer", tokenizer, "--shard-tokens", "60000", "--held-out", "0.1", "--out"]
+    assert cli.main([*words, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    kills = 0
+    for wait in (0.0, 0.05, 0.1, 0.2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "keyspan", *words, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        before = len(list(out.glob("*.bin"))) if out.exists() else 0
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(out.glob("*.bin"))) > before:
+                time.sleep(wait)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.wait()
+    assert kills >= 1
+    assert cli.main([*words, str(out)]) == 0
+    got = {name: data for name, data in content(out).items() if not name.endswith(".tmp")}
+    assert got == content(tmp_path / "whole")
+    assert len(list(out.glob("train-*.bin"))) > 3
+
+
+def test_a_trained_tokenizer_gives_the_text_back(tmp_path):
+    documents = texts(400)
+    source = write_lines(tmp_path / "a.jsonl", documents)
+    out = prepare(Prepare((source,), tmp_path / "out", tokenizer="train:400", held_out=0.1))
+    corpus = Corpus(out, 64)
+    assert corpus.vocab_size <= 400
+    assert sorted(stored(out, "train") + stored(out, "held-out")) == sorted(documents)
+    assert corpus.encode("abc")[0] == corpus.stop
+    assert corpus.decode(corpus.encode("abé €\n")) == "abé €\n"
+    assert 1.0 < corpus.bytes_per_token < 10
+    again = prepare(Prepare((source,), tmp_path / "again", tokenizer=str(out / "tokenizer.json"), held_out=0.1))
+    assert (again / "train-00000.bin").read_bytes() == (out / "train-00000.bin").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_lines(folder / "a.jsonl", texts(3000, seed=2))
+    return Corpus(prepare(Prepare((folder / "a.jsonl",), folder / "out", held_out=0.05, shard_tokens=8000)), 200)
+
+
+def test_an_epoch_holds_every_token_once_in_full_batches(corpus):
+    total = sum(x["tokens"] for x in corpus._shards("train"))
+    seen: list[Piece] = []
+    index = 0
+    while sum(piece.length for piece in seen) < total:
+        seen += corpus._plans.batch(7, index, 1024)
+        index += 1
+    assert sum(piece.length for piece in seen) == total
+    assert len(set(seen)) == len(seen)
+    assert {(p.shard, p.start) for p in seen} == {
+        (p.shard, p.start) for n in range(len(corpus._shards("train"))) for p in corpus._pieces("train", n)
+    }
+    assert corpus.filled(7, index - 2, 1024) >= 0.99
+
+
+def test_a_batch_is_a_function_of_its_numbers(corpus):
+    again = Corpus(corpus.folder, corpus.max_length)
+    for index in (0, 1, 5, 40, 3):
+        a, b = corpus.train_batch(1, index, 512), again.train_batch(1, index, 512)
+        assert torch.equal(a.tokens, b.tokens)
+        assert a.lengths == b.lengths
+    assert not torch.equal(corpus.train_batch(2, 0, 512).tokens[:50], corpus.train_batch(1, 0, 512).tokens[:50])
+
+
+def test_inputs_are_the_targets_one_token_before(corpus):
+    batch = corpus.train_batch(0, 0, 1024)
+    for tokens, targets in zip(batch.tokens.split(batch.lengths), batch.targets.split(batch.lengths), strict=True):
+        assert torch.equal(tokens[1:], targets[:-1])
+    assert sum(batch.lengths) == len(batch.tokens) <= 1024
+    first = next(p for n in range(50) for p in corpus._plans.batch(0, n, 1024) if not p.first)
+    data = corpus._mapped("train", first.shard)
+    cut = corpus._batch([first])
+    assert cut.tokens[0] == data[first.start - 1], "a piece of a longer document begins with the token before it"
+
+
+def test_no_document_sees_another(corpus):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=corpus.vocab_size, dim=16, layers=2, heads=2))
+    batch = corpus.train_batch(0, 0, 512)
+    hidden = []
+    model.embedding.register_forward_hook(lambda _, __, out: hidden.append(out) or out.retain_grad())
+    logits = model.logits(model(batch.tokens, batch.lengths))
+    start, stop = batch.lengths[0], batch.lengths[0] + batch.lengths[1]
+    logits[start:stop].sum().backward()
+    reached = hidden[0].grad.abs().sum(1) > 0
+    assert reached[start:stop].any()
+    assert not reached[:start].any()
+    assert not reached[stop:].any()
+
+
+def test_held_out_batches_hold_all_held_out_documents(corpus):
+    batches = corpus.held_out(512)
+    assert sum(len(batch.tokens) for batch in batches) == sum(x["tokens"] for x in corpus._shards("held-out"))
+    few = corpus.held_out(512, limit=600)
+    assert 200 <= sum(len(batch.tokens) for batch in few) <= 1200
+
+
+def test_best_fit():
+    pieces = [Piece(0, n, length, True) for n, length in enumerate([5, 3, 7, 2, 4, 9])]
+    full, rest = pack_best_fit(pieces, 10, 1.0)
+    assert [[p.length for p in x] for x in full] == [[7, 3]]
+    assert [[p.length for p in x] for x in rest] == [[9], [5, 4], [2]]
+    assert len(pack_best_fit(pieces, 10, 0.9)[0]) == 3
+
+
+def test_altered_and_missing_shards_are_refused(corpus, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name, data in content(corpus.folder).items():
+        (folder / name).write_bytes(data)
+    Corpus(folder, 100).check()
+    path = folder / "train-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"train-00000.bin: its checksum is not that of index.json"):
+        Corpus(folder, 100).check()
+    path.write_bytes(data[:-2])
+    with pytest.raises(ValueError, match=r"train-00000.bin: want a file of"):
+        Corpus(folder, 100)
+    with pytest.raises(ValueError, match=r"holds no index.json"):
+        Corpus(tmp_path, 100)
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_on_prepared_data_and_on_a_folder_of_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "source"
+    source.mkdir()
+    for n, text in enumerate(texts(200, seed=3)):
+        (source / f"{n}.txt").write_text(text)
+    small = (
+        "--steps 3 --dim 16 --layers 1 --heads 2 --kv-heads 2 --tokens 256 --max-length 64 --eval-tokens 256 --lr 0.01"
+    )
+    assert cli.main(["train", "--data", str(source), *small.split(), "--out", "run"]) == 0
+    assert "bits per byte on held-out data after 3 steps" in capsys.readouterr().out
+    assert (tmp_path / "source.prepared" / "index.json").is_file()
+    assert cli.main(["train", "--data", "source.prepared", *small.split(), "--out", "again"]) == 0
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+            if '"loss"' in line
+        ]
+        for run in ("run", "again")
+    ]
+    assert losses[0] == losses[1]
+    assert cli.main(["generate", "run", "--prompt", "1 a", "--max-tokens", "4"]) == 0
+    assert cli.main(["train", "--resume", "run", "--data", "elsewhere"]) == 1
+
+
+def test_resumed_training_continues_the_order_of_the_data(tmp_path, corpus):
+    options = {
+        "task": "data", "data": corpus.folder, "dim": 16, "layers": 1, "heads": 2, "tokens": 256, "max_length": 100,
+        "steps": 6, "eval_tokens": 256, "checkpoint_every": 3, "device": "cpu",
+    }  # fmt: skip
+    train(TrainConfig(**options, out=tmp_path / "whole"), quiet=True)
+    train(TrainConfig(**{**options, "steps": 3}, out=tmp_path / "parts"), quiet=True)
+    config = TrainConfig(**options, resume=tmp_path / "parts")
+    train(config, quiet=True)
+    whole, parts = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    )
+    tokens = [[record["tokens"] for record in records if "tokens" in record] for records in (whole, parts)]
+    assert tokens[0] == tokens[1]
+
+
+def test_training_stays_within_a_tenth_of_the_data(tmp_path):
+    rows = 6_000_000
+    folder = tmp_path / "data"
+    folder.mkdir()
+    prepared = prepare(Prepare((write_lines(tmp_path / "a.jsonl", texts(300)),), tmp_path / "small", held_out=0.1))
+    index = json.loads((prepared / "index.json").read_text())
+    held_out = [x for x in index["shards"] if x["side"] == "held-out"]
+    for x in held_out:
+        for suffix in ("bin", "ends"):
+            (folder / f"{x['stem']}.{suffix}").write_bytes((prepared / f"{x['stem']}.{suffix}").read_bytes())
+    ends = np.arange(1000, rows + 1, 1000, dtype="<u8")
+    data = (np.arange(rows) % 256).astype("<u2")
+    shards = []
+    for n in range(40):  # 480 MB
+        (folder / f"train-{n:05d}.bin").write_bytes(data.tobytes())
+        (folder / f"train-{n:05d}.ends").write_bytes(ends.tobytes())
+        shards.append({"side": "train", "stem": f"train-{n:05d}", "documents": len(ends), "tokens": rows, "bytes": rows,
+                       "sha256": {}})  # fmt: skip
+    (folder / "index.json").write_text(json.dumps({**index, "shards": [*held_out, *shards]}))
+    script = f"""
+import resource, pathlib
+from keyspan.training.corpus import Corpus
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+corpus = Corpus(pathlib.Path({str(folder)!r}), 1000)
+corpus.train_batch(0, 0, 4096)
+before = peak()
+for n in range(60):
+    corpus.train_batch(0, n, 4096)
+print(peak() - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert grown < 48 * 1024, "KiB; a tenth of the data"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": ()}, "inputs: got none"),
+        ({"inputs": (Path("nowhere"),)}, "inputs: nowhere is not there"),
+        ({"held_out": 1.0}, "held_out: got 1.0"),
+        ({"on_error": "shout"}, "on_error: got 'shout'"),
+        ({"shard_tokens": 0}, "shard_tokens: got 0"),
+        ({"tokenizer": "train:5"}, "tokenizer: got 'train:5', want train:VOCAB, at least 258"),
+        ({"tokenizer": "missing.json"}, "tokenizer: got 'missing.json', want bytes"),
+    ],
+)
+def test_wrong_options(change, message, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    with pytest.raises(ValueError, match=message):
+        prepare(Prepare(**{"inputs": (path,), "out": tmp_path / "out", **change}))
+
+
+def test_the_task_needs_its_data():
+    with pytest.raises(ValueError, match=r"data: got None for the task data"):
+        preset("data")
+    with pytest.raises(ValueError, match=r"data: got x for the task copy"):
+        TrainConfig(task="copy", data=Path("x"))
