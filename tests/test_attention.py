@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,12 @@ ERRORS = [
     (dict(mask=keyspan.Causal().lower(1, 6, 7)), "mask", r"\[1, 1, 6\]"),
     (dict(mask=keyspan.Causal().lower(1, 5, 9)), "mask", "N = 9"),
     (dict(value=torch.zeros(1, 7, 2, 0)), "value", r"\[1, 7, 2, 0\]"),
+    (dict(query=torch.zeros(1, 1, 4, 8).expand(1, 2**31, 4, 8)), "query", "2147483648"),
+    (dict(mask=torch.ones(5, 7, dtype=torch.bool).to_sparse()), "mask", "sparse"),
+    (dict(bias=torch.zeros(5, 7).to_sparse()), "bias", "sparse"),
+    (dict(bias=keyspan.Alibi(torch.ones(4).to_sparse())), "slopes", "sparse"),
+    (dict(scale=1e308), "scale", "1e"),
+    (dict(layout="bnhk"), "layout", "'bnhk'"),
     (dict(query=torch.zeros(1, 5, 4, 8).to_sparse()), "query", "sparse"),
     (dict(scale=10**400), "scale", "1000"),
     (dict(bias=torch.zeros(5, 8)), "bias", r"\[5, 8\]"),
@@ -161,6 +168,102 @@ def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name
     tensors = [given.pop(n) for n in ("query", "key", "value")]
     with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
         keyspan.attention(*tensors, **given)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_in_words(layout):
+    q, k, v = qkv()
+    nested = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 2)], layout=layout)
+    for name, given in (
+        ("query", lambda: keyspan.attention(nested, nested, nested)),
+        ("key", lambda: keyspan.attention(q, nested, nested)),
+        ("bias", lambda: keyspan.attention(q, k, v, bias=nested)),
+        ("slopes", lambda: keyspan.attention(q, k, v, bias=keyspan.Alibi(nested))),
+        ("mask", lambda: keyspan.attention(q, k, v, mask=torch.ones_like(nested, dtype=torch.bool))),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: got a nested tensor, want"):
+            given()
+
+
+@pytest.mark.parametrize("backend", ["native", "chunked"])
+def test_freed_storage_is_refused_in_words(backend):
+    if backend == "native" and load("native").reason_against(make_problem(*qkv())[0]) is not None:
+        pytest.skip("the native library is not built here")
+    for n, name in enumerate(("query", "key", "value")):
+        for needed in (False, True):
+            given = [x.requires_grad_(needed) for x in qkv()]
+            for _ in range(3):
+                keyspan.attention(*given, backend=backend)
+            given[n].untyped_storage().resize_(0)
+            with pytest.raises(ValueError, match=f"^{name}: got a tensor whose storage was freed, want"):
+                keyspan.attention(*given, backend=backend)
+
+
+def test_heads_before_tokens():
+    """`layout="bhmk"` is the same call on transposed views, in value, gradient, lse and layout of the output."""
+    q, k, v = qkv()
+    turned = [x.transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+    plain = [x.requires_grad_() for x in (q, k, v)]
+    kw = dict(mask=keyspan.Causal("bottom_right"), bias=torch.randn(2, 4, 5, 7), sinks=torch.randn(4), return_lse=True)
+    for _ in range(4):
+        out, lse = keyspan.attention(*turned, **kw, layout="bhmk")
+        want, want_lse = keyspan.attention(*plain, **kw)
+        assert out.shape == (2, 4, 5, 6)
+        assert torch.equal(out, want.transpose(1, 2))
+        assert torch.equal(lse, want_lse)
+        got = torch.autograd.grad(out.sin().sum(), turned)
+        for a, b in zip(got, torch.autograd.grad(want.sin().sum(), plain), strict=True):
+            torch.testing.assert_close(a, b.transpose(1, 2))
+    with pytest.raises(ValueError, match=r"^query: got shape \[5, 4, 8\], want \[B, H, M, K\] with layout='bhmk'"):
+        keyspan.attention(q[0], k[0], v[0], layout="bhmk")
+
+
+def test_errors_of_another_layout_say_so():
+    q, k, v = qkv(B=1)
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    hint = r"heads before tokens\? pass layout='bhmk'"
+    for kw in ({}, {"mask": keyspan.Documents([5], [7])}, {"sinks": torch.zeros(4)}):
+        with pytest.raises(ValueError, match=hint):
+            keyspan.attention(*turned, **kw)
+    square = [x.transpose(1, 2) for x in qkv(M=8, N=8, B=1, G=4)]  # whose shapes fit, but for the mask's
+    with pytest.raises(ValueError, match=hint):
+        keyspan.attention(*square, mask=keyspan.Documents([3, 5]))
+    with pytest.raises(ValueError, match="tokens first"):
+        keyspan.attention(q, k, v, mask=keyspan.Documents([5], [7]), layout="bhmk")
+    with pytest.raises(ValueError, match="without a batch"):
+        keyspan.attention(q[0], k[0], v[0], mask=keyspan.Documents([5], [7]))
+    with pytest.raises(ValueError, match=r"want K|want a last dimension of 8 as in query$"):
+        keyspan.attention(q, k[..., :7], v)
+
+
+def test_a_call_that_looks_like_heads_before_tokens_warns():
+    x = torch.zeros(1, 8, 512, 16)
+    with pytest.warns(UserWarning, match="got 8 tokens of 512 heads; if heads come before tokens"):
+        keyspan.attention(x, x, x, backend="chunked")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keyspan.attention(x, x, x, layout="bhmk")
+        decoding = torch.zeros(2, 1, 128, 16)
+        keyspan.attention(decoding, decoding, decoding)
+
+
+def test_a_softcap_above_all_scores_changes_nothing():
+    for backend in ("native", "chunked", "reference"):
+        q, k, v = qkv()
+        if load(backend).reason_against(make_problem(q, k, v)[0]) is None:
+            want = keyspan.attention(q, k, v, backend=backend)
+            assert torch.equal(keyspan.attention(q, k, v, softcap=1e39, backend=backend), want)
+
+
+def test_batched_gradients_are_refused_in_words():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    for _ in range(4):
+        out = keyspan.attention(q, k, v)
+        with pytest.raises(RuntimeError, match=r"no rule for torch\.func.*one gradient at a time"):
+            torch.autograd.grad(out, (q, k, v), torch.randn(3, *out.shape), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.functional.jacobian(lambda q: keyspan.attention(q, k, v), q, vectorize=True)
 
 
 CONSTRUCTORS = [
@@ -261,6 +364,31 @@ def test_output_dtype():
     assert torch.equal(out.bfloat16(), keyspan.attention(q, k, v))
     out.sum().backward()
     assert q.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("setting", [{"activation_memory_budget": 0.0}, {"aggressive_recomputation": True}])
+def test_dropout_that_would_be_drawn_again_in_backward_is_refused(setting):
+    import torch._functorch.config
+
+    torch._dynamo.reset()
+    q, k, v = (x.requires_grad_() for x in qkv(M=7))
+
+    def f(q, dropout_p):
+        return keyspan.attention(q, k, v, dropout_p=dropout_p).sin().sum()
+
+    with torch._functorch.config.patch(setting):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager_decomp_partition")
+        (got,) = torch.autograd.grad(compiled(q, 0.0), q)
+        torch.testing.assert_close(got, torch.autograd.grad(f(q, 0.0), q)[0])
+        with pytest.raises(Exception, match="draw another dropout pattern in backward"):
+            compiled(q, 0.3)
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager_decomp_partition")
+    grads = []
+    for run in (f, compiled):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(run(q, 0.3), q)[0])
+    torch.testing.assert_close(*grads)
 
 
 def test_activation_checkpointing_with_dropout():

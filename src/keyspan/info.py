@@ -16,11 +16,13 @@ from torch import Tensor
 
 from keyspan.backends import AUTOMATIC, BACKENDS, load
 from keyspan.backends.schedule import row_blocks
+from keyspan.core import shims
 from keyspan.core.biases import Alibi, Bias
 from keyspan.core.masks import Causal, Documents, Mask, Window
 from keyspan.core.problem import Problem, check_dropout, make_problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import autocast_inputs
+from keyspan.dispatch.cache import CACHE
 from keyspan.dispatch.choose import choose
 from keyspan.dispatch.flops import backward_flops, forward_flops, visible_area
 
@@ -72,6 +74,8 @@ def collect() -> dict[str, Any]:
         },
         "devices": list(map(str, devices)),
         "cuda": cuda,
+        "cache": CACHE.state(),
+        "private names missing": shims.MISSING,
         "backends": {name: _reason_everywhere(name, problems) for name in BACKENDS},
     }
 
@@ -99,6 +103,12 @@ def main(json: bool = False) -> None:
     native = found.pop("native")
     if native["runs"]:
         print(f"{'native':<30}{native['instructions']} of {', '.join(native['runs'])}; {native['threads']}")
+    cache = found.pop("cache")
+    counts = f"{cache['hits']} hits, {cache['misses']} misses, {cache['recorded']} recorded"
+    print(f"{'cache of calls':<30}{cache['entries']} entries, {cache['bytes']} bytes of masks; {counts}")
+    missing = found.pop("private names missing")
+    for name, consequence in missing.items():
+        print(f"{name + ' is missing':<30}{consequence}")
     for name, value in found.items():
         print(f"{name:<30}{(', '.join(value) or 'none') if isinstance(value, list) else value}")
 

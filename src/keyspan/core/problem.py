@@ -25,7 +25,8 @@ BiasLike: TypeAlias = Bias | Tensor | None
 EVERYTHING = Combined(())
 """The mask that hides nothing, lowered where a bias needs positions."""
 
-_LARGEST = torch.finfo(torch.float64).max
+_LARGEST = (torch.finfo(torch.float32).max, torch.finfo(torch.float64).max)
+"""The largest numbers of the compute dtypes: fp32, and fp64 for a query in fp64."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STORED = (torch.float8_e4m3fn, torch.int8)
 """What keys and values may be stored as, for inference: a stored number times its scale is the true one. The query may
@@ -215,6 +216,8 @@ def make_problem(
     B, M, G, H, K = q.shape
     if mask is None and bias is not None:
         mask = EVERYTHING
+    if isinstance(mask, Tensor):
+        _check_strided("mask", mask)
     if isinstance(mask, (Mask, Tensor)):
         ranges: KeyRanges | None = lower(as_mask(mask), B, M, k.shape[1], query.device)
     else:
@@ -252,8 +255,8 @@ def make_problem(
         v_scale,
         _seed(dropout_p, query.device),
         0 if ranges is None else ranges.page_size,
-        _scale(options.get("scale"), K),
-        _softcap(options.get("softcap")),
+        _scale(options.get("scale"), K, query.dtype),
+        _softcap(options.get("softcap"), query.dtype),
         float(dropout_p),
         _output_dtype(options.get("output_dtype"), torch.bfloat16 if query.dtype in STORED else query.dtype),
     )
@@ -266,31 +269,39 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
-    # Asked for once: a tensor makes what it is asked for anew each time.
-    dtype, device, dims, kept = query.dtype, query.device, query.dim(), key.dtype
+        _check_strided(name, x)
+    # Read once: tensor attributes build a new Python object on each access.
+    dtype, device, dims, stored_dtype = query.dtype, query.device, query.dim(), key.dtype
     if dtype not in _OF_QUERIES:
         raise ValueError(f"query: got {dtype}, want one of {names(*_OF_QUERIES)}")
-    if kept != dtype and (kept not in STORED or dtype not in DTYPES):
+    if stored_dtype != dtype and (stored_dtype not in STORED or dtype not in DTYPES):
         stored = f", or with a scale {names(*STORED)}" if dtype in DTYPES else ""
-        raise ValueError(f"key: got {kept}, want {dtype} as in query{stored}")
-    if value.dtype != kept:
-        raise ValueError(f"value: got {value.dtype}, want {kept} as in key")
+        raise ValueError(f"key: got {stored_dtype}, want {dtype} as in query{stored}")
+    if value.dtype != stored_dtype:
+        raise ValueError(f"value: got {value.dtype}, want {stored_dtype} as in key")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.device != device:
             raise ValueError(f"{name}: got a tensor on {x.device}, want {device} as query")
         if x.dim() != dims or not 3 <= dims <= 5:
             want = "[B, M, K], [B, M, H, K] or [B, M, G, H, K]" if name == "query" else f"{dims} dimensions"
             raise ValueError(f"{name}: got shape {list(x.shape)}, want {want}")
-        if x.layout != torch.strided:
-            raise ValueError(f"{name}: got a tensor of layout {x.layout}, want a strided one")
         if x.shape[-1] < 1:
             raise ValueError(f"{name}: got shape {list(x.shape)}, want a last dimension ≥ 1")
+        if x.shape[1] >= 2**31:
+            raise ValueError(f"{name}: got {x.shape[1]} rows, want fewer than 2³¹")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key: got shape {list(key.shape)}, want a last dimension of {query.shape[-1]} as in query")
     if value.shape[1] != key.shape[1]:
         raise ValueError(f"value: got {value.shape[1]} keys, want {key.shape[1]} as in key")
     if value.shape[0] != key.shape[0]:
         raise ValueError(f"value: got batch {value.shape[0]}, want {key.shape[0]} as in key")
+
+
+def _check_strided(name: str, x: Tensor) -> None:
+    if x.is_nested:
+        raise ValueError(f"{name}: got a nested tensor, want a strided one; packed rows and Documents(lengths) as mask")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: got a tensor of layout {x.layout}, want a strided one (x.to_dense())")
 
 
 def names(*dtypes: torch.dtype) -> str:
@@ -435,6 +446,7 @@ class _Broadcast:
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         want = self.want
+        _check_strided(name, x)
         fits = x.dim() <= len(want) and all(_broadcasts(a, b) for a, b in zip(x.shape[::-1], want[::-1], strict=False))
         if not fits:
             padding = name == "mask" and x.shape == (want[0], want[-1])
@@ -505,6 +517,7 @@ def _check_head_tensor(
         raise ValueError(
             f"{name}: got {x.dtype if isinstance(x, Tensor) else type(x).__name__}, want a floating tensor"
         )
+    _check_strided(name, x)
     heads: list[list[int]] = [[layout.groups * layout.heads]]
     if layout.dims == 5:
         heads.append([layout.groups, layout.heads])
@@ -517,20 +530,22 @@ def _check_head_tensor(
         raise ValueError(f"{name}: got a tensor on {x.device}, want {device} as query")
 
 
-def _scale(scale: float | None, K: int) -> float:
+def _scale(scale: float | None, K: int, query: torch.dtype) -> float:
     if scale is None:
         return 1 / math.sqrt(K)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= _LARGEST:
-        raise ValueError(f"scale: got {scale!r}, want a finite number or None (K^-½)")
+    largest = _LARGEST[query == torch.float64]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= largest:
+        raise ValueError(f"scale: got {scale!r}, want a number up to ±{largest:.1e}, or None (K^-½)")
     return float(scale)
 
 
-def _softcap(softcap: float | None) -> float:
+def _softcap(softcap: float | None, query: torch.dtype) -> float:
     if softcap is None:
         return 0.0
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
         raise ValueError(f"softcap: got {softcap!r}, want a finite number > 0 or None")
-    return float(softcap)
+    # A cap above every score of the compute dtype changes none.
+    return 0.0 if softcap > _LARGEST[query == torch.float64] else float(softcap)
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -44,6 +44,9 @@ _transform = _private("_C._functorch.maybe_current_level", lambda: 0, _ALL_BY_OP
 _is_transformed = _private(
     "_C._functorch.is_functorch_wrapped_tensor", lambda x: False, "torch.func fails in torch's own words"
 )
+_is_batched = _private(
+    "_C._functorch.is_legacy_batchedtensor", lambda x: False, "batched gradients fail in torch's own words"
+)
 _profiled = _private("_C._autograd._profiler_enabled", lambda: True, _ALL_BY_OP)
 _traced = _private("_C._get_tracing_state", lambda: 1, _ALL_BY_OP)
 _has_dual_level = _private("autograd.forward_ad._current_level", None, _ALL_BY_OP) is not None
@@ -91,13 +94,16 @@ def dual_level() -> bool:
 
 
 def transformed(x: Tensor) -> bool:
-    """Whether a transform of `torch.func` wraps the tensor."""
-    return bool(_is_transformed(x))
+    """Whether a transform of `torch.func`, or a batch of gradients, wraps the tensor."""
+    return bool(_is_transformed(x) or _is_batched(x))
 
 
 def plain(x: Tensor) -> bool:
     """Whether pointer, strides and dtype say all about a tensor: no subclass, no negative bit, and it has memory."""
-    return type(x) in PLAIN and not x.is_neg() and (x.data_ptr() != 0 or not x.numel())
+    try:
+        return type(x) in PLAIN and not x.is_neg() and (x.data_ptr() != 0 or not x.numel())
+    except RuntimeError:  # it has no storage
+        return False
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -125,6 +131,12 @@ cuda_capturing: Callable[[], bool] = _cuda("_C._cuda_isCurrentStreamCapturing", 
 float32_precision: Callable[[], str] = _private(
     "_C._get_float32_matmul_precision", torch.get_float32_matmul_precision, "a public function, slower"
 )
+
+
+def recomputes_in_backward() -> bool:
+    """Whether torch's compiler may compute parts of the forward, random ones included, again in backward."""
+    config = getattr(torch._functorch, "config", None)
+    return getattr(config, "activation_memory_budget", 1.0) < 1 or getattr(config, "aggressive_recomputation", False)
 
 
 def triton_hooked() -> bool:

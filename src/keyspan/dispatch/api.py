@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from keyspan.core.problem import DTYPES, BiasLike, MaskLike, Options, make_problem
+from keyspan.core.problem import DTYPES, BiasLike, HeadLayout, MaskLike, Options, Problem, make_problem
 from keyspan.dispatch import replay
 from keyspan.dispatch.cache import lower
 from keyspan.dispatch.choose import choose
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     class CallOptions(Options, total=False):
+        layout: Literal["bmhk", "bhmk"]
         backend: str | None
+
 
 
 @overload
@@ -48,6 +51,7 @@ def attention(
     value_scale: Tensor | None = None,
     return_lse: bool = False,
     output_dtype: torch.dtype | None = None,
+    layout: Literal["bmhk", "bhmk"] = "bmhk",
     backend: str | None = None,
     **unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -86,6 +90,8 @@ def attention(
         query_scale: the same for an 8-bit query, `[B or 1, C, Hq or 1]` where C divides M.
         return_lse: also return the natural logarithm of the softmax's denominator.
         output_dtype: dtype of the output; `None` means the query's (after autocast), bf16 for an 8-bit query.
+        layout: "bhmk" for query, key, value and output with heads before tokens, `[B, H, M, K]`, as torch's
+            `scaled_dot_product_attention` has them; they are transposed, not copied. All else is as with "bmhk".
         backend: a name from `keyspan.BACKENDS`, which is then used or refused, never replaced; `None` takes the
             first that has no reason against the problem. `keyspan.explain` tells which and why.
 
@@ -100,6 +106,8 @@ def attention(
     """
     if positional or unknown:
         raise refuse(positional, unknown)
+    if layout != "bmhk":
+        query, key, value = _tokens_first(layout, query, key, value)
     terms = None
     if not sinks is query_scale is key_scale is value_scale is None:
         terms = (sinks, query_scale, key_scale, value_scale)
@@ -107,13 +115,61 @@ def attention(
     call = replay.lookup(query, key, value, mask, bias, terms, numbers)
     results = None if call is None else replay.replay(call)
     if results is None:
-        problem, heads = make_problem(
-            *autocast_inputs(query, key, value), lower=lower, mask=mask, bias=bias, scale=scale, softcap=softcap,
+        problem, heads = _checked_problem(
+            layout, *autocast_inputs(query, key, value), mask=mask, bias=bias, scale=scale, softcap=softcap,
             sinks=sinks, dropout_p=dropout_p, query_scale=query_scale, key_scale=key_scale, value_scale=value_scale,
             output_dtype=output_dtype,
         )  # fmt: skip
         results = replay.compute(call, problem, heads, choose(problem, backend), return_lse)
-    return (results[0], results[1]) if return_lse else results[0]
+    out = results[0] if layout == "bmhk" else results[0].transpose(1, 2)
+    return (out, results[1]) if return_lse else out
+
+
+def _tokens_first(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views `[B, M, H, K]` of `[B, H, M, K]`."""
+    if layout != "bhmk":
+        raise ValueError(f"layout: got {layout!r}, want 'bmhk' or 'bhmk'")
+    for name, x in zip(("query", "key", "value"), tensors, strict=True):
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() != 4:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) and not x.is_nested else type(x).__name__
+            raise ValueError(f"{name}: got {got}, want [B, H, M, K] with layout='bhmk'")
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+_MOST_HEADS = 256
+"""No model has more heads; a query with more than these, and fewer tokens, is likely `[B, H, M, K]`."""
+
+
+def _checked_problem(
+    layout: str, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]
+) -> tuple[Problem, HeadLayout]:
+    """`make_problem`, with a hint in its errors where the tensors fit in another layout."""
+    try:
+        problem, heads = make_problem(query, key, value, lower=lower, **options)
+    except ValueError as error:
+        raise ValueError(f"{error}{_layout_hint(layout, (query, key, value), options)}") from None
+    if heads.dims == 4 and heads.groups * heads.heads > _MOST_HEADS > query.shape[1] > 1 and layout == "bmhk":
+        warnings.warn(
+            f"query: got {query.shape[1]} tokens of {query.shape[2]} heads; if heads come before tokens, pass "
+            "layout='bhmk'",
+            stacklevel=3,
+        )
+    return problem, heads
+
+
+def _layout_hint(layout: str, tensors: tuple[Any, ...], options: Options) -> str:
+    if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
+        return ""
+    try:
+        if tensors[0].dim() == 3:
+            other, hint = [x[None] for x in tensors], "[tokens, heads, dim] without a batch? pass query[None], …"
+        else:
+            other = [x.transpose(1, 2) for x in tensors]
+            hint = "heads before tokens? pass layout='bhmk'" if layout == "bmhk" else "tokens first? pass layout='bmhk'"
+        make_problem(*other, **{**options, "dropout_p": 0.0})
+    except (ValueError, RuntimeError, IndexError):
+        return ""
+    return f" ({hint})"
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -87,6 +87,11 @@ class Cache:
             self.entries.clear()
             self.nbytes = self.hits = self.misses = self.recorded = 0
 
+    def state(self) -> dict[str, int]:
+        """Entries, bytes of lowered masks, and counts since the last `clear`."""
+        counts = {"hits": self.hits, "misses": self.misses, "recorded": self.recorded}
+        return {"entries": len(self.entries), "bytes": self.nbytes, **counts}
+
     def second_sight(self, key: Hashable, found: Any) -> bool:
         """Whether to record a computation now, given what `get` found; the first time marks its key."""
         self.misses += 1

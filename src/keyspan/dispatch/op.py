@@ -33,6 +33,10 @@ _PROBLEM = ", ".join(
 )
 NUMBERS = Problem._fields.index("page_size")
 """The fields before this one are tensors (one a list of them); those from here on are numbers."""
+_NO_TRANSFORM = (
+    "keyspan.attention has no rule for torch.func (vmap, grad, jacrev, …) and batched gradients (is_grads_batched, "
+    "jacobian(vectorize=True)); give it the batch as B, and differentiate with torch.autograd, one gradient at a time"
+)
 DIFFERENTIABLE = Needs._fields[:-1]
 """The differentiable fields of a problem; `biases`, a list, comes behind them."""
 
@@ -79,6 +83,8 @@ def gradients(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # Where autograd records this pass for a second derivative, the op raises the error.
     given = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
+    if not torch.compiler.is_compiling() and any(map(shims.transformed, given)):
+        raise RuntimeError(_NO_TRANSFORM)
     if not torch.is_grad_enabled() and all(map(shims.plain, given)) and _bypass_allowed(problem):
         return flat(_run_backward(problem, grad_out, grad_lse, out, lse, needs, backend, cached))
     found = torch.ops.keyspan.attention_backward(grad_out, grad_lse, out, lse, *problem, needs, backend)
@@ -102,10 +108,7 @@ def _refuse_transforms(problem: Problem) -> None:
     ):
         raise RuntimeError("keyspan.attention has no forward-mode derivative; use reverse mode")
     if not torch.compiler.is_compiling() and any(map(shims.transformed, _tensors(problem))):
-        raise RuntimeError(
-            "keyspan.attention has no rule for torch.func (vmap, grad, jacrev, …) or batched gradients; give it the "
-            "batch as B, and differentiate with torch.autograd, one gradient at a time"
-        )
+        raise RuntimeError(_NO_TRANSFORM)
 
 
 def _bypass_allowed(problem: Problem) -> bool:
@@ -186,6 +189,12 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     problem = Problem(*args[:-1])
+    if problem.seed is not None and shims.recomputes_in_backward():
+        raise RuntimeError(
+            "keyspan.attention: got dropout_p > 0 under torch.compile with an activation memory budget below 1 or "
+            "aggressive recomputation, which draw another dropout pattern in backward; want a budget of 1, or "
+            "torch.utils.checkpoint"
+        )
     out, lse = problem.shapes
     query = problem.query
     return query.new_empty(out, dtype=problem.output_dtype), query.new_empty(lse, dtype=problem.compute_dtype)
