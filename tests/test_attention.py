@@ -175,7 +175,7 @@ def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name
 def test_nested_tensors_are_refused_in_words(layout):
     q, k, v = qkv()
     nested = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 2)], layout=layout)
-    for name, given in (
+    for name, call in (
         ("query", lambda: keyspan.attention(nested, nested, nested)),
         ("key", lambda: keyspan.attention(q, nested, nested)),
         ("bias", lambda: keyspan.attention(q, k, v, bias=nested)),
@@ -183,7 +183,7 @@ def test_nested_tensors_are_refused_in_words(layout):
         ("mask", lambda: keyspan.attention(q, k, v, mask=torch.ones_like(nested, dtype=torch.bool))),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got a nested tensor, want"):
-            given()
+            call()
 
 
 @pytest.mark.parametrize("backend", ["native", "chunked"])

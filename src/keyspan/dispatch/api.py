@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         backend: str | None
 
 
-
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[CallOptions]
@@ -166,7 +165,8 @@ def _layout_hint(layout: str, tensors: tuple[Any, ...], options: Options) -> str
         else:
             other = [x.transpose(1, 2) for x in tensors]
             hint = "heads before tokens? pass layout='bhmk'" if layout == "bmhk" else "tokens first? pass layout='bmhk'"
-        make_problem(*other, **{**options, "dropout_p": 0.0})
+        undropped: Options = {**options, "dropout_p": 0.0}  # draws no random number
+        make_problem(*other, **undropped)
     except (ValueError, RuntimeError, IndexError):
         return ""
     return f" ({hint})"
