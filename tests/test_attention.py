@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -501,6 +502,43 @@ def test_masks_and_biases_meet_tensors_inside_a_compiled_function():
     exported = torch.export.export(Calls(f), given, strict=True).module()
     for got, want in zip(exported(*given), f(*given), strict=True):
         assert torch.equal(got, want)
+
+
+def test_the_choice_of_a_backend_is_not_traced(monkeypatch):
+    """On CUDA it asks whether Triton is installed and what the device can do, which torch's compiler cannot trace."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from keyspan.backends import triton
+
+    def untraceable(*given):
+        with Path(__file__).open():
+            return 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable)
+    monkeypatch.setattr(triton, "find_spec", untraceable)
+    graphs = []
+
+    def log(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    caches = triton._cached_device_reason, triton._cached_float8_reason
+    try:
+        with FakeTensorMode():
+            q = torch.empty(1, 16, 2, 32, device="cuda:0")
+            stored = q.to(torch.float8_e4m3fn)
+            for k in (q, stored):
+                for cached in caches:
+                    cached.cache_clear()
+                compiled = torch.compile(lambda q, k: keyspan.attention(q, k, k), fullgraph=True, backend=log)
+                out = compiled(q, k)
+                assert (out.device, out.shape) == (q.device, q.shape)
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+    called = [node for graph in graphs for node in graph.graph.nodes if "attention_forward" in str(node.target)]
+    assert [node.args[-1] for node in called] == ["triton", "triton"]
 
 
 class Calls(torch.nn.Module):
