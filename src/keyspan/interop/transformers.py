@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -293,7 +292,6 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     position_ids: Tensor | None = None,
-    cache: PagedAttentionCache | None = None,
     output_attentions: bool | None = False,
     indices: Tensor | None = None,
     **kwargs: Any,
@@ -316,7 +314,6 @@ def attention_forward(
         position_bias: added to the scores, with a gradient (T5).
         position_ids: `[B or 1, M]`. Where they begin anew in a causal layer without padding, a new document begins,
             with a cache too; transformers' own functions let documents see one another then.
-        cache: of continuous batching.
         output_attentions: must not be True: the weights are never made.
         indices: must be None: attention to chosen keys only is refused.
         kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, int32 `[documents + 1]`: documents packed in one row.
@@ -333,8 +330,6 @@ def attention_forward(
         )
     if indices is not None:
         raise ValueError('indices: got a tensor, want None: keys chosen one by one need attn_implementation="sdpa"')
-    if cache is not None:
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, one for the whole batch
         query = query.expand(key.shape[0], -1, -1, -1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -428,7 +423,7 @@ def _packed_mask(
     known = None if compiling else _packed_masks.get(q_starts)
     if known is not None and known[0] == form:
         return known[2]  # type: ignore[no-any-return]
-    mask: Mask = Documents(q_starts.diff(), k_starts.diff())
+    mask: Mask = Documents.from_cu_seqlens(q_starts, k_starts)
     if causal:
         mask = mask & Causal("bottom_right")
     if sliding_window is not None:

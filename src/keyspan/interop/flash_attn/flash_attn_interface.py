@@ -153,7 +153,7 @@ def _flash_attn_varlen_backward(
 ) -> Tensor:
     """Write the gradients of packed sequences to `dq`, `dk` and `dv`; lse is `[Hq, T]`. Returns Σ dout · out."""
     _no_dropout(dropout_p)
-    mask: Mask = Documents(cu_seqlens_q.diff(), cu_seqlens_k.diff())
+    mask: Mask = Documents.from_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
     visible = _visible(causal, (window_size_left, window_size_right), alibi_slopes is not None)
     given = tuple(x[None] for x in (q, k, v, dout, out, softmax_lse))
     into = tuple(None if x is None else x[None] for x in (dq, dk, dv))
