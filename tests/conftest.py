@@ -1,7 +1,9 @@
-"""What holds in every test: one thread, uninitialised memory is NaN, a fixed seed."""
+"""What holds in every test: one thread, uninitialised memory is NaN, a fixed seed, an empty cache of calls."""
 
 import pytest
 import torch
+
+from keyspan.dispatch.cache import CACHE
 
 torch.set_num_threads(1)
 
@@ -12,5 +14,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
+    CACHE.clear()
     yield
     torch.use_deterministic_algorithms(False)

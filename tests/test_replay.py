@@ -21,11 +21,6 @@ needs_library = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def empty_cache():
-    CACHE.clear()
-
-
 @pytest.fixture
 def replayed(monkeypatch):
     """For each call of `attention` with a signature, whether it was replayed."""
