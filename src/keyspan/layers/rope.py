@@ -26,8 +26,27 @@ def rotary_table(
     frequencies = theta ** (-pair / dim)
     if scaling is not None:
         frequencies = scaling(frequencies)
+    if torch.compiler.is_compiling():
+        # Opaque, so that backward reads the table: the compiler would compute it again for each layer.
+        table: tuple[Tensor, Tensor] = torch.ops.keyspan.rotary_table(positions, frequencies)
+        return table
+    return _table(positions, frequencies)
+
+
+def _table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     angles = positions.float().unsqueeze(-1) * frequencies
     return angles.cos(), angles.sin()
+
+
+def _table_fake(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, *frequencies.shape)
+    return frequencies.new_empty(shape), frequencies.new_empty(shape)
+
+
+_library = torch.library.Library("keyspan", "FRAGMENT")
+_library.define("rotary_table(Tensor positions, Tensor frequencies) -> (Tensor, Tensor)")
+_library.impl("rotary_table", _table, "CompositeExplicitAutograd")
+torch.library.register_fake("keyspan::rotary_table", _table_fake, lib=_library)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
