@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from keyspan.layers import rms_norm, rotary, swiglu
+from keyspan import Alibi, KeyRanges
+from keyspan.layers import linear_cross_entropy, rms_norm, rotary, swiglu
 from keyspan.models import GPT, GPTConfig, alibi_slopes
+from keyspan.models.gpt import Step
 
 POSITIONS = ["rope", "alibi", "none"]
 LENGTHS = [5, 1, 9, 3]
@@ -260,3 +263,53 @@ def test_compiled_model_equals_the_eager_model_for_all_lengths(positions):
         got = torch.autograd.grad(compiled(tokens, tokens, torch.tensor(lengths)), list(model.parameters()))
         torch.testing.assert_close(got, want)
     assert len(graphs) == 1
+
+
+def fake_gpu(model: GPT) -> GPT:
+    """The model with fake parameters on a GPU that need not exist; without gradients, which would need torch's own."""
+    for module in model.modules():
+        for name, p in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, device="cuda"), requires_grad=False))
+        for name, x in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, torch.empty(x.shape, device="cuda"))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_model_compiles_for_a_gpu_without_a_graph_break(positions, monkeypatch):
+    """The choice of a backend, and what asks for devices and packages, are not traced."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    model = small(positions, dim=96)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake_gpu(model)
+
+        def loss(tokens, lo, hi, diagonal, *turn):
+            masks = {
+                None: KeyRanges(lo, hi, diagonal)
+            }  # lowered outside: torch indexes a GPU's tensors with its own code
+            bias = Alibi(model.slopes) if positions == "alibi" else None
+            x = model.embedding(tokens)
+            step = Step(masks, {None: turn} if positions == "rope" else None, bias, None, None)
+            for block in model.blocks:
+                x = block(x, step)
+            return linear_cross_entropy(model.norm(x), model.head_weight, tokens)
+
+        compiled = torch.compile(loss, fullgraph=True, backend=count)
+        for T in (64, 96, 33):
+            ranges = [torch.empty(1, 1, T, dtype=torch.int32, device="cuda") for _ in range(3)]
+            turn = [torch.empty(T, model.config.head_dim // 2, device="cuda") for _ in range(2)]
+            found = compiled(torch.empty(T, dtype=torch.int64, device="cuda"), *ranges, *turn)
+            assert (found.device.type, found.shape) == ("cuda", ())
+    assert len(graphs) == 2
+    calls = [node for node in graphs[-1].graph.nodes if node.target is torch.ops.keyspan.attention_forward]
+    calls += [n for n in graphs[-1].graph.nodes if n.target is torch.ops.keyspan.attention_forward.default]
+    assert [node.args[-1] for node in calls] == ["triton"] * model.config.layers

@@ -70,6 +70,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Computation under autocast (weights stay fp32); fp16 scales its loss."""
 
+    compile: bool = False
+    """Compile loss and gradients with torch.compile; needs a C++ compiler on a CPU, Triton on a GPU."""
+
     eval_every: int = 100
     """Steps between evaluations on held-out data."""
     eval_tokens: int = 16_384

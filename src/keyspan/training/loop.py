@@ -16,17 +16,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keyspan import Alibi, Causal
 from keyspan.files import write_file
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from keyspan.training.corpus import Corpus
 
 Task: TypeAlias = "SyntheticTask | StandardLibrary | Corpus"
+READ_EVERY = {"cpu": 1}
+"""By type of device, 10 for others: steps between readings of loss and norm, which wait for the device."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """Signals that end a run after the step in hand, with a checkpoint."""
 
@@ -148,11 +151,17 @@ def take_step(
     scaler: torch.amp.GradScaler,
     batches: Sequence[Batch],
     config: TrainConfig,
-) -> tuple[float, float]:
+    loss_of: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """One optimizer step on micro-batches, weighted so that it is the step of one batch that holds them all.
 
-    Returns the loss (mean nats per scored token) and the gradient's norm before clipping. A loss or gradient that is
-    not finite is a FloatingPointError, raised before the weights change.
+    Returns the loss (mean nats per scored token) and the gradient's norm before clipping, both still on the device:
+    nothing waits for it, except with fp16. Where one of them is not finite, AdamW's fused kernel leaves the weights as
+    they are, in this step and in all later ones of this optimizer; `check_finite` then says why.
+
+    Args:
+        optimizer: a fused one, such as `make_optimizer` makes.
+        loss_of: what computes the loss, such as a compiled `model.loss`, which then gets lengths as a tensor.
     """
     device = next(model.parameters()).device
     scored = [batch.scored() for batch in batches]
@@ -164,22 +173,39 @@ def take_step(
             continue  # its mean loss is 0 / 0
         tokens, targets, lengths = batch.to(device)
         with autocast(config, device):
-            loss = model.loss(tokens, targets, lengths) * (share / sum(scored))
+            if loss_of is None:
+                loss = model.loss(tokens, targets, lengths)
+            else:
+                loss = loss_of(tokens, targets, torch.tensor(lengths).to(device, non_blocking=True))
+            loss = loss * (share / sum(scored))
         scaler.scale(loss).backward()
         losses.append(loss.detach())
-    mean = float(torch.stack(losses).sum())
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"the loss is {mean}; try a lower lr or clip" + _fp16_advice(config))
+    mean = torch.stack(losses).sum()
     scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    # With fp16 an overflow is how the scaler finds its scale: it skips the step and halves it. Below 1 it is no
-    # overflow.
-    if not math.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-        raise FloatingPointError(f"the gradient's norm is {norm}; try a lower lr" + _fp16_advice(config))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    if scaler.is_enabled():
+        check_finite(float(mean), float(norm), config, scaler)
+    else:
+        bad = (~(mean.isfinite() & norm.isfinite())).float()
+        before = getattr(optimizer, "found_inf", None)
+        # What GradScaler sets for a fused optimizer: the kernel skips the step where it is 1.
+        optimizer.found_inf = bad if before is None else torch.maximum(before, bad)  # type: ignore[attr-defined]
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return mean, norm
+
+
+def check_finite(loss: float, norm: float, config: TrainConfig, scaler: torch.amp.GradScaler) -> None:
+    """FloatingPointError for a loss or norm that is not finite.
+
+    With fp16 an infinite norm is how the scaler finds its scale: it skips the step and halves it. At a scale of 1 it is
+    no overflow.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}; try a lower lr or clip" + _fp16_advice(config))
+    if not math.isfinite(norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+        raise FloatingPointError(f"the gradient's norm is {norm}; try a lower lr" + _fp16_advice(config))
 
 
 def _fp16_advice(config: TrainConfig) -> str:
@@ -218,6 +244,16 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         return _run(config, run, Progress(step, seconds), (task, model, optimizer, scaler), changes, quiet)
 
 
+class _Pending(NamedTuple):
+    """A step whose loss and norm are still on the device."""
+
+    step: int
+    lr: float
+    tokens: int
+    loss: Tensor
+    norm: Tensor
+
+
 def _run(
     config: TrainConfig,
     run: Path,
@@ -246,35 +282,59 @@ def _run(
             report.say(change)
         final = None
         saved = step
-        while step < config.steps and final is None and not interrupted.is_set():
+        loss_of = torch.compile(model.loss, fullgraph=True) if config.compile else None
+        pending: list[_Pending] = []
+        began = time.perf_counter()
+
+        def read_pending() -> None:
+            """Wait for the device; check and record the steps since the last call."""
+            nonlocal seconds, began
+            numbers = torch.stack([x for done in pending for x in (done.loss, done.norm)]).double().tolist()
+            elapsed = (time.perf_counter() - began) / len(pending)
+            for done, loss, norm in zip(pending, numbers[::2], numbers[1::2], strict=True):
+                try:
+                    check_finite(loss, norm, config, scaler)
+                except FloatingPointError as error:
+                    text = f"step {done.step}: {error}; {run} holds the run up to step {saved}"
+                    raise FloatingPointError(text) from None
+                seconds += elapsed
+                figures = {"loss": loss, "lr": done.lr, "grad_norm": norm, "tokens": done.tokens}
+                figures["tokens_per_second"] = done.tokens / elapsed
+                report.step(done.step, **figures, seconds=seconds, **peak_memory(device))
+            pending.clear()
             began = time.perf_counter()
-            batches = train_batches(task, config, step)
-            lr = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            try:
-                loss, norm = take_step(model, optimizer, scaler, batches, config)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {step + 1}: {error}; {run} holds the run up to step {saved}") from None
-            elapsed = time.perf_counter() - began
-            step, seconds = step + 1, seconds + elapsed
-            tokens = sum(len(batch.tokens) for batch in batches)
-            figures = {
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": norm,
-                "tokens": tokens,
-                "tokens_per_second": tokens / elapsed,
-            }
-            report.step(step, **figures, seconds=seconds, **peak_memory(device))
-            if step % config.eval_every == 0 and step < config.steps:
-                share = held_out(config.eval_tokens)
-                if config.stop_at is not None and share >= config.stop_at:
-                    share = held_out(None)
-                    final = share if share >= config.stop_at else None
-            if step % config.checkpoint_every == 0:
-                checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
-                saved = step
+
+        with ThreadPoolExecutor(1) as pool:  # makes the next step's batches while the device computes
+            ahead = pool.submit(train_batches, task, config, step)
+            while step < config.steps and final is None and not interrupted.is_set():
+                batches = ahead.result()
+                ahead = pool.submit(train_batches, task, config, step + 1)
+                lr = learning_rate(config, step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                try:
+                    found = take_step(model, optimizer, scaler, batches, config, loss_of)
+                except FloatingPointError as error:
+                    text = f"step {step + 1}: {error}; {run} holds the run up to step {saved}"
+                    raise FloatingPointError(text) from None
+                step += 1
+                pending.append(_Pending(step, lr, sum(len(batch.tokens) for batch in batches), *found))
+                evaluates = step % config.eval_every == 0 and step < config.steps
+                saves = step % config.checkpoint_every == 0
+                if len(pending) >= READ_EVERY.get(device.type, 10) or evaluates or saves:
+                    read_pending()
+                if evaluates:
+                    share = held_out(config.eval_tokens)
+                    if config.stop_at is not None and share >= config.stop_at:
+                        share = held_out(None)
+                        final = share if share >= config.stop_at else None
+                if saves:
+                    checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
+                    saved = step
+                if evaluates or saves:
+                    began = time.perf_counter()
+            if pending:
+                read_pending()
         if saved < step:
             checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
         if final is None and not interrupted.is_set():
