@@ -82,14 +82,6 @@ INLINE void accumulate_bias_grads(const Plan &plan, const RowTile &tile, int s, 
     }
     const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
     const int64_t distance = first + tile.distance_offset[s][r];
-    if (p.dslopes) {
-        float total = 0;
-        for (int n = span.begin; n < span.end; n++) {
-            const int32_t d = (int32_t)(distance + n);
-            total -= grad[n] * (float)(d < 0 ? -d : d);
-        }
-        p.dslopes[sums] += total;
-    }
     if (p.dtable) {
         float *table = p.dtable + sums * (2 * p.reach + 1) + p.reach;
         int n = span.begin;
@@ -106,21 +98,23 @@ INLINE void accumulate_bias_grads(const Plan &plan, const RowTile &tile, int s, 
 
 // Products of a row to weights and score gradients, zero outside its span as far as `block_span`.
 template <int DEGREE>
-INLINE void softmax_backward_row(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span,
+INLINE void softmax_backward_row(const Plan &plan, RowTile &tile, int s, int r, int64_t first, Span span,
                                  Span block_span, int64_t chunk, float *weight, float *grad, float *softcap_grad,
                                  float *dropout) {
     const Params &p = *plan.params;
     const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
-    const float multiplier = row_scores(plan, tile, s, r, first, span, weight, softcap_grad);
+    row_scores(plan, tile, s, r, first, span, weight, softcap_grad);
     for (int n = begin; n < span.begin; n++) grad[n] = 0;
     for (int n = span.end; n < end; n++) grad[n] = 0;
-    if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, dropout);
-    const vf m = broadcast(multiplier), minus = broadcast(-tile.lse[r]), delta = broadcast(tile.delta[r]);
+    if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, dropout_scale(p), dropout);
+    const vf m = broadcast(score_multiplier(p)), row_max = broadcast(tile.row_max[r]);
+    const vf log2_sum = broadcast(tile.log2_sum[r]), delta = broadcast(tile.delta[r]);
+    vf grad_sum{}, full_sum{}, grad_distance{}, weight_distance{};
     for (int n = begin; n < end; n += W) {
         const vf score = load(weight + n);
         const vi hidden = score == broadcast(-INF);
         // Hidden entries are zero even where the row's lse is NaN.
-        const vf x = hidden ? vf{} : exp2<DEGREE>(score * m + minus);
+        const vf x = hidden ? vf{} : exp2<DEGREE>((score - row_max) * m - log2_sum);
         vf dx = load(grad + n);
         vf dropped = x;
         if (p.seed) {
@@ -132,6 +126,19 @@ INLINE void softmax_backward_row(const Plan &plan, const RowTile &tile, int s, i
         dx = hidden ? vf{} : dx;
         store(weight + n, dropped);
         store(grad + n, dx);
+        if (p.dslopes) {
+            const vf distance = abs(distances(first + n + tile.distance_offset[s][r]));
+            grad_sum += dx;
+            full_sum += x;
+            grad_distance += dx * distance;
+            weight_distance += x * distance;
+        }
+    }
+    if (p.dslopes) {
+        tile.grad_sum[r] += reduce_add(grad_sum);
+        tile.full_sum[r] += reduce_add(full_sum);
+        tile.grad_distance[r] += reduce_add(grad_distance);
+        tile.weight_distance[r] += reduce_add(weight_distance);
     }
     accumulate_bias_grads(plan, tile, s, r, first, span, chunk, grad);
     if (p.softcap != 0)
@@ -186,6 +193,84 @@ INLINE void add_weighted_keys(const Plan &plan, const RowTile &tile, int s, Span
     }
 }
 
+INLINE float sink_weight(const Params &p, const RowTile &tile, int r) {
+    const float score = sink_score(p, head_index(p, tile, r)) - tile.row_max[r];
+    return exp2<5>(broadcast(score * score_multiplier(p) - tile.log2_sum[r]))[0];
+}
+
+INLINE void accumulate_sink_grads(const Params &p, const RowTile &tile, int64_t chunk) {
+    for (int r = 0; r < tile.rows; r++) {
+        const float weight = sink_weight(p, tile, r);
+        if (weight > 0)
+            p.dsinks[((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r]] -= weight * tile.delta[r];
+    }
+}
+
+// The gradients of a row's scores sum to grad_lse, a sink's included, but for the rounding of `out` (and of the weights
+// that it was computed with), which delta carries to every score in proportion to its weight. Times the distances this
+// can exceed the gradient of a slope, so it is taken out. Not where weights do not sum to 1: there `out` and lse are
+// those of more keys than these.
+INLINE void accumulate_slope_grads(const Params &p, const RowTile &tile, int64_t chunk) {
+    for (int r = 0; r < tile.rows; r++) {
+        float grad_sum = tile.grad_sum[r], full_sum = tile.full_sum[r];
+        if (p.sinks) {
+            const float weight = sink_weight(p, tile, r);
+            grad_sum -= weight * tile.delta[r];
+            full_sum += weight;
+        }
+        float excess = grad_sum - (p.grad_lse ? p.grad_lse[lse_row(p, tile, r)] : 0);
+        if (!(__builtin_fabsf(full_sum - 1) < 2e-5f)) excess = 0;
+        p.dslopes[((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r]] -=
+            tile.grad_distance[r] - excess * tile.weight_distance[r];
+    }
+}
+
+// An lse of a larger size has lost digits of log Σ, so that the weights computed from it would not sum to 1 (e.g. a row
+// that a bias of −1e9 hides wholly): row_max and log2_sum of such rows are computed once more from their scores.
+constexpr float LARGE_LSE = 64;
+
+template <class T>
+__attribute__((noinline)) void refine_large_lse(const Plan &plan, RowTile &tile, const T *queries, const T *keys_by_dim,
+                                                float *scores) {
+    const Params &p = *plan.params;
+    const float multiplier = score_multiplier(p);
+    bool large[TILE_ROWS], any = false;
+    for (int r = 0; r < tile.rows; r++) {
+        large[r] = __builtin_fabsf(p.lse[lse_row(p, tile, r)]) > LARGE_LSE && tile.log2_sum[r] < INF;
+        any |= large[r];
+        if (!large[r]) continue;
+        tile.row_max[r] = p.sinks ? sink_score(p, head_index(p, tile, r)) : -INF;
+        tile.row_sum[r] = tile.weight_sum[r] = tile.row_max[r] > -INF ? 1 : 0;
+    }
+    if (!any) return;
+    Span spans[TILE_ROWS / ROWS];
+    for (int s = 0; s < p.S; s++) {
+        int64_t begin, end;
+        tile_span(tile, s, begin, end);
+        for (int64_t first = begin / PANEL * PANEL; first < end; first += plan.block_keys) {
+            const int64_t last = min(first + plan.block_keys, end);
+            for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++)
+                spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
+            block_scores(tile, spans, queries, plan.key_width, p.K, keys_by_dim, first, last - first, scores);
+            for (int r = 0; r < tile.rows; r++) {
+                const Span span = row_span(tile, s, r, first, last);
+                if (!large[r] || span.begin >= span.end) continue;
+                float *score = scores + r * BLOCK_KEYS;
+                row_scores(plan, tile, s, r, first, span, score, nullptr);
+                softmax_step<false>(tile, r, multiplier, span.begin / W * W, (span.end + W - 1) / W * W, score, score,
+                                    (float *)nullptr, 0, nullptr);
+            }
+        }
+    }
+    for (int r = 0; r < tile.rows; r++) {
+        if (!large[r]) continue;
+        tile.log2_sum[r] = (float)__builtin_log2((double)tile.row_sum[r]);
+        // The caller's lse may be that of more keys than these (a merged result): more than a rounding counts.
+        const float lse = p.lse[lse_row(p, tile, r)], difference = lse - natural_lse(p, tile, r);
+        if (__builtin_fabsf(difference) > 0x1p-22f * __builtin_fabsf(lse)) tile.log2_sum[r] += difference * LOG2E;
+    }
+}
+
 template <class T>
 INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t chunk, float *grad_keys,
                           float *grad_values, Arena arena) {
@@ -214,18 +299,17 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
                          p.V * dtype_size(p.out_dtype));
         }
         const int64_t at = lse_row(p, tile, r);
-        tile.lse[r] = p.lse[at] == -INF ? INF : p.lse[at] * LOG2E;
+        // lse as a score, and what its rounding leaves over.
+        const float lse = p.lse[at], natural = natural_multiplier(p);
+        tile.row_max[r] = lse == -INF ? 0 : lse / natural;
+        tile.log2_sum[r] = lse == -INF ? INF : (float)((lse - (double)tile.row_max[r] * natural) * LOG2E);
         alignas(64) float out[MAX_HEAD_DIM], grad[MAX_HEAD_DIM];
         widen(p.out_dtype, p.out + out_row(p, tile, r) * p.V * dtype_size(p.out_dtype), 1, p.V, out);
         widen(p.out_dtype, grad_rows[r], p.grad_out_stride[4], p.V, grad);
         float delta = p.grad_lse ? -p.grad_lse[at] : 0;
         for (int64_t v = 0; v < p.V; v++) delta += out[v] * grad[v];
         tile.delta[r] = delta;
-        if (p.dsinks) {
-            const float weight = exp2<5>(broadcast(p.sinks[head_index(p, tile, r)] * LOG2E - tile.lse[r]))[0];
-            if (weight > 0)
-                p.dsinks[((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r]] -= weight * delta;
-        }
+        tile.grad_sum[r] = tile.full_sum[r] = tile.grad_distance[r] = tile.weight_distance[r] = 0;
     }
     load_rows(queries, tile, p.dtype, query_rows, p.q_stride[4], p.K);
     load_rows(grads, tile, p.out_dtype, grad_rows, p.grad_out_stride[4], p.V);
@@ -235,6 +319,8 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
     const T *values_by_dim = (const T *)(plan.values_by_dim + slot * plan.values_by_dim_stride);
     const T *key_rows = (const T *)(plan.key_rows + slot * plan.key_rows_stride);
     const bool nonfinite = plan.nonfinite_keys[slot].load(std::memory_order_relaxed);
+    refine_large_lse(plan, tile, queries.row, keys_by_dim, scores.weight);
+    if (p.dsinks) accumulate_sink_grads(p, tile, chunk);
     for (int s = 0; s < p.S; s++) {
         int64_t begin, end;
         tile_span(tile, s, begin, end);
@@ -283,6 +369,7 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
                                   grad_values);
         }
     }
+    if (p.dslopes) accumulate_slope_grads(p, tile, chunk);
     if (p.dq)
         for (int r = 0; r < tile.rows; r++)
             narrow(p.dtype, dq + r * plan.key_width, p.K, (float)p.scale,

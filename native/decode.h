@@ -264,13 +264,11 @@ struct DecodeUnit {
         for (int64_t g = 0; g < p.G; g++) {
             load_tile(plan, b, g, 0, query_tile, tiles[g]);
             load_queries(plan, tiles[g], queries + g * plan.rows * query_width);
-            init_softmax(p, tiles[g], out_row(g, 0), plan.value_width);
-            if (!with_sinks)
-                for (int r = 0; r < tiles[g].rows; r++) tiles[g].row_max[r] = -INF, tiles[g].row_sum[r] = 0;
+            init_softmax(p, tiles[g], with_sinks, out_row(g, 0), plan.value_width);
         }
         rows = tiles[0].rows;
         row_groups = (rows + ROWS_PER_LOAD - 1) / ROWS_PER_LOAD;
-        sequence = p.sequence ? p.sequence[tiles[0].query[0]] : 0;
+        sequence = sequence_of(p, tiles[0].query[0]);
         key_prefetch = prefetch_distance(p.k_stride[1], 1, 2048);
         value_prefetch = prefetch_distance(p.v_stride[1], KEYS_PER_PASS, 4096);
     }
@@ -328,7 +326,6 @@ struct DecodeUnit {
 
     INLINE void weights_of(const Block &block, int s, int64_t g, int r, float *row) {
         RowTile &tile = tiles[g];
-        float multiplier = 0;
         bool any = false;
         for (int i = 0; i < STREAMS; i++) {
             float *score = row + i * STREAM_KEYS;
@@ -338,21 +335,22 @@ struct DecodeUnit {
                 any = true;
                 begin = span.begin / W * W;
                 end = (span.end + W - 1) / W * W;
-                multiplier = row_scores(plan, tile, s, r, block.first[i], span, score, nullptr);
+                row_scores(plan, tile, s, r, block.first[i], span, score, nullptr);
             }
             for (int n = 0; n < begin; n++) score[n] = -INF;
             for (int n = end; n < STREAM_KEYS; n++) score[n] = -INF;
-            if (p.seed) fill_dropout(p, tile, r, block.first[i], STREAM_KEYS, dropout + i * STREAM_KEYS);
+            if (p.seed) fill_dropout(p, tile, r, block.first[i], STREAM_KEYS, 1, dropout + i * STREAM_KEYS);
         }
         if (any)
-            softmax_step(plan, tile, r, multiplier, 0, BLOCK, row, row, out_row(g, r), p.seed ? dropout : nullptr);
+            softmax_step<VALUES == PAIRS>(tile, r, score_multiplier(p), 0, BLOCK, row, row, out_row(g, r),
+                                          plan.value_width, p.seed ? dropout : nullptr);
         else
             memset(row, 0, BLOCK * 4);
         if constexpr (VALUES == PAIRS)
             for (int i = 0; i < STREAMS; i += 2)
                 for (int n = 0; n < STREAM_KEYS; n += W)
                     store((uint32_t *)row + i / 2 * STREAM_KEYS + n,
-                          pairs_bf16(load(row + i * STREAM_KEYS + n), load(row + (i + 1) * STREAM_KEYS + n)));
+                          join_bf16(load(row + i * STREAM_KEYS + n), load(row + (i + 1) * STREAM_KEYS + n)));
     }
 
     // Adds the values of keys n to n + KEYS_PER_PASS - 1 of each stream, times their weights.
@@ -417,10 +415,11 @@ void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split,
                 continue;
             }
             const int64_t part = ((b * plan.query_tiles + query_tile) * plan.splits + split) * p.G + g;
-            float *to = plan.partial + (part * plan.rows + r) * (plan.value_width + 2);
+            float *to = plan.partial + (part * plan.rows + r) * (plan.value_width + 3);
             to[0] = tile.row_max[r];
             to[1] = tile.row_sum[r];
-            memcpy(to + 2, sums, (size_t)plan.value_width * 4);
+            to[2] = tile.weight_sum[r];
+            memcpy(to + 3, sums, (size_t)plan.value_width * 4);
         }
     }
 }
@@ -446,23 +445,25 @@ void combine(const Plan &plan, int64_t b, int64_t query_tile, char *scratch) {
     for (int64_t g = 0; g < p.G; g++) {
         load_tile(plan, b, g, 0, query_tile, tile);
         for (int r = 0; r < tile.rows; r++) {
-            const int64_t stride = p.G * plan.rows * (plan.value_width + 2);
+            const int64_t stride = p.G * plan.rows * (plan.value_width + 3);
             const float *part = plan.partial + (b * plan.query_tiles + query_tile) * plan.splits * stride +
-                                (g * plan.rows + r) * (plan.value_width + 2);
-            float row_max = -INF, total = 0;
+                                (g * plan.rows + r) * (plan.value_width + 3);
+            float row_max = -INF, row_sum = 0, weight_sum = 0;
             for (int64_t i = 0; i < plan.splits; i++) row_max = max(row_max, part[i * stride]);
             const float pivot = row_max == -INF ? 0 : row_max;
             memset(out, 0, (size_t)plan.value_width * 4);
             for (int64_t i = 0; i < plan.splits; i++) {
-                const float *one = part + i * stride;
-                if (one[1] == 0) continue;
-                const float share = exp2<5>(broadcast(one[0] - pivot))[0];
-                total += share * one[1];
+                const float *split = part + i * stride;
+                if (split[1] == 0) continue;
+                const float factor = exp2<5>(broadcast((split[0] - pivot) * score_multiplier(p)))[0];
+                row_sum += factor * split[1];
+                weight_sum += factor * split[2];
                 for (int64_t v = 0; v < plan.value_width; v += W)
-                    store(out + v, load(out + v) + share * load(one + 2 + v));
+                    store(out + v, load(out + v) + factor * load(split + 3 + v));
             }
             tile.row_max[r] = row_max;
-            tile.row_sum[r] = total;
+            tile.row_sum[r] = row_sum;
+            tile.weight_sum[r] = weight_sum;
             write_row(p, tile, r, out);
         }
     }

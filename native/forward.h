@@ -20,53 +20,69 @@ struct Arena {
     }
 };
 
-INLINE void init_softmax(const Params &p, RowTile &tile, float *out, int64_t width) {
+INLINE void init_softmax(const Params &p, RowTile &tile, bool with_sinks, float *out, int64_t width) {
     for (int r = 0; r < tile.rows; r++) {
-        tile.row_max[r] = -INF;
-        tile.row_sum[r] = 0;
-        if (p.sinks) {
-            // A sink acts as a key with this score and a value of zero.
-            tile.row_max[r] = p.sinks[head_index(p, tile, r)] * LOG2E;
-            tile.row_sum[r] = tile.row_max[r] > -INF ? 1 : 0;
-        }
+        // A sink acts as a key with this score and a value of zero.
+        tile.row_max[r] = p.sinks && with_sinks ? sink_score(p, head_index(p, tile, r)) : -INF;
+        tile.row_sum[r] = tile.weight_sum[r] = tile.row_max[r] > -INF ? 1 : 0;
     }
     memset(out, 0, (size_t)(tile.rows * width * 4));
 }
 
-// Lazy rescaling: sums are rescaled only when a score exceeds the current maximum by this many powers of two.
+// Lazy rescaling, where weights stay in fp32: sums are rescaled only when a score exceeds the current maximum by this
+// many powers of two. Weights that are rounded to bf16 are always relative to the maximum: then the largest weight, on
+// which the result depends most, is 1 and not rounded.
 constexpr float SLACK = 8;
 
-// One step of online softmax for a row: scores [begin, end), whole vectors, become weights, in place or as bf16; the
-// running row_max and row_sum are updated and `out` [value_width] is rescaled. `dropout` [end − begin] or null.
-template <class T>
-INLINE void softmax_step(const Plan &plan, RowTile &tile, int r, float multiplier, int begin, int end,
-                         const float *score, T *weight, float *out, const float *dropout) {
+// One step of online softmax for a row: scores [begin, end), whole vectors, become weights, in place or as bf16;
+// row_max and the sums are updated and `out` [width] is rescaled. `dropout` [end − begin] or null. ROUNDED: the weights
+// will be multiplied as bf16.
+template <bool ROUNDED, class T>
+INLINE void softmax_step(RowTile &tile, int r, float multiplier, int begin, int end, const float *score, T *weight,
+                         float *out, int64_t width, const float *dropout) {
     vf vector_max = load(score + begin);
     for (int n = begin + W; n < end; n += W) vector_max = maximum(vector_max, load(score + n));
-    const float block_max = reduce_max(vector_max) * multiplier;
-    // All weights of a row are relative to the same number, so rescaling can wait until weights would grow by much.
-    const float row_max = block_max > tile.row_max[r] + SLACK ? block_max : tile.row_max[r];
+    const float block_max = reduce_max(vector_max), old_max = tile.row_max[r];
+    const bool rescale = ROUNDED ? block_max > old_max : (block_max - old_max) * multiplier > SLACK;
+    const float row_max = rescale ? block_max : old_max;
     // Finite for rows without a visible key so far: −inf − −inf is NaN.
     const float pivot = row_max == -INF ? 0 : row_max;
-    if (row_max != tile.row_max[r]) {
-        const float rescale = exp2<5>(broadcast(tile.row_max[r] - pivot))[0];
-        tile.row_sum[r] *= rescale;
-        for (int64_t v = 0; v < plan.value_width; v += W) store(out + v, load(out + v) * rescale);
+    if (rescale) {
+        const float factor = exp2<5>(broadcast((old_max - pivot) * multiplier))[0];
+        tile.row_sum[r] *= factor;
+        tile.weight_sum[r] *= factor;
+        for (int64_t v = 0; v < width; v += W) store(out + v, load(out + v) * factor);
         tile.row_max[r] = row_max;
     }
-    vf sums{};
-    const vf m = broadcast(multiplier), minus = broadcast(-pivot);
-    constexpr int DEGREE = PER_WORD<T> == 1 ? 5 : 4;
-    for (int n = begin; n < end; n += W) {
-        vf x = exp2<DEGREE>(load(score + n) * m + minus);
+    vf sums{}, rounded_sums{};
+    const vf m = broadcast(multiplier), p = broadcast(pivot);
+    constexpr int DEGREE = ROUNDED ? 4 : 5;
+    int n = begin;
+    if constexpr (PER_WORD<T> == 2) {
+        for (; !dropout && n + 2 * W <= end; n += 2 * W) {
+            const vf x = exp2<DEGREE>((load(score + n) - p) * m), y = exp2<DEGREE>((load(score + n + W) - p) * m);
+            sums += x;
+            sums += y;
+            store_bf16((uint16_t *)weight + n, x, y, rounded_sums);
+        }
+    }
+    for (; n < end; n += W) {
+        vf x = exp2<DEGREE>((load(score + n) - p) * m);
         sums += x;
-        if (dropout) x *= load(dropout + n - begin);
+        if constexpr (ROUNDED) x = round_to_bf16(x), rounded_sums += x;
+        if (dropout) x *= load(dropout + n - begin);  // 0 or 1: the sums are those of all weights
         if constexpr (PER_WORD<T> == 1)
             store(weight + n, x);
         else
             store((uint16_t *)weight + n, narrow_bf16(x));
     }
-    tile.row_sum[r] += reduce_add(sums);
+    float sum, rounded_sum;
+    if constexpr (ROUNDED)
+        reduce_add(sums, rounded_sums, sum, rounded_sum);
+    else
+        sum = rounded_sum = reduce_add(sums);
+    tile.row_sum[r] += sum;
+    tile.weight_sum[r] += rounded_sum;
 }
 
 // Scores and softmax step of one row. Weights are written over the whole vectors of `group_span`, zero where the row
@@ -76,9 +92,10 @@ INLINE void softmax_row(const Plan &plan, RowTile &tile, int s, int r, int64_t f
                         float *score, T *weight, float *out, float *dropout) {
     const Params &p = *plan.params;
     const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
-    const float multiplier = row_scores(plan, tile, s, r, first, span, score, nullptr);
-    if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, dropout);
-    softmax_step(plan, tile, r, multiplier, begin, end, score, weight, out, p.seed ? dropout : nullptr);
+    row_scores(plan, tile, s, r, first, span, score, nullptr);
+    if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, 1, dropout);
+    softmax_step<PER_WORD<T> == 2>(tile, r, score_multiplier(p), begin, end, score, weight, out, plan.value_width,
+                                   p.seed ? dropout : nullptr);
     for (int n = group_span.begin; n < begin; n += W)
         memset((char *)weight + n * 4 / PER_WORD<T>, 0, W * 4 / PER_WORD<T>);
     for (int n = end; n < group_span.end; n += W) memset((char *)weight + n * 4 / PER_WORD<T>, 0, W * 4 / PER_WORD<T>);
@@ -91,13 +108,16 @@ INLINE void zero_row(Span group_span, T *weight) {
                (size_t)(group_span.end - group_span.begin) * 4 / PER_WORD<T>);
 }
 
+INLINE float natural_lse(const Params &p, const RowTile &tile, int r) {
+    return (float)(tile.row_max[r] * (double)natural_multiplier(p) + __builtin_log((double)tile.row_sum[r]));
+}
+
+// `out` [V] sums weighted values, of which dropout has removed some and scaled none.
 INLINE void write_row(const Params &p, const RowTile &tile, int r, const float *out) {
     const bool empty = tile.row_sum[r] == 0;
-    narrow(p.out_dtype, out, p.V, empty ? 0 : 1 / tile.row_sum[r],
+    narrow(p.out_dtype, out, p.V, empty ? 0 : dropout_scale(p) / tile.weight_sum[r],
            p.out + out_row(p, tile, r) * p.V * dtype_size(p.out_dtype));
-    if (p.lse)
-        p.lse[lse_row(p, tile, r)] =
-            empty ? -INF : tile.row_max[r] * LN2 + (float)__builtin_log((double)tile.row_sum[r]);
+    if (p.lse) p.lse[lse_row(p, tile, r)] = empty ? -INF : natural_lse(p, tile, r);
 }
 
 template <class T>
@@ -177,7 +197,7 @@ void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t head_
     Span spans[TILE_ROWS / ROWS];
 
     load_queries(plan, tile, queries);
-    init_softmax(p, tile, out, plan.value_width);
+    init_softmax(p, tile, true, out, plan.value_width);
     const T *by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *by_row = (const T *)(plan.value_rows + slot * plan.value_rows_stride);
     const bool nonfinite = plan.nonfinite_values[slot].load(std::memory_order_relaxed);

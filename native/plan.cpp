@@ -101,23 +101,23 @@ struct PlanStorage : Plan {
 
 // Finds the visible span of every segment and its packed position. Returns the number of visible pairs.
 int64_t find_segments(const Params &p, PlanStorage &plan) {
-    const int64_t count = p.sequence ? p.sequences : p.RB;
+    const int64_t count = p.sequence ? std::max<int64_t>(p.sequences, 1) : p.RB;
     std::vector<int64_t> begin(count, INT64_MAX), end(count, 0);
     int64_t pairs = 0;
     if (!p.lo) {
         begin[0] = 0;
         end[0] = plan.logical_keys;
-        pairs = p.M * p.N;
+        pairs = p.M * plan.logical_keys;
     } else {
         for (int64_t s = 0; s < p.S; s++)
             for (int64_t b = 0; b < p.RB; b++)
                 for (int64_t m = 0; m < p.M; m++) {
-                    const int64_t at = (s * p.RB + b) * p.M + m, lo = p.lo[at], hi = p.hi[at];
-                    if (lo >= hi) continue;
-                    const int64_t segment = p.sequence ? p.sequence[m] : b;
-                    begin[segment] = std::min(begin[segment], lo);
-                    end[segment] = std::max(end[segment], hi);
-                    pairs += hi - lo;
+                    const KeyRange range = key_range(p, plan.logical_keys, s, b, m);
+                    if (range.lo >= range.hi) continue;
+                    const int64_t segment = p.sequence ? sequence_of(p, m) : b;
+                    begin[segment] = std::min(begin[segment], range.lo);
+                    end[segment] = std::max(end[segment], range.hi);
+                    pairs += range.hi - range.lo;
                 }
     }
     int64_t offset = 0, widest = 0;
@@ -139,11 +139,10 @@ void count_visible_pairs(const Params &p, PlanStorage &plan) {
         for (int64_t tile = 0; tile < plan.query_tiles; tile++) {
             const int64_t m0 = tile * plan.tile_queries, m1 = std::min(m0 + plan.tile_queries, p.M);
             int64_t pairs = (m1 - m0) * PANEL;  // a tile's fixed cost
-            if (!p.lo) pairs += (m1 - m0) * p.N;
-            for (int64_t s = 0; p.lo && s < p.S; s++)
+            for (int64_t s = 0; s < (p.lo ? p.S : 1); s++)
                 for (int64_t m = m0; m < m1; m++) {
-                    const int64_t at = (s * p.RB + b) * p.M + m;
-                    pairs += std::max(p.hi[at] - p.lo[at], 0);
+                    const KeyRange range = key_range(p, plan.logical_keys, s, b, m);
+                    pairs += std::max<int64_t>(range.hi - range.lo, 0);
                 }
             plan.visible_pairs[b * plan.query_tiles + tile] = pairs;
         }
@@ -176,7 +175,7 @@ int64_t backward_chunks(const Params &p, const PlanStorage &plan) {
 
 void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     plan.params = &p;
-    plan.logical_keys = p.sequence ? p.pages * p.page_size : p.N;
+    plan.logical_keys = logical_keys(p);
     plan.key_width = round_up(p.K, 16);
     plan.value_width = round_up(p.V, 16);
     plan.block_keys = std::max(p.K, p.V) > 128 ? BLOCK_KEYS / 2 : BLOCK_KEYS;
@@ -256,7 +255,7 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
         KEYSPAN_GUARD(plan.scratch + thread * plan.scratch_stride - GUARD, 0);
     if (plan.decode && plan.splits > 1)
         plan.partial =
-            plan.reserve<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 2) * 4);
+            plan.reserve<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 3) * 4);
     if (backward) {
         const int64_t sums = p.chunks == 1 ? p.threads : p.chunks * p.B * p.G;
         split_chunks(p, plan, p.chunks);
@@ -395,6 +394,9 @@ int64_t with_workspace(const Params *p, bool backward, const Run &run) {
     thread_local std::unique_ptr<char[]> cached;
     if (CACHED_BYTES && !cached) cached.reset(new char[CACHED_BYTES + ALIGNMENT]);
     Params own = *p;
+    // Neither the cap nor its reciprocal may be a subnormal number or overflow in fp32.
+    if (own.softcap > 1e37) own.softcap = 0;
+    if (own.softcap != 0) own.softcap = std::max(own.softcap, 1e-37);
     if (!own.workspace) own.workspace = cached.get();
     own.workspace = (char *)(((uintptr_t)own.workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     PlanStorage plan{};

@@ -36,6 +36,37 @@ constexpr int SPLIT_KEYS = 1024;                 // keys of one unit of work in 
 constexpr int STREAMS = 4;                       // runs of keys that such a unit reads side by side
 constexpr int STREAM_KEYS = 16;                  // keys of each run that are scored before their values are added
 
+// ---- clamps
+// ----------------------------------------------------------------------------------------------------------
+//
+// The tensors of a mask may hold any numbers. Bounds and indices are clamped wherever they are read, so that no access
+// leaves its tensor. Functions here are static: each instruction set has its own copy.
+
+static inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+// Keys that a query can address; none where there is no memory behind them. `lo` and `hi` are int32.
+static inline int64_t logical_keys(const Params &p) {
+    if (!p.sequence) return clamp(p.N, 0, INT32_MAX);
+    if (!p.N || !p.sequences || !p.pages) return 0;
+    return p.pages > INT32_MAX / p.page_size ? INT32_MAX : p.pages * p.page_size;
+}
+
+struct KeyRange {
+    int64_t lo, hi;  // logical keys; empty where lo >= hi
+};
+
+// Range s of query m in row b of [S, RB, M].
+static inline KeyRange key_range(const Params &p, int64_t keys, int64_t s, int64_t b, int64_t m) {
+    if (!p.lo) return {0, keys};
+    const int64_t at = (s * p.RB + b) * p.M + m;
+    return {clamp(p.lo[at], 0, keys), clamp(p.hi[at], 0, keys)};
+}
+
+// The row of block_table that query m reads.
+static inline int64_t sequence_of(const Params &p, int64_t m) {
+    return p.sequence ? clamp(p.sequence[m], 0, p.sequences > 0 ? p.sequences - 1 : 0) : 0;
+}
+
 struct Segment {
     int64_t begin;   // first logical key, a multiple of PANEL
     int64_t offset;  // its packed position
@@ -63,7 +94,7 @@ struct Plan {
     char *keys_by_dim, *value_rows, *key_rows, *values_by_dim;
     int64_t keys_by_dim_stride, value_rows_stride, key_rows_stride, values_by_dim_stride;
     float *grad_keys, *grad_values;  // fp32 sums, [packed_keys][width] for each thread, or each (batch, group, chunk)
-    float *partial;                  // decoding: [b, query tile, split, g, rows, value_width + 2]
+    float *partial;                  // decoding: [b, query tile, split, g, rows, value_width + 3]
     char *scratch;                   // [threads][scratch_stride]
     int64_t scratch_stride;
     std::atomic<int> *nonfinite_keys, *nonfinite_values;  // [slots], 1 where some element is infinite or NaN
@@ -75,11 +106,16 @@ struct RowTile {
     int64_t batch, group;
     int rows;
     int32_t query[TILE_ROWS], head[TILE_ROWS];
-    int32_t lo[MAX_RANGES][TILE_ROWS], hi[MAX_RANGES][TILE_ROWS];  // packed keys
-    int32_t distance_offset[MAX_RANGES][TILE_ROWS];  // packed key + this = key position minus query position
+    int64_t lo[MAX_RANGES][TILE_ROWS], hi[MAX_RANGES][TILE_ROWS];  // packed keys
+    int64_t distance_offset[MAX_RANGES][TILE_ROWS];  // packed key + this = key position minus query position
     int64_t logical_offset[TILE_ROWS];               // packed key + this = logical key
-    float row_max[TILE_ROWS], row_sum[TILE_ROWS];    // forward: running maximum (a power of two) and sum of weights
-    float lse[TILE_ROWS], delta[TILE_ROWS];          // backward: lse as a power of two; Σ out · grad_out − grad_lse
+    // A weight is 2^((score − row_max) · multiplier). Forward: row_max is the running maximum of the scores; row_sum
+    // sums the weights for lse, and weight_sum sums them as they are multiplied, rounded to bf16 where values are.
+    float row_max[TILE_ROWS], row_sum[TILE_ROWS], weight_sum[TILE_ROWS];
+    // Backward: a weight is 2^((score − row_max) · multiplier − log2_sum); delta is Σ out · grad_out − grad_lse.
+    float log2_sum[TILE_ROWS], delta[TILE_ROWS];
+    // Backward, for the gradient of ALiBi slopes: Σ grad and Σ weight over keys, and both times distance.
+    float grad_sum[TILE_ROWS], full_sum[TILE_ROWS], grad_distance[TILE_ROWS], weight_distance[TILE_ROWS];
 };
 
 // One table for each instruction set. `pack` fills one panel of a slot; `forward`, `decode` and `backward` compute one

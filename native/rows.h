@@ -27,17 +27,18 @@ INLINE void load_tile(const Plan &plan, int64_t b, int64_t g, int64_t head_tile,
             const int r = tile.rows++;
             tile.query[r] = (int32_t)m;
             tile.head[r] = (int32_t)h;
+            const int64_t row = p.RB == 1 ? 0 : b;  // of lo, hi and diagonal
             int64_t logical_offset = 0;
             if (!plan.decode) {
-                const Segment &segment = plan.segments[p.sequence ? p.sequence[m] : p.RB == 1 ? 0 : b];
+                const Segment &segment = plan.segments[p.sequence ? sequence_of(p, m) : row];
                 logical_offset = segment.begin - segment.offset;
             }
             tile.logical_offset[r] = logical_offset;
             for (int64_t s = 0; s < p.S; s++) {
-                const int64_t at = (s * p.RB + (p.RB == 1 ? 0 : b)) * p.M + m;
-                tile.lo[s][r] = p.lo ? (int32_t)(p.lo[at] - logical_offset) : 0;
-                tile.hi[s][r] = p.lo ? (int32_t)(p.hi[at] - logical_offset) : (int32_t)plan.logical_keys;
-                tile.distance_offset[s][r] = (int32_t)(logical_offset - (p.lo ? p.diagonal[at] : (int32_t)m));
+                const KeyRange range = key_range(p, plan.logical_keys, s, row, m);
+                tile.lo[s][r] = range.lo - logical_offset;
+                tile.hi[s][r] = range.hi - logical_offset;
+                tile.distance_offset[s][r] = logical_offset - (p.lo ? p.diagonal[(s * p.RB + row) * p.M + m] : m);
             }
         }
     }
@@ -45,7 +46,7 @@ INLINE void load_tile(const Plan &plan, int64_t b, int64_t g, int64_t head_tile,
 
 // The smallest packed interval that holds the keys of range s of every row.
 INLINE void tile_span(const RowTile &tile, int s, int64_t &begin, int64_t &end) {
-    begin = INT32_MAX;
+    begin = INT64_MAX;
     end = 0;
     for (int r = 0; r < tile.rows; r++) {
         if (tile.lo[s][r] >= tile.hi[s][r]) continue;
@@ -91,10 +92,22 @@ INLINE int64_t head_index(const Params &p, const RowTile &tile, int r) { return 
 
 // ---- terms of the score --------------------------------------------------------------------------------------------
 
-// Whether scores are more than products times a positive number. Without terms the largest product is the largest
-// score.
+// Whether scores are more than products times a positive number. Without terms the products themselves serve as scores.
 INLINE bool has_score_terms(const Params &p) {
-    return p.softcap != 0 || p.bias_count || p.slopes || p.table || p.mask || !((float)p.scale > 0);
+    return p.softcap != 0 || p.bias_count || p.slopes || p.table || p.mask || !((float)p.scale > 1e-30f);
+}
+
+// A weight is 2^(score · multiplier), where a score is a product (no terms) or the natural logarithm of a weight.
+// Maxima are subtracted before the multiplication, so that every finite score stays finite.
+INLINE float score_multiplier(const Params &p) { return has_score_terms(p) ? LOG2E : (float)p.scale * LOG2E; }
+
+// Takes scores to natural logarithms.
+INLINE float natural_multiplier(const Params &p) { return has_score_terms(p) ? 1 : (float)p.scale; }
+
+// A learned sink as a score.
+INLINE float sink_score(const Params &p, int64_t head) {
+    const float largest = 3.4028234663852886e38f;
+    return has_score_terms(p) ? p.sinks[head] : max(-largest, min(largest, p.sinks[head] / (float)p.scale));
 }
 
 INLINE int64_t dense_row(const Dense &d, const RowTile &tile, int r) {
@@ -121,6 +134,12 @@ INLINE vi load_mask(const Dense &d, int64_t row, int64_t j, int begin, int end) 
     return x;
 }
 
+// distance, distance + 1, … as floats.
+INLINE vf distances(int64_t distance) {
+    if (distance < INT32_MIN || distance > INT32_MAX - W) return broadcast((float)distance);
+    return __builtin_convertvector(broadcast((int32_t)distance) + iota(), vf);
+}
+
 INLINE vf load_table(const float *table, int64_t reach, int64_t distance) {
     if (distance >= -reach && distance + W - 1 <= reach) return load(table + reach + distance);
     vf x;
@@ -128,7 +147,7 @@ INLINE vf load_table(const float *table, int64_t reach, int64_t distance) {
     return x;
 }
 
-// Products to scores times log2(e), hidden ones −inf, for the whole vectors around `span`; `score` [BLOCK_KEYS].
+// Products to scores, hidden ones −inf, for the whole vectors around `span`; `score` [BLOCK_KEYS].
 // `softcap_grad`, where given, gets the derivative of the softcap.
 void apply_score_terms(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, float *score,
                        float *softcap_grad) {
@@ -141,7 +160,7 @@ void apply_score_terms(const Plan &plan, const RowTile &tile, int s, int r, int6
     for (int n = span.begin / W * W; n < span.end; n += W) {
         const int begin = max(0, span.begin - n), end = min(W, span.end - n);
         const int64_t packed = first + n, j = packed + tile.logical_offset[r];
-        const int32_t distance = (int32_t)packed + tile.distance_offset[s][r];
+        const int64_t distance = packed + tile.distance_offset[s][r];
         vf x = load(score + n) * scale;
         if (p.softcap != 0) {
             const vf unit = tanh(x * per_cap);
@@ -150,36 +169,35 @@ void apply_score_terms(const Plan &plan, const RowTile &tile, int s, int r, int6
         }
         for (int64_t i = 0; i < p.bias_count; i++)
             x += load_bias(p.biases[i], dense_row(p.biases[i], tile, r), j, begin, end);
-        if (p.slopes) x -= alibi * abs(__builtin_convertvector(broadcast(distance) + iota(), vf));
+        if (p.slopes) x -= alibi * abs(distances(distance));
         if (table) x += load_table(table, p.reach, distance);
-        x *= LOG2E;
         if (p.mask) x = load_mask(*p.mask, dense_row(*p.mask, tile, r), j, begin, end) ? x : broadcast(-INF);
         store(score + n, x);
     }
 }
 
-// Products to scores, hidden ones −inf. Returns the factor that takes these scores to powers of two.
-INLINE float row_scores(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, float *score,
-                        float *softcap_grad) {
-    const bool terms = has_score_terms(*plan.params);
-    if (terms) apply_score_terms(plan, tile, s, r, first, span, score, softcap_grad);
-    // Whole vectors are read later: the lanes around `span` are hidden.
+// Products to scores, hidden ones −inf, in the whole vectors around `span`.
+INLINE void row_scores(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, float *score,
+                       float *softcap_grad) {
+    if (has_score_terms(*plan.params)) apply_score_terms(plan, tile, s, r, first, span, score, softcap_grad);
     for (int n = span.begin / W * W; n < span.begin; n++) score[n] = -INF;
     for (int n = span.end; n % W; n++) score[n] = -INF;
-    return terms ? 1 : (float)plan.params->scale * LOG2E;
 }
 
 // ---- dropout -------------------------------------------------------------------------------------------------------
 
-// Dropout factors of packed keys first … first + count − 1: 0 or 1 / (1 − p). Word `key % 4` of Philox 4x32-10 (Salmon
+// Dropout factors of packed keys first … first + count − 1: 0 or `kept`. Word `key % 4` of Philox 4x32-10 (Salmon
 // et al. 2011) at counter (logical key / 4, query, head, batch) decides. Segments begin at multiples of PANEL, so four
 // neighbouring keys share a counter.
-void fill_dropout(const Params &p, const RowTile &tile, int r, int64_t first, int count, float *dropout) {
+// What dropout multiplies the weights by that it keeps.
+INLINE float dropout_scale(const Params &p) { return p.seed ? (float)(1 / (1 - p.dropout_p)) : 1; }
+
+void fill_dropout(const Params &p, const RowTile &tile, int r, int64_t first, int count, float kept, float *dropout) {
     const uint64_t seed = (uint64_t)*p.seed;
     const double threshold = __builtin_nearbyint(p.dropout_p * 4294967296.0);
     const bool drop_all = threshold >= 4294967296.0;  // p rounds to 1: drop every weight
     const uint32_t first_kept = drop_all ? 0 : (uint32_t)threshold;
-    const float scale = drop_all ? 0 : (float)(1 / (1 - p.dropout_p));
+    const float scale = drop_all ? 0 : kept;
     constexpr int COUNTERS = BLOCK_KEYS / 4;
     uint32_t c0[COUNTERS], c1[COUNTERS], c2[COUNTERS], c3[COUNTERS];
     const uint32_t block = (uint32_t)((first + tile.logical_offset[r]) / 4);

@@ -93,6 +93,22 @@ INLINE float reduce_add(vf x) {
 #endif
 }
 
+// Both sums at the cost of little more than one.
+INLINE void reduce_add(vf x, vf y, float &sum_x, float &sum_y) {
+#if KEYSPAN_VECTOR == 64
+    const __m512 a = (__m512)x, b = (__m512)y;
+    __m512 both = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    both = _mm512_add_ps(both, _mm512_shuffle_f32x4(both, both, 0xb1));
+    both = _mm512_add_ps(both, _mm512_permute_ps(both, 0x4e));
+    both = _mm512_add_ps(both, _mm512_permute_ps(both, 0xb1));
+    sum_x = ((vf)both)[0];
+    sum_y = ((vf)both)[8];
+#else
+    sum_x = reduce_add(x);
+    sum_y = reduce_add(y);
+#endif
+}
+
 INLINE float reduce_max(vf x) {
 #if KEYSPAN_VECTOR == 64
     return _mm512_reduce_max_ps((__m512)x);
@@ -215,6 +231,31 @@ INLINE vh narrow_bf16(vf x) {
     return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
     return __builtin_convertvector(rounded_bf16(x) >> 16, vh);
+#endif
+}
+
+// The nearest bf16 of each lane, as floats.
+INLINE vf round_to_bf16(vf x) {
+#if defined(KEYSPAN_AVX512BF16)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+#else
+    return (vf)(rounded_bf16(x) & 0xffff0000u);
+#endif
+}
+
+// Pairs of numbers that are bf16 already: `a` in the lower half of each word, `b` in the upper half.
+INLINE vu join_bf16(vf a, vf b) { return (vu)a >> 16 | (vu)b; }
+
+// Stores 2 W floats as bf16 and adds the stored numbers to `sums`.
+INLINE void store_bf16(uint16_t *p, vf a, vf b, vf &sums) {
+#if defined(KEYSPAN_AVX512BF16)
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    _mm512_storeu_si512(p, (__m512i)both);
+    sums = (vf)_mm512_dpbf16_ps((__m512)sums, both, (__m512bh)_mm512_set1_epi32(0x3f803f80));  // times 1
+#else
+    store(p, narrow_bf16(a));
+    store(p + W, narrow_bf16(b));
+    sums += round_to_bf16(a) + round_to_bf16(b);
 #endif
 }
 

@@ -22,7 +22,7 @@ from keyspan.core.masks import Mask
 from keyspan.core.problem import make_problem
 from keyspan.dispatch.choose import choose
 from keyspan.dispatch.op import attend
-from keyspan.testing import peak_memory, results, tolerances, worst
+from keyspan.testing import _cotangents, peak_memory, results, tolerances, worst
 from keyspan.testing.cases import CASES, Case
 
 pytestmark = pytest.mark.skipif(binding.LIBRARY is None, reason=f"no native library: {binding.WHY_ABSENT}")
@@ -167,6 +167,74 @@ def test_dropout_of_all_but_nothing():
     problem = Case("dropout", dropout=1 - 1e-12, M=20, N=30).problem(torch.float32)
     for isa in binding.SUPPORTED:
         assert not solve(problem, isa=isa)["out"].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("value", ["min", -1e9, -1e4, 1e4, "max"])
+def test_rows_that_a_finite_bias_hides(value, sinks, dtype):
+    """A bias as large as its dtype holds: on all keys of a row, on half of them, on one. As the dense formula does."""
+    case = Case("hidden rows", M=70, N=300, heads=4, kv_heads=2, K=32, V=32, sinks=sinks, bias=((70, 300),))
+    problem = case.problem(dtype)
+    info = torch.finfo(dtype)
+    value = {"min": info.min, "max": info.max / 2}.get(value, value)
+    bias = problem.biases[0].clone()
+    bias[..., :20, :] = value
+    bias[..., 20:40, ::2] = value
+    bias[..., 40:60, 17] = value
+    check(problem._replace(biases=[bias.clamp(info.min, info.max)]), dtype, binding.SUPPORTED, str(value))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_of_a_part_of_the_keys_with_the_lse_of_all(parts):
+    """Ring attention: each part of the keys is given the merged output and lse, whose size may be large."""
+    case = Case("parts", M=40, N=200, K=32, V=32, alibi=True, bias=((40, 200),), scale=1.0)
+    problem = case.problem(torch.float32)
+    problem = problem._replace(biases=[problem.biases[0] - 100])
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    allowed = tolerances(problem, torch.float32, want)
+    problem = problem_in(problem, torch.float32)
+    problem = problem._replace(slopes=problem.slopes.float())
+    out, lse = native.forward(problem)
+    grad_out, grad_lse = (x.float() for x in _cotangents(out, lse))
+    found = []
+    for keys in torch.arange(200).chunk(parts):
+        first, last = int(keys[0]), int(keys[-1]) + 1
+        part = problem._replace(
+            key=problem.key[:, first:last], value=problem.value[:, first:last],
+            biases=[problem.biases[0][..., first:last]], hi=problem.lo + last - first,
+            diagonal=problem.diagonal - first,
+        )  # fmt: skip
+        needs = native.Needs(True, True, True, True, False, False, [True])
+        found.append(native.backward(part, grad_out, grad_lse, out, lse, needs))
+    got = {
+        "dquery": sum(x.query for x in found), "dslopes": sum(x.slopes for x in found),
+        "dkey": torch.cat([x.key for x in found], 1), "dvalue": torch.cat([x.value for x in found], 1),
+        "dbias0": torch.cat([x.biases[0] for x in found], -1),
+    }  # fmt: skip
+    for name, x in got.items():
+        assert worst(x.double(), want[name]) <= allowed[name], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("M", "N", "scale"), [(640, 640, None), (300, 1000, 1.0)])
+def test_gradients_of_slopes_do_not_gather_the_rounding_of_the_output(M, N, scale, dtype):
+    """They are sums of large terms that nearly cancel: no more than a few fp32 roundings of the terms' size."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, n, 4, 32, generator=generator).to(dtype) for n in (M, N, N, M))
+    slopes = torch.rand(4, generator=generator) * 0.01
+
+    def gradient(backend, as_dtype):
+        given = slopes.to(torch.promote_types(as_dtype, torch.float32)).requires_grad_()
+        out = keyspan.attention(*(x.to(as_dtype) for x in (q, k, v)), bias=S.Alibi(given), mask=END, scale=scale,
+                                backend=backend)  # fmt: skip
+        return torch.autograd.grad(out, given, grad.to(as_dtype))[0].double()
+
+    want = gradient("reference", torch.float64)
+    terms = M * N * 32**0.5 / 4  # rows · mean distance · spread of a gradient of weights
+    for isa in binding.SUPPORTED:
+        with use_isa(isa):
+            assert worst(gradient("native", dtype), want) <= torch.finfo(torch.float32).eps * terms, isa
 
 
 def case_of(M, N, mask, dtype, B=1):
@@ -371,6 +439,78 @@ def test_memory_is_packed_keys_and_some_tiles(backward, dtype):
     assert peaks[1] <= bound, (peaks, bound)
     exponent = math.log(peaks[1] / peaks[0]) / math.log(sizes[1] / sizes[0])
     assert exponent <= 1.05, peaks
+
+
+# ---- malformed key ranges --------------------------------------------------------------------------------------------
+
+EXTREMES = [-(2**31), -(2**31) + 1, -1000, -1, 2**31 - 2, 2**31 - 1, 5000]
+
+
+def spoilt(x):
+    """Some elements replaced by numbers that no correct mask holds."""
+    generator = torch.Generator().manual_seed(5)
+    extremes = torch.tensor(EXTREMES, dtype=torch.int32)[torch.randint(len(EXTREMES), x.shape, generator=generator)]
+    return torch.where(torch.rand(x.shape, generator=generator) < 0.2, extremes, x)
+
+
+@pytest.mark.parametrize("K", [16, 19])
+@pytest.mark.parametrize("M", [1, 9])
+@pytest.mark.parametrize("name", ["lo", "hi", "diagonal", "sequence", "block_table"])
+def test_numbers_that_no_mask_holds_are_clamped(name, M, K):
+    """As though the tensors held the nearest numbers that they may: no read or write leaves a tensor."""
+    table = torch.tensor([[3, 0, 5], [6, 1, 2]], dtype=torch.int32)
+    mask = S.PagedKeys([M, 0], [11, 3], table, 4) & S.Causal("bottom_right")
+    base = Case("malformed", M=M, N=28, K=K, V=K, alibi=name == "diagonal", reach=3, mask=lambda: mask).problem()
+    x = spoilt(getattr(base, name))
+    limits = {"lo": (0, 12), "hi": (0, 12), "sequence": (0, 1), "block_table": (0, 6)}
+    # A diagonal may be any number: it only enters distances, which must not wrap.
+    clamped = x if name == "diagonal" else x.clamp(*limits[name])
+    if name == "block_table":  # slots are clamped, not pages: a page beyond the last is the last slot, again and again
+        slot = (x.long().repeat_interleave(4, 1) * 4 + torch.arange(12) % 4).clamp(0, 27)
+        base, clamped = base._replace(page_size=1), slot.int()
+    want = results(lambda p: attend(p, "reference"), base._replace(**{name: clamped}), torch.float64)
+    problem = problem_in(base._replace(page_size=4, **{name: x}), torch.float32)
+    allowed = tolerances(base._replace(**{name: clamped}), torch.float32, want)
+    for isa in binding.SUPPORTED:
+        got = solve(problem, torch.float32, isa)
+        for result, y in want.items():
+            assert worst(got[result], y) <= allowed[result], f"{isa} {result}"
+
+
+@pytest.mark.parametrize("K", [16, 19])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_paged_keys_without_documents_or_pages(shape, K):
+    """Queries that see no key."""
+    lengths = torch.zeros(shape[0], dtype=torch.int32)
+    q, k, v = (torch.randn(1, n, 2, K, requires_grad=True) for n in (3, 28, 28))
+    mask = S.PagedKeys(lengths, lengths, torch.zeros(shape, dtype=torch.int32), 4)
+    out, lse = keyspan.attention(q, k, v, mask=mask, backend="native", return_lse=True)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_ranges_whose_tensors_were_exchanged_are_refused():
+    """Forms are checked at construction, and once more at a call."""
+    q, k, v = (torch.zeros(1, n, 2, 16) for n in (3, 28, 28))
+
+    def ranges():
+        return (S.PagedKeys([2, 1], [11, 3], PAGES[:, :3] % 7, 4) & S.Causal()).lower(1, 3, 28, q.device)
+
+    for name, x, said in [
+        ("sequence", torch.zeros(3, dtype=torch.int64), "got torch.int64, want torch.int32"),
+        ("sequence", torch.zeros(1, dtype=torch.int32), r"got shape \[1\], want \[3\]"),
+        ("block_table", torch.zeros(3, dtype=torch.int32), r"got shape \[3\]"),
+    ]:
+        spoilt = ranges()
+        getattr(spoilt, name).data = x
+        with pytest.raises(ValueError, match=f"{name}: {said}"):
+            keyspan.attention(q, k, v, mask=spoilt)
+
+
+@pytest.mark.parametrize("softcap", [1e39, 1e38, 3e37, 1e-39])
+def test_softcaps_at_the_ends_of_fp32(softcap):
+    check(Case("softcap", M=70, N=90, softcap=softcap).problem(torch.float32), torch.float32, binding.SUPPORTED)
 
 
 # ---- what it refuses, and its absence -------------------------------------------------------------------------------

@@ -427,6 +427,7 @@ def _checked(mask: KeyRanges, B: int, M: int, N: int, device: torch.device) -> K
             raise ValueError(f"mask: got ranges of {x.dtype}, want int32")
         if x.device != device:
             raise ValueError(f"mask: got ranges on {x.device}, want {device} as query")
+    mask.__post_init__()  # tensors may have been resized or exchanged since it was made
     if mask.keys is None:
         stop = N if mask.block_table is None else mask.block_table.shape[1] * mask.page_size
         lo = mask.lo.clamp(0, stop)
