@@ -417,6 +417,8 @@ def test_paged_keys_without_documents(backend, pages):
     """Rows behind the last document read the table although they see no key: there is an entry for them."""
     none = torch.zeros(0, dtype=torch.int32)
     mask = keyspan.PagedKeys(none, none, torch.zeros(0, pages, dtype=torch.int32), 2)
+    assert not mask.materialize(3, 4).any()
+    assert mask.materialize(3, 0).shape == (1, 3, 0)
     for K in (8, 16, 64):
         q, k = torch.randn(1, 3, 2, K, requires_grad=True), torch.randn(1, 4, 2, K, requires_grad=True)
         out = keyspan.attention(q, k, k, mask=mask, backend=backend)

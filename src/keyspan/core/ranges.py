@@ -111,8 +111,8 @@ class KeyRanges:
         # Two logical keys may share a physical slot, which is visible where either is.
         slot = self.block_table.long()[:, j // self.page_size] * self.page_size + j % self.page_size
         physical = slot.clamp(0, max(N - 1, 0))[self.sequence.long()].expand(visible.shape)
-        shape = (*visible.shape[:-1], N)
-        return torch.zeros(shape, dtype=torch.int32, device=j.device).scatter_add_(-1, physical, visible.int()) > 0
+        seen = torch.zeros((*visible.shape[:-1], max(N, 1)), dtype=torch.int32, device=j.device)
+        return (seen.scatter_add_(-1, physical, visible.int()) > 0)[..., :N]
 
 
 def _check(name: str, x: object, dtype: torch.dtype, device: torch.device | None) -> None:
