@@ -130,6 +130,8 @@ CASES = [
     Case("window and sinks", M=90, N=90, mask=lambda: S.Causal() & S.Window(10, 0) & S.Sinks(3)),
     Case("window and prefix", M=70, N=70, heads=4, mask=lambda: S.Window(5, 5) & S.Prefix(4)),
     Case("prefix lm", M=40, N=40, mask=lambda: S.Causal() & S.Prefix(13)),
+    Case("union of windows", M=41, N=41, alibi=True, mask=lambda: S.Documents([20, 21]) & (
+        (S.Causal() & S.Window(3) & S.Sinks(2)) | S.Window(0, 2))),
     Case("shared prompt", M=41, N=41, alibi=True, reach=6, mask=lambda: S.SharedPrompt([5, 9], [[3, 7, 0], [11, 6]])),
     Case("shared prompt, window, sinks", M=30, N=30, alibi=True,
          mask=lambda: S.SharedPrompt([12], [[9, 9]]) & S.Window(4) & S.Sinks(2)),
