@@ -406,6 +406,22 @@ def test_activation_checkpointing_with_dropout():
         assert torch.equal(a, b)
 
 
+def test_activation_checkpointing_of_calls_that_are_replayed():
+    """Checkpointing runs a call twice and compares what the two save: both must take the same path."""
+    q, k, v = (x.requires_grad_() for x in qkv(M=29))  # of a signature that no call had before
+
+    def f(q, k, v):
+        return keyspan.attention(q, k, v, mask=keyspan.Causal()).sin().sum()
+
+    found = [torch.autograd.grad(checkpoint(f, q, k, v, use_reentrant=False), (q, k, v)) for _ in range(3)]
+    for _ in range(3):
+        want = torch.autograd.grad(f(q, k, v), (q, k, v))
+    found.append(torch.autograd.grad(checkpoint(f, q, k, v, use_reentrant=False), (q, k, v)))
+    for got in found:
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("terms", ["plain", "all", "paged"])
 @pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
 def test_opcheck(backend, terms):

@@ -50,7 +50,15 @@ _is_batched = _private(
 _profiled = _private("_C._autograd._profiler_enabled", lambda: True, _ALL_BY_OP)
 _traced = _private("_C._get_tracing_state", lambda: 1, _ALL_BY_OP)
 _has_dual_level = _private("autograd.forward_ad._current_level", None, _ALL_BY_OP) is not None
+_saved_tensors_hooks = _private(
+    "_C._autograd._top_saved_tensors_default_hooks", lambda _: True, "calls with gradients are not replayed"
+)
 _without_torch_function = _private("_C.DisableTorchFunction", nullcontext, "a default device makes calls slower")
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether hooks are active on the tensors that autograd saves, as inside activation checkpointing."""
+    return _saved_tensors_hooks(True) is not None
 
 
 def default_device() -> bool:

@@ -113,6 +113,8 @@ def _lookup(
         needs = tuple([x.requires_grad for x in tensors])  # a list comprehension is faster than a generator
         if True not in needs:
             needs = None
+        elif shims.saved_tensors_hooked():
+            return None  # checkpointing compares what a call and its repetition save; a replay saves other tensors
     return Call((numbers, tuple(fields), masked, needs, found.form), found.pointers, tensors, fields, needs is not None)
 
 
