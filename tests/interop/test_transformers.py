@@ -453,6 +453,25 @@ class TestUnpadded:
         model.activation_checkpointing_enable()
         close(run("modernbert", model, "keyspan", inputs), want)
 
+    def test_a_module_that_holds_a_model(self):
+        """As sentence-transformers does."""
+
+        class Pooled(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = build("bert")
+
+            def forward(self, **inputs):
+                states, real = self.model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+                return (states * real).sum(1) / real.sum(1)
+
+        inputs, pooled = padded("right"), Pooled()
+        want = pooled(**inputs)
+        assert door.unpadded(pooled) is pooled
+        assert pooled.model.config._attn_implementation == "keyspan"
+        got = pooled(**inputs)
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
     def test_asked_for_twice(self):
         model, inputs = build("bert"), padded("right")
         want = run("bert", model, "eager", inputs)
