@@ -38,6 +38,16 @@ def test_a_provider_with_another_loss_gets_no_figure(monkeypatch, tmp_path, caps
     assert rows[1].note.startswith("its loss differs")
 
 
+def test_times_that_spread_give_no_ratio():
+    def row(provider, spread):
+        return training.Row(provider, 100.0, 1.0, spread, 1.0, 1.0, 0.5)
+
+    assert "| 1.00 |" in training.table([row("keyspan", 0.2), row("other", 0.3)]).splitlines()[-1]
+    for spreads in ((0.9, 0.1), (0.1, 0.9)):
+        rows = [row(name, x) for name, x in zip(("keyspan", "other"), spreads, strict=True)]
+        assert training.table(rows).splitlines()[-1].endswith("| none: times spread by 90% |")
+
+
 def test_a_provider_that_fails_is_a_line(monkeypatch, tmp_path, capsys):
     def broken(*_):
         raise RuntimeError("no kernel for this device")

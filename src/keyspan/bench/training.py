@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan.bench.clock import synchronize
+from keyspan.bench.measure import NOISY, spread
 from keyspan.bench.plain_gpt import PlainGPT
 from keyspan.bench.report import machine
 from keyspan.files import write_file
@@ -77,6 +78,8 @@ class Row:
     tokens_per_second: float | None = None
     milliseconds: float | None = None
     """Median time of a step."""
+    spread: float | None = None
+    """Interquartile range of the times as a share of the median."""
     host: float | None = None
     """Milliseconds until a step's calls have returned; on a CPU all of them."""
     peak_mib: float | None = None
@@ -416,6 +419,7 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
         if row.provider in times:
             seconds = median(total for total, _ in times[row.provider])
             row.milliseconds = seconds * 1e3
+            row.spread = spread([total for total, _ in times[row.provider]])
             row.host = median(host for _, host in times[row.provider]) * 1e3
             row.tokens_per_second = size.tokens / seconds
             row.mfu = work / seconds / rate
@@ -498,7 +502,11 @@ def table(rows: list[Row]) -> str:
         if row.tokens_per_second is None:
             lines.append(f"| {row.provider} | {row.note} | | | | | |")
             continue
-        ratio = "" if first is None else f"{first.tokens_per_second / row.tokens_per_second:.2f}"  # type: ignore[operator]
+        ratio = ""
+        if first is not None and first.tokens_per_second is not None:
+            ratio = f"{first.tokens_per_second / row.tokens_per_second:.2f}"
+            if (noise := max(first.spread or 0.0, row.spread or 0.0)) > NOISY:
+                ratio = f"none: times spread by {noise:.0%}"
         name = f"{row.provider} ({row.note})" if row.note else row.provider
         lines.append(
             f"| {name} | {row.tokens_per_second:.0f} | {row.milliseconds:.1f} | {row.host:.1f} | {row.peak_mib:.0f} | "
