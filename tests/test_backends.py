@@ -5,11 +5,11 @@ import torch
 
 import keyspan
 from keyspan import Causal
-from keyspan.backends import load
+from keyspan.backends import Needs, load
 from keyspan.bench.works import SHAPES
 from keyspan.dispatch.op import attend
-from keyspan.testing import results, textbook, tolerances, worst
-from keyspan.testing.cases import CASES, SHORT, Case
+from keyspan.testing import flash_emulation, results, rms_error, textbook, tolerances, worst
+from keyspan.testing.cases import CASES, LONG, SHORT, Case, malformed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -30,7 +30,8 @@ TYPED = [(name, dtype) for name in TESTED for dtype in DTYPES if accepts(name, d
 
 def solved_by(*choices):
     """Every choice (a tuple that begins with a backend) with every case of it: `native` has no 8-bit cases."""
-    pairs = [(*choice, case) for choice in choices for case in CASES if case.stored is None or choice[0] != "native"]
+    of_native = [case for case in CASES if case.stored is None]
+    pairs = [(*choice, case) for choice in choices for case in (of_native if choice[0] == "native" else CASES)]
     names = (*("backend", "dtype")[: len(choices[0])], "case")
     return pytest.mark.parametrize(names, pairs, ids=lambda x: getattr(x, "name", None) or str(x))
 
@@ -58,6 +59,22 @@ def test_backend_agrees_with_reference(case, backend, dtype):
     want = results(lambda p: attend(p, "reference"), problem, torch.float64)
     got = results(lambda p: attend(p, backend), problem, dtype)
     check(got, want, tolerances(problem, dtype, want))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [x for x in TYPED if x[1] != torch.float64], ids=str)
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
+def test_error_is_at_most_that_of_flash_attention(case, backend, dtype):
+    """Before the output is rounded: a tolerance that comes from a cruder formula would hide a lossy shortcut."""
+    problem = case.problem(dtype)
+
+    def error(f):
+        got = results(lambda p: f(p._replace(output_dtype=torch.float32)), problem, dtype)
+        return rms_error(got, want)
+
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    got, allowed = error(lambda p: attend(p, backend)), error(lambda p: flash_emulation(p, dtype))
+    many = [name for name, x in want.items() if x.numel() > 100]  # the mean of fewer errors is chance
+    assert {name: got[name] / allowed[name] for name in many if got[name] > 1.1 * allowed[name]} == {}
 
 
 @pytest.mark.parametrize("backend", TESTED)
@@ -161,6 +178,88 @@ def test_visible_nan_reaches_the_output(backend):
     assert torch.isnan(out[4:, 2]).all()
     assert torch.isinf(out[6:, 3]).all()
     assert torch.isfinite(out[:4]).all()
+
+
+@pytest.mark.parametrize("special", ["query", "key", "scale of the key"])
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_visible_nan_reaches_output_lse_and_their_merge(backend, special):
+    q, k, v = (torch.randn(1, 9, 1, 8) for _ in range(3))
+    scales = {}
+    if special == "scale of the key":
+        if backend == "native":
+            pytest.skip("stores no 8 bits")
+        (k, scales["key_scale"]), (v, scales["value_scale"]) = (keyspan.quantize(x, torch.int8, 1) for x in (k, v))
+        scales["key_scale"][0, 4] = torch.nan
+    else:
+        (q if special == "query" else k)[0, 4, 0, 2] = torch.nan
+    part = keyspan.attention(q, k, v, mask=keyspan.Causal(), return_lse=True, backend=backend, **scales)
+    hit = torch.arange(9) == 4 if special == "query" else torch.arange(9) >= 4
+    other = torch.randn(1, 9, 1, 8), torch.randn(1, 1, 9)
+    for out, lse in (part, keyspan.merge([part, other]), keyspan.merge([other, part])):
+        assert torch.equal(torch.isnan(out).all(-1)[0, :, 0], hit)
+        assert torch.equal(torch.isnan(lse)[0, 0], hit)
+
+
+@pytest.mark.parametrize("sink", [None, "small", "as hidden"])
+@pytest.mark.parametrize("value", [-1e4, -1e6, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_weights_of_a_row_that_a_bias_hides_sum_to_one(backend, value, sink):
+    """Whatever the bias: seen by the gradient of the values, which each weight multiplies."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 9, 1, 8), torch.randn(1, 300, 1, 8)
+    v = torch.ones(1, 300, 1, 8, requires_grad=True)
+    bias = torch.randn(9, 300)
+    bias[3] = value
+    sinks = None if sink is None else torch.tensor([value if sink == "as hidden" else 0.0], requires_grad=True)
+    out, lse = keyspan.attention(q, k, v, bias=bias, sinks=sinks, return_lse=True, backend=backend)
+    share = out.detach()[0, 3].mean()
+    inputs = [v] if sinks is None else [v, sinks]
+    dv, *dsinks = torch.autograd.grad(out[0, 3].sum() + lse[0, 0, 3], inputs)
+    torch.testing.assert_close(dv.sum((0, 1, 2)), share.expand(8))
+    if sink != "small":
+        assert 0.9 < share < 1.00001
+        assert torch.isfinite(lse).all()
+    for grad in dsinks:
+        # Of Σ out · 8 the sink takes share (1 − share) away for each entry; to lse it gives what the keys do not have.
+        torch.testing.assert_close(grad[0], (1 - share) * (1 - 8 * share), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_large_lse_of_other_keys_is_kept(backend):
+    """Backward of a part of the keys from the lse of all of them: weights that do not sum to 1 are right there."""
+    torch.manual_seed(0)
+    case = Case("a part", M=9, N=40, heads=1, kv_heads=1, bias=((9, 40),))
+    problem = case.problem(torch.float32)
+    problem = problem._replace(output_dtype=torch.float32, **{
+        name: getattr(problem, name).float() for name in ("query", "key", "value")}, biases=[
+            problem.biases[0].float() - 500])  # fmt: skip
+    part = problem._replace(key=problem.key[:, :20], value=problem.value[:, :20], hi=problem.hi.clamp(max=20),
+                            biases=[problem.biases[0][..., :20]])  # fmt: skip
+    needs = Needs(True, True, True, False, False, False, [True])
+    module = load(backend)
+    out, lse = module.forward(problem)
+    grad = torch.randn_like(out)
+    whole = module.backward(problem, grad, None, out, lse, needs)
+    some = module.backward(part, grad, None, out, lse, needs)
+    if backend != "reference":  # which has no use for lse
+        torch.testing.assert_close(some.key, whole.key[:, :20], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(some.value, whole.value[:, :20], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["", "dense bias"])
+@pytest.mark.parametrize("value", [-(2**31), -1, 29, 1000, 2**31 - 1])
+@pytest.mark.parametrize("field", ["lo", "hi", "diagonal", "sequence", "block_table"])
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_malformed_ranges_read_nothing_outside_of_the_tensors(backend, field, value, dense):
+    problem = malformed(field, value, dense)
+    out, lse = load(backend).forward(problem)
+    biases = [True] * len(problem.biases)
+    gradients = load(backend).backward(
+        problem, torch.randn_like(out), None, out, lse, Needs(True, True, True, *[False] * 3, biases)
+    )
+    for x in (out, torch.where(lse == -torch.inf, 0, lse), *gradients[:3], *gradients.biases):
+        assert torch.isfinite(x).all()
+    torch.testing.assert_close(out, load("reference").forward(problem)[0])
 
 
 @pytest.mark.parametrize("backend", [name for name in RUNNABLE if accepts(name, torch.float64)])

@@ -72,6 +72,7 @@ def _patch(original: Any) -> Any:
 def repair() -> None:
     """Install the fixes, once per process."""
     builder = interpreter.InterpreterBuilder
+    builder.has_fixed_casts = True  # asked for by keyspan.backends.triton
     builder.create_dot = _dot
     builder.cast_impl = _cast(builder.cast_impl)
     builder.create_fp_to_fp = _cast(builder.create_fp_to_fp)

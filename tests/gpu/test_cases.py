@@ -11,8 +11,8 @@ from keyspan.core import shims
 from keyspan.core.problem import make_problem
 from keyspan.dispatch.cache import CACHE
 from keyspan.dispatch.op import attend
-from keyspan.testing import results, tolerances, worst
-from keyspan.testing.cases import CASES
+from keyspan.testing import flash_emulation, results, rms_error, tolerances, worst
+from keyspan.testing.cases import CASES, LONG
 
 # NumPy warns of log2(0) for empty rows and of inf − inf in NaN tests, both of which are intended.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -90,6 +90,21 @@ def test_each_gradient_alone(name):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
             else:
                 assert got is None
+
+
+@pytest.mark.parametrize("case", LONG[::2], ids=lambda case: case.name)
+def test_error_is_at_most_that_of_flash_attention(case, monkeypatch):
+    monkeypatch.setattr(config, "tile", lambda *_: config.TileConfig(64, 64, 1, 1))
+    problem, dtype = case.problem(torch.bfloat16), torch.bfloat16
+
+    def error(f):
+        got = results(lambda p: f(p._replace(output_dtype=torch.float32)), problem, dtype)
+        return rms_error(got, want)
+
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    got, allowed = error(lambda p: attend(p, "triton")), error(lambda p: flash_emulation(p, dtype))
+    many = [name for name, x in want.items() if x.numel() > 100]  # the mean of fewer errors is chance
+    assert {name: got[name] / allowed[name] for name in many if got[name] > 1.1 * allowed[name]} == {}
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)

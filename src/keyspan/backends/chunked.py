@@ -25,6 +25,14 @@ ELEMENTS = 2**19
 """Scores held at a time, over all heads of a task: 2 MiB in fp32, which fits a CPU's L2 or L3 cache."""
 OVERHEAD = 80_000
 """Fixed cost of a task, in elements: dozens of torch calls of a few µs, at about 1 ns per element."""
+LARGE_LSE = 64
+"""Rows with an lse of a larger magnitude have their weights normalised again in backward.
+
+lse = peak + log Σ is rounded to the peak's precision: in fp32 nothing of log Σ is left at a peak of −10⁹, say of a row
+that a bias hides wholly, and weights exp(score − lse) sum to N instead of 1. Backward sums such rows' weights first and
+divides by the sum. Scores stay in natural units: times log₂e the smallest finite number overflows. The difference
+score − lse comes first: only it is small.
+"""
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -57,10 +65,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
             else:
                 acc += _grouped(visible_matmul, weight, value, visible)
             peak = highest
-        seen = total > 0
-        total.masked_fill_(~seen, 1)
+        empty = total == 0  # not where it is NaN
+        total.masked_fill_(empty, 1)
         out[task.rows] = task.unpermute(acc.div_(total)).to(out.dtype)
-        lse[task.stats] = torch.where(seen, peak + total.log(), -torch.inf)[..., 0]
+        lse[task.stats] = torch.where(empty, -torch.inf, peak + total.log())[..., 0]
     return out, lse
 
 
@@ -88,15 +96,19 @@ def backward(
         delta = (grad * task.load_rows(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta -= grad_lse[task.stats][..., None]
-        if dsinks is not None and problem.sinks is not None:
-            weight = torch.exp(task.heads(problem.sinks.to(dtype))[..., None, None] - row_lse)
-            dsinks[task.groups] -= torch.where(weight > 0, weight * delta, 0).sum((0, 3, 4))
         # An empty row has lse −inf. With +inf instead its weights are 0.
         row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
+        has_nan = bool(torch.isnan(row_lse).any())
+        lost = task.lost_in_lse(query, row_lse)
+        if dsinks is not None and problem.sinks is not None:
+            weight = torch.exp(task.heads(problem.sinks.to(dtype))[..., None, None] - row_lse - lost)
+            dsinks[task.groups] -= torch.where(weight > 0, weight * delta, 0).sum((0, 3, 4))
         dquery = torch.zeros_like(query) if dq is not None else None
         for chunk in task.chunks():
             score, visible, slope = task.scores(query, chunk)
-            weight = score.sub_(row_lse).exp_()
+            weight = score.sub_(row_lse).sub_(lost).exp_()
+            if visible is not None and has_nan:
+                weight.masked_fill_(~visible, 0)  # −inf less an lse of NaN
             keep = task.keep(chunk)
             if dv is not None:
                 dropped = weight if keep is None else weight * keep
@@ -267,6 +279,23 @@ class _Task(NamedTuple):
             score.masked_fill_(~visible, -torch.inf)
             slope = None if slope is None else slope.masked_fill(~visible, 0)  # may be NaN there
         return score, visible, slope
+
+    def lost_in_lse(self, query: Tensor, lse: Tensor) -> Tensor | float:
+        """What rounding took from lse `[b, g, H, m, 1]`, so that weights exp(score − lse − lost) sum to 1; see
+        `LARGE_LSE`."""
+        large = (lse.abs() > LARGE_LSE) & torch.isfinite(lse)
+        if not bool(large.any()):
+            return 0.0
+        total = torch.zeros_like(lse)
+        if self.problem.sinks is not None:
+            total += torch.exp(self.heads(self.problem.sinks.to(lse.dtype))[..., None, None] - lse)
+        for chunk in self.chunks():
+            score, _, _ = self.scores(query, chunk)
+            total += score.sub_(lse).exp_().sum(-1, keepdim=True)
+        lost = total.log()
+        # An lse that was merged with that of other keys differs by more than a rounding, and is right as it is.
+        rounding = 4 * torch.finfo(lse.dtype).eps * lse.abs()
+        return torch.where(large & (lost.abs() <= rounding), lost, 0)
 
     def bounds(self, x: Tensor, chunk: _Chunk) -> Tensor:
         """`lo`, `hi` or `diagonal` for this task's rows and a chunk's range, `[b or 1, 1, 1, m, 1]`."""

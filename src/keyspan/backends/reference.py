@@ -58,8 +58,7 @@ def backward(
         dtable = torch.zeros_like(problem.table, dtype=dscore.dtype)
         dtable = dtable.scatter_add_(2, index, dscore.movedim(0, 2).flatten(2)).to(problem.table.dtype)
     if problem.sinks is not None:
-        share = torch.exp(problem.sinks.to(a.lse.dtype)[..., None, None] - a.lse[..., None])
-        dsinks = torch.where(share > 0, -share * delta, 0).sum((0, 3, 4)).to(problem.sinks.dtype)
+        dsinks = torch.where(a.sink_weight > 0, -a.sink_weight * delta, 0).sum((0, 3, 4)).to(problem.sinks.dtype)
 
     def of_bias(bias: Tensor) -> Tensor:
         columns = (torch.arange(problem.row_length, device=bias.device) % max(problem.N, 1)).long()
@@ -90,6 +89,8 @@ class Dense(NamedTuple):
     """Derivative of the capped score by the one before softcap."""
     weight: Tensor
     """Softmax of the scores."""
+    sink_weight: Tensor
+    """The sink's part of the softmax, `[B, G, H, M, 1]`; 0 without sinks."""
     keep: Tensor
     """0 where dropout drops a weight, else 1 / (1 − p)."""
     out: Tensor
@@ -141,8 +142,10 @@ def dense_attention(problem: Problem) -> Dense:
     peak = torch.where(peak == -torch.inf, 0, peak)
     weight = torch.where(visible, torch.exp(torch.where(visible, score, 0) - peak), 0)
     total = weight.sum(-1, keepdim=True)
+    sink_weight = torch.zeros_like(total)
     if problem.sinks is not None:
-        total = total + torch.exp(sink - peak)
+        sink_weight = torch.exp(sink - peak)
+        total = total + sink_weight
     empty = total == 0
     total = torch.where(empty, 1, total)
     lse = torch.where(empty, -torch.inf, torch.log(total) + peak)[..., 0]
@@ -162,6 +165,7 @@ def dense_attention(problem: Problem) -> Dense:
         visible,
         slope,
         weight,
+        sink_weight / total,
         keep,
         visible_matmul(weight * keep, value, visible),
         lse,

@@ -118,10 +118,14 @@ class Problem(NamedTuple):
             row = torch.arange(self.query.shape[1], device=self.query.device, dtype=torch.int32).reshape(1, 1, -1)
             lo = torch.zeros_like(row)
             return lo, lo + self.N, row
-        if self.sequence is None:
-            return self.lo, self.hi, self.diagonal
-        base = self.sequence.long() * self.N  # may pass 2³¹, though no memory of that size is behind it
-        return self.lo + base, self.hi + base, self.diagonal + base
+        # Ranges may be written to after they were checked: they are clamped to the keys there are.
+        lo, hi = self.lo.clamp(0, self.N), self.hi.clamp(0, self.N)
+        if self.sequence is None or self.block_table is None:
+            return lo, hi, self.diagonal
+        sequences = self.block_table.shape[0]
+        base = self.sequence.long().clamp(0, max(sequences - 1, 0)) * self.N  # may pass 2³¹
+        hi = hi if sequences else hi.clamp(max=0)
+        return lo + base, hi + base, self.diagonal + base
 
     def keys_in_row(self, first: int, last: int) -> Tensor | None:
         """Physical slots of keys first … last − 1 of the row that `ranges` counts in, int64; None: the same numbers."""

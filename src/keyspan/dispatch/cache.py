@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,7 +41,7 @@ def signature(tensors: Iterable[Tensor]) -> Signature | None:
             if type(x) not in shims.PLAIN or x.is_neg():
                 return None
             pointer = x.data_ptr()
-            if not pointer and (x.numel() or x.is_meta):  # zeros without memory, freed storage
+            if not pointer and x.numel():  # zeros without memory, freed storage, the meta device
                 return None
             pointers.append(pointer)
             form += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)  # kernels are compiled for an alignment
@@ -54,36 +53,25 @@ def signature(tensors: Iterable[Tensor]) -> Signature | None:
 
 
 class Cache:
-    """A bounded dict of replays and lowered masks that evicts what was not used for longest.
+    """A bounded dict that forgets what was not used for longest.
 
     A computation is recorded when its key comes for the second time: recording costs more than computing once, and a
     key-value cache that grows by a key with each call brings a new signature each time.
     """
 
-    def __init__(self, entries: int = 1024, nbytes: int = 64 * 2**20):
+    def __init__(self, entries: int = 2048, nbytes: int = 64 * 2**20):
         self.most_entries, self.most_bytes = entries, nbytes
         self.entries: OrderedDict[Hashable, Any] = OrderedDict()
+        self.nbytes = self.hits = self.misses = self.recorded = 0
         self.lock = threading.Lock()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything, the counts too."""
-        with self.lock:
-            self.entries.clear()
-            self.seen = [0] * _SEEN
-            self.nbytes = self.hits = self.misses = self.recorded = 0
-
-    def state(self) -> dict[str, int]:
-        """Entries, bytes of lowered masks, and counts since the last `clear`."""
-        counts = {"hits": self.hits, "misses": self.misses, "recorded": self.recorded}
-        return {"entries": len(self.entries), "bytes": self.nbytes, **counts}
 
     def get(self, key: Hashable) -> Any:
         """What was put, or None."""
-        found = self.entries.get(key)
-        if found is not None:
-            with suppress(KeyError):  # another thread has evicted it since
-                self.entries.move_to_end(key)
+        try:
+            found = self.entries[key]
+            self.entries.move_to_end(key)
+        except KeyError:  # also where another thread evicts the key in between
+            return None
         return found
 
     def put(self, key: Hashable, value: Any) -> None:
@@ -94,14 +82,22 @@ class Cache:
             while len(self.entries) > self.most_entries or (self.nbytes > self.most_bytes and len(self.entries) > 1):
                 self.nbytes -= getattr(self.entries.popitem(last=False)[1], "nbytes", 0)
 
-    def second_sight(self, key: Hashable) -> bool:
-        """Whether a computation that was not replayed is recorded now. Its first sight leaves a hash and no entry."""
+    def clear(self) -> None:
+        with self.lock:
+            self.entries.clear()
+            self.nbytes = self.hits = self.misses = self.recorded = 0
+
+    def state(self) -> dict[str, int]:
+        """Entries, bytes of lowered masks, and counts since the last `clear`."""
+        counts = {"hits": self.hits, "misses": self.misses, "recorded": self.recorded}
+        return {"entries": len(self.entries), "bytes": self.nbytes, **counts}
+
+    def second_sight(self, key: Hashable, found: Any) -> bool:
+        """Whether to record a computation now, given what `get` found; the first time marks its key."""
         self.misses += 1
-        code = hash(key)
-        if self.seen[code % _SEEN] == code:
-            return self.get(key) is not NO_REPLAY
-        self.seen[code % _SEEN] = code
-        return False
+        if found is None:
+            self.put(key, _SEEN)
+        return found is _SEEN
 
     def run(
         self,
@@ -122,10 +118,11 @@ class Cache:
         found = self.get(key)
         if callable(found):
             results: T | None = found(pointers, tensors)
-            if results is not None:  # no setting of torch or the backend has changed
+            if results is not None:
                 self.hits += 1
                 return results
-        if not self.second_sight(key):
+            found = None  # a setting of torch or the backend has changed since
+        if not self.second_sight(key, found):
             return compute()
         made, replay = record()
         self.recorded += replay is not None
@@ -133,10 +130,11 @@ class Cache:
         return made
 
 
-_SEEN = 4096
-"""Hashes of keys that were seen once are kept in a table of this size."""
-NO_REPLAY = "a computation that cannot be replayed"
-"""In place of a replay."""
+class _Mark:
+    """A value of the cache that is no replay."""
+
+
+_SEEN, NO_REPLAY = _Mark(), _Mark()
 CACHE = Cache()
 
 

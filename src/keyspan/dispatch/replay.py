@@ -19,16 +19,7 @@ from keyspan.core.masks import Mask
 from keyspan.core.problem import DTYPES, EVERYTHING, HeadLayout, Problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.cache import CACHE, LARGEST_MASK, NO_REPLAY, mask_key, signature
-from keyspan.dispatch.op import (
-    DIFFERENTIABLE,
-    NUMBERS,
-    as_needs,
-    attend,
-    flat,
-    gradients,
-    run_forward,
-    without_autocast,
-)
+from keyspan.dispatch.op import DIFFERENTIABLE, NUMBERS, as_needs, attend, flat, gradients, without_autocast
 
 _FIELD_OF_TERM = {Alibi: "slopes", RelativeBias: "table", DenseBias: "biases"}
 _TERMS = ("sinks", "query_scale", "key_scale", "value_scale")
@@ -145,6 +136,7 @@ def replay(call: Call) -> Sequence[Tensor] | None:
         return None
     results = shims.without_default_device(recorded.forward, call.pointers, call.tensors)
     if results is None:  # a setting of torch or the backend has changed since
+        CACHE.put(call.key, None)
         return None
     CACHE.hits += 1
     return recorded.differentiable(results, call.tensors) if call.differentiated else results
@@ -152,14 +144,11 @@ def replay(call: Call) -> Sequence[Tensor] | None:
 
 def compute(call: Call | None, problem: Problem, heads: HeadLayout, backend: str, return_lse: bool) -> Sequence[Tensor]:
     """(out, lse) of a checked call in the user's layout, lse only where asked for; recorded on second sight."""
-    if call is not None and CACHE.second_sight(call.key):
+    if call is not None and CACHE.second_sight(call.key, CACHE.get(call.key)):
         results = _record(call, problem, heads, backend, return_lse)
         if results is not None:
             return results
-    if call is None or call.differentiated:
-        out, lse = attend(problem, backend, cached=call is None)
-    else:  # nothing observes the op, nothing needs a gradient
-        out, lse = run_forward(problem, backend, cached=False)
+    out, lse = attend(problem, backend, cached=call is None)
     return (heads.output(out), heads.lse(lse)) if return_lse else (heads.output(out),)
 
 
@@ -271,73 +260,42 @@ class _Recorded:
         """The gradient of each of the call's tensors, those of the query last, as autograd has them here."""
         out, lse, *others, query = saved
         tensors = [query, *others]
-        every = None
+        given = [*tensors, out, lse, *(x for x in (grad_out, grad_lse) if x is not None)]
+        found = None
         if grad_out is not None and not torch.is_grad_enabled() and shims.unobserved() and not shims.any_autocast():
-            given = [*tensors, out, lse, grad_out] if grad_lse is None else [*tensors, out, lse, grad_out, grad_lse]
             found = signature(given)
-            if found is not None:
-                key = (self, needed, found.form)
-                replay = CACHE.get(key)
-                if callable(replay):
-                    every = replay(found.pointers, given)
-                if every is None:
-                    every = self._computed(key, given, needed, grad_out, grad_lse)
-                else:
-                    CACHE.hits += 1
-        if every is None:
-            flags = self._flags(needed)
-            listed = gradients(
-                **self._arguments(tensors, out, lse, grad_out, grad_lse),
-                needs=flags,
-                backend=self.backend,
-                cached=False,
-            )
+
+        def needs() -> list[bool]:
+            flags = dict(zip(self.positions, (needed[-1], *needed[:-1]), strict=True))
+            return [flags.get(n, False) for n in range(self.inputs)]
+
+        def arguments() -> dict[str, Any]:
+            """The problem and what belongs to its results, as a backend takes them."""
+            problem = self.problem(tensors)
+            (o, s), results = problem.shapes, {"out": out, "lse": lse, "grad_out": grad_out, "grad_lse": grad_lse}
+            shapes = (o, s, o, s)
+            shaped = {n: x if x is None else x.reshape(m) for (n, x), m in zip(results.items(), shapes, strict=True)}
+            return {"problem": problem, **shaped}
+
+        if found is None:
+            every = gradients(**arguments(), needs=needs(), backend=self.backend, cached=False)
         else:
-            listed = [*every[:-1], *every.biases]
+            module = load(self.backend)
+
+            def compute() -> Gradients:
+                return module.backward(**arguments(), needs=as_needs(needs()))
+
+            def record() -> tuple[Gradients, Replay[Gradients] | None]:
+                recording = cast(Recorder, module)
+                return recording.record_backward(given=given, **arguments(), needs=as_needs(needs()))
+
+            every = flat(CACHE.run((self, needed, found.form), found.pointers, given, compute, record))
+        grads = [None if n is None else every[n] for n in self.positions]
         shaped = [
-            None if n is None or (grad := listed[n]) is None else grad if grad.shape == x.shape else grad.view(x.shape)
-            for n, x in zip(self.positions, tensors, strict=True)
+            grad if grad is None or grad.shape == x.shape else grad.view(x.shape)
+            for grad, x in zip(grads, tensors, strict=True)
         ]
         return [*shaped[1:], shaped[0]]
-
-    def _computed(
-        self,
-        key: Hashable,
-        given: list[Tensor],
-        needed: Sequence[bool],
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-    ) -> Gradients:
-        """Gradients of a backward that was not replayed, recorded on second sight."""
-        last = len(self.positions)
-        arguments = self._arguments(given[:last], given[last], given[last + 1], grad_out, grad_lse)
-        arguments["needs"] = as_needs(self._flags(needed))
-        module = load(self.backend)
-        if not CACHE.second_sight(key):
-            return module.backward(**arguments)
-        made, replay = cast(Recorder, module).record_backward(given=given, **arguments)
-        CACHE.recorded += replay is not None
-        CACHE.put(key, NO_REPLAY if replay is None else replay)
-        return made
-
-    def _flags(self, needed: Sequence[bool]) -> list[bool]:
-        """Which entries of `flat` are needed."""
-        flags = dict(zip(self.positions, (needed[-1], *needed[:-1]), strict=True))
-        return [flags.get(n, False) for n in range(self.inputs)]
-
-    def _arguments(
-        self, tensors: Sequence[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
-    ) -> dict[str, Any]:
-        """The problem and what belongs to its results, as a backend takes them."""
-        problem = self.problem(tensors)
-        of_out, of_lse = problem.shapes
-        return {
-            "problem": problem,
-            "out": out.reshape(of_out),
-            "lse": lse.reshape(of_lse),
-            "grad_out": None if grad_out is None else grad_out.reshape(of_out),
-            "grad_lse": None if grad_lse is None else grad_lse.reshape(of_lse),
-        }
 
 
 class _Replayed(torch.autograd.Function):

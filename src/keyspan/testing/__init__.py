@@ -46,7 +46,10 @@ def textbook(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # A row without any finite score has no softmax: it is taken out before and set to zero after.
     empty = (score == -torch.inf).all(-1, keepdim=True)
     weight = score.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)[..., : len(column)].masked_fill(~visible, 0)
-    lse = score.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    # Relative to the peak: torch's gradient of logsumexp is exp(score − lse), which loses log Σ beside a large peak.
+    peak = score.detach().amax(-1, keepdim=True).masked_fill(empty, 0)
+    lse = (score.masked_fill(empty, 0) - peak).logsumexp(-1) + peak[..., 0]
+    lse = lse.masked_fill(empty[..., 0], -torch.inf)
     keep = _dropout_factor(problem, weight, column)
     return torch.einsum("bghmn,bngv->bmghv", weight if keep is None else weight * keep, value), lse
 

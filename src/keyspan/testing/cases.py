@@ -33,6 +33,9 @@ class Case:
     """R of a relative table."""
     bias: tuple[tuple[int, ...], ...] = ()
     """Shapes of dense biases."""
+    hiding: float | str | None = None
+    """Value of the first bias, of shape `[M, N]`, in row 3 and in half of row 7, and of the first sink; "finfo" is the
+    dtype's smallest number. Entry [8, 5] of the bias is minus that."""
     softcap: float | None = None
     sinks: bool = False
     dropout: float = 0.0
@@ -71,6 +74,12 @@ class Case:
             heads_of(self.N, self.kv_heads, self.V),
         )
         terms: list[Any] = [values(*shape) for shape in self.bias]
+        hiding = torch.finfo(dtype).min if self.hiding == "finfo" else self.hiding
+        if hiding is not None:
+            first = terms[0]
+            hiding = torch.tensor(hiding, dtype=dtype).double()
+            first[3] = first[7, self.N // 2 :] = hiding
+            first[8, 5] = -hiding
         if self.alibi:
             shape = (self.B, self.heads) if self.batched_slopes else (self.heads,)
             terms.append(keyspan.Alibi((values(*shape).abs() * 0.2).to(dtype).double()))
@@ -80,6 +89,8 @@ class Case:
         for term in terms:
             bias = term if bias is None else bias + term
         sinks = values(self.heads) if self.sinks else None
+        if sinks is not None and hiding is not None:
+            sinks[0] = hiding
         mask = None if self.mask is None else self.mask()
         scales: dict[str, Any] = {}
         if self.stored is not None:
@@ -166,6 +177,14 @@ CASES = [
     Case("relative table, two ranges", M=96, N=96, reach=3, mask=lambda: S.Causal() & S.Window(50, 0) & S.Sinks(40)),
     Case("relative table of one entry, alibi", M=70, N=90, heads=4, kv_heads=2, alibi=True, reach=0),
     Case("dense bias", bias=((2, 33, 47),)),
+    Case("bias of -1e4 hides rows", bias=((33, 47),), hiding=-1e4),
+    Case("bias of -1e4 hides rows, causal, sinks, alibi", M=47, bias=((47, 47),), hiding=-1e4, sinks=True, alibi=True,
+         mask=lambda: S.Causal()),
+    Case("bias of the smallest number hides rows", bias=((33, 47),), hiding="finfo"),
+    Case("bias of the smallest number hides rows, gqa, sinks, dropout", heads=4, kv_heads=2, bias=((33, 47),),
+         hiding="finfo", sinks=True, dropout=0.3),
+    Case("bias of the smallest number hides rows, decode", B=2, M=9, N=600, heads=4, kv_heads=1, bias=((9, 600),),
+         hiding="finfo", mask=lambda: S.KeyLengths([600, 431])),
     Case("dense biases of many shapes", B=2, heads=4,
          bias=((33, 1), (4, 1, 47), (2, 1, 1, 47), (1, 1), (2, 4, 33, 47))),
     Case("softcap", softcap=2.5, mask=lambda: S.Causal()),
@@ -218,3 +237,26 @@ LONG = [
          bias=((2, 96, 700),), mask=lambda: S.Causal("bottom_right")),
 ]  # fmt: skip
 """Enough keys for several blocks and enough scores for stable mean errors; scores have a spread of 9."""
+
+
+def malformed(field: str, value: int, dense: bool) -> Problem:
+    """A problem with a field of its ranges overwritten, for half of the rows, after they were checked.
+
+    Keys, values and a dense bias lie between NaNs: what is read outside of them shows in the result.
+    """
+    torch.manual_seed(0)
+    M, N, paged = 9, 28, field in ("sequence", "block_table")
+
+    def guarded(*shape: int) -> Tensor:
+        around = torch.full((shape[0], shape[1] + 256, *shape[2:]), torch.nan)
+        around[:, 128:-128] = torch.randn(shape)
+        return around[:, 128:-128]
+
+    q, k, v = torch.randn(1, M, 2, 16), guarded(1, N, 2, 16), guarded(1, N, 2, 16)
+    mask = S.PagedKeys([4, 1, 4], [11, 3, 9], TABLE, 4) if paged else S.Causal("bottom_right")
+    ranges = mask.lower(1, M, N)
+    bias = guarded(M, 12 if paged else N) if dense else None
+    problem = make_problem(q, k, v, mask=ranges, bias=bias)[0]
+    overwritten = getattr(problem, field).clone()
+    overwritten.view(-1)[::2] = value
+    return problem._replace(**{field: overwritten})

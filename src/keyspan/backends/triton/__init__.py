@@ -28,6 +28,8 @@ def reason_against(problem: Problem) -> str | None:
     elif not (query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         # On the CPU Triton's interpreter runs the kernels, for tests.
         return f"query is on {query.device}, want a GPU"
+    elif {query.dtype, problem.key.dtype} & {torch.bfloat16, torch.float8_e4m3fn} and not _interpreter_fixed():
+        return f"query is {query.dtype} and key {problem.key.dtype}, which Triton's interpreter computes wrongly"
     if query.dtype not in _DTYPES:
         return f"query is {query.dtype}, want float32, bfloat16, float16 or float8_e4m3fn"
     if problem.key.dtype == torch.float8_e4m3fn and query.is_cuda:
@@ -40,6 +42,13 @@ def reason_against(problem: Problem) -> str | None:
     if max(problem.row_length, query.shape[1]) >= 2**31 - 2**16:
         return f"there are {problem.row_length} keys and {query.shape[1]} queries in a row, want fewer than 2³¹"
     return None
+
+
+def _interpreter_fixed() -> bool:
+    """Whether tests/gpu/interpreter.py has fixed the types that NumPy does not have."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return getattr(InterpreterBuilder, "has_fixed_casts", False)
 
 
 @torch.compiler.assume_constant_result

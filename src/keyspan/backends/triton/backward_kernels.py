@@ -14,6 +14,7 @@ import triton.language as tl
 from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
 from keyspan.backends.triton.primitives import (
     INT32_MAX,
+    LOG2E,
     Heads,
     KeyValue,
     OutputGradient,
@@ -33,9 +34,11 @@ from keyspan.backends.triton.primitives import (
     load_lse,
     load_position_bias,
     load_range,
+    load_sink,
     load_slope,
     load_stats,
     load_tile,
+    lost_in_lse,
     near_run,
     query_pointer,
     query_rows,
@@ -89,6 +92,8 @@ class VisibleTiles(NamedTuple):
 class RowSums(NamedTuple):
     """Per-row sums over keys that `queries_kernel` makes besides dq, each [BM]."""
 
+    weight: Any
+    """Σ p, with scores in natural units."""
     dslope: Any
     """−Σ ds · distance: the gradient of ALiBi's slope."""
     distance: Any
@@ -102,7 +107,8 @@ class RowSums(NamedTuple):
 
 @triton.jit
 def stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, C: tl.constexpr):
-    """Stats, see `stats_pointer`: lse in log₂; delta = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse.
+    """Stats, see `stats_pointer`: lse; delta = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse. Only
+    with scores in log₂; else `queries_kernel` makes them.
 
     Grid: (tiles · H · G · B).
     """
@@ -123,7 +129,7 @@ def stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, st
     if grad_lse is not None:
         delta -= tl.load(grad_lse + stat, mask=i < M, other=0.0)
     at, rows = stats_pointer(a, stats, heads, C)
-    tl.store(at + i, load_lse(lse, stat), mask=i < M)
+    tl.store(at + i, load_lse(lse, stat, C), mask=i < M)
     tl.store(at + rows + i, delta, mask=i < M)
 
 
@@ -137,7 +143,7 @@ def bounds_kernel(a, bounds, C: tl.constexpr):
     tile, b, s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i, _, valid = query_rows(a, tile * C.BM, 0, C.BM, C)
     rows = load_range(a, s, b, i, C)
-    first, full_first, full_last, last = key_bounds(rows.lo, tl.where(valid, rows.hi, rows.lo))
+    first, full_first, full_last, last = key_bounds(a, rows.lo, tl.where(valid, rows.hi, rows.lo))
     lowest, highest = diagonal_span(rows)
     at = bounds + s * 6 * tl.num_programs(0) + b * 6 * tiles + tile
     tl.store(at, first)
@@ -253,7 +259,7 @@ def _keys_walk(dk, dv, a, k, v, query_tiles, grad, stats, wanted, s: tl.constexp
     r = tl.arange(0, C.BM)
     n = tl.arange(0, C.BN)
     j = (n0 + n)[:, None]  # [BN, 1]
-    position = load_position_bias(a, Heads(b, g, 0))
+    position = load_position_bias(a, Heads(b, g, 0), C)
     for u in tl.range(0, count * C.H, num_stages=1 if MASKED and a.table is not None else None):
         h = u // tl.maximum(count, 1) if C.H > 1 else u * 0
         t = run.start + (u - h * count)
@@ -269,15 +275,19 @@ def _keys_walk(dk, dv, a, k, v, query_tiles, grad, stats, wanted, s: tl.constexp
         rows = load_range(a, s, b, i, C, i < a.M if MASKED else None)
         expanded = Rows(i[None, :], rows.lo[None, :], rows.hi[None, :], rows.diagonal[None, :])  # each [1, BM]
         stat, padded = stats_pointer(a, stats, heads, C)
-        lse2 = tl.load(stat + i)[None, :]
+        row_lse = tl.load(stat + i)[None, :]
+        lost = 0.0
+        if C.natural:
+            lost = tl.load(stat + 2 * padded + i)[None, :]
         position_h = position
         if C.H > 1:
-            position_h = load_position_bias(a, heads)
+            position_h = load_position_bias(a, heads, C)
         tilt = 0.0
         if not MASKED:
             tilt, shift = far_bias(a, position_h, t >= run.x0, n0, expanded.diagonal)
-            tilt, lse2 = tilt * n[:, None].to(tl.float32), lse2 - shift
-        p, tanh = softmax_weights(qk, a, heads, expanded, j, position_h.slope, tilt, lse2, MASKED, C)  # [BN, BM]
+            tilt, row_lse = tilt * n[:, None].to(tl.float32), row_lse - shift
+        # p: [BN, BM]
+        p, tanh = softmax_weights(qk, a, heads, expanded, j, position_h.slope, tilt, row_lse, lost, MASKED, C)
         if C.descriptors:
             do = query_tiles.grad.load([b, g, h, i0, 0]).reshape(C.BM, C.V)
         else:
@@ -304,8 +314,8 @@ def _keys_walk(dk, dv, a, k, v, query_tiles, grad, stats, wanted, s: tl.constexp
 @triton.jit
 def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, dq,
                    dslopes, dends, C: tl.constexpr):  # fmt: skip
-    """dq [B, M, G, H, K]; stats as `stats_kernel` makes them, since their inputs are loaded here anyway; if wanted, per
-    row, the gradient of ALiBi's slope [B, G, H, M] and of the table's first and last entry [2, B, G, H, M].
+    """dq [B, M, G, H, K]; stats, see `stats_pointer`, since their inputs are loaded here anyway; if wanted, per row, the
+    gradient of ALiBi's slope [B, G, H, M] and of the table's first and last entry [2, B, G, H, M].
 
     Grid: (tiles · H · G · B).
     """
@@ -321,7 +331,7 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
     # Before the tiles are loaded: behind them it costs 5 % of the kernel's time.
     rows = load_range(a, 0, b, i, C)
-    blocks = key_blocks(rows, 0, 1, C.BN)
+    blocks = key_blocks(a, rows, 0, 1, C.BN)
     q = load_tile(query_pointer(a, heads, i0), r, a.q_m, a.M - i0, True, C.K, C.k_dim)  # [BM, K]
     do = load_tile(gradient_pointer(grad, heads, i0), r, grad.m, a.M - i0, True, C.V, C.v_dim)  # [BM, V]
     stat = head.to(tl.int64) * a.M + i
@@ -331,35 +341,47 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)  # [BM]
     if grad_lse is not None:
         delta -= tl.load(grad_lse + stat)
-    lse2 = load_lse(lse, stat)
+    row_lse = load_lse(lse, stat, C)
     at, padded = stats_pointer(a, stats, heads, C)
-    tl.store(at + i, lse2, mask=valid)
+    tl.store(at + i, row_lse, mask=valid)
     tl.store(at + padded + i, delta, mask=valid)
     kv = KeyValue(key_pointer(a, b, g), value_pointer(a, b, g), key_tiles, value_tiles)
-    position = load_position_bias(a, heads)
+    position = load_position_bias(a, heads, C)
     acc = tl.full([C.BM, C.K], 0.0, tl.float32)
     zero = tl.full([C.BM], 0.0, tl.float32)
-    sums = RowSums(zero, zero, zero, zero, zero)
-    wanted = RowSums(dslopes, dslopes, dslopes, dends, dends)
+    weight = zero
+    if C.natural and a.sinks is not None:
+        weight += tl.math.exp2((load_sink(a, heads, C) - row_lse) * LOG2E)
+    sums = RowSums(weight, zero, zero, zero, zero, zero)
+    wanted = RowSums(weight, dslopes, dslopes, dslopes, dends, dends)
     for s in tl.static_range(max(C.S, 1)):
         if s > 0:
             rows = load_range(a, s, b, i, C)
-            blocks = key_blocks(rows, 0, 1, C.BN)
+            blocks = key_blocks(a, rows, 0, 1, C.BN)
         if a.dense is None:
             left, right = far_blocks(a, blocks, rows, C.BN)
             far = far_run(blocks.full_start, blocks.full_stop, left, right)
             near = near_run(blocks.start, blocks.stop, blocks.full_start, blocks.full_stop, left, right)
-            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse2=lse2, delta=delta, kv=kv, heads=heads, rows=rows,
+            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
                                       position=position, wanted=wanted, blocks=blocks, run=far, MASKED=False,
                                       C=C)  # fmt: skip
-            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse2=lse2, delta=delta, kv=kv, heads=heads, rows=rows,
+            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
                                       position=position, wanted=wanted, blocks=blocks, run=near, MASKED=True,
                                       C=C)  # fmt: skip
         else:
             run = whole_run(blocks.start, blocks.stop)
-            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse2=lse2, delta=delta, kv=kv, heads=heads, rows=rows,
+            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
                                       position=position, wanted=wanted, blocks=blocks, run=run, MASKED=True,
                                       C=C)  # fmt: skip
+    if C.natural:
+        # What the weights sum to is known now: all sums are linear in them.
+        lost = lost_in_lse(row_lse, sums.weight)
+        tl.store(at + 2 * padded + i, lost, mask=valid)
+        rest = tl.math.exp2(-lost)
+        acc *= rest[:, None]
+        sums = RowSums(
+            rest, sums.dslope * rest, sums.distance * rest, sums.dp * rest, sums.low * rest, sums.high * rest
+        )
     columns = tl.arange(0, C.K)
     tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),
              mask=valid[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
@@ -377,10 +399,10 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
 
 
 @triton.jit
-def _queries_walk(acc, sums, a, q, do, lse2, delta, kv, heads, rows, position, wanted, blocks, run,
+def _queries_walk(acc, sums, a, q, do, lse, delta, kv, heads, rows, position, wanted, blocks, run,
                   MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """dq and row sums of one query tile, with the key blocks of `run` added; `wanted`: which sums, None for not."""
-    dslope, weighted_distance, weighted_dp, low, high = sums
+    weight, dslope, weighted_distance, weighted_dp, low, high = sums
     n = tl.arange(0, C.BN)
     expanded = expand_rows(rows)
     for t in tl.range(run.start, run.stop, num_stages=1 if MASKED and a.table is not None else None):
@@ -397,7 +419,10 @@ def _queries_walk(acc, sums, a, q, do, lse2, delta, kv, heads, rows, position, w
         if not MASKED:
             tilt, shift = far_bias(a, position, t < run.x0, j0, rows.diagonal)
             tilt = tilt * n[None, :].to(tl.float32)
-        p, tanh = softmax_weights(qk, a, heads, expanded, j, position.slope, tilt, (lse2 - shift)[:, None], MASKED, C)
+        p, tanh = softmax_weights(qk, a, heads, expanded, j, position.slope, tilt, (lse - shift)[:, None], 0.0, MASKED,
+                                  C)  # fmt: skip
+        if C.natural:
+            weight += tl.sum(p, 1)
         dp = tl.dot(do, tl.trans(v), input_precision=C.precision)  # [BM, BN]
         if a.seed is not None:
             keep = dropout_mask(a, heads.b, rows.i * 0 + heads.g * C.H + heads.h, rows.i, j0, C.BM, C.BN, C)
@@ -419,7 +444,7 @@ def _queries_walk(acc, sums, a, q, do, lse2, delta, kv, heads, rows, position, w
                 high += tl.where(t < run.x0, 0.0, total)
         ds = softcap_gradient(ds, tanh, C)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.precision)
-    return acc, RowSums(dslope, weighted_distance, weighted_dp, low, high)
+    return acc, RowSums(weight, dslope, weighted_distance, weighted_dp, low, high)
 
 
 @triton.jit
@@ -428,19 +453,20 @@ def _score_tile(a, grad, stats, s: tl.constexpr, heads, i, valid, i0, j0, last, 
     r, n = tl.arange(0, C.BM), tl.arange(0, C.BN)
     q = load_tile(query_pointer(a, heads, i0), r, a.q_m, a.M - i0, True, C.K, C.k_dim)
     do = load_tile(gradient_pointer(grad, heads, i0), r, grad.m, a.M - i0, True, C.V, C.v_dim)
-    lse2, delta = load_stats(a, stats, heads, i, C)
+    known = load_stats(a, stats, heads, i, C)
     k = load_keys(key_pointer(a, heads.b, heads.g), a.k_n, n, j0, last, True, C.BN, C.K, C.k_dim, 0)
     v = load_keys(value_pointer(a, heads.b, heads.g), a.v_n, n, j0, last, True, C.BN, C.V, C.v_dim, 0)
     rows = load_range(a, s, heads.b, i, C)
     expanded = expand_rows(Rows(i, rows.lo, tl.where(valid, rows.hi, rows.lo), rows.diagonal))
     qk = tl.dot(q, tl.trans(k), input_precision=C.precision)
     j = (j0 + n)[None, :]
-    p, _ = softmax_weights(qk, a, heads, expanded, j, load_slope(a, heads), 0.0, lse2[:, None], True, C)
+    p, _ = softmax_weights(qk, a, heads, expanded, j, load_slope(a, heads, C), 0.0, known.lse[:, None],
+                           known.lost[:, None], True, C)  # fmt: skip
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
     if a.seed is not None:
         keep = dropout_mask(a, heads.b, i * 0 + heads.g * C.H + heads.h, i, j0, C.BM, C.BN, C)
         dp = tl.where(keep, dp * a.keep_scale, 0.0)
-    return score_gradient(p, dp, delta[:, None])
+    return score_gradient(p, dp, known.delta[:, None])
 
 
 @triton.jit
@@ -471,7 +497,7 @@ def bias_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, dbias, Bb, Gb, H
         i = tl.minimum(i0 + r, a.M - 1)
         for s in tl.static_range(max(C.S, 1)):
             rows = load_range(a, s, b, i, C)
-            first, _1, _2, last = key_bounds(rows.lo, rows.hi)
+            first, _1, _2, last = key_bounds(a, rows.lo, rows.hi)
             if (first < j0 + C.BN) & (last > j0):
                 total += _score_tile(a=a, grad=grad, stats=stats, s=s, heads=Heads(b, g, h), i=i, valid=i0 + r < a.M,
                                      i0=i0, j0=j0, last=tl.minimum(last, a.N), C=C)  # fmt: skip
@@ -513,7 +539,7 @@ def table_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, parts, C: tl.co
         i = tl.minimum(i0 + r, a.M - 1)
         for s in tl.static_range(max(C.S, 1)):
             rows = load_range(a, s, b, i, C)
-            first, _1, _2, last = key_bounds(rows.lo, rows.hi)
+            first, _1, _2, last = key_bounds(a, rows.lo, rows.hi)
             lowest, highest = diagonal_span(rows)
             # Where no row sees anything, `last` is 0 and the span is empty.
             begin = tl.maximum(first, tl.minimum(lowest, last + a.reach) - a.reach + 1) // 16 * 16

@@ -23,6 +23,7 @@ from keyspan.backends.triton.primitives import (
     dropout_mask,
     expand_rows,
     exponent_scale,
+    exponential,
     far_bias,
     far_blocks,
     far_run,
@@ -32,6 +33,8 @@ from keyspan.backends.triton.primitives import (
     load_keys,
     load_position_bias,
     load_range,
+    load_sink,
+    natural_lse,
     near_run,
     physical_slots,
     query_pointer,
@@ -59,8 +62,11 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C: tl.constexpr):
+def forward_kernel(a, key_tiles, value_tiles, out, lse, totals, heads_at_once, splits, C: tl.constexpr):
     """out [splits, B, M, G, H, V] and lse [splits, B, G, H, M] (natural), both contiguous.
+
+    With several splits `lse` gets the largest score instead, and `totals`, of the same shape, the sum of the weights
+    relative to it: rounded together they would not do for the merge, see `RowStats`.
 
     Grid: (row tiles · head tiles · G · B, splits). The last row tiles, which are the long ones of a causal mask, run
     first. `heads_at_once` heads run all their row tiles before the next heads start, so that their keys stay in L2.
@@ -76,7 +82,7 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     factor = 1.0
     if C.scaled:
         q, factor = rescale_query(q, a, Heads(b, g, h), i, C)
-    position = load_position_bias(a, Heads(b, g, h if C.pack > 1 else h0))
+    position = load_position_bias(a, Heads(b, g, h if C.pack > 1 else h0), C)
     kv = KeyValue(key_pointer(a, b, g), value_pointer(a, b, g), key_tiles, value_tiles)
 
     m = tl.full([C.BM], -INFINITY, tl.float32)
@@ -86,13 +92,13 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     if a.sinks is not None:
         # A sink is one more key with this score and a value of 0; the first split counts it.
         if split == 0:
-            m = tl.load(a.sinks + g * a.sinks_g + h * a.sinks_h).to(tl.float32) * LOG2E
+            m = load_sink(a, Heads(b, g, h), C)
             l = tl.where(m > -INFINITY, 1.0, 0.0)
     state = Softmax(acc, l, m, value_factor)
     heads = Heads(b, g, h)
     for s in tl.static_range(max(C.S, 1)):
         rows = load_range(a, s, b, i, C)
-        blocks = key_blocks(rows, split, splits, C.BN)
+        blocks = key_blocks(a, rows, split, splits, C.BN)
         if a.dense is None:
             left, right = far_blocks(a, blocks, rows, C.BN)
             far = far_run(blocks.full_start, blocks.full_stop, left, right)
@@ -121,10 +127,19 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, heads_at_once, splits, C
     tl.store(out + row[:, None] * C.v_dim + columns[None, :], acc.to(out.dtype.element_ty),
              mask=valid[:, None] & (columns < C.v_dim)[None, :])  # fmt: skip
     stat = ((split * a.B + b).to(tl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
-    tl.store(lse + stat, tl.where(l == 0, -INFINITY, (m + tl.math.log2(l)) * LN2), mask=valid)
+    if totals is not None:
+        tl.store(lse + stat, m if C.natural else m * LN2, mask=valid)
+        tl.store(totals + stat, l, mask=valid)
+    else:
+        row_lse = natural_lse(m, l, C)
+        if a.sinks is not None:
+            # A row that sees nothing else: in log₂ its sink may have been clamped.
+            sink = tl.load(a.sinks + g * a.sinks_g + h * a.sinks_h).to(tl.float32)
+            row_lse = tl.where((l == 1) & (m == load_sink(a, heads, C)), sink, row_lse)
+        tl.store(lse + stat, row_lse, mask=valid)
     if has_nan(acc):
         tl.debug_barrier()
-        repair_forward(a, out, lse, tile, h0, b, g, split, splits, C)
+        repair_forward(a, out, lse, totals, tile, h0, b, g, split, splits, C)
 
 
 @triton.jit
@@ -188,8 +203,9 @@ def _forward_walk(state, a, q, factor, kv, heads, rows, position, blocks, run, M
         peak = tl.maximum(m, tl.max(s, 1) * unit + shift)  # [BM]
         # The pivot stays finite for rows that have seen no key yet: −inf − −inf would be NaN.
         pivot = tl.where(peak == -INFINITY, 0.0, peak)
-        p = tl.math.exp2(s * (unit[:, None] if by_row else unit) - (pivot - shift)[:, None])  # [BM, BN]
-        shrink = tl.math.exp2(m - pivot)
+        x = s * (unit[:, None] if by_row else unit) - (pivot - shift)[:, None]
+        p = exponential(x, C)  # [BM, BN]
+        shrink = exponential(m - pivot, C)
         l = l * shrink + tl.sum(p, 1)
         if a.seed is not None:
             p = tl.where(dropout_mask(a, heads.b, heads.g * C.H + heads.h, rows.i, j0, C.BM, C.BN, C), p, 0.0)
@@ -216,18 +232,20 @@ def _forward_walk(state, a, q, factor, kv, heads, rows, position, blocks, run, M
 
 
 @triton.jit
-def combine_kernel(parts, part_lse, out, lse, rows, splits, M, heads, V: tl.constexpr, v_dim: tl.constexpr,
+def combine_kernel(parts, peaks, totals, out, lse, rows, splits, M, heads, V: tl.constexpr, v_dim: tl.constexpr,
                    SPLITS: tl.constexpr):  # fmt: skip
-    """Merge of splits: parts [splits, B, M, heads, V] with lse [splits, B, heads, M] to out and lse without splits.
+    """Merge of splits: parts [splits, B, M, heads, V] with peaks (natural) and totals [splits, B, heads, M], to out and
+    lse without splits.
 
     Grid: (B · M · heads).
     """
     row = tl.program_id(0).to(tl.int64)
     stat = (row // heads // M * heads + row % heads) * M + row // heads % M
     n = tl.arange(0, SPLITS)
-    x = tl.load(part_lse + n.to(tl.int64) * rows + stat, mask=n < splits, other=-INFINITY)  # [SPLITS]
+    x = tl.load(peaks + n.to(tl.int64) * rows + stat, mask=n < splits, other=-INFINITY)  # [SPLITS]
+    total = tl.load(totals + n.to(tl.int64) * rows + stat, mask=n < splits, other=0.0)  # [SPLITS]
     peak = tl.max(x, 0)
-    weight = tl.math.exp2((x - tl.where(peak == -INFINITY, 0.0, peak)) * LOG2E)
+    weight = tl.math.exp2((x - tl.where(peak == -INFINITY, 0.0, peak)) * LOG2E) * total
     total = tl.sum(weight, 0)
     columns = tl.arange(0, V)
     part = tl.load(parts + (n.to(tl.int64) * rows + row)[:, None] * v_dim + columns[None, :],

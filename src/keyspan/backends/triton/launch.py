@@ -84,17 +84,31 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made,
     keys, values = _key_tiles(problem, constants)
     bytes_per_head = max(1, N * (constants.K + constants.V) * problem.key.element_size() // min(H, max(1, H // pack)))
     at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
-    parts, part_lse = out, lse
+    parts, part_lse, totals = out, lse, None
     if splits > 1:
         made["parts"] = parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
-        made["part_lse"] = part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+        made["peaks"] = part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+        made["totals"] = totals = torch.empty_like(part_lse)
     launches: list[Launch] = [
         (forward_kernel, (programs, splits),
-         [arguments, keys, values, parts, part_lse, at_once, splits, constants], tile),
+         [arguments, keys, values, parts, part_lse, totals, at_once, splits, constants], tile),
     ]  # fmt: skip
     if splits > 1:
         rows = B * M * G * H
-        of_split = [parts, part_lse, out, lse, rows, splits, M, G * H, constants.V, V, triton.next_power_of_2(splits)]
+        of_split = [
+            parts,
+            part_lse,
+            totals,
+            out,
+            lse,
+            rows,
+            splits,
+            M,
+            G * H,
+            constants.V,
+            V,
+            triton.next_power_of_2(splits),
+        ]
         launches.append((combine_kernel, (rows,), of_split, config.TileConfig(0, 0, 2, 1)))
     return made, _launched(query, launches)
 
@@ -179,12 +193,12 @@ def _backward(
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
     padded = triton.cdiv(M, STATS_PADDING.value) * STATS_PADDING.value
-    stats = lse.new_empty((B, G, H, 2, padded))
+    stats = lse.new_empty((B, G, H, 3 if problem.biases else 2, padded))
     made = {"stats": stats}
     arguments = _arguments(problem, period)
     grads = (grad, *grad.stride()[:4])
     launches: list[Launch] = []
-    if needs.query or needs.slopes or needs.table:
+    if needs.query or needs.slopes or needs.table or problem.biases:
         tile = _tile("queries", problem)
         constants = _constants(problem, tile, 1, period)
         keys, values = _key_tiles(problem, constants)
@@ -283,13 +297,17 @@ def _gradients(forms: _Forms, made: relaunch.Made, needs: Needs, sinks: Tensor |
     found = [made.get(f"bias {n}") for n in range(len(forms["biases"]))]
     dbiases = [None if x is None else x.to(dtype) for x, (_, dtype) in zip(found, forms["biases"], strict=True)]
     if needs.sinks and sinks is not None:
-        dsinks = _sinks_gradient(sinks, lse, made["stats"][..., 1, : lse.shape[-1]])
+        _, delta, *lost = made["stats"][..., : lse.shape[-1]].unbind(-2)
+        dsinks = _sinks_gradient(sinks, lse, delta, *lost)
     dq = made["query"] if needs.query else None
     return Gradients(dq, made.get("key"), made.get("value"), dslopes, dtable, dsinks, dbiases)
 
 
-def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, lost: Tensor | None = None) -> Tensor:
+    """`lost`: as of `RowStats`."""
     share = torch.exp(sinks.float()[..., None] - lse)
+    if lost is not None:
+        share *= torch.exp2(-lost)
     return torch.where(share > 0, -share * delta, 0).sum((0, 3)).to(sinks.dtype)
 
 
@@ -380,10 +398,11 @@ def _arguments(problem: Problem, period: int = 0) -> Arguments:
     )
     bias = None
     for term in problem.biases:
-        bias = term if bias is None else bias + term
+        bias = term if bias is None else bias.float() + term  # fp16 would overflow
     paged = problem.block_table is not None
     period = problem.N if paged else period or row
-    scale2 = problem.scale / problem.softcap if problem.softcap else problem.scale * math.log2(math.e)
+    unit = 1 if problem.biases else math.log2(math.e)  # of scores, see Constants.natural
+    score_scale = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
     # Random bits are compared as signed numbers: subtract 2³¹ from the unsigned threshold.
     threshold = min(round(problem.dropout_p * 2**32), 2**32 - 1) - 2**31
     slopes, table, sinks = problem.slopes, problem.table, problem.sinks
@@ -397,7 +416,7 @@ def _arguments(problem: Problem, period: int = 0) -> Arguments:
         *((None, 0, 0, 0) if table is None else (table, *table.stride()[:2], table.shape[-1] // 2)),
         *((None, 0, 0) if sinks is None else (sinks, *sinks.stride())),
         problem.seed, B, M, row, G, period, k.shape[1] // problem.page_size if paged else 0,
-        *map(_single, (scale2, problem.scale, problem.softcap * math.log2(math.e), 1 / (1 - problem.dropout_p))),
+        *map(_single, (score_scale, problem.scale, problem.softcap * unit, 1 / (1 - problem.dropout_p))),
         threshold,
         *((None,) * 5 if problem.query_scale is None else (problem.query_scale, *problem.query_scale.stride())),
         *((None,) * 4 if problem.key_scale is None else (problem.key_scale, *problem.key_scale.stride())),
@@ -438,6 +457,7 @@ def _constants(problem: Problem, tile: config.TileConfig, pack: int, period: int
         S=0 if problem.lo is None else problem.lo.shape[0],
         pack=pack,
         page=problem.page_size if paged else 0,
+        natural=bool(problem.biases),
         # Hidden scores, −inf, are multiplied by the scale there.
         simple=plain and problem.scale >= _SMALLEST,
         softcap=problem.softcap > 0,

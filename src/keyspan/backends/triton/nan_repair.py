@@ -13,6 +13,7 @@ import triton.language as tl
 
 from keyspan.backends.triton.primitives import (
     INFINITY,
+    LOG2E,
     MAY_REORDER,
     Heads,
     Rows,
@@ -26,6 +27,7 @@ from keyspan.backends.triton.primitives import (
     load_keys,
     load_lse,
     load_range,
+    load_sink,
     load_slope,
     load_stats,
     load_tile,
@@ -89,8 +91,8 @@ def has_nan(x):
 
 
 @triton.jit
-def repair_forward(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
-    """Overwrites the output tile of `forward_kernel`, from the lse that it has stored."""
+def repair_forward(a, out, lse, totals, tile, h0, b, g, split, splits, C: tl.constexpr):
+    """Overwrites the output tile of `forward_kernel`, from the lse, or the parts of it, that it has stored."""
     key, value = key_pointer(a, b, g), value_pointer(a, b, g)
     n = tl.arange(0, STEP)
     columns = tl.arange(0, C.K)
@@ -104,14 +106,20 @@ def repair_forward(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
         if q.dtype == tl.float8e4nv:
             q = q.to(tl.bfloat16)
         stat = ((split * a.B + b).to(tl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
-        lse2 = load_lse(lse, stat)
-        slope = load_slope(a, heads_expanded)
+        row_lse = load_lse(lse, stat, C)
+        # The sum of weights relative to `row_lse`: with splits as stored, else 1 up to rounding, see `RowStats`.
+        weights = tl.full([STEP], 0.0, tl.float32)
+        if totals is not None:
+            weights = tl.load(totals + stat)
+        elif C.natural and a.sinks is not None:
+            weights += tl.math.exp2((load_sink(a, heads, C) - row_lse) * LOG2E)
+        slope = load_slope(a, heads_expanded, C)
         acc = tl.full([STEP, C.V], 0.0, tl.float32)
         for s in tl.static_range(max(C.S, 1)):
             rows = load_range(a, s, b, i, C)
             # Splits are cut as the kernel cut them: by what all rows of its tile see.
             all_i, _1, _2 = query_rows(a, tile * C.BM, h0, C.BM, C)
-            blocks = key_blocks(load_range(a, s, b, all_i, C), split, splits, C.BN)
+            blocks = key_blocks(a, load_range(a, s, b, all_i, C), split, splits, C.BN)
             begin = blocks.begin + blocks.start * C.BN
             end = tl.minimum(blocks.begin + blocks.stop * C.BN, blocks.last)
             for t in tl.range(0, tl.cdiv(end - begin, STEP), num_stages=1):
@@ -132,12 +140,17 @@ def repair_forward(a, out, lse, tile, h0, b, g, split, splits, C: tl.constexpr):
                 if a.value_scale is not None:
                     v = v.to(tl.float32) * value_scales(a, heads, slots, j0 + n, end, C)[:, None]
                 v = v.to(q.dtype)
-                p, _3 = softmax_weights(s_tile, a, heads_expanded, expanded, j, slope, 0.0, lse2[:, None], True, C)
+                p, _3 = softmax_weights(s_tile, a, heads_expanded, expanded, j, slope, 0.0, row_lse[:, None], 0.0, True,
+                                        C)  # fmt: skip
+                if C.natural and totals is None:
+                    weights += tl.sum(p, 1)
                 visible = visibility(a, heads_expanded, expanded, j, C)
                 if a.seed is not None:
                     keep = dropout_mask(a, b, g * C.H + h, i, j0, STEP, STEP, C)
                     p = tl.where(keep, p * a.keep_scale, 0.0)
                 acc = visible_dot(p, visible, v, acc, C)
+        if C.natural or totals is not None:
+            acc /= tl.where(weights == 0, 1.0, weights)[:, None]
         row = ((split * a.B + b).to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
         tl.store(out + row[:, None] * C.v_dim + columns_v[None, :], acc.to(out.dtype.element_ty),
                  mask=valid[:, None] & (columns_v < C.v_dim)[None, :])  # fmt: skip
@@ -150,7 +163,7 @@ def _score_step(a, grad, stats, s: tl.constexpr, heads, i0, j0, end, C: tl.const
     i = tl.minimum(i0 + n, a.M - 1)
     q = load_tile(query_pointer(a, heads, i0), n, a.q_m, a.M - i0, True, C.K, C.k_dim)
     do = load_tile(gradient_pointer(grad, heads, i0), n, grad.m, a.M - i0, True, C.V, C.v_dim)
-    lse2, delta = load_stats(a, stats, heads, i, C)
+    known = load_stats(a, stats, heads, i, C)
     key, value = key_pointer(a, heads.b, heads.g), value_pointer(a, heads.b, heads.g)
     k = load_keys(key, a.k_n, n, j0, end, True, STEP, C.K, C.k_dim, 0)
     v = load_keys(value, a.v_n, n, j0, end, True, STEP, C.V, C.v_dim, 0)
@@ -159,7 +172,8 @@ def _score_step(a, grad, stats, s: tl.constexpr, heads, i0, j0, end, C: tl.const
     rows = expand_rows(Rows(i, rows.lo, hi, rows.diagonal))
     j = (j0 + n)[None, :]
     qk = tl.dot(q, tl.trans(k), input_precision=C.precision)
-    p, tanh = softmax_weights(qk, a, heads, rows, j, load_slope(a, heads), 0.0, lse2[:, None], True, C)
+    p, tanh = softmax_weights(qk, a, heads, rows, j, load_slope(a, heads, C), 0.0, known.lse[:, None],
+                              known.lost[:, None], True, C)  # fmt: skip
     visible = visibility(a, heads, rows, j, C)
     dp = tl.dot(do, tl.trans(v), input_precision=C.precision)
     dropped = p
@@ -167,7 +181,7 @@ def _score_step(a, grad, stats, s: tl.constexpr, heads, i0, j0, end, C: tl.const
         keep = dropout_mask(a, heads.b, i * 0 + heads.g * C.H + heads.h, i, j0, STEP, STEP, C)
         dropped = tl.where(keep, p * a.keep_scale, 0.0)
         dp = tl.where(keep, dp * a.keep_scale, 0.0)
-    ds = score_gradient(p, tl.where(visible, dp, 0.0), delta[:, None])
+    ds = score_gradient(p, tl.where(visible, dp, 0.0), known.delta[:, None])
     return ScoreTile(q, k, do, dropped, ds, softcap_gradient(ds, tanh, C), visible, j - rows.diagonal)
 
 
@@ -185,7 +199,7 @@ def repair_keys(a, grad, stats, dk, dv, b, g, n0, C: tl.constexpr):
             for u in tl.range(0, tiles * C.H, num_stages=1):
                 h, i0 = n0 * 0 + u // tiles, n0 * 0 + u % tiles * STEP
                 rows = load_range(a, s, b, tl.minimum(i0 + n, a.M - 1), C)
-                first, _1, _2, last = key_bounds(rows.lo, rows.hi)
+                first, _1, _2, last = key_bounds(a, rows.lo, rows.hi)
                 if (first < j0 + STEP) & (last > j0):
                     tile = _score_step(a, grad, stats, s, Heads(b, g, h), i0, j0, a.N, C)
                     seen = tl.trans(tile.visible.to(tl.int32)) != 0
@@ -215,7 +229,7 @@ def repair_queries(a, grad, stats, dq, dslopes, dends, heads, tile, C: tl.conste
         high = dslope
         for s in tl.static_range(max(C.S, 1)):
             rows = load_range(a, s, heads.b, i, C)
-            first, _1, _2, last = key_bounds(rows.lo, rows.hi)
+            first, _1, _2, last = key_bounds(a, rows.lo, rows.hi)
             begin = tl.minimum(first, last) // 16 * 16
             for t in tl.range(0, tl.cdiv(last - begin, STEP), num_stages=1):
                 scores = _score_step(a, grad, stats, s, heads, i0, begin + t * STEP, last, C)

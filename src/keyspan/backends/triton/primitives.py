@@ -1,7 +1,10 @@
 """Device functions that all Triton kernels share: key ranges, loads, bias terms, dropout, softmax weights.
 
-Scores are in units of log₂ throughout: p = 2^(s − lse₂). Vectors over query rows and over keys are passed expanded
-([BM, 1] and [1, BN]; [1, BM] and [BN, 1] where a kernel works on transposed tiles), so that one function serves both.
+Scores are in log₂, p = 2^(s − lse), so that the scale and the exponential's log₂e are one factor. With a dense bias they
+are in natural units (`Constants.natural`): −3.4 · 10³⁸, a common value for hidden keys, overflows in log₂.
+
+Vectors over query rows and over keys are passed expanded ([BM, 1] and [1, BN]; [1, BM] and [BN, 1] where a kernel works
+on transposed tiles), so that one function serves both.
 """
 
 from __future__ import annotations
@@ -75,11 +78,11 @@ class Arguments(NamedTuple):
     """Keys per sequence where sequences are laid end to end: columns of dense terms and dropout repeat after it. Else N."""
     pages: int
     """Pages in memory; 0 where keys are not paged."""
-    scale2: float
-    """scale · log₂e, or scale / softcap where there is a softcap."""
+    score_scale: float
+    """The scale in the unit of scores, or scale / softcap where there is a softcap."""
     scale: float
-    cap2: float
-    """softcap · log₂e."""
+    cap: float
+    """The softcap in the unit of scores."""
     keep_scale: float
     """1 / (1 − p)."""
     threshold: int
@@ -117,8 +120,10 @@ class Constants(NamedTuple):
     """Heads of a group that share a tile as rows."""
     page: int
     """Keys per page; 0 where keys are not paged."""
+    natural: bool
+    """Scores are in natural units, and statistics have what rounding took from each lse, see `RowStats`."""
     simple: bool
-    """Scores are scale2 · q·k with scale2 > 0, plus at most a table's entry: in far tiles the scale folds into the
+    """Scores are score_scale · q·k with score_scale > 0, plus at most a table's entry: in far tiles the scale folds into the
     exponential."""
     softcap: bool
     periodic: bool
@@ -143,6 +148,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INT32_MAX = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 FRACTION_FREE = tl.constexpr(2.0**24)
 """From here on fp32 has no fractions."""
 STATS_PADDING = tl.constexpr(128)
@@ -209,6 +215,20 @@ class KeyBlocks(NamedTuple):
     full_stop: Any
 
 
+class RowStats(NamedTuple):
+    """What backward knows of query rows, each [BM]."""
+
+    lse: Any
+    """In the unit of scores; +inf for rows without keys."""
+    lost: Any
+    """log₂ of the sum of the weights exp(s − lse), 0 unless `Constants.natural`.
+
+    fp32 holds no fraction of an lse of −10⁹, say of a row that a bias hides wholly: log Σ is lost in
+    lse = peak + log Σ, and the weights sum to N. So weights are 2^((s − lse) · log₂e − lost).
+    """
+    delta: Any
+
+
 class BlockRun(NamedTuple):
     """Block numbers start … stop − 1, counted as if two gaps (x0 … x1 − 1 and y0 … y1 − 1, x1 ≤ y0) did not exist."""
 
@@ -267,11 +287,15 @@ def load_range(a, s: tl.constexpr, b, i, C: tl.constexpr, valid=None):
         hi = tl.load(a.hi + s * a.hi_s + b * a.hi_b + i * a.hi_m, mask=valid, other=none)
         at = a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m
         diagonal = tl.load(at, mask=valid, other=none)
+    # Ranges may be written to after they were checked. No range, whatever it holds, makes a kernel access memory outside
+    # its tensors: those of paged keys are clamped here; of others the bounds of tiles are, in `key_bounds`, which takes
+    # fewer registers (keys behind the last one then count as zeros).
     if C.page > 0:
         # Paged sequences count as one row of keys: their logical keys laid end to end.
-        base = tl.load(a.sequence + i) * a.period
-        lo += base
-        hi += base
+        sequence = tl.load(a.sequence + i)
+        base = tl.maximum(tl.minimum(sequence, a.N // tl.maximum(a.period, 1) - 1), 0) * a.period
+        lo = base + tl.maximum(lo, 0)
+        hi = tl.minimum(base + tl.minimum(hi, a.period), a.N)
         diagonal += base
     return Rows(i, lo, hi, diagonal)
 
@@ -283,20 +307,29 @@ def expand_rows(rows):
 
 
 @triton.jit
-def key_bounds(lo, hi):
+def in_range(a, rows, j, C: tl.constexpr):
+    """Whether keys j are in the rows' range; rows are expanded over keys, j over rows."""
+    if C.S > 0 and C.page == 0 and (a.bias is not None or a.dense is not None):
+        # Dense terms are read where this holds.
+        j = tl.where(j < a.N, j, INT32_MAX)
+    return (j >= rows.lo) & (j < rows.hi)
+
+
+@triton.jit
+def key_bounds(a, lo, hi):
     """first, full_first, full_last, last: some row sees keys first … last − 1, every row full_first … full_last − 1."""
     seen = lo < hi
-    first = tl.min(tl.where(seen, lo, INT32_MAX), 0)
+    first = tl.maximum(tl.min(tl.where(seen, lo, INT32_MAX), 0), 0)
     full_first = tl.max(tl.where(seen, lo, INT32_MAX), 0)
-    full_last = tl.min(tl.where(seen, hi, 0), 0)
-    last = tl.max(tl.where(seen, hi, 0), 0)
+    full_last = tl.minimum(tl.min(tl.where(seen, hi, 0), 0), a.N)
+    last = tl.minimum(tl.max(tl.where(seen, hi, 0), 0), a.N)
     return first, full_first, full_last, last
 
 
 @triton.jit
-def key_blocks(rows, split, splits, BN: tl.constexpr):
+def key_blocks(a, rows, split, splits, BN: tl.constexpr):
     """The blocks of keys that rows visit; with several splits each gets an equal run of the blocks."""
-    first, full_first, full_last, last = key_bounds(rows.lo, rows.hi)
+    first, full_first, full_last, last = key_bounds(a, rows.lo, rows.hi)
     # Blocks begin at a multiple of 16, so that loads of dense terms and TMA are aligned.
     begin = tl.minimum(first, last) // 16 * 16
     count = tl.cdiv(last - begin, BN)
@@ -537,7 +570,7 @@ def dense_column(a, j, C: tl.constexpr):
 @triton.jit
 def visibility(a, heads, rows, j, C: tl.constexpr):
     """Which keys j the rows see; heads and rows are expanded over keys, j over rows."""
-    visible = (j >= rows.lo) & (j < rows.hi)
+    visible = in_range(a, rows, j, C)
     if a.dense is not None:
         column = dense_column(a, j, C)
         row = a.dense + heads.b.to(tl.int64) * a.dense_b + heads.g.to(tl.int64) * a.dense_g
@@ -549,53 +582,69 @@ def visibility(a, heads, rows, j, C: tl.constexpr):
 @triton.jit
 def exponent_scale(a, MASKED: tl.constexpr, C: tl.constexpr):
     """The factor still missing from scores: the scale where it folds into the exponential, else 1."""
-    return a.scale2 if C.simple and (a.table is None or not MASKED) else 1.0
+    return a.score_scale if C.simple and (a.table is None or not MASKED) else 1.0
 
 
 @triton.jit
 def scale_and_cap(s, a, MASKED: tl.constexpr, C: tl.constexpr):
-    """Products q·k to scores in log₂ (without `exponent_scale`), and tanh of the softcap (0 without one)."""
+    """Products q·k to scores (without `exponent_scale`), and tanh of the softcap (0 without one)."""
     tanh = 0.0
     if C.softcap:
-        x = s * a.scale2
+        x = s * a.score_scale
         square = x * x
         # tanh near 0 by its series: the difference below has an absolute error of one rounding of 1.
         near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
         far = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
         tanh = tl.where(square < 0.09, near, far)
-        s = tanh * a.cap2
+        s = tanh * a.cap
     elif (not C.simple) or (MASKED and a.table is not None):
-        s = s * a.scale2
+        s = s * a.score_scale
     return s, tanh
 
 
 @triton.jit
-def load_slope(a, heads):
-    """ALiBi's slope in log₂; 0 without ALiBi."""
+def load_term(pointer, C: tl.constexpr):
+    """Terms of a score, as they are stored, in the unit of scores; finite ones stay finite."""
+    x = tl.load(pointer).to(tl.float32)
+    if not C.natural:
+        scaled = x * LOG2E
+        x = tl.where(tl.abs(x) < INFINITY, tl.minimum(tl.maximum(scaled, -FLOAT32_MAX), FLOAT32_MAX), x)
+    return x
+
+
+@triton.jit
+def load_slope(a, heads, C: tl.constexpr):
+    """ALiBi's slope in the unit of scores; 0 without ALiBi."""
     if a.slopes is not None:
         at = a.slopes + heads.b * a.slopes_b + heads.g * a.slopes_g + heads.h * a.slopes_h
-        slope = tl.load(at).to(tl.float32) * LOG2E
+        slope = load_term(at, C)
     else:
         slope = 0.0
     return slope
 
 
 @triton.jit
-def load_position_bias(a, heads):
+def load_position_bias(a, heads, C: tl.constexpr):
     """Slope, and the two ends of the relative table, of each head."""
-    slope = load_slope(a, heads)
+    slope = load_slope(a, heads, C)
     first = 0.0
     last = 0.0
     if a.table is not None:
         table = a.table + heads.g * a.table_g + heads.h * a.table_h
-        first = tl.load(table).to(tl.float32) * LOG2E
-        last = tl.load(table + 2 * a.reach).to(tl.float32) * LOG2E
+        first = load_term(table, C)
+        last = load_term(table + 2 * a.reach, C)
     return PositionBias(slope, first, last)
 
 
 @triton.jit
+def load_sink(a, heads, C: tl.constexpr):
+    """Learned sinks in the unit of scores."""
+    return load_term(a.sinks + heads.g * a.sinks_g + heads.h * a.sinks_h, C)
+
+
+@triton.jit
 def far_bias(a, position, is_left, j0, diagonal):
-    """Position bias of a far tile for key j0 + n: tilt · n plus, per row, shift; in log₂.
+    """Position bias of a far tile for key j0 + n: tilt · n plus, per row, shift.
 
     In a far tile a distance is a difference and one table entry serves all keys: a load or a conversion per score
     would cost more than everything else.
@@ -612,7 +661,7 @@ def far_bias(a, position, is_left, j0, diagonal):
 
 @triton.jit
 def add_bias(s, a, heads, rows, j, slope, MASKED: tl.constexpr, C: tl.constexpr):
-    """Scores plus all bias terms, in log₂; keys outside lo … hi − 1 get any value.
+    """Scores plus all bias terms; keys outside lo … hi − 1 get any value.
 
     Tiles that are not masked are far ones: `far_bias` has what depends on position.
     """
@@ -620,17 +669,29 @@ def add_bias(s, a, heads, rows, j, slope, MASKED: tl.constexpr, C: tl.constexpr)
         s -= slope * tl.abs(j - rows.diagonal).to(tl.float32)
     if MASKED and a.table is not None:
         entry = tl.minimum(tl.maximum(j - rows.diagonal, -a.reach), a.reach) + a.reach
-        s += tl.load(a.table + heads.g * a.table_g + heads.h * a.table_h + entry).to(tl.float32) * LOG2E
+        s += load_term(a.table + heads.g * a.table_g + heads.h * a.table_h + entry, C)
     if a.bias is not None:
         column = dense_column(a, j, C)
         row = a.bias + heads.b.to(tl.int64) * a.bias_b + heads.g.to(tl.int64) * a.bias_g
         row += heads.h.to(tl.int64) * a.bias_h + rows.i.to(tl.int64) * a.bias_m
         if MASKED:
-            inside = (j >= rows.lo) & (j < rows.hi)
-            s += tl.load(row + column * a.bias_n, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            s += tl.load(row + column * a.bias_n, mask=in_range(a, rows, j, C), other=0.0).to(tl.float32)
         else:
-            s += tl.load(row + column * a.bias_n).to(tl.float32) * LOG2E
+            s += tl.load(row + column * a.bias_n).to(tl.float32)
     return s
+
+
+@triton.jit
+def exponential(x, C: tl.constexpr):
+    """e to a difference of natural scores, or 2 to one of scores in log₂."""
+    return tl.math.exp2(x * LOG2E if C.natural else x)
+
+
+@triton.jit
+def natural_lse(peak, total, C: tl.constexpr):
+    """lse in natural units from the largest score and the sum of weights relative to it; −inf without weights."""
+    lse = peak + tl.math.log2(total) * LN2 if C.natural else (peak + tl.math.log2(total)) * LN2
+    return tl.where(total == 0, -INFINITY, lse)
 
 
 @triton.jit
@@ -657,17 +718,22 @@ def dropout_mask(a, b, head, i, j0, BM: tl.constexpr, BN: tl.constexpr, C: tl.co
 
 
 @triton.jit
-def softmax_weights(s, a, heads, rows, j, slope, tilt, lse2, MASKED: tl.constexpr, C: tl.constexpr):
-    """Softmax weights from products q·k and lse in log₂ (+inf for empty rows), and the softcap's tanh.
+def softmax_weights(s, a, heads, rows, j, slope, tilt, lse, lost, MASKED: tl.constexpr, C: tl.constexpr):
+    """Softmax weights from products q·k and `RowStats`, and the softcap's tanh.
 
-    Heads, rows and lse2 are expanded over keys; j over rows. In far tiles `lse2` has the shift of `far_bias` taken
+    Heads, rows, lse and lost are expanded over keys; j over rows. In far tiles `lse` has the shift of `far_bias` taken
     off, and `tilt` is expanded over keys.
     """
     s, tanh = scale_and_cap(s, a, MASKED, C)
     if (not MASKED) and a.slopes is not None:
         s += tilt
     s = add_bias(s, a, heads, rows, j, slope, MASKED, C)
-    p = tl.math.exp2(s * exponent_scale(a, MASKED, C) - lse2)
+    if C.natural:
+        # At most lse, up to rounding, which is large where lse is: a score is 64 off at 10⁹.
+        s = tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        p = tl.math.exp2(s * LOG2E - lost)
+    else:
+        p = tl.math.exp2(s * exponent_scale(a, MASKED, C) - lse)
     if MASKED:
         p = tl.where(visibility(a, heads, rows, j, C), p, 0.0)
     return p, tanh
@@ -690,27 +756,48 @@ def softcap_gradient(ds, tanh, C: tl.constexpr):
 
 @triton.jit
 def stats_pointer(a, stats, heads, C: tl.constexpr):
-    """Pointer to a head's lse in log₂ in stats [B, G, H, 2, padded M], and the distance from it to the head's delta.
+    """Pointer to a head's lse in stats [B, G, H, 3 or 2, padded M], and the distance from it to the head's delta, and from
+    that to what its lse lost, which is there with natural scores.
 
     Heads begin aligned and no tile ends outside of its head, so that many rows are read at once, without a mask.
     """
     rows = tl.cdiv(a.M, STATS_PADDING) * STATS_PADDING
-    return stats + ((heads.b * a.G + heads.g) * C.H + heads.h).to(tl.int64) * (2 * rows), rows
+    return stats + ((heads.b * a.G + heads.g) * C.H + heads.h).to(tl.int64) * ((3 if C.natural else 2) * rows), rows
 
 
 @triton.jit
 def load_stats(a, stats, heads, i, C: tl.constexpr):
-    """lse in log₂ and delta of rows i."""
+    """Statistics of rows i."""
     at, rows = stats_pointer(a, stats, heads, C)
-    return tl.load(at + i), tl.load(at + rows + i)
+    lost = i.to(tl.float32) * 0.0
+    if C.natural:
+        lost = tl.load(at + 2 * rows + i)
+    return RowStats(tl.load(at + i), lost, tl.load(at + rows + i))
 
 
 @triton.jit
-def load_lse(lse, at):
-    """lse in log₂. It is +inf, so that all weights are 0, for empty rows and for rows that a bias of −10⁹, say, hides:
-    rounding such an lse alone changes a weight by up to 2¹²⁸."""
-    x = tl.load(lse + at) * LOG2E
-    return tl.where(tl.abs(x) > FRACTION_FREE, INFINITY, x)
+def load_lse(lse, at, C: tl.constexpr):
+    """lse in the unit of scores; +inf, so that all weights are 0, for empty rows.
+
+    In log₂ also for an lse so large that its rounding alone would change a weight by up to 2¹²⁸.
+    """
+    x = tl.load(lse + at)
+    if C.natural:
+        x = tl.where(x == -INFINITY, INFINITY, x)
+    else:
+        x *= LOG2E
+        x = tl.where(tl.abs(x) > FRACTION_FREE, INFINITY, x)
+    return x
+
+
+@triton.jit
+def lost_in_lse(lse, total):
+    """log₂ of rows' sums of weights, where rounding lse explains it.
+
+    A larger difference is that of an lse which was merged with that of other keys, and which is right as it is.
+    """
+    lost = tl.math.log2(tl.where(total > 0, total, 1.0))
+    return tl.where(tl.abs(lost) * LN2 <= 2.0**-22 * tl.abs(lse), lost, 0.0)
 
 
 @triton.jit
