@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyspan.info import find_device
 from keyspan.training import checkpoint, loop
@@ -221,6 +222,32 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
     _, model, optimizer, scaler = parts(TINY)
     take_step(model, optimizer, scaler, batches, TINY)
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+class Readings(TorchDispatchMode):
+    """Counts what would wait for a device: numbers read from tensors on the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_reads_nothing_from_the_device(precision, monkeypatch):
+    # As on an accelerator: lengths are a tensor there, which the masks do not read.
+    monkeypatch.setattr("keyspan.core.masks.checks.readable", lambda x: False)
+    config = replace(TINY, precision=precision, accumulation=2)
+    task, model, optimizer, scaler = parts(config)
+    for step in range(2):
+        batches = loop.train_batches(task, config, step)
+        with Readings() as readings:
+            found = take_step(model, optimizer, scaler, batches, config, model.loss)
+        assert readings.count == len(batches)  # `Batch.scored`, of tensors on the host
+    with Readings() as readings:
+        check(found, config, scaler)
+    assert readings.count == 2
 
 
 # torch's tracer makes an instance of torch.autograd.Function, against torch's own advice

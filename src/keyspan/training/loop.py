@@ -38,7 +38,7 @@ from keyspan.training.checkpoint import Progress
 from keyspan.training.config import FIXED, TrainConfig
 from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
-from keyspan.training.packing import Batch
+from keyspan.training.packing import Batch, to_device
 from keyspan.training.report import Report, peak_memory, plot
 from keyspan.training.tasks import SyntheticTask
 
@@ -173,11 +173,9 @@ def take_step(
             continue  # its mean loss is 0 / 0
         tokens, targets, lengths = batch.to(device)
         with autocast(config, device):
-            if loss_of is None:
-                loss = model.loss(tokens, targets, lengths)
-            else:
-                loss = loss_of(tokens, targets, torch.tensor(lengths).to(device, non_blocking=True))
-            loss = loss * (share / sum(scored))
+            # As a tensor, lengths are data to the compiler, and copied to a GPU without waiting for it.
+            given = lengths if loss_of is None and device.type == "cpu" else to_device(torch.tensor(lengths), device)
+            loss = (loss_of or model.loss)(tokens, targets, given) * (share / sum(scored))
         scaler.scale(loss).backward()
         losses.append(loss.detach())
     mean = torch.stack(losses).sum()

@@ -27,11 +27,16 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the lengths stay with Python."""
-        return Batch(self.tokens.to(device), self.targets.to(device), self.lengths)
+        return Batch(to_device(self.tokens, device), to_device(self.targets, device), self.lengths)
 
     def scored(self) -> int:
         """How many targets count in the loss."""
         return int((self.targets != IGNORE).sum())
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; a GPU copies from pinned memory, so that the host does not wait for what it is at."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def pack(examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Batch:
