@@ -468,6 +468,7 @@ def test_ids_under_compile_are_data():
         return ranges.lo, ranges.hi
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(visible, backend="eager", fullgraph=True)
     for ids in ([0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 0], [3, 4, 0, 1, 0, 1]):
         for got, want in zip(compiled(torch.tensor(ids)), visible(torch.tensor(ids)), strict=True):

@@ -36,7 +36,7 @@ def _private(path: str, otherwise: Any, consequence: str) -> Any:
 
 # Observers. Without a name we assume that somebody observes.
 _dispatch_modes = _private("_C._len_torch_dispatch_stack", lambda: 1, _ALL_BY_OP)
-_function_modes = _private("_C._len_torch_function_stack", lambda: 1, _ALL_BY_OP)
+function_modes: Callable[[], int] = _private("_C._len_torch_function_stack", lambda: 1, _ALL_BY_OP)
 _function_mode_at = _private(
     "_C._get_function_stack_at", lambda index: None, "calls under a default device run through the registered op"
 )
@@ -63,16 +63,14 @@ def saved_tensors_hooked() -> bool:
 
 def default_device() -> bool:
     """Whether function modes are active, all of them default devices: `torch.set_default_device`, `with device:`."""
-    return all(
+    return "torch._C._len_torch_function_stack" not in MISSING and all(
         (type(mode).__module__, type(mode).__name__) == ("torch.utils._device", "DeviceContext")
-        for mode in map(_function_mode_at, range(_function_modes()))
+        for mode in map(_function_mode_at, range(function_modes()))
     )
 
 
 def without_default_device(function: Callable[..., T], *args: Any) -> T:
-    """Call a function that makes no tensor without naming its device: a function mode is asked at each access."""
-    if not _function_modes():
-        return function(*args)
+    """Call a function that makes no tensor without naming its device: function modes make each access slower."""
     with _without_torch_function():
         return function(*args)
 
@@ -85,7 +83,7 @@ def eager() -> bool:
     return not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
-        or (_function_modes() and not default_device())
+        or (function_modes() and not default_device())
         or _transform() is not None
         or _traced() is not None
     )
@@ -93,7 +91,7 @@ def eager() -> bool:
 
 def unobserved() -> bool:
     """Whether nothing, a profiler or forward-mode differentiation included, would notice that the op is bypassed."""
-    return eager() and not dual_level() and not _profiled()
+    return eager() and not _profiled() and not dual_level()
 
 
 def dual_level() -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from keyspan.backends import Replay
 from keyspan.core import shims
 from keyspan.core.masks import Mask
+from keyspan.core.problem import EVERYTHING
 from keyspan.core.ranges import KeyRanges
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ def signature(tensors: Iterable[Tensor]) -> Signature | None:
             if type(x) not in shims.PLAIN or x.is_neg():
                 return None
             pointer = x.data_ptr()
-            if not pointer and x.numel():  # zeros without memory, freed storage, the meta device
+            if not pointer and (x.numel() or x.is_meta):  # zeros without memory, freed storage
                 return None
             pointers.append(pointer)
             form += (x.shape, x.stride(), x.dtype, x.device, pointer % 16)  # kernels are compiled for an alignment
@@ -53,25 +54,38 @@ def signature(tensors: Iterable[Tensor]) -> Signature | None:
 
 
 class Cache:
-    """A bounded dict that forgets what was not used for longest.
+    """A bounded dict of replays and lowered masks that evicts what was not used for longest.
 
     A computation is recorded when its key comes for the second time: recording costs more than computing once, and a
     key-value cache that grows by a key with each call brings a new signature each time.
     """
 
-    def __init__(self, entries: int = 2048, nbytes: int = 64 * 2**20):
+    def __init__(self, entries: int = 1024, nbytes: int = 64 * 2**20):
         self.most_entries, self.most_bytes = entries, nbytes
         self.entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self.nbytes = self.hits = self.misses = self.recorded = 0
         self.lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, the counts too."""
+        with self.lock:
+            self.entries.clear()
+            self.seen = [0] * _SEEN
+            self.nbytes = self.hits = self.misses = self.recorded = 0
+
+    def state(self) -> dict[str, int]:
+        """Entries, bytes of lowered masks, and counts since the last `clear`."""
+        counts = {"hits": self.hits, "misses": self.misses, "recorded": self.recorded}
+        return {"entries": len(self.entries), "bytes": self.nbytes, **counts}
 
     def get(self, key: Hashable) -> Any:
         """What was put, or None."""
-        try:
-            found = self.entries[key]
-            self.entries.move_to_end(key)
-        except KeyError:  # also where another thread evicts the key in between
-            return None
+        found = self.entries.get(key)
+        if found is not None and len(self.entries) > self.most_entries // 2:  # otherwise nothing is evicted soon
+            try:  # contextlib.suppress takes longer than the rest
+                self.entries.move_to_end(key)
+            except KeyError:  # another thread has evicted it since
+                return found
         return found
 
     def put(self, key: Hashable, value: Any) -> None:
@@ -82,22 +96,14 @@ class Cache:
             while len(self.entries) > self.most_entries or (self.nbytes > self.most_bytes and len(self.entries) > 1):
                 self.nbytes -= getattr(self.entries.popitem(last=False)[1], "nbytes", 0)
 
-    def clear(self) -> None:
-        with self.lock:
-            self.entries.clear()
-            self.nbytes = self.hits = self.misses = self.recorded = 0
-
-    def state(self) -> dict[str, int]:
-        """Entries, bytes of lowered masks, and counts since the last `clear`."""
-        counts = {"hits": self.hits, "misses": self.misses, "recorded": self.recorded}
-        return {"entries": len(self.entries), "bytes": self.nbytes, **counts}
-
-    def second_sight(self, key: Hashable, found: Any) -> bool:
-        """Whether to record a computation now, given what `get` found; the first time marks its key."""
+    def second_sight(self, key: Hashable) -> bool:
+        """Whether a computation that was not replayed is recorded now. Its first sight leaves a hash and no entry."""
         self.misses += 1
-        if found is None:
-            self.put(key, _SEEN)
-        return found is _SEEN
+        code = hash(key)
+        if self.seen[code % _SEEN] == code:
+            return self.get(key) is not NO_REPLAY
+        self.seen[code % _SEEN] = code
+        return False
 
     def run(
         self,
@@ -118,11 +124,10 @@ class Cache:
         found = self.get(key)
         if callable(found):
             results: T | None = found(pointers, tensors)
-            if results is not None:
+            if results is not None:  # no setting of torch or the backend has changed
                 self.hits += 1
                 return results
-            found = None  # a setting of torch or the backend has changed since
-        if not self.second_sight(key, found):
+        if not self.second_sight(key):
             return compute()
         made, replay = record()
         self.recorded += replay is not None
@@ -130,11 +135,10 @@ class Cache:
         return made
 
 
-class _Mark:
-    """A value of the cache that is no replay."""
-
-
-_SEEN, NO_REPLAY = _Mark(), _Mark()
+_SEEN = 4096
+"""Hashes of keys that were seen once are kept in a table of this size."""
+NO_REPLAY = "a computation that cannot be replayed"
+"""In place of a replay."""
 CACHE = Cache()
 
 
@@ -147,24 +151,23 @@ class Lowered(NamedTuple):
 
 def caches_masks(device: torch.device) -> bool:
     """Whether lowered masks are cached on this device now."""
-    if not shims.eager():
-        return False
-    if device.type == "cuda":  # the memory of a CUDA graph belongs to the graph
-        return device.index is not None and not shims.cuda_capturing()
-    return device.type == "cpu"
+    return shims.eager() and mask_key(EVERYTHING, device) is not None
 
 
 def mask_key(mask: Mask, device: torch.device) -> Hashable | None:
-    """What a lowered mask depends on besides batch, M and N; None where it may not be cached now."""
-    key = mask.cache_key() if caches_masks(device) else None
-    if key is None or device.type != "cuda":
-        return key
-    return key, shims.cuda_stream(device.index)  # another stream might read it before it is written
+    """What a lowered mask depends on besides batch, M and N, where torch runs eagerly; None where it is not cached."""
+    if device.type == "cpu":
+        return mask.cache_key()
+    # The memory of a CUDA graph belongs to the graph; and another stream might read a mask before it is written.
+    if device.type != "cuda" or device.index is None or shims.cuda_capturing():
+        return None
+    key = mask.cache_key()
+    return None if key is None else (key, shims.cuda_stream(device.index))
 
 
 def lower(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:
     """`mask.lower(…)`, cached for masks that are determined by numbers; nobody writes to the result."""
-    key = mask_key(mask, device)
+    key = mask_key(mask, device) if shims.eager() else None
     if key is None:
         return mask.lower(batch, M, N, device)
     found = CACHE.get(("mask", key, batch, M, N, device))

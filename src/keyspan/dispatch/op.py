@@ -62,7 +62,7 @@ def attend(problem: Problem, backend: str, cached: bool = True) -> tuple[Tensor,
         if any(x is not None and x.requires_grad for x in inputs):
             out, lse = _Direct.apply(problem, backend, cached, *inputs)  # type: ignore[no-untyped-call]
             return out, lse
-        return _run_forward(problem, backend, cached)
+        return run_forward(problem, backend, cached)
     _refuse_transforms(problem)
     return cast(tuple[Tensor, Tensor], torch.ops.keyspan.attention_forward(*problem, backend))
 
@@ -121,13 +121,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def _run_forward(problem: Problem, backend: str, cached: bool) -> tuple[Tensor, Tensor]:
+def run_forward(problem: Problem, backend: str, cached: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the backend, without the op."""
     module = load(backend)
     with without_autocast(problem.query.device):
         recording = recorder(module) if cached else None
+        if recording is None:
+            return module.forward(problem)
         given = _tensors(problem)
-        found = signature(given) if recording is not None else None
-        if recording is None or found is None:
+        found = signature(given)
+        if found is None:
             return module.forward(problem)
 
         def record() -> tuple[list[Tensor], Replay[list[Tensor]] | None]:
@@ -183,7 +186,7 @@ def _check_memory(*problem: Any) -> None:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     _check_memory(*args)
-    out, lse = _run_forward(Problem(*args[:-1]), args[-1], cached=True)
+    out, lse = run_forward(Problem(*args[:-1]), args[-1], cached=True)
     return out.contiguous(), lse.contiguous()  # as the fake says: compiled code relies on the strides
 
 
@@ -242,7 +245,7 @@ class _Direct(torch.autograd.Function):
     def forward(
         ctx: Any, problem: Problem, backend: str, cached: bool, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _run_forward(problem, backend, cached)
+        out, lse = run_forward(problem, backend, cached)
         _setup_context(ctx, (*problem, backend, cached), (out, lse))
         return out, lse
 

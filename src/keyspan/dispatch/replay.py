@@ -19,9 +19,19 @@ from keyspan.core.masks import Mask
 from keyspan.core.problem import DTYPES, EVERYTHING, HeadLayout, Problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.cache import CACHE, LARGEST_MASK, NO_REPLAY, mask_key, signature
-from keyspan.dispatch.op import DIFFERENTIABLE, NUMBERS, as_needs, attend, flat, gradients, without_autocast
+from keyspan.dispatch.op import (
+    DIFFERENTIABLE,
+    NUMBERS,
+    as_needs,
+    attend,
+    flat,
+    gradients,
+    run_forward,
+    without_autocast,
+)
 
 _FIELD_OF_TERM = {Alibi: "slopes", RelativeBias: "table", DenseBias: "biases"}
+_FIELDS = ("query", "key", "value")
 _TERMS = ("sinks", "query_scale", "key_scale", "value_scale")
 _NUMERIC = (float, int, type(None))
 _BIASES = Problem._fields.index("biases")
@@ -36,7 +46,7 @@ class Call(NamedTuple):
     """Addresses of `tensors`."""
     tensors: list[Tensor]
     """Query, key, value, further terms, those of the bias, and those of a mask that is given as `KeyRanges`."""
-    fields: list[str]
+    fields: tuple[str, ...]
     """The field of the problem that each tensor stands for, without those of the mask."""
     differentiated: bool
 
@@ -62,7 +72,9 @@ def lookup(
         return None
     if type(dropout_p) not in _NUMERIC or dropout_p:
         return None
-    return shims.without_default_device(_lookup, query, key, value, mask, bias, terms, numbers)
+    if shims.function_modes():
+        return shims.without_default_device(_lookup, query, key, value, mask, bias, terms, numbers)
+    return _lookup(query, key, value, mask, bias, terms, numbers)
 
 
 def _lookup(
@@ -74,15 +86,16 @@ def _lookup(
     terms: tuple[Tensor | None, ...] | None,
     numbers: tuple[Any, ...],
 ) -> Call | None:
-    tensors, fields = [query, key, value], ["query", "key", "value"]
+    tensors = [query, key, value]
+    fields: tuple[str, ...] = _FIELDS
     if terms is not None:
         for name, x in zip(_TERMS, terms, strict=True):
             if x is not None:
                 tensors.append(x)
-                fields.append(name)
+                fields = (*fields, name)
     if isinstance(bias, Tensor):
         tensors.append(bias)
-        fields.append("biases")
+        fields = (*fields, "biases")
     elif bias is not None:
         if not isinstance(bias, Bias):
             return None
@@ -91,7 +104,7 @@ def _lookup(
             if field is None:  # of a user's class
                 return None
             tensors += vars(term).values()
-            fields.append(field)
+            fields = (*fields, field)
     masked: Hashable = None
     if type(mask) is KeyRanges:
         tensors += mask.tensors()
@@ -115,7 +128,7 @@ def _lookup(
             needs = None
         elif shims.saved_tensors_hooked():
             return None  # checkpointing compares what a call and its repetition save; a replay saves other tensors
-    return Call((numbers, tuple(fields), masked, needs, found.form), found.pointers, tensors, fields, needs is not None)
+    return Call((numbers, fields, masked, needs, found.form), found.pointers, tensors, fields, needs is not None)
 
 
 def _autocast_done(tensors: Sequence[Tensor]) -> bool:
@@ -134,9 +147,11 @@ def replay(call: Call) -> Sequence[Tensor] | None:
         return None
     if type(recorded) is not _Recorded:
         return None
-    results = shims.without_default_device(recorded.forward, call.pointers, call.tensors)
+    if shims.function_modes():
+        results = shims.without_default_device(recorded.forward, call.pointers, call.tensors)
+    else:
+        results = recorded.forward(call.pointers, call.tensors)
     if results is None:  # a setting of torch or the backend has changed since
-        CACHE.put(call.key, None)
         return None
     CACHE.hits += 1
     return recorded.differentiable(results, call.tensors) if call.differentiated else results
@@ -144,11 +159,14 @@ def replay(call: Call) -> Sequence[Tensor] | None:
 
 def compute(call: Call | None, problem: Problem, heads: HeadLayout, backend: str, return_lse: bool) -> Sequence[Tensor]:
     """(out, lse) of a checked call in the user's layout, lse only where asked for; recorded on second sight."""
-    if call is not None and CACHE.second_sight(call.key, CACHE.get(call.key)):
+    if call is not None and CACHE.second_sight(call.key):
         results = _record(call, problem, heads, backend, return_lse)
         if results is not None:
             return results
-    out, lse = attend(problem, backend, cached=call is None)
+    if call is None or call.differentiated:
+        out, lse = attend(problem, backend, cached=call is None)
+    else:  # nothing observes the op, nothing needs a gradient
+        out, lse = run_forward(problem, backend, cached=False)
     return (heads.output(out), heads.lse(lse)) if return_lse else (heads.output(out),)
 
 
@@ -229,7 +247,7 @@ class _Recorded:
         self.strides = [x.stride() for x in call.tensors]
         order = {name: n for n, name in enumerate(DIFFERENTIABLE)}
         terms = iter(range(len(order), len(order) + len(call.fields)))
-        fields = call.fields + [""] * (len(call.tensors) - len(call.fields))
+        fields = call.fields + ("",) * (len(call.tensors) - len(call.fields))
         self.positions = [next(terms) if name == "biases" else order.get(name) for name in fields]
         """Which gradient of those that `flat` lists each of the call's tensors has; None for none."""
         self.inputs = next(terms)
@@ -260,42 +278,73 @@ class _Recorded:
         """The gradient of each of the call's tensors, those of the query last, as autograd has them here."""
         out, lse, *others, query = saved
         tensors = [query, *others]
-        given = [*tensors, out, lse, *(x for x in (grad_out, grad_lse) if x is not None)]
-        found = None
+        every = None
         if grad_out is not None and not torch.is_grad_enabled() and shims.unobserved() and not shims.any_autocast():
+            given = [*tensors, out, lse, grad_out] if grad_lse is None else [*tensors, out, lse, grad_out, grad_lse]
             found = signature(given)
-
-        def needs() -> list[bool]:
-            flags = dict(zip(self.positions, (needed[-1], *needed[:-1]), strict=True))
-            return [flags.get(n, False) for n in range(self.inputs)]
-
-        def arguments() -> dict[str, Any]:
-            """The problem and what belongs to its results, as a backend takes them."""
-            problem = self.problem(tensors)
-            (o, s), results = problem.shapes, {"out": out, "lse": lse, "grad_out": grad_out, "grad_lse": grad_lse}
-            shapes = (o, s, o, s)
-            shaped = {n: x if x is None else x.reshape(m) for (n, x), m in zip(results.items(), shapes, strict=True)}
-            return {"problem": problem, **shaped}
-
-        if found is None:
-            every = gradients(**arguments(), needs=needs(), backend=self.backend, cached=False)
+            if found is not None:
+                key = (self, needed, found.form)
+                replay = CACHE.get(key)
+                if callable(replay):
+                    every = replay(found.pointers, given)
+                if every is None:
+                    every = self._computed(key, given, needed, grad_out, grad_lse)
+                else:
+                    CACHE.hits += 1
+        if every is None:
+            flags = self._flags(needed)
+            listed = gradients(
+                **self._arguments(tensors, out, lse, grad_out, grad_lse),
+                needs=flags,
+                backend=self.backend,
+                cached=False,
+            )
         else:
-            module = load(self.backend)
-
-            def compute() -> Gradients:
-                return module.backward(**arguments(), needs=as_needs(needs()))
-
-            def record() -> tuple[Gradients, Replay[Gradients] | None]:
-                recording = cast(Recorder, module)
-                return recording.record_backward(given=given, **arguments(), needs=as_needs(needs()))
-
-            every = flat(CACHE.run((self, needed, found.form), found.pointers, given, compute, record))
-        grads = [None if n is None else every[n] for n in self.positions]
+            listed = [*every[:-1], *every.biases]
         shaped = [
-            grad if grad is None or grad.shape == x.shape else grad.view(x.shape)
-            for grad, x in zip(grads, tensors, strict=True)
+            None if n is None or (grad := listed[n]) is None else grad if grad.shape == x.shape else grad.view(x.shape)
+            for n, x in zip(self.positions, tensors, strict=True)
         ]
         return [*shaped[1:], shaped[0]]
+
+    def _computed(
+        self,
+        key: Hashable,
+        given: list[Tensor],
+        needed: Sequence[bool],
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        """Gradients of a backward that was not replayed, recorded on second sight."""
+        last = len(self.positions)
+        arguments = self._arguments(given[:last], given[last], given[last + 1], grad_out, grad_lse)
+        arguments["needs"] = as_needs(self._flags(needed))
+        module = load(self.backend)
+        if not CACHE.second_sight(key):
+            return module.backward(**arguments)
+        made, replay = cast(Recorder, module).record_backward(given=given, **arguments)
+        CACHE.recorded += replay is not None
+        CACHE.put(key, NO_REPLAY if replay is None else replay)
+        return made
+
+    def _flags(self, needed: Sequence[bool]) -> list[bool]:
+        """Which entries of `flat` are needed."""
+        flags = dict(zip(self.positions, (needed[-1], *needed[:-1]), strict=True))
+        return [flags.get(n, False) for n in range(self.inputs)]
+
+    def _arguments(
+        self, tensors: Sequence[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> dict[str, Any]:
+        """The problem and what belongs to its results, as a backend takes them."""
+        problem = self.problem(tensors)
+        of_out, of_lse = problem.shapes
+        return {
+            "problem": problem,
+            "out": out.reshape(of_out),
+            "lse": lse.reshape(of_lse),
+            "grad_out": None if grad_out is None else grad_out.reshape(of_out),
+            "grad_lse": None if grad_lse is None else grad_lse.reshape(of_lse),
+        }
 
 
 class _Replayed(torch.autograd.Function):
@@ -311,7 +360,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        found = shims.without_default_device(
-            ctx.recorded.gradients, ctx.saved_tensors, ctx.needs_input_grad[2:], *grads
-        )
+        given = ctx.saved_tensors, ctx.needs_input_grad[2:], *grads
+        compute = ctx.recorded.gradients
+        found = shims.without_default_device(compute, *given) if shims.function_modes() else compute(*given)
         return (None, None, *found)

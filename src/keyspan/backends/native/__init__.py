@@ -205,13 +205,16 @@ def _reduced(made: list[Tensor | None], forms: list[_Form]) -> Gradients:
     """Gradients in shape and dtype of their inputs: summed over chunks, and over what an input broadcasts."""
     dq, dk, dv, dslopes, dtable, dsinks, *dbiases = made
 
+    def cast_like(form: _Form, grad: Tensor | None) -> Tensor | None:
+        return grad if form is None or grad is None or grad.dtype == form[1] else grad.to(form[1])
+
     def like(form: _Form, grad: Tensor | None) -> Tensor | None:
         return None if form is None or grad is None else grad.sum(0).sum_to_size(form[0]).to(form[1])
 
     return Gradients(
         dq,
-        None if dk is None or forms[1] is None else dk.to(forms[1][1]),
-        None if dv is None or forms[2] is None else dv.to(forms[2][1]),
+        cast_like(forms[1], dk),
+        cast_like(forms[2], dv),
         like(forms[3], dslopes),
         like(forms[4], None if dtable is None else dtable.sum(1)),
         like(forms[5], None if dsinks is None else dsinks.sum(1)),
