@@ -88,6 +88,26 @@ def test_sdpa_rows_that_see_nothing_are_zero():
     same(door.scaled_dot_product_attention(q, k, v, mask), ORIGINAL(q, k, v, mask), (q, k, v))
 
 
+@pytest.mark.parametrize("form", ["ranges", "holes", "expanded", "one for the batch", "nothing"])
+def test_sdpa_padding(form, monkeypatch):
+    """A padding mask becomes key ranges where it can, which skip what is hidden."""
+    q, k, v = (draw(3, 2, n, 8) for n in (5, 7, 7))
+    visible = torch.arange(7) < torch.tensor([7, 3, 5])[:, None]
+    if form == "holes":
+        visible[0, 2] = False
+    if form == "nothing":
+        visible[1] = False
+    mask = visible[:1, None, None] if form == "one for the batch" else visible[:, None, None]
+    if form == "expanded":
+        mask = mask.expand(3, 2, 5, 7)
+    seen = []
+    monkeypatch.setattr(
+        door, "attention", lambda *args, **kw: seen.append(kw["mask"]) or keyspan.attention(*args, **kw)
+    )
+    same(door.scaled_dot_product_attention(q, k, v, mask), ORIGINAL(q, k, v, mask), (q, k, v))
+    assert isinstance(seen[0], keyspan.KeyLengths) == (form != "holes")
+
+
 def test_sdpa_dropout_is_applied_and_unbiased():
     q, k = torch.zeros(1, 1, 2000, 8), torch.zeros(1, 1, 50, 8)
     v = torch.ones(1, 1, 50, 4)
@@ -239,6 +259,17 @@ class TestMultiheadAttention:
         bias = -slopes[:, None, None] * (i - i[:, None]).abs()
         want = theirs(x, x, x, attn_mask=bias.repeat(2, 1, 1), need_weights=False)[0]
         same(ours(x, x, x, bias=keyspan.Alibi(slopes))[0], want, (x,))
+
+    def test_padding_beside_a_layout(self):
+        ours, theirs = self.pair(batch_first=True)
+        x = draw(2, 6, 16)
+        padding = torch.arange(6) >= torch.tensor([6, 5])[:, None]
+        mask = keyspan.Documents([2, 4])
+        hidden = ~mask.materialize()[0]
+        got = ours(x, x, x, key_padding_mask=padding, mask=mask)[0]
+        same(got, theirs(x, x, x, key_padding_mask=padding, attn_mask=hidden, need_weights=False)[0], (x,))
+        with pytest.raises(ValueError, match="mask: got KeyRanges beside another mask"):
+            ours(x, x, x, key_padding_mask=padding, mask=mask.lower(2, 6, 6))
 
     def test_inside_a_layer_of_torch(self):
         layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, dtype=torch.float64)

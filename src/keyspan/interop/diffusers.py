@@ -16,8 +16,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from keyspan.core.masks import Causal
+from keyspan.core.masks import Causal, Mask
 from keyspan.dispatch.api import attention
+from keyspan.layers.multihead_attention import padding_mask
 
 Model = TypeVar("Model", bound=nn.Module)
 _NATIVE = AttentionBackendName.NATIVE
@@ -90,18 +91,15 @@ def _attend(
         return _native(
             *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, _parallel_config)
         )
-    if attn_mask is not None and attn_mask.dim() == 2 and tuple(attn_mask.shape) == (query.shape[0], key.shape[1]):
-        attn_mask = attn_mask[:, None, None]
-    hides = attn_mask is not None and not attn_mask.is_floating_point()
-    return attention(
-        query,
-        key,
-        value,
-        mask=attn_mask if hides else Causal() if is_causal else None,
-        bias=None if hides else attn_mask,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
+    mask: Mask | Tensor | None = Causal() if is_causal else None
+    bias = None
+    if attn_mask is not None:
+        of_keys = tuple(attn_mask.shape) == (query.shape[0], key.shape[1])
+        if attn_mask.is_floating_point():
+            bias = attn_mask[:, None, None] if of_keys else attn_mask
+        else:
+            mask = padding_mask(attn_mask) if of_keys else attn_mask
+    return attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
 
 
 class KeyspanAttnProcessor:

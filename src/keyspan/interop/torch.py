@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from keyspan.core.masks import Causal, Mask
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention
+from keyspan.layers.multihead_attention import padding_mask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's `mask_mod(batch, head, query, key) -> bool`: index tensors that broadcast against one another."""
@@ -73,16 +74,18 @@ def scaled_dot_product_attention(
         mask = Causal("top_left" if upper_left else "bottom_right")
     elif isinstance(attn_mask, Tensor):
         scores = _flat_scores(attn_mask, lead, dims)
-        mask, bias = (scores, None) if attn_mask.dtype == torch.bool else (None, scores)
+        if attn_mask.dtype != torch.bool:
+            bias = scores
+        elif dims > 3 and _is_padding(scores, lead.numel(), key.shape[-2]):
+            mask = padding_mask(scores[:, 0, 0].expand(lead.numel(), -1))
+        else:
+            mask = scores
     elif attn_mask is not None:
         mask = attn_mask
     q, k, v = (_flat(x, lead, dims) for x in (query, key, value))
-    out = attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
-    if dims == 2:
-        return out[0]
-    if dims == 3:
-        return out
-    return out.transpose(1, 2).reshape(*lead, query.shape[-3], query.shape[-2], value.shape[-1])
+    layout: Literal["bmhk", "bhmk"] = "bhmk" if dims > 3 else "bmhk"
+    out = attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, layout=layout)
+    return out.reshape(*lead, *query.shape[-3 if dims > 3 else -2 : -1], value.shape[-1])
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor]:
@@ -104,11 +107,10 @@ def _same_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> 
 
 
 def _flat(x: Tensor, lead: torch.Size, dims: int) -> Tensor:
-    """`[…, H, M, D]` to `[B, M, H, D]`, `[…, M, D]` to `[B, M, D]`; a view where strides allow."""
+    """`[…, H, M, D]` to `[B, H, M, D]`, `[…, M, D]` to `[B, M, D]`; a view where strides allow."""
     own = x.shape[-3:] if dims > 3 else x.shape[-2:]
     x = x.expand(*lead, *own)
-    x = x.reshape(-1, *own) if len(lead) != 1 else x
-    return x.transpose(1, 2) if dims > 3 else x
+    return x.reshape(-1, *own) if len(lead) != 1 else x
 
 
 def _flat_scores(x: Tensor, lead: torch.Size, dims: int) -> Tensor:
@@ -119,6 +121,13 @@ def _flat_scores(x: Tensor, lead: torch.Size, dims: int) -> Tensor:
     if all(size == 1 for size in x.shape[:-3]):
         return x.reshape(1, *own)
     return x.expand(*lead, *own).reshape(-1, *own)
+
+
+def _is_padding(visible: Tensor, B: int, N: int) -> bool:
+    """Whether a mask is `[B or 1, H, M, N]` and the same for all heads and queries."""
+    if visible.dim() != 4 or visible.shape[0] not in (1, B) or visible.shape[3] != N:
+        return False
+    return all(visible.shape[d] == 1 or visible.stride(d) == 0 for d in (1, 2))
 
 
 @contextmanager

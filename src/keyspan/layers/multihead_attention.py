@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import reduce
 from operator import and_
 
@@ -10,9 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan.core.biases import Bias
-from keyspan.core.masks import Causal, Mask, as_mask
+from keyspan.core.masks import Causal, Dense, KeyLengths, Layout, Mask, as_mask
+from keyspan.core.masks.checks import readable
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention
+
+
+def padding_mask(visible: Tensor) -> Mask:
+    """A padding mask `[B, N]`, true = a key, as key ranges where it can be read and each row's keys are one run.
+
+    Ranges skip the padding; the bool tensor that is the mask otherwise does not.
+    """
+    if readable(visible):
+        with suppress(ValueError):
+            return KeyLengths.from_padding_mask(visible)
+    return Dense(visible[:, None, None])
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -80,9 +93,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         B, N = key.shape[:2]
 
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self._projected(query, key, value))
-        scores = self._scores(key_padding_mask, None if is_causal else attn_mask, B, N)
-        visible, added = [x for x in scores if x.dtype == torch.bool], [x for x in scores if x.dtype != torch.bool]
-        parts = [*([Causal()] if is_causal else []), *map(as_mask, visible)]
+        # A mask has one layout, so padding beside another one stays a bool tensor.
+        alone = mask is None or (isinstance(mask, Mask) and not any(isinstance(part, Layout) for part in mask.parts))
+        visible, added = self._scores(key_padding_mask, None if is_causal else attn_mask, B, N, alone)
+        parts = [*([Causal()] if is_causal else []), *visible]
         if isinstance(mask, KeyRanges) and parts:
             raise ValueError("mask: got KeyRanges beside another mask, want a mask that is not lowered yet")
         whole = mask
@@ -110,18 +124,29 @@ class MultiheadAttention(nn.MultiheadAttention):
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
 
-    def _scores(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, B: int, N: int) -> list[Tensor]:
-        """torch's two masks, broadcastable to `[B, heads, M, N]`: bool with true = visible, or floating."""
-        found = []
+    def _scores(
+        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, B: int, N: int, ranges: bool
+    ) -> tuple[list[Mask], list[Tensor]]:
+        """What torch's two masks hide, and what they add, broadcastable to `[B, heads, M, N]`."""
+        visible: list[Mask] = []
+        added = []
         if key_padding_mask is not None:
             if tuple(key_padding_mask.shape) != (B, N):
                 raise ValueError(f"key_padding_mask: got shape {list(key_padding_mask.shape)}, want [{B}, {N}]")
-            found.append(key_padding_mask[:, None, None])
+            if key_padding_mask.dtype != torch.bool:
+                added.append(key_padding_mask[:, None, None])
+            elif ranges:
+                visible.append(padding_mask(~key_padding_mask))
+            else:
+                visible.append(Dense(~key_padding_mask[:, None, None]))
         if attn_mask is not None:
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.unflatten(0, (B, self.num_heads))
-            found.append(attn_mask)
-        return [~x if x.dtype == torch.bool else x for x in found]
+            if attn_mask.dtype == torch.bool:
+                visible.append(Dense(~attn_mask))
+            else:
+                added.append(attn_mask)
+        return visible, added
 
     def _with_added_keys(
         self, k: Tensor, v: Tensor, mask: Mask | KeyRanges | Tensor | None, bias: Bias | Tensor | None, M: int
