@@ -293,7 +293,7 @@ def test_what_is_hidden_does_not_leak(name, special, dtype):
             clean, spoilt = run(False), run(True)
         for x in clean:
             assert torch.isfinite(spoilt[x]).all(), f"{isa} {x}"
-            # The careful path adds in another order: what `tolerances` allows for rounding.
+            # The NaN repair adds in another order: what `tolerances` allows for rounding.
             largest = float(clean[x].detach().abs().max())
             allowed = torch.finfo(dtype).eps * largest + 32 * torch.finfo(torch.float32).eps * (1 + largest)
             assert worst(spoilt[x].detach(), clean[x].detach()) <= allowed, f"{isa} {x}"

@@ -1,1 +1,1 @@
-"""Keyspan under the names of other libraries. Knows how they call attention, not how attention is computed."""
+"""Keyspan under the names and calling conventions of other libraries."""

@@ -1,6 +1,6 @@
 """What tests and benchmarks share: peak memory, a textbook attention in any dtype, and tolerances derived from it.
 
-Knows nothing of pytest. The textbook form is independent of the backends: dense, a line per term, under autograd.
+The textbook form is independent of the backends: dense, a line per term, under autograd.
 """
 
 from __future__ import annotations

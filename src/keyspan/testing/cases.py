@@ -1,4 +1,4 @@
-"""The one list of attention problems that every backend must solve. Knows no backend."""
+"""The one list of attention problems that every backend must solve."""
 
 from __future__ import annotations
 

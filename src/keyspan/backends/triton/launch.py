@@ -1,4 +1,4 @@
-"""From problems to kernel launches: arguments, constants, grids and buffers. Knows no arithmetic of attention."""
+"""From problems to kernel launches: arguments, constants, grids and buffers; the arithmetic is in the kernels."""
 
 from __future__ import annotations
 
