@@ -170,7 +170,7 @@ table = config.tile
 
 def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Tensor]:
     """The results of the candidate's kernel, with this tile or the table's."""
-    from keyspan.backends.triton import launch, relaunch
+    from keyspan.backends.triton import launch
 
     problem = problem_of(c)
     if c.kernel not in ("forward", "decode") and c[1:4] not in READY:
@@ -178,8 +178,6 @@ def call(c: Candidate, tile: tuple[int, int, int, int] | None) -> list[torch.Ten
         READY[c[1:4]] = Ready(torch.randn_like(out), out, lse)
     config.tile = lambda kernel, *a: config.TileConfig(*tile) if tile and kernel == c.kernel else table(kernel, *a)
     try:
-        # What was launched with an earlier tile must not be launched again.
-        relaunch.forget()
         if c.kernel in ("forward", "decode"):
             return list(launch.forward(problem))
         ready = READY[c[1:4]]
