@@ -54,6 +54,13 @@ struct Row {
         if constexpr (KIND == F16) return widen_f16((const uint16_t *)p + i);
         return widen_bf16((const uint16_t *)p + i);
     }
+    // The last elements, fewer than STEP.
+    static INLINE vf read_last(const char *p, int64_t i, int64_t count) {
+        if constexpr (KIND == F32) return load_first((const float *)p + i, count);
+        const vh half = load_first((const uint16_t *)p + i, count);
+        if constexpr (KIND == F16) return widen_f16((const uint16_t *)&half);
+        return widen_bf16((const uint16_t *)&half);
+    }
     static INLINE vf query(const float *q, int64_t i) { return load(q + i); }
 };
 constexpr int PAIRS = 3;
@@ -62,6 +69,9 @@ struct Row<PAIRS> {
     static constexpr int STEP = 2 * W, BYTES = 2;
     typedef uint32_t Query;
     static INLINE vu read(const char *p, int64_t i) { return load_pairs((const uint16_t *)p + i); }
+    static INLINE vu read_last(const char *p, int64_t i, int64_t count) {
+        return load_first_pairs((const uint16_t *)p + i, count);
+    }
     static INLINE vu query(const uint32_t *q, int64_t i) { return load(q + i / 2); }
 };
 
@@ -106,7 +116,8 @@ INLINE void dot_products(int64_t dims, const typename Row<KIND>::Query *queries,
     vf acc[R * STREAMS];
 #pragma GCC unroll 16
     for (int i = 0; i < R * STREAMS; i++) acc[i] = vf{};
-    for (int64_t i = 0; i < dims; i += Kind::STEP) {
+    int64_t i = 0;
+    for (; i + Kind::STEP <= dims; i += Kind::STEP) {
         decltype(Kind::query(queries, i)) query[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) query[r] = Kind::query(queries + r * width, i);
@@ -119,6 +130,15 @@ INLINE void dot_products(int64_t dims, const typename Row<KIND>::Query *queries,
                 acc[r * STREAMS + stream] = multiply_add(acc[r * STREAMS + stream], query[r], key);
         }
     }
+    if (i < dims)
+#pragma GCC unroll 4
+        for (int stream = 0; stream < STREAMS; stream++) {
+            const auto key = Kind::read_last(keys[stream], i, dims - i);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+                acc[r * STREAMS + stream] =
+                    multiply_add(acc[r * STREAMS + stream], Kind::query(queries + r * width, i), key);
+        }
     sums<R * STREAMS>(acc, to);
 }
 
@@ -126,7 +146,7 @@ INLINE void dot_products(int64_t dims, const typename Row<KIND>::Query *queries,
 // the first of these keys on. Prefetches `prefetch_bytes` ahead.
 template <int R, int C, int KIND>
 INLINE void accumulate_columns(const float *weights, const char *const *values, int64_t prefetch_bytes, int64_t column,
-                               float *out, int64_t width) {
+                               int64_t count, float *out, int64_t width) {
     vf acc[R][C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -139,7 +159,8 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
             vf value[C];
 #pragma GCC unroll 4
             for (int c = 0; c < C; c++) {
-                value[c] = Row<KIND>::read(values[n * STREAMS + stream], column + c * W);
+                value[c] = C > 1 || count >= W ? Row<KIND>::read(values[n * STREAMS + stream], column + c * W)
+                                               : Row<KIND>::read_last(values[n * STREAMS + stream], column, count);
                 prefetch(values[n * STREAMS + stream] + prefetch_bytes + (column + c * W) * Row<KIND>::BYTES);
             }
 #pragma GCC unroll 4
@@ -160,7 +181,7 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
 // in another order until `unpermute_columns`. weights [R][BLOCK], of which [STREAMS / 2][STREAM_KEYS] hold bf16 pairs.
 template <int R, int C>
 INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values, int64_t prefetch_bytes, int64_t column,
-                             float *out, int64_t width) {
+                             int64_t count, float *out, int64_t width) {
     vf acc[R][2 * C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -174,8 +195,11 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
 #pragma GCC unroll 2
             for (int c = 0; c < C; c++) {
                 const int64_t at = (column + c * 2 * W) * 2;
-                const __m512i x = _mm512_loadu_si512(values[n * STREAMS + 2 * two] + at);
-                const __m512i y = _mm512_loadu_si512(values[n * STREAMS + 2 * two + 1] + at);
+                const uint16_t *a = (const uint16_t *)(values[n * STREAMS + 2 * two] + at);
+                const uint16_t *b = (const uint16_t *)(values[n * STREAMS + 2 * two + 1] + at);
+                const bool whole = C > 1 || count >= 2 * W;
+                const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, count));
+                const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, count));
                 prefetch(values[n * STREAMS + 2 * two] + prefetch_bytes + at);
                 prefetch(values[n * STREAMS + 2 * two + 1] + prefetch_bytes + at);
                 pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
@@ -215,15 +239,17 @@ INLINE void accumulate_values(int64_t dims, const float *weights, const char *co
 #if defined(KEYSPAN_AVX512BF16)
     if constexpr (KIND == PAIRS) {
         const uint32_t *pairs = (const uint32_t *)weights;
-        for (; v + 4 * W <= dims; v += 4 * W) accumulate_pairs<R, 2>(pairs, values, prefetch_bytes, v, out, width);
-        if (v < dims) accumulate_pairs<R, 1>(pairs, values, prefetch_bytes, v, out, width);
+        for (; v + 4 * W <= dims; v += 4 * W)
+            accumulate_pairs<R, 2>(pairs, values, prefetch_bytes, v, 4 * W, out, width);
+        for (; v < dims; v += 2 * W) accumulate_pairs<R, 1>(pairs, values, prefetch_bytes, v, dims - v, out, width);
         return;
     }
 #endif
     if constexpr (KIND != PAIRS) {
         for (; v + 4 * W <= dims; v += 4 * W)
-            accumulate_columns<R, 4, KIND>(weights, values, prefetch_bytes, v, out, width);
-        for (; v < dims; v += W) accumulate_columns<R, 1, KIND>(weights, values, prefetch_bytes, v, out, width);
+            accumulate_columns<R, 4, KIND>(weights, values, prefetch_bytes, v, 4 * W, out, width);
+        for (; v < dims; v += W)
+            accumulate_columns<R, 1, KIND>(weights, values, prefetch_bytes, v, dims - v, out, width);
     }
 }
 
@@ -353,26 +379,39 @@ struct DecodeUnit {
                           join_bf16(load(row + i * STREAM_KEYS + n), load(row + (i + 1) * STREAM_KEYS + n)));
     }
 
+    // Whether rows r and other see the same keys of the block, and their values may be added together.
+    INLINE bool see_alike(const Block &block, const RowTile &tile, int r, int other) const {
+        if (memcmp(block.visible[r], block.visible[other], sizeof block.visible[r])) return false;
+        return !p.mask || dense_row(*p.mask, tile, r) == dense_row(*p.mask, tile, other);
+    }
+
     // Adds the values of keys n to n + KEYS_PER_PASS - 1 of each stream, times their weights.
-    INLINE void add(const Block &block, int s, int n, int64_t g0, int64_t g1) {
-        const RowTile &tile = tiles[0];  // every group has the same spans
+    INLINE void add(const Block &block, int n, int64_t g0, int64_t g1) {
         const int64_t stride = p.v_stride[2] * size;
-        for (int r = 0, same_span; r < rows; r += same_span) {
-            // A hidden value may be NaN, so it is not read even with weight 0: rows of the same span go together.
-            for (same_span = 1; r + same_span < rows && (r + same_span) % ROWS_PER_LOAD != 0; same_span++)
-                if (tile.lo[s][r + same_span] != tile.lo[s][r] || tile.hi[s][r + same_span] != tile.hi[s][r]) break;
-            const char *seen[KEYS_PER_PASS * STREAMS];
-            for (int i = 0; i < KEYS_PER_PASS * STREAMS; i++) {
-                const int stream = i % STREAMS, key = n + i / STREAMS;
-                const Span span = block.visible[r][stream];
-                seen[i] = key >= span.begin && key < span.end ? block.values[key][stream] : nullptr;
-            }
-            GroupRows<KEYS_PER_PASS * STREAMS> values(seen, g0 * stride, stride);
-            for (int64_t g = g0; g < g1; g++, values.step()) {
-                const float *first = scores + score_offset(g, r / ROWS_PER_LOAD) + r % ROWS_PER_LOAD * BLOCK + n;
+        const bool by_group = p.mask && p.mask->stride[1] != 0;  // ranges are the same for every group
+        for (int64_t first_group = g0, last_group; first_group < g1; first_group = last_group) {
+            last_group = by_group ? first_group + 1 : g1;
+            const RowTile &tile = tiles[first_group];
+            for (int r = 0, alike; r < rows; r += alike) {
+                alike = 1;
+                while (r + alike < rows && (r + alike) % ROWS_PER_LOAD != 0 && see_alike(block, tile, r, r + alike))
+                    alike++;
+                // A hidden value may be NaN, so it is not read even with weight 0.
+                const char *seen[KEYS_PER_PASS * STREAMS];
+                for (int i = 0; i < KEYS_PER_PASS * STREAMS; i++) {
+                    const int stream = i % STREAMS, key = n + i / STREAMS;
+                    const Span span = block.visible[r][stream];
+                    bool visible = key >= span.begin && key < span.end;
+                    if (visible && p.mask) visible = mask_bit(*p.mask, tile, r, block.first[stream] + key);
+                    seen[i] = visible ? block.values[key][stream] : nullptr;
+                }
+                GroupRows<KEYS_PER_PASS * STREAMS> values(seen, first_group * stride, stride);
+                for (int64_t g = first_group; g < last_group; g++, values.step()) {
+                    const float *first = scores + score_offset(g, r / ROWS_PER_LOAD) + r % ROWS_PER_LOAD * BLOCK + n;
 #define KEYSPAN_ACCUMULATE(R) \
     accumulate_values<R, VALUES>(p.V, first, values.at, value_prefetch, out_row(g, r), plan.value_width)
-                KEYSPAN_DISPATCH_ROWS(same_span, KEYSPAN_ACCUMULATE)
+                    KEYSPAN_DISPATCH_ROWS(alike, KEYSPAN_ACCUMULATE)
+                }
             }
         }
     }
@@ -394,7 +433,7 @@ struct DecodeUnit {
                 const int longest = block.count[0];
                 for (int n = 0; n < longest; n++) compute_scores(block, n, g, g + together);
                 weights(block, s, g, g + together);
-                for (int n = 0; n < longest; n += KEYS_PER_PASS) add(block, s, n, g, g + together);
+                for (int n = 0; n < longest; n += KEYS_PER_PASS) add(block, n, g, g + together);
             }
     }
 };
@@ -428,11 +467,7 @@ void decode(const Plan &plan, int64_t b, int64_t query_tile, int64_t split, char
     const Params &p = *plan.params;
     if (p.dtype == F32) return decode_kind<F32, F32>(plan, b, query_tile, split, scratch);
     if (p.dtype == F16) return decode_kind<F16, F16>(plan, b, query_tile, split, scratch);
-    if constexpr (HAS_PAIRS) {
-        const bool keys = p.K % (2 * W) == 0, values = p.V % (2 * W) == 0;
-        if (keys && values) return decode_kind<PAIRS, PAIRS>(plan, b, query_tile, split, scratch);
-        if (keys) return decode_kind<PAIRS, BF16>(plan, b, query_tile, split, scratch);
-    }
+    if constexpr (HAS_PAIRS) return decode_kind<PAIRS, PAIRS>(plan, b, query_tile, split, scratch);
     return decode_kind<BF16, BF16>(plan, b, query_tile, split, scratch);
 }
 

@@ -173,6 +173,21 @@ int64_t backward_chunks(const Params &p, const PlanStorage &plan) {
     return std::max<int64_t>(1, std::min((2 * p.threads + units - 1) / units, plan.query_tiles));
 }
 
+// Whether keys are read from where they lie, by few rows, instead of being packed for many: where rows are few, or
+// where packing a long cache would cost more than all products with it.
+bool decodes(const Params &p, double queries_a_key, double keys) {
+    const double rows = queries_a_key * (double)p.H;
+    if (p.k_stride[3] != 1 || p.v_stride[3] != 1 || p.H > TILE_ROWS) return false;
+    return rows <= 6 || (rows <= DECODE_ROWS && keys >= 4 * queries_a_key);
+}
+
+// Whether the queries of each tile read the same sequence of paged keys.
+bool tiles_keep_to_sequences(const Params &p, int64_t tile_queries) {
+    for (int64_t m = 1; p.sequence && m < p.M; m++)
+        if (m % tile_queries && sequence_of(p, m) != sequence_of(p, m - 1)) return false;
+    return true;
+}
+
 void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     plan.params = &p;
     plan.logical_keys = logical_keys(p);
@@ -189,12 +204,12 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
         span_end = std::max(span_end, segment.begin + segment.length);
     }
     const double queries_a_key = keys ? (double)pairs / (double)keys : 0;
-    plan.decode = !backward && queries_a_key * (double)p.H <= 6 && !p.mask && p.K % 16 == 0 && p.V % 16 == 0 &&
-                  p.k_stride[3] == 1 && p.v_stride[3] == 1 && p.H <= TILE_ROWS;
+    plan.decode = !backward && decodes(p, queries_a_key, (double)(span_end - span_begin));
     if (plan.decode) {
+        if (plan.pairs) plan.key_width = round_up(p.K, 32), plan.value_width = round_up(p.V, 32);
         plan.tile_heads = p.H;
-        plan.tile_queries =
-            p.sequence ? 1 : std::max<int64_t>(1, std::min((int64_t)(queries_a_key + 0.5), TILE_ROWS / p.H));
+        plan.tile_queries = std::max<int64_t>(1, std::min((int64_t)(queries_a_key + 0.5), TILE_ROWS / p.H));
+        if (!tiles_keep_to_sequences(p, plan.tile_queries)) plan.tile_queries = 1;
         plan.first_key = span_end ? span_begin : 0;
         plan.splits = std::max<int64_t>(1, (span_end - plan.first_key + SPLIT_KEYS - 1) / SPLIT_KEYS);
     } else {

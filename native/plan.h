@@ -33,8 +33,9 @@ constexpr int BLOCK_KEYS = 256;                  // most keys whose scores a til
 constexpr int64_t PACKED_CACHE_BYTES = 8 << 20;  // packed keys held at a time, so that they stay in cache
 constexpr int MAX_RANGES = 4;                    // key ranges of a row
 constexpr int SPLIT_KEYS = 1024;                 // keys of one unit of work in decoding
-constexpr int STREAMS = 4;                       // runs of keys that such a unit reads side by side
-constexpr int STREAM_KEYS = 16;                  // keys of each run that are scored before their values are added
+constexpr int DECODE_ROWS = 48;  // most query rows for each key for which keys of a long cache are not packed
+constexpr int STREAMS = 4;       // runs of keys that such a unit reads side by side
+constexpr int STREAM_KEYS = 16;  // keys of each run that are scored before their values are added
 
 // ---- clamps
 // ----------------------------------------------------------------------------------------------------------

@@ -140,6 +140,10 @@ INLINE vf distances(int64_t distance) {
     return __builtin_convertvector(broadcast((int32_t)distance) + iota(), vf);
 }
 
+INLINE bool mask_bit(const Dense &d, const RowTile &tile, int r, int64_t j) {
+    return ((const uint8_t *)d.data)[dense_row(d, tile, r) + j * d.stride[4]];
+}
+
 INLINE vf load_table(const float *table, int64_t reach, int64_t distance) {
     if (distance >= -reach && distance + W - 1 <= reach) return load(table + reach + distance);
     vf x;
@@ -236,9 +240,7 @@ void fill_dropout(const Params &p, const RowTile &tile, int r, int64_t first, in
 // Whether row r sees packed key n in range s.
 INLINE bool is_visible(const Params &p, const RowTile &tile, int s, int r, int64_t n) {
     if (n < tile.lo[s][r] || n >= tile.hi[s][r]) return false;
-    if (!p.mask) return true;
-    return (
-        (const uint8_t *)p.mask->data)[dense_row(*p.mask, tile, r) + (n + tile.logical_offset[r]) * p.mask->stride[4]];
+    return !p.mask || mask_bit(*p.mask, tile, r, n + tile.logical_offset[r]);
 }
 
 // weight · x, or x itself where it is infinite or NaN: a visible non-finite element is not hidden by a weight of 0.

@@ -219,6 +219,38 @@ INLINE vf widen_f16(const uint16_t *p) {
 #endif
 }
 
+// The first `count` < W elements and zeros: nothing behind them is read.
+INLINE vf load_first(const float *p, int64_t count) {
+#if KEYSPAN_VECTOR == 64
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+    float x[W] = {};
+    for (int64_t i = 0; i < count; i++) x[i] = p[i];
+    return load(x);
+#endif
+}
+
+INLINE vh load_first(const uint16_t *p, int64_t count) {
+#if KEYSPAN_VECTOR == 64
+    return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+#else
+    vh x{};
+    for (int64_t i = 0; i < count; i++) x[i] = p[i];
+    return x;
+#endif
+}
+
+// The same for `count` < 2 W elements, as pairs.
+INLINE vu load_first_pairs(const uint16_t *p, int64_t count) {
+#if KEYSPAN_VECTOR == 64
+    return (vu)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p);
+#else
+    uint16_t x[2 * W] = {};
+    for (int64_t i = 0; i < count; i++) x[i] = p[i];
+    return load_pairs(x);
+#endif
+}
+
 // The upper half of each word is the nearest bf16, ties to even; the lower half is undefined.
 INLINE vu rounded_bf16(vf x) {
     const vu bits = (vu)x;

@@ -23,7 +23,7 @@ from keyspan.core.problem import make_problem
 from keyspan.dispatch.choose import choose
 from keyspan.dispatch.op import attend
 from keyspan.testing import _cotangents, peak_memory, results, tolerances, worst
-from keyspan.testing.cases import CASES, Case
+from keyspan.testing.cases import CASES, Case, _holes
 
 pytestmark = pytest.mark.skipif(binding.LIBRARY is None, reason=f"no native library: {binding.WHY_ABSENT}")
 
@@ -103,9 +103,11 @@ PAGES = torch.randperm(160, generator=torch.Generator().manual_seed(1)).reshape(
 END = S.Causal("bottom_right")
 DECODE = [
     *(Case(f"decode, {H} heads a group, M {M}", M=M, N=LONG, heads=2 * H, kv_heads=2, K=32, V=32, mask=lambda: END)
-      for H, M in [*((H, 1) for H in range(1, 9)), (1, 2), (2, 2), (3, 2), (2, 3), (1, 4)]),
+      for H, M in [*((H, 1) for H in range(1, 9)), (1, 2), (2, 2), (3, 2), (2, 3), (1, 4), (13, 1), (48, 1), (4, 8),
+                   (1, 17)]),
     *(Case(f"decode, K {K}", M=1, N=1100, K=K, V=V, heads=4)
-      for K, V in [(16, 16), (48, 80), (80, 48), (64, 128), (128, 64), (256, 256), (96, 16)]),
+      for K, V in [(16, 16), (48, 80), (80, 48), (64, 128), (128, 64), (256, 256), (96, 16), (40, 72), (100, 36),
+                   (19, 33), (1, 3)]),
     Case("decode, heads first", M=1, N=LONG, B=2, heads=4, K=64, V=64, strides="heads first"),
     Case("decode, expanded", M=1, N=1500, B=2, heads=4, K=32, V=32, strides="expanded"),
     Case("decode, lengths", M=1, N=LONG, B=4, heads=8, K=64, V=64, mask=lambda: S.KeyLengths([LONG, 0, 1025, 1]) & END),
@@ -117,6 +119,11 @@ DECODE = [
          mask=lambda: S.PagedKeys([1, 1], [1280, 1077], PAGES, 16) & END),
     Case("decode, paged, window and sinks", M=3, N=160 * 16, K=32, V=32, reach=9,
          mask=lambda: S.PagedKeys([2, 1], [1279, 1077], PAGES, 16) & S.Window(1100, 0, "bottom_right") & S.Sinks(3)),
+    Case("decode, paged, as many queries of each sequence", M=8, N=160 * 16, heads=4, kv_heads=2, K=40, V=24,
+         mask=lambda: S.PagedKeys([4, 4], [1280, 1077], PAGES, 16) & END),
+    Case("decode, dense mask", M=2, N=LONG, B=2, heads=8, kv_heads=2, K=32, V=32,
+         mask=lambda: _holes(2, LONG) & END),
+    Case("decode, dense mask by head", M=3, N=1300, heads=8, kv_heads=2, K=40, V=24, mask=lambda: _holes(8, 1, 1300)),
     Case("decode, window and sinks", M=1, N=LONG, heads=4, K=32, V=32, sinks=True,
          mask=lambda: END & S.Window(1200, 0, "bottom_right") & S.Sinks(70)),
     Case("decode, alibi", M=2, N=LONG, K=32, V=32, alibi=True, mask=lambda: END),
@@ -243,11 +250,14 @@ def case_of(M, N, mask, dtype, B=1):
     return problem_in(problem, dtype)._replace(biases=[torch.zeros(1, 1, 1, M, N, dtype=dtype)])
 
 
+HALF_SEEN = torch.rand(3, 1500, generator=torch.Generator().manual_seed(0)) < 0.4
+HALF_SEEN[:, [5, 298]] = torch.tensor([[True, False], [False, False], [False, False]])
 LEAKS = {
     "documents": (63, 63, S.Documents([5, 0, 9, 1, 17, 1, 7, 23]) & S.Causal(), [7, 16, 50], [11, 30]),
     "window and sinks": (300, 300, S.Causal() & S.Window(20, 0) & S.Sinks(2), [40, 150], [90, 290]),
     "dense mask": (70, 90, torch.rand(70, 90, generator=torch.Generator().manual_seed(0)) < 0.05, [3, 44], [20]),
     "decode, padded": (3, 3 * 1100, S.PaddedKeys([1, 1, 1], [1090, 900, 40], 1100), [1095, 2150, 2201], []),
+    "decode, dense mask": (3, 1500, HALF_SEEN, [5, 298], []),
     "decode, windows that differ": (3, 1500, END & S.Window(1200, 0, "bottom_right"), [5, 298], []),
 }
 

@@ -265,12 +265,12 @@ Problem make_problem(uint64_t seed) {
     const bool few_queries = random.chance(0.4), paged = random.chance(0.25);
     p.B = paged ? 1 : random.from(1, 3);
     if (few_queries) {
-        p.H = random.from(1, 6);
-        p.M = random.from(1, std::max<int64_t>(1, 6 / p.H));
+        p.H = random.chance(0.7) ? random.from(1, 6) : random.from(7, 24);
+        p.M = random.from(1, std::max<int64_t>(1, (random.chance(0.7) ? 6 : 48) / p.H));
         p.N = random.chance(0.3) ? random.from(1100, 2600) : random.from(1, 500);
-        p.K = random.among(whole_dims);
-        p.V = random.chance(0.5) ? p.K : random.among(whole_dims);
-        if (random.chance(0.2)) p.H = random.from(1, 20);
+        const bool whole = random.chance(0.5);
+        p.K = whole ? random.among(whole_dims) : random.among(any_dims);
+        p.V = random.chance(0.5) ? p.K : whole ? random.among(whole_dims) : random.among(any_dims);
     } else {
         p.H = random.from(1, 4);
         p.M = random.chance(0.3) ? random.from(90, 230) : random.from(1, 60);
