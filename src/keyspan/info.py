@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keyspan.backends import AUTOMATIC, BACKENDS, load
+from keyspan.backends import AUTOMATIC, BACKENDS, load, triton
 from keyspan.backends.schedule import row_blocks
 from keyspan.core import shims
 from keyspan.core.biases import Alibi, Bias
@@ -120,6 +120,8 @@ class Explanation:
     backend: str
     reasons: dict[str, str | None]
     """By backend: why it cannot, or None."""
+    kernel: str | None
+    """Of `triton`: which kernel computes the forward pass, and why not the faster one."""
     shape: str
     visible: int
     """Visible (query, key) pairs over batch and heads."""
@@ -139,6 +141,7 @@ class Explanation:
         total = self.tiles + self.tiles_skipped
         lines = [
             ("backend", self.backend),
+            *([("kernel", self.kernel)] if self.kernel else []),
             *(
                 (f"  {name}", "can" if reason is None else f"cannot: {reason}")
                 for name, reason in self.reasons.items()
@@ -206,9 +209,11 @@ def explain(
     moved += problem.key.shape[0] * problem.key.shape[1] * G * (K + V) * problem.key.element_size()
     moved += sum(x.numel() * x.element_size() for x in (query_scale, key_scale, value_scale) if x is not None)
     moved += B * M * G * H * (V * problem.output_dtype.itemsize + problem.compute_dtype.itemsize)
+    chosen = choose(problem, backend)
     return Explanation(
-        backend=choose(problem, backend),
+        backend=chosen,
         reasons={name: load(name).reason_against(problem) for name in BACKENDS},
+        kernel=triton.forward_kernel(problem) if chosen == "triton" else None,
         shape=f"B {B}, M {M}, N {N}, G {G}, H {H}, K {K}, V {V}, {str(problem.query.dtype)[6:]}"
         + (f", keys {str(problem.key.dtype)[6:]}" if problem.quantized else ""),
         visible=visible_area(problem),

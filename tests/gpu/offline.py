@@ -36,6 +36,8 @@ class Compiled(NamedTuple):
     mma: int
     mma8: int
     tma: int
+    loop_spills: int
+    """Those in the innermost loops that have wgmma."""
     serialised: list[str]
     """ptxas's C75xx notes: wgmma instructions that wait for each other."""
 
@@ -85,7 +87,8 @@ def target(name: str) -> Any:
         def run(kernel: Any, grid: Any, *args: Any, tile: Any) -> None:
             # Triton prints ptxas's log.
             with redirect_stdout(StringIO()) as log:
-                made = kernel.warmup(*args, grid=grid, num_warps=tile.warps, num_stages=tile.stages)
+                options = {"maxnreg": tile.registers} if tile.registers else {}
+                made = kernel.warmup(*args, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **options)
             results.append(_read(kernel.fn.__name__, made, log.getvalue()))
 
         launch.run = run
@@ -93,7 +96,7 @@ def target(name: str) -> Any:
 
 
 def _read(name: str, made: Any, log: str) -> Compiled:
-    registers = spills = wgmma = wgmma8 = mma = mma8 = tma = 0
+    registers = spills = loop_spills = wgmma = wgmma8 = mma = mma8 = tma = 0
     if "cubin" in made.asm:
         import triton
 
@@ -107,6 +110,7 @@ def _read(name: str, made: Any, log: str) -> Compiled:
             code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
         registers = int((re.search(r"REG:(\d+)", usage) or [0, "0"])[1])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+        loop_spills = sum(bool(re.search(r"\b(?:LDL|STL)\b", line)) for loop in _product_loops(code) for line in loop)
         wgmma, wgmma8 = (len(re.findall(rf"\b{letter}GMMA", code)) for letter in "HQ")
         mma8 = len(re.findall(r"\bQMMA", code))
         mma = len(re.findall(r"\bHMMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
@@ -116,7 +120,25 @@ def _read(name: str, made: Any, log: str) -> Compiled:
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
     serialised = re.findall(r"(C75\d\d)", log)
-    return Compiled(name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, mma8, tma, serialised)
+    return Compiled(
+        name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, mma8, tma, loop_spills, serialised
+    )
+
+
+def _product_loops(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop that has wgmma, from a disassembly."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if found := re.match(r"\s*(\.L_\w+):", line):
+            labels[found[1]] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    branches = [(re.search(r"\bBRA\b.*`\((\.L_\w+)\)", op), n) for n, op in enumerate(instructions)]
+    loops = [(labels[found[1]], n) for found, n in branches if found and labels.get(found[1], n + 1) <= n]
+    loops = [(a, b) for a, b in loops if any("GMMA" in op for op in instructions[a:b])]
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    return [instructions[a : b + 1] for a, b in inner]
 
 
 class Work(NamedTuple):
@@ -183,6 +205,8 @@ def problem_of(work: Work) -> Any:
     bias: keyspan.Bias | torch.Tensor | None = None
     if work.kind == "full":
         mask = None
+    elif work.kind == "two ranges":
+        mask = keyspan.Causal() & keyspan.Window(100, 0) & keyspan.Sinks(4)
     elif work.kind == "alibi":
         bias = keyspan.Alibi(torch.rand(G))
     elif work.kind == "table":
@@ -210,6 +234,25 @@ def problem_of(work: Work) -> Any:
     if dtype in STORED:
         scales["query_scale"] = torch.ones(1, M, G * H)
     return make_problem(q, k, v, mask=mask, bias=bias, **scales)[0]
+
+
+HOPPER = [(64, "full"), (128, "causal"), (128, "alibi"), (128, "table"), (256, "causal")]
+"""What the Hopper kernel is compiled for every day; else `HOPPER_ALL`."""
+HOPPER_ALL = [(64, "full")]
+HOPPER_ALL += [(D, kind) for D in (128, 256) for kind in ("full", "causal", "two ranges", "alibi", "table")]
+
+
+def hopper_main(every: bool) -> None:
+    """Print what became of the Hopper kernel."""
+    with target("sm_90") as results:
+        from keyspan.backends.triton import hopper, launch
+
+        hopper.reason_against = hopper.missing
+        for D, kind in HOPPER_ALL if every else HOPPER:
+            launch.forward(problem_of(Work("bfloat16", D, kind)))
+            (result,) = results
+            print(json.dumps({"head_dim": D, "kind": kind, **result._asdict()}), flush=True)
+            results.clear()
 
 
 def _never(x):  # type: ignore[no-untyped-def]
@@ -252,4 +295,7 @@ def main(name: str, every: bool, plain: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--all" in sys.argv, "--plain" in sys.argv)
+    if sys.argv[1] == "hopper":
+        hopper_main("--all" in sys.argv)
+    else:
+        main(sys.argv[1], "--all" in sys.argv, "--plain" in sys.argv)

@@ -194,3 +194,20 @@ def test_a_profiler_sees_every_launch(monkeypatch):
     else:
         monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
     assert shims.triton_hooked()
+
+
+def test_replay_takes_the_counters_of_its_stream(monkeypatch):
+    monkeypatch.setattr(relaunch, "_counters", {})
+    kernel = Kernel()
+    problem = problem_of(torch.randn(1, 32, 2, 16), torch.randn(1, 32, 2, 16))
+    out, first = torch.empty(3), relaunch.counters(torch.device("cpu"), 99)
+    launches = [(kernel, (1,), [launch._arguments(problem), out, first])]
+    replay = relaunch.recorded(problem, tensors_of(problem), launches, [out], [out.shape])
+    pointers = [x.data_ptr() for x in tensors_of(problem)]
+    replay(pointers, tensors_of(problem))
+    monkeypatch.setattr(shims, "cuda_stream", lambda index: 98)
+    replay(pointers, tensors_of(problem))
+    second = relaunch.counters(torch.device("cpu"), 98)
+    assert [call[-1] for call in kernel.calls] == [first.pointer, second.pointer]
+    assert first.pointer != second.pointer
+    assert not torch.cat([first.tensor, second.tensor]).any()

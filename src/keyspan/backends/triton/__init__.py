@@ -1,4 +1,4 @@
-"""The fast path on NVIDIA and AMD GPUs, in plain Triton: what it refuses. `launch` runs a problem.
+"""The fast path on NVIDIA and AMD GPUs, in Triton: what it refuses. `launch` runs a problem.
 
 Triton is imported when the first problem is run.
 """
@@ -49,6 +49,14 @@ def _interpreter_fixed() -> bool:
     from triton.runtime.interpreter import InterpreterBuilder
 
     return getattr(InterpreterBuilder, "has_fixed_casts", False)
+
+
+def forward_kernel(problem: Problem) -> str:
+    """Which kernel computes the forward pass of a problem, and why not the faster one."""
+    from keyspan.backends.triton import hopper
+
+    reason = hopper.reason_against(problem)
+    return "Hopper's, in Gluon" if reason is None else f"plain Triton, not Hopper's: {reason}"
 
 
 @torch.compiler.assume_constant_result

@@ -18,6 +18,8 @@ class TileConfig(NamedTuple):
     """Keys."""
     warps: int
     stages: int
+    registers: int = 0
+    """Of a thread when the program starts, for kernels whose warps then divide them anew; 0: the compiler's choice."""
 
 
 KERNELS = ("forward", "decode", "keys", "keys alone", "values alone", "queries", "bias", "table")

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from keyspan.backends import Gradients, Needs, Replay
-from keyspan.backends.triton import config, relaunch
+from keyspan.backends.triton import config, hopper, relaunch
 from keyspan.backends.triton.backward_kernels import (
     bias_kernel,
     bounds_kernel,
@@ -25,6 +25,7 @@ from keyspan.backends.triton.backward_kernels import (
 )
 from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel
 from keyspan.backends.triton.primitives import STATS_PADDING, Arguments, Constants
+from keyspan.core import shims
 from keyspan.core.problem import Problem
 
 _CACHED_KEYS = 16 * 2**20
@@ -38,7 +39,8 @@ Launch = tuple[Any, tuple[int, ...], list[Any], config.TileConfig]
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.TileConfig) -> Any:
     """Launch a kernel; returns it compiled. All launches go through here, so that tests can compile for another GPU."""
-    return kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+    options = {"maxnreg": tile.registers} if tile.registers else {}
+    return kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages, **options)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,12 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made,
     made = {"out": out, "lse": lse}
     if out.numel() == 0 and lse.numel() == 0:
         return made, []
+    if hopper.reason_against(problem) is None:
+        counters = relaunch.counters(query.device, shims.cuda_stream(query.device.index) if query.is_cuda else 0)
+        step = hopper.launch(
+            problem, _arguments(problem), hopper.tile(problem), out, lse, counters, _processors(query.device)
+        )
+        return made, _launched(query, [step])
     rows = _rows_per_tile(problem)
     tile = _tile("decode" if rows else "forward", problem)
     pack = 1

@@ -6,12 +6,11 @@ A launch takes a few microseconds on the device, and far more on the host where 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from keyspan.backends import Replay, empty_like, template
 from keyspan.backends.triton.primitives import Arguments
@@ -91,6 +90,42 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+class Counters:
+    """Two int32 that are 0 when a kernel starts and that it sets back to 0; a pointer argument, as a tensor is."""
+
+    dtype = torch.int32
+
+    def __init__(self, device: torch.device, tensor: Tensor | None = None):
+        self.tensor = torch.zeros(2, dtype=torch.int32, device=device) if tensor is None else tensor
+        self.pointer = self.tensor.data_ptr()
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+_counters: dict[tuple[int | None, int], Counters] = {}
+"""By device index and stream."""
+_spare: dict[torch.device, tuple[Tensor, Iterator[Tensor]]] = {}
+"""Counters for launches in CUDA graphs, which take a pair each: a graph may run beside other launches."""
+_MOST_IN_GRAPHS = 4096
+
+
+def counters(device: torch.device, stream: int) -> Counters:
+    """Counters for a launch on a stream. Launches on one stream share theirs, for they run one after the other."""
+    cuda = device.type == "cuda"
+    if cuda and shims.cuda_capturing():
+        # Without spare ones the graph has a launch that makes zeros.
+        return Counters(device, next(_spare[device][1], None) if device in _spare else None)
+    found = _counters.get((device.index, stream))
+    if found is None:
+        found = _counters[device.index, stream] = Counters(device)
+        if cuda and device not in _spare:
+            every = torch.zeros(_MOST_IN_GRAPHS, 2, dtype=torch.int32, device=device)
+            torch.cuda.current_stream(device).synchronize()  # a graph may run on any stream
+            _spare[device] = every, iter(every)
+    return found
+
+
 def _launcher(pointers: Sequence[int], launches: list[Launched]) -> Callable[[list[int], int], None] | None:
     """Launches on a stream, given the addresses in place of `pointers`; None where that cannot be."""
     if not launches or any(kernel is None for kernel, _, _ in launches):
@@ -99,18 +134,24 @@ def _launcher(pointers: Sequence[int], launches: list[Launched]) -> Callable[[li
     for n, pointer in enumerate(pointers):
         where.setdefault(pointer, n)
     given = next(x for x in launches[0][2] if isinstance(x, Arguments))
+    device = given.q.device
+    counted = next((x for _, _, given in launches for x in given if isinstance(x, Counters)), None)
+    if counted is not None:
+        where[counted.pointer] = len(pointers)
     try:
         steps = [_Step(kernel, grid, given, where) for kernel, grid, given in launches]
         numbers, slots = _slots(given, where)
     except KeyError:
         return None  # an argument is a copy, which must be made every time
-    index = given.q.device.index
+    index = device.index
 
     def launch(pointers: list[int], stream: int) -> None:
         if shims.cuda_device() != index:
             with torch.cuda.device(index):
                 launch(pointers, stream)
             return
+        if counted is not None:
+            pointers = [*pointers, counters(device, stream).pointer]
         values = numbers.copy()
         for n, at in slots:
             values[n] = pointers[at]
@@ -124,7 +165,7 @@ def _launcher(pointers: Sequence[int], launches: list[Launched]) -> Callable[[li
 def _slots(given: Iterable[Any], where: Mapping[int, int]) -> tuple[list[Any], list[tuple[int, int]]]:
     """Arguments without their pointers, and which pointer comes where."""
     values = list(given)
-    slots = [(n, where[x.data_ptr()]) for n, x in enumerate(values) if isinstance(x, Tensor)]
+    slots = [(n, where[x.data_ptr()]) for n, x in enumerate(values) if isinstance(x, (Tensor, Counters))]
     for n, _ in slots:
         values[n] = None
     return values, slots
@@ -162,7 +203,7 @@ class _Step:
         for x in given:
             if isinstance(x, Arguments):
                 self.arguments_at = len(values)
-            if isinstance(x, TensorDescriptor):
+            if hasattr(x, "block_shape"):  # a descriptor, Triton's or Gluon's
                 encoder = encoders[len(self.maps)]
                 self.maps.append((len(values), where[x.base.data_ptr()], _encoder(x, encoder), {}))
                 # What follows a descriptor, its shape and strides, is always the same.
@@ -190,12 +231,12 @@ class _Step:
         self.launch(*values)
 
 
-def _encoder(like: TensorDescriptor, encode: Callable[[Any], list[Any]]) -> Callable[[int], Any]:
+def _encoder(like: Any, encode: Callable[[Any], list[Any]]) -> Callable[[int], Any]:
     """Makes a descriptor over other memory of the same shape and strides, which are not checked again."""
     fields = {**like.__dict__, "base": None}
 
     def made(pointer: int) -> Any:
-        other = object.__new__(TensorDescriptor)
+        other = object.__new__(type(like))
         other.__dict__.update(fields, base=_Address(pointer))
         return encode(other)[0]
 

@@ -1,0 +1,168 @@
+"""Which forward passes the Hopper kernel computes, and its launch. Imports Triton's Gluon for the first one that fits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keyspan.core.problem import Problem
+
+# By head dimension: fewest queries, fewest keys, and fewest tiles of queries for each multiprocessor. Below these the plain
+# kernel was as fast on an H100, or faster.
+_LEAST = {64: (1024, 4096, 8.0), 128: (1024, 1024, 1.2), 256: (256, 256, 1.2)}
+_LEAST_DIM = 40
+"""Head dimensions are padded to 64 and more."""
+_CACHED_KEYS = 16 * 2**20
+"""Bytes of keys and values that programs running at the same time should share; a third of an H100's L2."""
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def reason_against(problem: Problem) -> str | None:
+    """Why the plain Triton kernel computes the forward pass of a problem, and not the kernel for Hopper."""
+    query, value = problem.query, problem.value
+    B, M, G, H, K = query.shape
+    if not _runs_on(query.device):
+        return "the device is not a GPU of compute capability 9.0 with a Triton whose Gluon has Hopper's instructions"
+    reason = missing(problem)
+    if reason is not None:
+        return reason
+    if min(K, value.shape[-1]) < _LEAST_DIM:
+        return f"head dimensions are {K} and {value.shape[-1]}, want at least {_LEAST_DIM}"
+    dim = _padded(max(K, value.shape[-1]))
+    if dim == 64 and problem.lo is not None:
+        return "with a mask, head dimensions up to 64 are as fast there"
+    queries, keys, share = _LEAST[dim]
+    if min(M - queries, value.shape[1] - keys) < 0:
+        return f"there are {M} queries and {value.shape[1]} keys, want at least {queries} and {keys}"
+    tiles, least = B * G * H * -(-M // tile(problem).BM), share * _processors(query.device.index)
+    if tiles < least:
+        return f"there are {tiles} tiles of queries, want at least {least:.0f}, {share} for each multiprocessor"
+    return None
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _padded(dim: int) -> int:
+    return max(64, 1 << (dim - 1).bit_length())
+
+
+def missing(problem: Problem) -> str | None:
+    """What of a problem the Hopper kernel does not have."""
+    query, key, value = problem.query, problem.key, problem.value
+    if query.dtype not in (torch.bfloat16, torch.float16) or key.dtype != query.dtype:
+        return f"query is {query.dtype} and key {key.dtype}, want both bfloat16 or both float16"
+    if problem.output_dtype != query.dtype:
+        return f"output_dtype is {problem.output_dtype}, want {query.dtype} as query"
+    for reason, found in (
+        ("keys are paged", problem.block_table is not None),
+        ("rows have more than three ranges", problem.lo is not None and problem.lo.shape[0] > 3),
+        ("there is a dense mask", problem.dense is not None),
+        ("there is a dense bias", bool(problem.biases)),
+        ("there is dropout", problem.dropout_p > 0),
+        ("there are no keys", key.shape[1] == 0),
+        ("TMA cannot read tensors of these strides", not all(map(_describable, (query, key, value)))),
+        ("the relative table's last stride is not 1", problem.table is not None and problem.table.stride(-1) != 1),
+    ):
+        if found:
+            return reason
+    return None
+
+
+def _runs_on(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and _gluon(device.index)
+
+
+@functools.cache
+def _gluon(index: int) -> bool:
+    # Compiled for any other architecture these kernels end the process.
+    if torch.cuda.get_device_capability(index) != (9, 0):
+        return False
+    try:
+        import triton
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
+    except ImportError:
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+
+def tile(problem: Problem) -> Any:
+    """The tile of a problem, a `config.TileConfig`."""
+    from keyspan.backends.triton.config import TileConfig
+
+    dim = _padded(max(problem.query.shape[-1], problem.value.shape[-1]))
+    if dim == 64:
+        return TileConfig(192, 128, 4, 3, 128)
+    return TileConfig(128, 128 if dim == 128 else 64, 4, 2, 168)
+
+
+def launch(
+    problem: Problem, arguments: Any, tile: Any, out: Tensor, lse: Tensor, counters: Any, processors: int
+) -> tuple[Any, tuple[int, ...], list[Any], Any]:
+    """Kernel, grid, arguments and tile of the forward pass.
+
+    Args:
+        arguments: `primitives.Arguments` of the problem.
+        counters: `relaunch.Counters`.
+        processors: how many programs run at a time.
+    """
+    from keyspan.backends.triton.hopper_kernels import ROWS, Form, Scales, hopper_forward_kernel
+
+    B, M, G, H, k_dim = problem.query.shape
+    N, v_dim = problem.value.shape[1], problem.value.shape[-1]
+    K, V = map(_padded, (k_dim, v_dim))
+    consumers = tile.BM // ROWS.value
+    # Registers of a thread: what a consumer can have where the launch begins with tile.registers each.
+    registers = {2: (240, 24), 3: (160, 32)}[consumers]
+    simple = problem.scale >= _SMALLEST and not problem.softcap and problem.slopes is None and problem.table is None
+    S = 0 if problem.lo is None else problem.lo.shape[0]
+    form = Form(
+        tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, simple, problem.softcap > 0, consumers, tile.stages, *registers
+    )
+    score = problem.scale / problem.softcap if problem.softcap else problem.scale * math.log2(math.e)
+    scales = Scales(*map(_single, (score, problem.softcap * math.log2(math.e))))
+    heads = B * G * H
+    at_once = min(heads, max(1, _CACHED_KEYS * H // max(1, N * (K + V) * 2)))
+    items = heads * -(-M // tile.BM)
+    queries = _described(problem.query.permute(0, 2, 3, 1, 4), [1, 1, 1, ROWS.value, K])
+    keys = _described(problem.key.transpose(1, 2), [1, 1, tile.BN, K])
+    values = _described(problem.value.transpose(1, 2), [1, 1, tile.BN, V])
+    given = [arguments, scales, queries, keys, values, out, lse, counters, at_once, items, form]
+    return hopper_forward_kernel, (min(items, processors),), given, tile
+
+
+def _single(x: float) -> float:
+    """A number as the kernel takes it, in fp32: 0 or infinite where that has no normal number for it."""
+    if abs(x) < _SMALLEST:
+        return 0.0
+    return x if abs(x) <= torch.finfo(torch.float32).max else math.copysign(math.inf, x)
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether TMA can read it: rows are contiguous, everything else is aligned to 16 bytes."""
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(
+            stride > 0 and stride * x.element_size() % 16 == 0
+            for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+            if size > 1
+        )
+    )
+
+
+def _described(x: Tensor, block: list[int]) -> Any:
+    """A descriptor for TMA that reads blocks of this shape."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout.get_default_for(block, bfloat16)  # or any other dtype of 16 bits
+    # A dimension of size 1 may have any stride; the descriptor wants a multiple of 16 bytes.
+    strides = [s if n > 1 else 16 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)

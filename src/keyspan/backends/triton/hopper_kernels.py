@@ -1,0 +1,553 @@
+"""Forward for Hopper (sm_90) in Gluon: warps with roles of their own, in programs that take one tile of queries after another.
+
+As in FlashAttention-3 (Shah et al. 2024): one producer warp fills a ring of key and value tiles by TMA; two or three
+consumer warpgroups compute 64 query rows each, and while one computes its softmax the tensor cores work for another. A
+planner warp takes the next tile and reads its key ranges while consumers are busy. What a tile executes is kept short:
+an SM's instruction cache does not hold three copies of a longer loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from keyspan.backends.triton.primitives import INFINITY, LN2, LOG2E
+
+# Triton 3.8 renames it.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+ROWS = gl.constexpr(64)
+"""Query rows of a consumer: those of one wgmma."""
+FAR = gl.constexpr(2**31 - 1)
+FRACTION_FREE = gl.constexpr(2.0**24)
+"""From here on fp32 has no fractions."""
+LARGEST = gl.constexpr(3.4028234663852886e38)
+MOVE = gl.constexpr("mov.b32 $0, $1;")
+
+# Entries of a plan: an item's first row, head of the group, group and batch entry; how many blocks of keys it visits; for
+# each of up to three ranges the first key and the number of the first block; then, for each range and consumer, from which
+# key to which all rows see every key, and to which and from which key what depends on position is constant.
+ROW, HEAD, GROUP, BATCH, COUNT, BEGIN, START, FULL, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 5, 8, 11, 64))
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for."""
+
+    BM: int
+    """Rows of a tile: 64 for each consumer."""
+    BN: int
+    K: int
+    """Head dimensions padded to a power of two, then as they are."""
+    V: int
+    k_dim: int
+    v_dim: int
+    H: int
+    S: int
+    """Ranges per row; 0 where every key is visible."""
+    simple: bool
+    """Scores are score_scale · q·k with score_scale > 0: the scale folds into the exponential."""
+    softcap: bool
+    consumers: int
+    stages: int
+    """Tiles of keys, and of values, in the ring."""
+    consumer_registers: int
+    producer_registers: int
+
+
+class Scales(NamedTuple):
+    """Of scores, which are in log₂."""
+
+    score: float
+    """scale · log₂e, or scale / softcap where there is a softcap."""
+    cap: float
+    """softcap · log₂e."""
+
+
+@gluon.jit
+def hopper_forward_kernel(a, scales, query_tiles, key_tiles, value_tiles, out, lse, counters, heads_at_once, items,
+                          C: gl.constexpr):  # fmt: skip
+    """out [B, M, G, H, V] and lse [B, G, H, M] (natural), both contiguous.
+
+    Grid: (programs). An item is a tile of C.BM rows of one head. Each program takes the item of its own number, then
+    whichever is next, because items differ in length.
+
+    Args:
+        counters: int32 [2]: items taken beyond the first ones, and programs that are done. The last one to be done sets
+            both back to 0, which they are at the start.
+    """
+    CONSUMERS: gl.constexpr = C.consumers
+    STAGES: gl.constexpr = C.stages
+    dtype: gl.constexpr = query_tiles.dtype
+    queries = gl.allocate_shared_memory(dtype, [C.consumers, 1, 1, 1, ROWS, C.K], query_tiles.layout)
+    keys = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, C.BN, C.K], key_tiles.layout)
+    values = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, C.BN, C.V], value_tiles.layout)
+    plans = gl.allocate_shared_memory(gl.int32, [2 * ENTRIES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    query_full = gl.allocate_shared_memory(gl.int64, [C.consumers, 1], mbarrier.MBarrierLayout())
+    query_empty = gl.allocate_shared_memory(gl.int64, [C.consumers, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    value_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    plan_next = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    plan_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(CONSUMERS):
+        mbarrier.init(query_full.index(n), count=1)
+        mbarrier.init(query_empty.index(n), count=1)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(key_full.index(n), count=1)
+        mbarrier.init(key_empty.index(n), count=C.consumers)
+        mbarrier.init(value_full.index(n), count=1)
+        mbarrier.init(value_empty.index(n), count=C.consumers)
+    for n in gl.static_range(2):
+        mbarrier.init(plan_full.index(n), count=1)
+        mbarrier.init(plan_empty.index(n), count=C.consumers)
+    mbarrier.init(plan_next.index(0), count=1)
+
+    rings = (
+        (queries, query_full, query_empty),
+        (keys, key_full, key_empty),
+        (values, value_full, value_empty),
+        (plans, plan_full, plan_empty, plan_next),
+    )
+    if C.consumers == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (a, scales, rings, out, lse, 0, C)),
+                (_consumer, (a, scales, rings, out, lse, 1, C)),
+                (_producer, (query_tiles, key_tiles, value_tiles, rings, C)),
+                (_planner, (a, rings, counters, heads_at_once, items, C)),
+            ],
+            [4, 1, 1],
+            [C.consumer_registers, C.producer_registers, C.producer_registers],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (a, scales, rings, out, lse, 0, C)),
+                (_consumer, (a, scales, rings, out, lse, 1, C)),
+                (_consumer, (a, scales, rings, out, lse, 2, C)),
+                (_producer, (query_tiles, key_tiles, value_tiles, rings, C)),
+                (_planner, (a, rings, counters, heads_at_once, items, C)),
+            ],
+            [4, 4, 1, 1],
+            [C.consumer_registers, C.consumer_registers, C.producer_registers, C.producer_registers],
+        )
+
+
+@gluon.jit
+def _place(a, item, heads_at_once, C: gl.constexpr):
+    """First row, head of the group, group and batch entry of an item.
+
+    Tiles that come last, the long ones of a causal mask, go first; `heads_at_once` heads go through all their tiles
+    before the next do, so that their keys stay in cache.
+    """
+    tiles = (a.M + C.BM - 1) // C.BM
+    run = item // (heads_at_once * tiles)
+    inside = item - run * heads_at_once * tiles
+    heads = gl.minimum(heads_at_once, a.B * a.G * C.H - run * heads_at_once)
+    head = run * heads_at_once + inside % heads
+    return (tiles - 1 - inside // heads) * C.BM, head % C.H, head // C.H % a.G, head // C.H // a.G
+
+
+@gluon.jit
+def _term(pointer):
+    """Terms of a score, as they are stored, in log₂; finite ones stay finite."""
+    x = gl.load(pointer).to(gl.float32)
+    return gl.where(gl.abs(x) < INFINITY, gl.minimum(gl.maximum(x * LOG2E, -LARGEST), LARGEST), x)
+
+
+@gluon.jit
+def _range(a, s: gl.constexpr, b, i, C: gl.constexpr):
+    """lo, hi and diagonal of rows i in range s."""
+    if C.S == 0:
+        lo = i * 0
+        hi = lo + a.N
+        diagonal = i
+    else:
+        lo = gl.maximum(gl.load(a.lo + s * a.lo_s + b * a.lo_b + i * a.lo_m), 0)
+        hi = gl.minimum(gl.load(a.hi + s * a.hi_s + b * a.hi_b + i * a.hi_m), a.N)
+        diagonal = gl.load(a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m)
+    return lo, hi, diagonal
+
+
+@gluon.jit
+def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
+    """Takes items, each once the keys of the one before are on their way, and works out which keys it visits."""
+    CONSUMERS: gl.constexpr = C.consumers
+    plans, full, empty, following = rings[3]
+    item = gl.program_id(0)
+    turn = 0
+    running = True
+    while running:
+        slot = turn % 2
+        plan = (plans, slot * ENTRIES)
+        if turn > 0:
+            # As late as may be, or long items would be taken early by who is busy.
+            mbarrier.wait(following.index(0), turn - 1 & 1)
+            item = gl.num_programs(0) + gl.atomic_add(counters, 1)
+        mbarrier.wait(empty.index(slot), turn // 2 & 1 ^ 1)
+        running = item < items
+        if running:
+            row, h, g, b = _place(a, item, heads_at_once, C)
+            _put(plan, ROW, row)
+            _put(plan, HEAD, h)
+            _put(plan, GROUP, g)
+            _put(plan, BATCH, b)
+            count = row * 0
+            for s in gl.static_range(max(C.S, 1)):
+                first = count * 0 + FAR
+                last = count * 0
+                for n in gl.static_range(CONSUMERS):
+                    # Two rows a thread.
+                    i, _ = _rows(a, row + n * ROWS, gl.BlockedLayout([2], [32], [1], [0]))
+                    lo, hi, diagonal = _range(a, s, b, i, C)
+                    seen = lo < hi
+                    first = gl.minimum(first, gl.min(gl.where(seen, lo, FAR), 0))
+                    last = gl.maximum(last, gl.max(gl.where(seen, hi, 0), 0))
+                    at = FULL + 4 * (s * CONSUMERS + n)
+                    _put(plan, at, gl.max(gl.where(seen, lo, FAR), 0))
+                    _put(plan, at + 1, gl.min(gl.where(seen, hi, 0), 0))
+                    if (a.slopes is not None) or (a.table is not None):
+                        _put(plan, at + 2, gl.min(gl.where(seen, diagonal, FAR), 0) - a.reach + 1)
+                        _put(plan, at + 3, gl.max(gl.where(seen, diagonal, -FAR), 0) + a.reach)
+                first = gl.minimum(first, last)
+                _put(plan, BEGIN + s, first)
+                _put(plan, START + s, count)
+                count += (last - first + C.BN - 1) // C.BN
+            _put(plan, COUNT, count)
+        else:
+            _put(plan, COUNT, item * 0 - 1)
+        mbarrier.arrive(full.index(slot), count=1)
+        turn += 1
+    if gl.atomic_add(counters + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counters, 0)
+        gl.store(counters + 1, 0)
+
+
+@gluon.jit
+def _put(plan, at, x):
+    """Write an entry of a plan."""
+    plan[0].index(plan[1] + at).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + x)
+
+
+@gluon.jit
+def _get(plan, at):
+    """An entry of a plan."""
+    return gl.max(plan[0].index(plan[1] + at).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def _blocks(plan, C: gl.constexpr):
+    """Where each range's blocks begin, and from the second range on which block is its first."""
+    begin0 = _get(plan, BEGIN)
+    begin1, begin2, second, third = begin0, begin0, begin0, begin0
+    if C.S > 1:
+        begin1 = _get(plan, BEGIN + 1)
+        second = _get(plan, START + 1)
+    if C.S > 2:
+        begin2 = _get(plan, BEGIN + 2)
+        third = _get(plan, START + 2)
+    return begin0, begin1, begin2, second, third
+
+
+@gluon.jit
+def _key(blocks, t, C: gl.constexpr):
+    """The first key of the t-th block."""
+    begin0, begin1, begin2, second, third = blocks
+    j0 = begin0 + t * C.BN
+    if C.S > 1:
+        j0 = gl.where(t < second, j0, begin1 + (t - second) * C.BN)
+    if C.S > 2:
+        j0 = gl.where(t < third, j0, begin2 + (t - third) * C.BN)
+    return j0
+
+
+@gluon.jit
+def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
+    """Loads each item's rows, and the keys and values they see."""
+    CONSUMERS: gl.constexpr = C.consumers
+    queries, query_full, query_empty = rings[0]
+    keys, key_full, key_empty = rings[1]
+    values, value_full, value_empty = rings[2]
+    plans, plan_full, plan_empty, plan_next = rings[3]
+    filled = 0
+    turn = 0
+    loaded = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    count = _get((plans, 0), COUNT)
+    while count >= 0:
+        plan = (plans, turn % 2 * ENTRIES)
+        row, h, g, b = _get(plan, ROW), _get(plan, HEAD), _get(plan, GROUP), _get(plan, BATCH)
+        blocks = _blocks(plan, C)
+        for t in range(count):
+            j0 = _key(blocks, t, C)
+            stage = (filled + t) % C.stages
+            phase = (filled + t) // C.stages & 1
+            mbarrier.wait(key_empty.index(stage), phase ^ 1)
+            mbarrier.expect(key_full.index(stage), key_tiles.block_type.nbytes)
+            tma_load(key_tiles, [b, g, j0, 0], key_full.index(stage), keys.index(stage))
+            if t == 0:
+                for n in gl.static_range(CONSUMERS):
+                    mbarrier.wait(query_empty.index(n), loaded & 1 ^ 1)
+                    mbarrier.expect(query_full.index(n), query_tiles.block_type.nbytes)
+                    tma_load(query_tiles, [b, g, h, row + n * ROWS, 0], query_full.index(n), queries.index(n))
+            mbarrier.wait(value_empty.index(stage), phase ^ 1)
+            mbarrier.expect(value_full.index(stage), value_tiles.block_type.nbytes)
+            tma_load(value_tiles, [b, g, j0, 0], value_full.index(stage), values.index(stage))
+        mbarrier.arrive(plan_next.index(0), count=1)
+        filled += count
+        loaded += (count > 0).to(gl.int32)
+        turn += 1
+        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        count = _get((plans, turn % 2 * ENTRIES), COUNT)
+
+
+@gluon.jit
+def _rows(a, row, layout: gl.constexpr):
+    """A consumer's query rows, and whether they exist; those beyond the end repeat the last."""
+    i = row + gl.arange(0, ROWS, layout)
+    return gl.minimum(i, a.M - 1), i < a.M
+
+
+@gluon.jit
+def _range_at(a, plan, b, i, t, bounds, ME: gl.constexpr, C: gl.constexpr):
+    """lo, hi and diagonal of rows i in the range whose first block is the t-th, and that range's entries of the plan;
+    `bounds`, the same of the range before, where none begins there."""
+    for s in gl.static_range(max(C.S, 1)):
+        if t == _get(plan, START + s):
+            lo, hi, diagonal = _range(a, s, b, i, C)
+            at = FULL + 4 * (s * C.consumers + ME)
+            full_first, full_last = _get(plan, at), _get(plan, at + 1)
+            left, right = _get(plan, at + 2), _get(plan, at + 3)
+            bounds = (lo, hi, diagonal, full_first, full_last, left, right)
+    return bounds
+
+
+@gluon.jit
+def _capped(s, scales, C: gl.constexpr):
+    """Products to scores, without the scale where that folds into the exponential."""
+    if C.softcap:
+        x = s * scales.score
+        square = x * x
+        # tanh near 0 by its series: the difference below has an absolute error of one rounding of 1.
+        near = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        far = 1.0 - 2.0 / (1.0 + gl.exp2(x * (2.0 * LOG2E)))
+        s = gl.where(square < 0.09, near, far) * scales.cap
+    elif not C.simple:
+        s = s * scales.score
+    return s
+
+
+@gluon.jit
+def _position_terms(a, b, g, h):
+    """ALiBi's slope, and the first and the last entry of the relative table; 0 without them."""
+    slope = 0.0
+    first = 0.0
+    last = 0.0
+    if a.slopes is not None:
+        slope = _term(a.slopes + b * a.slopes_b + g * a.slopes_g + h * a.slopes_h)
+    if a.table is not None:
+        table = a.table + g * a.table_g + h * a.table_h
+        first = _term(table)
+        last = _term(table + 2 * a.reach)
+    return slope, first, last
+
+
+@gluon.jit
+def _near(s, a, g, h, slope, distance):
+    """Scores plus what depends on the distance of key and row."""
+    if a.slopes is not None:
+        s -= slope * gl.abs(distance).to(gl.float32)
+    if a.table is not None:
+        entry = gl.minimum(gl.maximum(distance, -a.reach), a.reach) + a.reach
+        s += _term(a.table + g * a.table_g + h * a.table_h + entry)
+    return s
+
+
+@gluon.jit
+def _scores(s, a, scales, g, h, terms, bounds, j0, layout: gl.constexpr, C: gl.constexpr):
+    """Products of a consumer's rows with keys j0 … to scores: those returned times a factor plus, by row, a shift.
+
+    What all rows see, far from the diagonal, needs no predicate, and one table entry and differences of distances serve
+    all its keys.
+    """
+    lo, hi, diagonal, full_first, full_last, left, right = bounds
+    n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, layout)), 0)
+    full = (j0 >= full_first) & (j0 + C.BN <= full_last)
+    s = _capped(s, scales, C)
+    unit = scales.score if C.simple else 1.0
+    shift = 0.0
+    if (a.slopes is not None) or (a.table is not None):
+        slope, first, last = terms
+        is_left = j0 + C.BN <= left
+        shift = lo.to(gl.float32) * 0.0
+        if full & (is_left | (j0 >= right)):
+            if a.slopes is not None:
+                tilt = gl.where(is_left, slope, -slope)
+                s += tilt * n.to(gl.float32)
+                shift += tilt * (j0 - diagonal).to(gl.float32)
+            if a.table is not None:
+                shift += gl.where(is_left, first, last)
+        else:
+            s = _near(s, a, g, h, slope, j0 + n - gl.expand_dims(diagonal, 1))
+            s = _masked(s, j0 + n, lo, hi)
+    elif not full:
+        s = _masked(s, j0 + n, lo, hi)
+    return s, unit, shift
+
+
+@gluon.jit
+def _masked(s, j, lo, hi):
+    """Scores where rows see key j, else −inf."""
+    # The compiler would compare in every tile and drop the branch around this, but for something it must not move.
+    lo = gl.inline_asm_elementwise(MOVE, "=r,r", [lo], dtype=gl.int32, is_pure=False, pack=1)
+    # Below lo the difference wraps around and is larger than any width.
+    width = gl.maximum(hi - lo, 0).to(gl.uint32, bitcast=True)
+    return gl.where((j - gl.expand_dims(lo, 1)).to(gl.uint32, bitcast=True) < gl.expand_dims(width, 1), s, -INFINITY)
+
+
+@gluon.jit
+def _weights(s, unit, shift, m, l):
+    """The online softmax: weights, by what earlier ones shrink, and the new largest score and sum."""
+    highest = gl.maximum(m, gl.max(s, 1) * unit + shift)
+    # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
+    pivot = gl.where(highest == -INFINITY, 0.0, highest)
+    p = gl.exp2(s * unit - gl.expand_dims(pivot - shift, 1))
+    shrink = gl.exp2(m - pivot)
+    return p, shrink, highest, l * shrink + gl.sum(p, 1)
+
+
+@gluon.jit
+def _product(q, keys, full, empty, n, zero, C: gl.constexpr):
+    """Products of the rows with the n-th tile of keys; all products before are waited for as well."""
+    stage = n % C.stages
+    mbarrier.wait(full.index(stage), n // C.stages & 1)
+    tile = keys.index(stage).reshape([C.BN, C.K]).permute((1, 0))
+    s = warpgroup_mma_wait(0, deps=(warpgroup_mma(q, tile, zero, use_acc=False, is_async=True),))
+    mbarrier.arrive(empty.index(stage), count=1)
+    return s
+
+
+@gluon.jit
+def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
+    """Computes rows 64 · ME … of each item."""
+    queries, query_full, query_empty = rings[0]
+    keys, key_full, key_empty = rings[1]
+    values, value_full, value_empty = rings[2]
+    plans, plan_full, plan_empty, plan_next = rings[3]
+    dtype: gl.constexpr = queries.dtype
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V, 16])
+    P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
+    by_row: gl.constexpr = gl.SliceLayout(1, S_L)
+    out_row: gl.constexpr = gl.SliceLayout(1, O_L)
+    q = queries.index(ME).reshape([ROWS, C.K])
+    zero = gl.full([ROWS, C.BN], 0.0, gl.float32, S_L)
+    filled = 0
+    turn = 0
+    loaded = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    count = _get((plans, 0), COUNT)
+    while count >= 0:
+        plan = (plans, turn % 2 * ENTRIES)
+        row, h, g, b = _get(plan, ROW), _get(plan, HEAD), _get(plan, GROUP), _get(plan, BATCH)
+        i, valid = _rows(a, row + ME * ROWS, by_row)
+        terms = _position_terms(a, b, g, h)
+        m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
+        l = gl.full([ROWS], 0.0, gl.float32, by_row)
+        acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
+        if a.sinks is not None:
+            # A sink is one more key, with this score and a value of zero.
+            m = gl.full([ROWS], 0.0, gl.float32, by_row) + _term(a.sinks + g * a.sinks_g + h * a.sinks_h)
+            l = gl.where(m > -INFINITY, 1.0, 0.0)
+        if count > 0:
+            blocks = _blocks(plan, C)
+            bounds = (i, i, i, count, count, count, count)
+            bounds = _range_at(a, plan, b, i, 0, bounds, ME, C)
+            mbarrier.wait(query_full.index(ME), loaded & 1)
+            s = _product(q, keys, key_full, key_empty, filled, zero, C)
+            for t in range(count):
+                if C.S > 1:
+                    bounds = _range_at(a, plan, b, i, t, bounds, ME, C)
+                s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, _key(blocks, t, C), S_L, C)
+                p, shrink, m, l = _weights(s, unit, shift, m, l)
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, out_row), 1)
+                weights = gl.convert_layout(p.to(dtype), P_L)
+                stage = (filled + t) % C.stages
+                mbarrier.wait(value_full.index(stage), (filled + t) // C.stages & 1)
+                acc = warpgroup_mma(weights, values.index(stage).reshape([C.BN, C.V]), acc, is_async=True)
+                if t + 1 < count:
+                    s = _product(q, keys, key_full, key_empty, filled + t + 1, zero, C)
+                else:
+                    # Anything, so that no registers hold the old scores; but not a constant, which would be set every time.
+                    s = gl.inline_asm_elementwise(MOVE, "=r,r", [zero], dtype=gl.float32, is_pure=False, pack=1)
+                # The product reads its weights from registers until it is waited for.
+                acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
+                mbarrier.arrive(value_empty.index(stage), count=1)
+            mbarrier.arrive(query_empty.index(ME), count=1)
+            filled += count
+            loaded += 1
+        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        share = gl.where(l > 0, 1.0 / l, 0.0)
+        # A NaN among the scores must come out as one.
+        share = gl.where(l != l, l, share)
+        acc = acc * gl.expand_dims(gl.convert_layout(share, out_row), 1)
+        stat = (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
+        gl.store(lse + stat, gl.where(l == 0, -INFINITY, (m + gl.log2(l)) * LN2), mask=valid)
+        i, valid = _rows(a, row + ME * ROWS, out_row)
+        at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
+        columns = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, O_L)), 0)
+        inside = gl.expand_dims(valid, 1)
+        if C.v_dim < C.V:
+            inside = inside & (columns < C.v_dim)
+        gl.store(out + gl.expand_dims(at, 1) * C.v_dim + columns, acc.to(dtype), mask=inside)
+        # A hidden value's weight is 0, but 0 · NaN = NaN.
+        if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) != 0:
+            gl.thread_barrier()
+            _repair(a, scales, out, lse, row + ME * ROWS, h, g, b, C)
+        turn += 1
+        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        count = _get((plans, turn % 2 * ENTRIES), COUNT)
+
+
+@gluon.jit
+def _repair(a, scales, out, lse, row, h, g, b, C: gl.constexpr):
+    """A consumer's rows once more from the lse that is stored, row by row, slowly: a hidden key must not reach a row even
+    when it holds NaN or inf."""
+    step: gl.constexpr = 2048 // max(C.K, C.V)
+    tile: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    n = gl.arange(0, step, gl.SliceLayout(1, tile))
+    columns = gl.expand_dims(gl.arange(0, C.K, gl.SliceLayout(0, tile)), 0)
+    columns_v = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, tile)), 0)
+    query = a.q + b.to(gl.int64) * a.q_b + g.to(gl.int64) * a.q_g + h.to(gl.int64) * a.q_h
+    key = a.k + b.to(gl.int64) * a.k_b + g.to(gl.int64) * a.k_g
+    value = a.v + b.to(gl.int64) * a.v_b + g.to(gl.int64) * a.v_g
+    slope, _, _ = _position_terms(a, b, g, h)
+    for i in range(row, gl.minimum(row + ROWS, a.M)):
+        q = gl.load(query + i.to(gl.int64) * a.q_m + columns, mask=columns < C.k_dim, other=0.0).to(gl.float32)
+        lse2 = gl.load(lse + (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i) * LOG2E
+        # Empty rows, and those hidden by a bias of −10⁹, say, whose lse has no fractions: their weights are 0.
+        lse2 = gl.where(gl.abs(lse2) > FRACTION_FREE, INFINITY, lse2)
+        acc = gl.full([C.V], 0.0, gl.float32, gl.SliceLayout(0, tile))
+        for s in gl.static_range(max(C.S, 1)):
+            lo, hi, diagonal = _range(a, s, b, i, C)
+            for j0 in range(lo, hi, step):
+                j = j0 + n
+                rows = gl.expand_dims(j, 1)
+                there = rows < hi
+                x = gl.load(key + rows.to(gl.int64) * a.k_n + columns, mask=there & (columns < C.k_dim), other=0.0)
+                score = _capped(gl.sum(q * x.to(gl.float32), 1), scales, C)
+                if C.simple:
+                    score *= scales.score
+                p = gl.exp2(_near(score, a, g, h, slope, j - diagonal) - lse2)
+                x = gl.load(
+                    value + rows.to(gl.int64) * a.v_n + columns_v, mask=there & (columns_v < C.v_dim), other=0.0
+                )
+                acc += gl.sum(gl.where(there, x.to(gl.float32) * gl.expand_dims(p, 1), 0.0), 0)
+        at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
+        to = out + at * C.v_dim + gl.arange(0, C.V, gl.SliceLayout(0, tile))
+        gl.store(to, acc.to(out.dtype.element_ty), mask=gl.arange(0, C.V, gl.SliceLayout(0, tile)) < C.v_dim)
