@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keyspan.backends import AUTOMATIC, BACKENDS, load, triton
+from keyspan.backends import AUTOMATIC, BACKENDS, load
 from keyspan.backends.schedule import row_blocks
 from keyspan.core import shims
 from keyspan.core.biases import Alibi, Bias
@@ -213,7 +213,7 @@ def explain(
     return Explanation(
         backend=chosen,
         reasons={name: load(name).reason_against(problem) for name in BACKENDS},
-        kernel=triton.forward_kernel(problem) if chosen == "triton" else None,
+        kernel=load(chosen).forward_kernel(problem) if chosen == "triton" else None,  # type: ignore[attr-defined]
         shape=f"B {B}, M {M}, N {N}, G {G}, H {H}, K {K}, V {V}, {str(problem.query.dtype)[6:]}"
         + (f", keys {str(problem.key.dtype)[6:]}" if problem.quantized else ""),
         visible=visible_area(problem),

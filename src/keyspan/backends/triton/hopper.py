@@ -17,7 +17,9 @@ _LEAST = {64: (1024, 4096, 8.0), 128: (1024, 1024, 1.2), 256: (256, 256, 1.2)}
 _LEAST_DIM = 40
 """Head dimensions are padded to 64 and more."""
 _CACHED_KEYS = 16 * 2**20
-"""Bytes of keys and values that programs running at the same time should share; a third of an H100's L2."""
+"""Bytes of keys and values that programs running at the same time should share; a third of an H100's L2. Four times as
+many where rows have ranges over many keys, of which they are likely to see a part, and heads are of up to 128."""
+_MANY_KEYS = 16384
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -128,7 +130,8 @@ def launch(
     score = problem.scale / problem.softcap if problem.softcap else problem.scale * math.log2(math.e)
     scales = Scales(*map(_single, (score, problem.softcap * math.log2(math.e))))
     heads = B * G * H
-    at_once = min(heads, max(1, _CACHED_KEYS * H // max(1, N * (K + V) * 2)))
+    cached = _CACHED_KEYS * (4 if S > 0 and N >= _MANY_KEYS and max(K, V) <= 128 else 1)
+    at_once = min(heads, max(1, cached * H // max(1, N * (K + V) * 2)))
     items = heads * -(-M // tile.BM)
     queries = _described(problem.query.permute(0, 2, 3, 1, 4), [1, 1, 1, ROWS.value, K])
     keys = _described(problem.key.transpose(1, 2), [1, 1, tile.BN, K])
