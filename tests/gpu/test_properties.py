@@ -213,3 +213,40 @@ def test_malformed_ranges_read_nothing_outside_of_the_tensors(field, value, dens
     )
     for x in (out, torch.where(lse == -torch.inf, 0, lse), *gradients[:3], *gradients.biases):
         assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("bias", [-1e4, -1e9, -1e9 * (1 + 3 / 7), -1e30])
+def test_rows_that_a_bias_hides_do_not_disturb_others(bias):
+    """The output of such a row is not used: all gradients are as the reference's, however its lse is rounded."""
+    for seed in (0, 3):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(1, 20, 1, 16) for _ in range(3))
+        term = torch.zeros(20, 20)
+        term[3] = bias
+        go = torch.randn(1, 20, 1, 16)
+        go[:, 3] = 0
+
+        def run(backend, q=q, k=k, v=v, term=term, go=go):
+            inputs = [x.clone().requires_grad_() for x in (10 * q, k, v, term)]
+            out = keyspan.attention(*inputs[:3], bias=inputs[3], scale=1.0, backend=backend)
+            return [out * (go != 0), *torch.autograd.grad(out, inputs, go)]
+
+        for got, want in zip(run("triton"), run("reference"), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e6, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("needed", ["all", "value"])
+def test_weights_of_a_row_that_a_bias_hides_sum_to_one(value, needed):
+    """Seen by the gradient of the values, which each weight multiplies; also where it alone is needed."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 1, 16) for n in (5, 600, 600))  # as many keys as are split
+    bias = torch.randn(5, 600)
+    bias[3] = value
+    inputs = [x.requires_grad_(needed == "all") for x in (q, k, bias)]
+    v.requires_grad_()
+    out = keyspan.attention(q, k, v, bias=inputs[2], backend="triton")
+    if value < -1e8:  # beside such a number nothing of a score is left in fp32
+        torch.testing.assert_close(out[0, 3, 0], v.detach()[0, :, 0].mean(0))
+    (dv,) = torch.autograd.grad(out[0, 3].sum(), v)
+    torch.testing.assert_close(dv.sum((0, 1, 2)), torch.ones(16))
