@@ -484,6 +484,21 @@ def test_compile_fullgraph_without_recompiling_for_new_lengths():
     assert counter.frame_count == 1
 
 
+def test_masks_made_inside_a_compiled_function_take_lengths_as_numbers():
+    """Once torch's compiler has symbols for the lengths, other lengths compile nothing."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    q, k, v = qkv(M=9, N=9, B=1)
+
+    def f(a, b):
+        return keyspan.attention(q, k, v, mask=keyspan.Documents([a, b]) & keyspan.Causal())
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for lengths in ((4, 5), (3, 6), (2, 7), (7, 2)):
+        assert torch.equal(compiled(*lengths), f(*lengths))
+    assert counter.frame_count == 2
+
+
 def test_compiled_with_symbols_for_all_sizes_and_a_bias_made_inside():
     """The heads are a symbol in the query and a number in the slopes."""
     torch.use_deterministic_algorithms(False)

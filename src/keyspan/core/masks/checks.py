@@ -30,7 +30,7 @@ def check_lengths(name: str, lengths: Any) -> tuple[int, ...] | Tensor:
     values = []
     for n in given:
         try:
-            value = -1 if isinstance(n, bool) else operator.index(n)
+            value = -1 if isinstance(n, bool) else n if isinstance(n, int) else operator.index(n)
         except (TypeError, RuntimeError, ValueError):
             value = -1
         if value < 0:
