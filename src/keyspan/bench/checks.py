@@ -53,6 +53,18 @@ def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
     return {"worst": max(shares, key=shares.__getitem__), "share": max(shares.values()), "same": same}
 
 
+def check_hopper(name: str) -> dict[str, Any]:
+    """One case of the tests by the Hopper kernel, which is not chosen for a problem as small."""
+    from keyspan.backends.triton import hopper
+
+    chosen = hopper.reason_against
+    hopper.reason_against = lambda problem: hopper.missing(problem) if hopper._runs_on(problem.query.device) else ""
+    try:
+        return check_case(name, "bfloat16", True)
+    finally:
+        hopper.reason_against = chosen
+
+
 def check_large(name: str) -> dict[str, Any]:
     """Real tile sizes and head dimensions against fp32 on the GPU, where only dense formulas are at hand."""
     from keyspan.testing import worst
@@ -70,10 +82,10 @@ def check_large(name: str) -> dict[str, Any]:
         "table": keyspan.Causal(),
         "bias": keyspan.Causal(),
     }
-    M, G, H = 2048, 2, 2
+    M, G, H = 2048, 2, 5  # enough heads for the Hopper kernel to be chosen
     q, k, v = (torch.randn(1, M, h, d, device="cuda", dtype=torch.bfloat16) for h, d in ((G * H, K), (G, K), (G, V)))
-    extra = {"alibi": torch.rand(4, device="cuda") * 0.1, "table": torch.randn(4, 129, device="cuda"),
-             "bias": torch.randn(4, M, M, device="cuda")}.get(kind)  # fmt: skip
+    extra = {"alibi": torch.rand(G * H, device="cuda") * 0.1, "table": torch.randn(G * H, 129, device="cuda"),
+             "bias": torch.randn(G * H, M, M, device="cuda")}.get(kind)  # fmt: skip
     go = torch.randn(1, M, G * H, V, device="cuda", dtype=torch.bfloat16)
 
     def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -204,6 +216,7 @@ def jobs(every: int) -> list[tuple[Any, ...]]:
     ):
         large += [(check_stored, f"{d}, {query}, {kept}, {k}") for k in which for d in ("D128", "D64", "D256")]
     large += [(check_stored, f"D128, float16, {kept}, {k}") for kept in STORED for k in few]
+    large += [(check_hopper, case.name) for case in CASES[::3]]
     small: list[tuple[Any, ...]] = [(check_case, case.name, "bfloat16", True) for case in CASES]
     small += [(check_case, case.name, "float32", True) for case in CASES[::2]]
     # Last: a process that has switched descriptors off never makes one again.
