@@ -9,7 +9,7 @@ import argparse
 import json as json_module
 import platform
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from torch import Tensor
 from keyspan.backends import AUTOMATIC, BACKENDS, load
 from keyspan.backends.schedule import row_blocks
 from keyspan.core import shims
-from keyspan.core.biases import Alibi, Bias
+from keyspan.core.biases import Alibi
 from keyspan.core.masks import Causal, Documents, Mask, Window
-from keyspan.core.problem import Problem, check_dropout, make_problem
-from keyspan.core.ranges import KeyRanges
+from keyspan.core.problem import Options, Problem, check_dropout, make_problem
 from keyspan.dispatch.api import autocast_inputs
 from keyspan.dispatch.cache import CACHE
 from keyspan.dispatch.choose import choose
 from keyspan.dispatch.flops import backward_flops, forward_flops, visible_area
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def find_device(name: str) -> torch.device:
@@ -162,38 +164,19 @@ def explain(
     key: Tensor,
     value: Tensor,
     *,
-    mask: Mask | KeyRanges | Tensor | None = None,
-    bias: Bias | Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    query_scale: Tensor | None = None,
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
     return_lse: bool = False,
-    output_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    **options: Unpack[Options],
 ) -> Explanation:
     """What `attention` would do with these arguments, which are the same as there; nothing is computed or drawn.
 
     Returns:
         The backend chosen, each other one's reason, visible area, FLOPs, bytes and tiles. Printable.
     """
+    dropout_p = options.pop("dropout_p", 0.0)  # making the problem would draw a seed
     check_dropout(dropout_p)
-    problem, _ = make_problem(
-        *autocast_inputs(query, key, value),
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        query_scale=query_scale,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        output_dtype=output_dtype,
-    )
-    problem = problem._replace(dropout_p=float(dropout_p))  # given only now, because making it draws a seed
+    problem, _ = make_problem(*autocast_inputs(query, key, value), **options)
+    problem = problem._replace(dropout_p=float(dropout_p))
     B, M, G, H, K = problem.query.shape
     V, N = problem.value.shape[-1], problem.N
     lo, hi, _ = problem.ranges
@@ -207,7 +190,8 @@ def explain(
     total = copies * -(-M // side) * -(-problem.row_length // side)
     moved = B * M * G * H * K * problem.query.element_size()
     moved += problem.key.shape[0] * problem.key.shape[1] * G * (K + V) * problem.key.element_size()
-    moved += sum(x.numel() * x.element_size() for x in (query_scale, key_scale, value_scale) if x is not None)
+    scales = (options.get("query_scale"), options.get("key_scale"), options.get("value_scale"))
+    moved += sum(x.numel() * x.element_size() for x in scales if x is not None)
     moved += B * M * G * H * (V * problem.output_dtype.itemsize + problem.compute_dtype.itemsize)
     chosen = choose(problem, backend)
     return Explanation(
