@@ -76,7 +76,8 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.train
 	$(BIN)/keyspan bench attention
 
-# Random problems on every instruction set of this machine, under ASan + UBSan and under TSan. After a failure,
+# Random problems, some with masks whose tensors hold malformed numbers, on every instruction set of this machine, under
+# ASan + UBSan and under TSan. After a failure,
 # `build/asan/fuzz 1 SEED` is that problem again; more of them: `build/asan/fuzz COUNT FIRST_SEED`. Needs g++ or clang++
 # with its sanitizers, no Python package. Threads are the standard library's under TSan, which cannot see into libgomp,
 # and TSan wants the addresses of a process not to be shuffled.

@@ -175,10 +175,11 @@ int64_t backward_chunks(const Params &p, const PlanStorage &plan) {
 
 // Whether keys are read from where they lie, by few rows, instead of being packed for many: where rows are few, or
 // where packing a long cache would cost more than all products with it.
-bool decodes(const Params &p, double queries_a_key, double keys) {
+bool decodes(const Params &p, double queries_a_key, double keys_a_query) {
     const double rows = queries_a_key * (double)p.H;
     if (p.k_stride[3] != 1 || p.v_stride[3] != 1 || p.H > TILE_ROWS) return false;
-    return rows <= 6 || (rows <= DECODE_ROWS && keys >= 4 * queries_a_key);
+    const double most = keys_a_query >= SPLIT_KEYS ? DECODE_ROWS : DECODE_ROWS / 3;  // short caches pack fast
+    return rows <= 6 || (rows <= most && keys_a_query >= 4 * queries_a_key);
 }
 
 // Whether the queries of each tile read the same sequence of paged keys.
@@ -204,7 +205,7 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
         span_end = std::max(span_end, segment.begin + segment.length);
     }
     const double queries_a_key = keys ? (double)pairs / (double)keys : 0;
-    plan.decode = !backward && decodes(p, queries_a_key, (double)(span_end - span_begin));
+    plan.decode = !backward && decodes(p, queries_a_key, (double)pairs / (double)std::max<int64_t>(p.M * p.RB, 1));
     if (plan.decode) {
         if (plan.pairs) plan.key_width = round_up(p.K, 32), plan.value_width = round_up(p.V, 32);
         plan.tile_heads = p.H;
