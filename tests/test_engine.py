@@ -221,7 +221,85 @@ def test_detokenizer_holds_incomplete_characters_back():
     assert parts == ["a", "", "é", "", "", "€"]
     d = Detokenizer(ByteTokenizer(), stop=("<stop>",))
     assert "".join(d.add(byte)[0] for byte in b"x<sto") == "x"
-    assert d.finish() == "<sto"
+    assert d.finish() == ("<sto", False)
+
+
+def test_a_stop_text_beside_an_incomplete_character_ends_the_answer():
+    class Words(ByteTokenizer):
+        """Token 256 is a space and two of the three bytes of a euro sign."""
+
+        def decode(self, tokens):
+            return b"".join(b" \xe2\x82" if token == 256 else bytes([token]) for token in tokens).decode(
+                errors="replace"
+            )
+
+    d = Detokenizer(Words(), stop=(" ",))
+    assert d.add(ord("a")) == ("a", False)
+    assert d.add(256) == ("", False)
+    assert d.finish() == ("", True)
+    assert d.finish() == ("", False)
+
+
+class Slow(Engine):
+    """Lets another thread act behind the intake of what has arrived."""
+
+    def _admit(self):
+        engine = self
+
+        class Arrived(type(self._arrived)):
+            def __bool__(self):
+                if not len(self) and engine.late is not None:
+                    late, engine.late = engine.late, None
+                    late()
+                    return False
+                return bool(len(self))
+
+        self._arrived = Arrived(self._arrived)
+        return super()._admit()
+
+
+def test_a_request_that_is_added_and_cancelled_during_a_step_is_cancelled():
+    engine = Slow(model(), memory=pages(16), page_size=4)
+    engine.late = lambda: engine.cancel(engine.add([1, 2], Sampling(max_tokens=20), id="late"))
+    events = [event for _ in range(3) for event in engine.step()]
+    assert events[-1].finished == "cancelled"
+    assert not engine.busy()
+    assert engine.cache.available() == 16
+    engine.cancel("next")
+    engine.add([1, 2], Sampling(max_tokens=1), id="next")
+    assert engine.step()[0].finished == "length"
+
+
+def test_a_refused_prompt_leaves_nothing_behind():
+    engine = Engine(model(), memory=pages(16), page_size=4)
+    want = engine.generate([[1, 2]], Sampling(max_tokens=3))
+    with pytest.raises(ValueError, match="prompt: got no token"):
+        engine.generate([[3, 4], []], Sampling(max_tokens=3))
+    other = engine.add([5, 6], Sampling(max_tokens=9))
+    assert engine.generate([[1, 2]], Sampling(max_tokens=3)) == want
+    assert engine._ids == {other}, "a request of others goes on, one of a refused call does not"
+
+
+def test_guesses_take_no_turn_from_others():
+    net = model()
+    engine = Engine(net, memory=pages(64), page_size=4, step_tokens=5, draft=3, ngram=1)
+    ids = {engine.add([n], Sampling(max_tokens=40)) for n in range(4)}
+    engine.step()
+    while sum(engine.load) == 4:
+        assert {event.id for event in engine.step()} == ids
+    assert engine.counters.drafted_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"stop": "END"}, "stop: got 'END', want a tuple of texts"),
+        ({"seed": 10**4000}, "want a number of at most 64 bits"),
+    ],
+)
+def test_sampling_that_would_mislead_or_fail_later_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**wrong)
 
 
 def test_pool_evicts_what_is_longest_unused():

@@ -158,6 +158,11 @@ def test_models_health_metrics_and_page(client, server):
         ("completions", {"model": "tiny", "prompt": [300]}, 400, "prompt: got tokens 300"),
         ("completions", {"model": "tiny", "prompt": "a", "max_tokens": 65}, 400, "max_tokens: got 65, want at most 64"),
         ("completions", {"model": "tiny", "prompt": "a", "n": 5}, 400, "n: got 5 answers in all, want 1 … 4"),
+        ("completions", {"model": "tiny", "prompt": "a", "n": 10**12}, 400, "n: got 1000000000000 answers in all"),
+        ("completions", {"model": "tiny", "prompt": "a", "seed": 10**4000}, 400, "want a number of at most 64 bits"),
+        ("completions", {"model": "tiny", "prompt": "a", "\ud800": 1}, 400, "Input should be a valid string"),
+        ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "n": 10**12}, 400,
+         "n: got 1000000000000 answers in all"),
         ("completions", {"model": "other", "prompt": "a"}, 404, "model: got 'other', want 'tiny'"),
         ("completions", {"model": "tiny", "prompt": "a" * 30_000}, 413, "the body is larger than 20000 bytes"),
         ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages"),
@@ -201,6 +206,37 @@ def test_a_client_that_leaves_is_cancelled(server, client):
     assert not server.engine.busy()
     assert server.engine.counters.answer_tokens <= before + 128
     assert server.engine.cache.available() == server.engine.cache.pages
+
+
+def test_a_client_that_leaves_before_the_first_part_is_cancelled(folder):
+    net, tokenizer = load_model(folder, device="cpu")
+    engine = Engine(net, tokenizer, memory=2**22, page_size=8)
+    app = make_app(engine, "tiny", Limits(max_tokens=4000))
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": "",
+        "scheme": "http", "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+
+    async def run():
+        async with app.router.lifespan_context(app):
+            messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+            async def receive():
+                return messages.pop() if messages else {"type": "http.disconnect"}
+
+            async def send(message):
+                await asyncio.sleep(10)  # the client is gone: nothing is sent
+
+            await app(scope, receive, send)
+            deadline = time.monotonic() + 60
+            while engine.busy() and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(run())
+    assert not engine.busy()
+    assert engine.counters.answer_tokens < 1000
 
 
 def test_slow_and_silent_clients_do_not_hold_others_up(server, client):

@@ -8,6 +8,7 @@ pages run out, the request that came last gives its pages back and starts again 
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 import time
 from collections import deque
@@ -184,7 +185,8 @@ class Engine:
 
     def cancel(self, id: str) -> None:
         """End a request at the next step; an unknown id is ignored."""
-        self._cancelled.add(id)
+        if id in self._ids:
+            self._cancelled.add(id)
 
     def busy(self) -> bool:
         """Whether any request is not finished."""
@@ -198,19 +200,26 @@ class Engine:
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> list[Answer]:
-        """The answers to all prompts, which are run together, in their order."""
+        """The answers to all prompts, which are run together, in their order; events of other requests are lost.
+
+        A prompt that is refused cancels those before it.
+        """
         each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"sampling: got {len(each)}, want one for each of {len(prompts)} prompts")
-        ids, answers = [], {}
+        answers: dict[str, Answer] = {}
         left = deque(zip(prompts, each, strict=True))
-        while left or self.busy():
-            while left and sum(self.load) < self.waiting_limit:
-                ids.append(self.add(*left.popleft()))
-                answers[ids[-1]] = Answer()
-            for event in self.step():
-                _note(answers[event.id], event)
-        return [answers[id] for id in ids]
+        try:
+            while left or not self._ids.isdisjoint(answers):
+                while left and self.load[1] < self.waiting_limit:
+                    answers[self.add(*left.popleft())] = Answer()
+                for event in self.step():
+                    if event.id in answers:
+                        _note(answers[event.id], event)
+        finally:
+            for id in answers:
+                self.cancel(id)
+        return list(answers.values())
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Iterator[Event]:
         """The events of one request as they come; those of other requests are lost. Closing the iterator cancels it."""
@@ -228,7 +237,7 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("prompt: got text, want tokens: the engine has no tokenizer")
             prompt = self.tokenizer.encode(prompt)
-        tokens, C = list(prompt), self.model.config.vocab_size
+        tokens, C = [operator.index(token) for token in prompt], self.model.config.vocab_size
         if not tokens:
             raise ValueError("prompt: got no token, want at least one")
         if not 0 <= min(tokens) <= max(tokens) < C:
@@ -251,12 +260,13 @@ class Engine:
 
     def _admit(self) -> list[Event]:
         """Take in what has arrived, and end what was cancelled."""
+        # Taken first: a request is added before it is cancelled, so that all of these are found below.
+        cancelled = [self._cancelled.pop() for _ in range(len(self._cancelled))]
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
             self.counters.requests += 1
         events = []
-        while self._cancelled:
-            id = self._cancelled.pop()
+        for id in cancelled:
             for request in (*self._running, *self._waiting):
                 if request.id == id:
                     if request in self._waiting:
@@ -272,11 +282,13 @@ class Engine:
         batch: list[tuple[_Request, int, list[int]]] = []
         budget = self.step_tokens
         # Answers first, in the order of arrival; then prompts.
-        for request in sorted(self._running, key=lambda x: (x.left > 1, x.number)):
+        order = sorted(self._running, key=lambda x: (x.left > 1, x.number))
+        for later, request in zip(range(len(order) - 1, -1, -1), order, strict=True):
             if request not in self._running or budget < 1:  # preempted meanwhile
                 continue
             count = min(request.left, budget)
-            guess = self._guess(request, budget - count) if count == request.left else []
+            # Guesses leave a token for each request behind.
+            guess = self._guess(request, budget - count - later) if count == request.left else []
             if not self._make_room(request, count, guess, batch):
                 continue
             batch.append((request, count, guess))
@@ -404,7 +416,9 @@ class Engine:
         if event.finished is None and len(request.answer) >= sampling.max_tokens:
             event.finished = "length"
         if event.finished is not None and request.detokenizer is not None:
-            event.text += request.detokenizer.finish()
+            rest, stopped = request.detokenizer.finish()
+            event.text += rest
+            event.finished = "stop" if stopped else event.finished
         return event
 
     def _finish(self, request: _Request, event: Event) -> Event:
@@ -412,6 +426,7 @@ class Engine:
         if request in self._running:
             self._running.remove(request)
         self._ids.discard(request.id)
+        self._cancelled.discard(request.id)
         return event
 
 

@@ -107,7 +107,8 @@ class Sampling:
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a positive number"),
             "presence_penalty": (abs(self.presence_penalty) < float("inf"), "a finite number"),
             "frequency_penalty": (abs(self.frequency_penalty) < float("inf"), "a finite number"),
-            "stop": (all(self.stop), "texts that are not empty"),
+            "seed": (self.seed is None or abs(self.seed) < 2**64, "a number of at most 64 bits (or None)"),
+            "stop": (isinstance(self.stop, tuple) and all(self.stop), "a tuple of texts that are not empty"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more (or None)"),
         }
         for name, (good, want) in limits.items():

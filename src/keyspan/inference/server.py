@@ -67,7 +67,7 @@ class EngineThread(threading.Thread):
         id = uuid.uuid4().hex
         with self._wake:
             if self._closing or self.failure is not None:
-                raise HTTPException(503, "the server is shutting down")
+                raise HTTPException(503, "the server is shutting down" if self._closing else "the engine has stopped")
             self._queues[id] = asyncio.get_running_loop(), queue
             try:
                 self.engine.add(prompt, sampling, id)
@@ -362,6 +362,7 @@ def _routes(app: FastAPI, server: _Server) -> None:
     @app.post("/v1/completions")
     async def completions(body: Completion, request: Request) -> Response:
         _check_model(server, body.model)
+        _check_count(server, len(body.prompts()) * body.n)
         prompts = [prompt for prompt in body.prompts() for _ in range(body.n)]
         each = [body.sampling(server.limits, body.logprobs, 16, n % body.n) for n in range(len(prompts))]
         return await _answer(server, request, body, prompts, each, _CompletionForm(server))
@@ -372,7 +373,9 @@ def _routes(app: FastAPI, server: _Server) -> None:
         tokenizer = server.engine.tokenizer
         if not isinstance(tokenizer, FolderTokenizer):
             raise ValueError("messages: the model has no chat template; use /v1/completions")
-        tokens = tokenizer.encode_chat(tokenizer.render([message.plain() for message in body.messages]))
+        _check_count(server, body.n)
+        text = tokenizer.render([message.plain() for message in body.messages])
+        tokens = await asyncio.to_thread(tokenizer.encode_chat, text)
         if body.top_logprobs is not None and not body.logprobs:
             raise ValueError("top_logprobs: got a number, want logprobs = true with it")
         if body.max_completion_tokens is not None:
@@ -391,6 +394,12 @@ def _model(server: _Server) -> dict[str, Any]:
 def _check_model(server: _Server, name: str) -> None:
     if name != server.name:
         raise HTTPException(404, f"model: got {name!r}, want {server.name!r}")
+
+
+def _check_count(server: _Server, answers: int) -> None:
+    """Before anything is made for each answer."""
+    if not 1 <= answers <= server.limits.answers:
+        raise ValueError(f"n: got {answers} answers in all, want 1 … {server.limits.answers}")
 
 
 class _Metrics:
@@ -434,7 +443,6 @@ class _CompletionForm:
                 "tokens": [_decode(self.server, x.token) for x in known],
                 "token_logprobs": [x.logprob for x in known],
                 "top_logprobs": [{_decode(self.server, t): p for t, p in x.likeliest} for x in known],
-                "text_offset": [],
             }
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finished}
 
@@ -481,11 +489,10 @@ async def _answer(
     each: list[Sampling],
     form: _CompletionForm | _ChatForm,
 ) -> Response:
-    if not 1 <= len(prompts) <= server.limits.answers:
-        raise ValueError(f"n: got {len(prompts)} answers in all, want 1 … {server.limits.answers}")
     engine = server.engine
-    if engine.tokenizer is not None:
-        prompts = [engine.tokenizer.encode(x) if isinstance(x, str) else x for x in prompts]
+    if engine.tokenizer is not None:  # in another thread: a long text takes a while, in which others are answered
+        encode = engine.tokenizer.encode
+        prompts = [await asyncio.to_thread(encode, x) if isinstance(x, str) else x for x in prompts]
     submitted: list[tuple[str, asyncio.Queue[Event | None]]] = []
     try:
         for prompt, sampling in zip(prompts, each, strict=True):
@@ -498,8 +505,23 @@ async def _answer(
     events = _merge(server, submitted)
     if body.stream:
         parts = _stream(server, body, form, events, usage)
-        return StreamingResponse(parts, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return _Parts(server, [id for id, _ in submitted], parts)
     return await _whole(server, request, form, events, usage, len(prompts))
+
+
+class _Parts(StreamingResponse):
+    """Answers as server-sent events. Requests are cancelled also where the client has left before the first one."""
+
+    def __init__(self, server: _Server, ids: list[str], parts: AsyncIterator[str]) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._server, self._ids = server, ids
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for id in self._ids:
+                self._server.thread.cancel(id)
 
 
 @dataclass

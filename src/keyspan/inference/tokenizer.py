@@ -162,22 +162,28 @@ class Detokenizer:
         if len(text) > len(before) and not text.endswith("\ufffd"):
             self._start, self._read = self._read, len(self._tokens)
             self._pending += text[len(before) :]
-        found = [at for at in map(self._pending.find, self._stop) if at >= 0]
-        if found:
-            self._pending, text = "", self._pending[: min(found)]
-            self._start = self._read = len(self._tokens)
-            return text, True
-        kept = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if self._pending.endswith(stop[:n])), default=0
-        )
+        stopped = self._cut()
+        kept = 0
+        if not stopped:
+            starts = (n for stop in self._stop for n in range(1, len(stop)) if self._pending.endswith(stop[:n]))
+            kept = max(starts, default=0)
         cut = len(self._pending) - kept
         text, self._pending = self._pending[:cut], self._pending[cut:]
-        return text, False
+        return text, stopped
 
-    def finish(self) -> str:
-        """What is left when the answer ends otherwise: text held back for a stop text, and an incomplete character."""
+    def finish(self) -> tuple[str, bool]:
+        """(what is left when the answer ends: text held back for a stop text, and what an incomplete character held
+        back; whether a stop text has ended it after all)."""
         before = self._tokenizer.decode(self._tokens[self._start : self._read])
-        rest = self._tokenizer.decode(self._tokens[self._start :])[len(before) :]
-        text, self._pending = self._pending + rest, ""
-        self._start = self._read = len(self._tokens)
-        return text
+        self._pending += self._tokenizer.decode(self._tokens[self._start :])[len(before) :]
+        stopped = self._cut()
+        text, self._pending = self._pending, ""
+        return text, stopped
+
+    def _cut(self) -> bool:
+        """End the pending text at the first stop text, and take no more; False where there is none."""
+        found = [at for at in map(self._pending.find, self._stop) if at >= 0]
+        if found:
+            self._pending = self._pending[: min(found)]
+            self._start = self._read = len(self._tokens)
+        return bool(found)
