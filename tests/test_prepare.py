@@ -93,6 +93,61 @@ def test_bad_records_are_counted_and_named_or_stop(tmp_path):
         prepare(Prepare((path,), tmp_path / "other", on_error="stop"))
 
 
+def test_every_kind_of_damage_is_counted(tmp_path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "one"}\n' + "[" * 100_000 + '\n{"text": "\\ud800"}\n{"text": "two"}\n')
+    packed = write_lines(tmp_path / "b.jsonl.gz", texts(2000, seed=3))
+    data = bytearray(packed.read_bytes())
+    data[10] = 255  # the first byte behind the header: a block of a type that does not exist
+    packed.write_bytes(data)
+    (tmp_path / "c.jsonl.zst").write_bytes(b"no archive")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 and no more")
+    out = prepare(Prepare((tmp_path,), tmp_path / "out", tokenizer="train:300", held_out=0.0))
+    counts = json.loads((out / "index.json").read_text())["counts"]
+    named = counts["named"]
+    assert counts["documents"] == 2
+    assert [Path(x.partition(":")[0].partition(",")[0]).name for x in named] == [
+        "a.jsonl", "a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"
+    ]  # fmt: skip
+    assert "half a surrogate pair" in named[1]
+
+
+def test_a_long_file_without_lines_is_never_held_whole(tmp_path, monkeypatch):
+    from keyspan.training import prepare as module
+
+    monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 4000)
+    blocks = []
+    monkeypatch.setattr(module, "_bytes", lambda x, plain=module._bytes: blocks.append(sum(map(len, x))) or plain(x))
+    text = "".join(texts(3000, seed=4)).replace("\n", " ")
+    (tmp_path / "a.txt").write_text(text)
+    out = prepare(Prepare((tmp_path / "a.txt",), tmp_path / "out", held_out=0.2))
+    assert max(blocks) < 6000
+    assert sum(blocks) == len(text)
+    found = stored(out, "train") + stored(out, "held-out")
+    assert max(map(len, found)) == 2000
+    assert sorted(found) == sorted(text[n : n + 2000] for n in range(0, len(text), 2000))
+
+
+def test_the_tokenizer_of_another_plan_is_not_taken(tmp_path, monkeypatch):
+    from keyspan.training import prepare as module
+
+    source = write_lines(tmp_path / "a.jsonl", texts(400))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(module, "_Encoder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(Prepare((source,), out, tokenizer="train:300"))
+    assert (out / "tokenizer.json").is_file()
+    prepare(Prepare((source,), out, tokenizer="train:270"))
+    want = prepare(Prepare((source,), tmp_path / "want", tokenizer="train:270"))
+    assert content(out) == content(want)
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
 def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path, tokenizer):
     documents = texts(12_000, seed=1)

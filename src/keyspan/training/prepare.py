@@ -16,6 +16,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -29,9 +31,12 @@ from numpy.typing import NDArray
 from keyspan.files import write_file
 
 BLOCK = 1024
-"""Documents that are tokenized together, in parallel; a shard ends between blocks."""
+"""Most documents that are tokenized together, in parallel; a shard ends between blocks."""
+BLOCK_CHARACTERS = 2**25
+"""A block ends with the document that reaches so many characters."""
 PIECE = 2**24
-"""Characters of a plain text file that make one document at most; a longer file is cut at the ends of lines."""
+"""A plain text file is cut into documents at the first end of a line behind so many characters, at the latest behind
+twice as many."""
 NAMED = 20
 """Bad records that index.json names."""
 SIDES = ("train", "held-out")
@@ -108,13 +113,18 @@ def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None)
         return out
     out.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"plan": plan, "records": 0, "shards": [], "counts": asdict(Counts())}
-    progress = out / "progress.json"
+    progress, kept = out / "progress.json", out / "tokenizer.json"
     if progress.is_file():
         state = json.loads(progress.read_text(encoding="utf-8"))
         if state["plan"] != plan:
             raise ValueError(f"out: {out} holds an unfinished run over other data or options; want a new folder")
         report(f"going on behind record {state['records']}")
+    else:
+        given = Path(options.tokenizer)
+        if not (kept.is_file() and given.is_file() and kept.samefile(given)):
+            kept.unlink(missing_ok=True)  # left by a run of another plan
     encode = _tokenizer(options, files, report)
+    write_file(progress, json.dumps(state).encode())  # from here on the tokenizer is known to be this plan's
     counts = Counts(**state["counts"])
     writer = _Writer(out, encode.dtype, state["shards"])
     seen: set[bytes] = set()
@@ -123,12 +133,12 @@ def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None)
         if isinstance(record, str) and options.deduplicate:
             seen.add(_digest(record))
     done = state["records"]
-    while block := list(islice(records, BLOCK)):
+    for block in _blocks(records):
         taken = [(record, _take(record, seen, counts, options)) for record in block]
         texts = [record for record, side in taken if isinstance(record, str) and side is not None]
         sides = [side for _, side in taken if side is not None]
         for text, side, tokens in zip(texts, sides, encode(texts), strict=True):
-            writer.add(side, tokens, len(text.encode(errors="surrogatepass")))
+            writer.add(side, tokens, len(text.encode()))
         done += len(block)
         if writer.size >= options.shard_tokens:
             writer.flush()
@@ -169,7 +179,7 @@ def _take(record: Record, seen: set[bytes], counts: Counts, options: Prepare) ->
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _plan(options: Prepare, files: Sequence[Path]) -> dict[str, Any]:
@@ -208,17 +218,36 @@ def _records(files: Iterable[Path], options: Prepare) -> Iterator[Record]:
             yield from _plain(path)
 
 
+def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    block: list[Record] = []
+    size = 0
+    for record in records:
+        block.append(record)
+        size += len(record) if isinstance(record, str) else 0
+        if len(block) == BLOCK or size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return cast("IO[bytes]", gzip.GzipFile(path))
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         opened: IO[bytes] = import_module("zstandard").open(path, "rb")
         return opened
     return path.open("rb")
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _json_lines(path: Path, key: str) -> Iterator[Record]:
     number = 0
+    damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    if path.suffix.lower() == ".zst":
+        damage += (import_module("zstandard").ZstdError,)
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
@@ -227,12 +256,17 @@ def _json_lines(path: Path, key: str) -> Iterator[Record]:
                 place = f"{path}:{number}"
                 try:
                     value = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield Bad(place, f"no JSON ({error})")
                     continue
                 text = value.get(key) if isinstance(value, dict) else None
-                yield text if isinstance(text, str) else Bad(place, f"holds no text under {key!r}")
-    except (OSError, EOFError) as error:  # a damaged archive
+                if not isinstance(text, str):
+                    yield Bad(place, f"holds no text under {key!r}")
+                elif _SURROGATE.search(text):
+                    yield Bad(place, "holds half a surrogate pair, which is no character")
+                else:
+                    yield text
+    except damage as error:
         yield Bad(f"{path}, behind line {number}", str(error))
 
 
@@ -248,7 +282,7 @@ def _parquet(path: Path, key: str) -> Iterator[Record]:
             for value in batch.column(0).to_pylist():
                 yield value if isinstance(value, str) else Bad(f"{path}, row {row}", f"holds no text under {key!r}")
                 row += 1
-    except OSError as error:
+    except (OSError, import_module("pyarrow").ArrowException) as error:
         yield Bad(str(path), str(error))
 
 
@@ -256,7 +290,7 @@ def _plain(path: Path) -> Iterator[Record]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             while text := file.read(PIECE):
-                yield text + (file.readline() if len(text) == PIECE else "")
+                yield text + (file.readline(PIECE) if len(text) == PIECE else "")
     except UnicodeDecodeError as error:
         yield Bad(str(path), f"is not UTF-8 text ({error})")
 
@@ -282,7 +316,7 @@ class _Encoder:
 
 
 def _bytes(texts: list[str]) -> list[Any]:
-    return [np.frombuffer(text.encode(errors="surrogatepass"), np.uint8) for text in texts]
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
 
 def _tokenizer(options: Prepare, files: Sequence[Path], report: Callable[[str], None]) -> _Encoder:
@@ -312,7 +346,8 @@ def _tokenizer(options: Prepare, files: Sequence[Path], report: Callable[[str], 
     def batch(texts: list[str]) -> list[Any]:
         return [x.ids for x in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    return _Encoder(kept.name, tokenizer.get_vocab_size(), end, batch)
+    # Numbers of tokens may have gaps.
+    return _Encoder(kept.name, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, end, batch)
 
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
