@@ -114,6 +114,32 @@ def test_shards_and_another_dtype(tmp_path):
         load(tmp_path)
 
 
+def test_weights_that_are_saved_replace_shards(tmp_path):
+    save(small(), tmp_path)
+    tmp_path.joinpath("model.safetensors").rename(tmp_path / "a.safetensors")
+    names = load_file(tmp_path / "a.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
+    torch.manual_seed(1)
+    other = GPT(small().config)
+    save(other, tmp_path)
+    assert torch.equal(load(tmp_path).embedding.weight, other.embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [({"a": 5}, "got weight_map {'a': 5}, want the file"), (["a"], r"got weight_map \['a'\], want the file"),
+     ({"a": "../model.safetensors"}, "holds no ../model.safetensors")],
+)  # fmt: skip
+def test_a_malformed_index_is_refused(shards, message, tmp_path):
+    folder = tmp_path / "inside"
+    save(small(), folder)
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
 def edit(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -131,8 +157,22 @@ def edit(folder, **changes):
         ({"intermediate_size": 50}, r"model.layers.0.mlp.gate_proj.weight: got shape \[128, 32\], want \[50, 32\]"),
         ({"num_local_experts": 4}, "a mixture of experts is not supported"),
         ({"dtype": "int4"}, "dtype: got 'int4', want one of float32"),
+        ({"dtype": ["float32"]}, r"dtype: got \['float32'\], want one of float32"),
+        ({"num_hidden_layers": 10**9}, "fewer tensors than 1000000000 layers"),
+        ({"vocab_size": 10**30}, "model.embed_tokens.weight: got shape"),
+        ({"architectures": 5}, "got architectures 5, want one of"),
+        ({"hidden_act": ["silu"]}, "config.json: an entry has a wrong type"),
+        ({"rms_norm_eps": None}, "config.json: an entry has a wrong type"),
+        ({"rope_parameters": "linear"}, "config.json: an entry has a wrong type"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "config.json: factor is missing"),
+        ({"layer_types": [["a"], ["b"]], "sliding_window": 3}, "config.json: an entry has a wrong type"),
+        ({"architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 0},
+         "config.json: an entry has a wrong type"),
+        ({"architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 4, "attn_logit_softcapping": -1.0},
+         "attention_softcap: got -1.0, want a positive number or None"),
+        ({"quantization_config": {"bits": 8}}, "quantized weights are not supported"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(changes, message, tmp_path):
     save(small(), tmp_path)
     edit(tmp_path, **changes)

@@ -43,13 +43,15 @@ def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.dev
     raw = read_json(folder / "config.json")
     family, config = read_config(raw, str(folder / "config.json"))
     dtype = dtype or _dtype(raw)
-    with torch.device("meta"):
-        model = GPT(config)
-    wanted = {name: list(p.shape) for name, p in model.named_parameters()}
-    sources = list(_sources(config, family))
     with ExitStack() as stack:
         stored = _Stored(folder, stack)
+        if config.layers > len(stored.names()):
+            raise ValueError(f"{folder}: the weights do not fit config.json: fewer tensors than {config.layers} layers")
+        sources = list(_sources(config, family))
         _check(folder, stored, sources, config)
+        with torch.device("meta"):  # of sizes that the files are known to hold
+            model = GPT(config)
+        wanted = {name: list(p.shape) for name, p in model.named_parameters()}
         for name, shape in wanted.items():
             kept = torch.float32 if _is_norm(name) or name.endswith("sinks") else dtype
             _replace(model, name, nn.Parameter(torch.empty(shape, dtype=kept, device=device)))
@@ -102,10 +104,20 @@ FAMILIES = {
 def read_config(raw: Raw, where: str = "config.json") -> tuple[Family, GPTConfig]:
     """The configuration of a model, from what config.json says in transformers 4 or 5.
 
-    Raises ValueError for an unknown architecture, a missing entry, or an option that would change the result.
+    Raises ValueError for an unknown architecture, a missing or malformed entry, or an option that would change the
+    result.
     """
+    try:
+        return _read_config(raw, where)
+    except KeyError as error:
+        raise ValueError(f"{where}: {error.args[0]} is missing") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:  # entries are used as what they ought to be
+        raise ValueError(f"{where}: an entry has a wrong type or size ({error})") from None
+
+
+def _read_config(raw: Raw, where: str) -> tuple[Family, GPTConfig]:
     names = raw.get("architectures") or []
-    name = names[0] if len(names) == 1 else None
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if name not in FAMILIES:
         raise ValueError(f"{where}: got architectures {names}, want one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
@@ -119,6 +131,8 @@ def read_config(raw: Raw, where: str = "config.json") -> tuple[Family, GPTConfig
     known = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     if activation not in known:
         raise ValueError(f"{where}: got activation {activation!r}, want one of {', '.join(known)}")
+    if raw.get("quantization_config") is not None:
+        raise ValueError(f"{where}: quantized weights are not supported, want fp32, bf16 or fp16")
     if raw.get("num_experts") or raw.get("num_local_experts"):
         raise ValueError(f"{where}: a mixture of experts is not supported, want a dense model")
     if family.gemma and raw.get("use_bidirectional_attention"):
@@ -148,7 +162,7 @@ def read_config(raw: Raw, where: str = "config.json") -> tuple[Family, GPTConfig
         attention_softcap=raw.get("attn_logit_softcapping") if family.gemma else None,
         logit_softcap=raw.get("final_logit_softcapping") if family.gemma else None,
         embedding_scale=math.sqrt(dim) if family.gemma else 1.0,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", family.gemma)),
     )
     return family, config
@@ -213,7 +227,7 @@ def _windows(raw: Raw, family: Family, layers: int, where: str) -> tuple[int | N
 def _dtype(raw: Raw) -> torch.dtype:
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
+    if not isinstance(name, str) or name not in dtypes:
         raise ValueError(f"dtype: got {name!r}, want one of {', '.join(dtypes)}")
     return dtypes[name]
 
@@ -281,7 +295,12 @@ class _Stored:
         from safetensors import SafetensorError, safe_open
 
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        files = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else [single.name]
+        files = [single.name]
+        if index.exists() and not single.exists():  # as transformers: an index may be left of weights before these
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+                raise ValueError(f"{index}: got weight_map {shards!r:.100}, want the file of each tensor")
+            files = sorted(set(shards.values()))
         self._by_name: dict[str, Any] = {}
         for file in files:
             path = folder / file

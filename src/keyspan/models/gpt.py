@@ -126,6 +126,10 @@ class GPTConfig:
         for name in ("rope_theta", "norm_eps", "embedding_std", "embedding_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a positive number")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap", "local_rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: got {value}, want a positive number or None")
         # Defaults that depend on other fields are filled in, so that a saved configuration is complete.
         object.__setattr__(self, "head_dim", head_dim)
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
