@@ -407,6 +407,15 @@ def test_a_key_value_cache_that_grows_records_nothing():
     assert CACHE.recorded == 0
 
 
+def test_keys_do_not_displace_each_others_first_sight():
+    """Forward and backward of a training step alternate; neither may keep the other from being recorded."""
+    alternating = range(0, 2**20, 2**10)  # hashes that are alike in their lowest bits
+    assert not any(map(CACHE.second_sight, alternating))
+    assert all(map(CACHE.second_sight, alternating))
+    assert not any(map(CACHE.second_sight, range(1, 10**4, 2)))
+    assert len(CACHE.seen) <= 2**12
+
+
 @needs_library
 def test_settings_are_read_each_time(replayed):
     q, k, v = tensors(M=40, N=40)

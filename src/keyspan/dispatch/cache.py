@@ -70,7 +70,7 @@ class Cache:
         """Forget everything, the counts too."""
         with self.lock:
             self.entries.clear()
-            self.seen = [0] * _SEEN
+            self.seen: OrderedDict[int, None] = OrderedDict()
             self.nbytes = self.hits = self.misses = self.recorded = 0
 
     def state(self) -> dict[str, int]:
@@ -99,10 +99,12 @@ class Cache:
     def second_sight(self, key: Hashable) -> bool:
         """Whether a computation that was not replayed is recorded now. Its first sight leaves a hash and no entry."""
         self.misses += 1
-        code = hash(key)
-        if self.seen[code % _SEEN] == code:
+        code, seen = hash(key), self.seen
+        if code in seen:
             return self.get(key) is not NO_REPLAY
-        self.seen[code % _SEEN] = code
+        seen[code] = None
+        if len(seen) > _MOST_SEEN:
+            seen.popitem(last=False)
         return False
 
     def run(
@@ -135,8 +137,8 @@ class Cache:
         return made
 
 
-_SEEN = 4096
-"""Hashes of keys that were seen once are kept in a table of this size."""
+_MOST_SEEN = 4096
+"""Most hashes kept of keys that were seen; the oldest go first."""
 NO_REPLAY = "a computation that cannot be replayed"
 """In place of a replay."""
 CACHE = Cache()
