@@ -369,6 +369,54 @@ def test_replayed_gradients_keep_autograds_promises():
 
 
 @needs_library
+@pytest.mark.parametrize("kind", ["expanded", "one address, two sizes"])
+def test_hooks_of_a_graph_that_move_saved_tensors(kind):
+    """Hooks may be set after the call, on the graph itself, and return tensors elsewhere with other strides."""
+
+    def call():
+        q, k, v = (x.requires_grad_() for x in tensors(Hq=2))
+        given = (q[:, :1].expand(q.shape), k, v) if kind == "expanded" else (k[:, :3], k[:], v)
+        return given, keyspan.attention(*given)
+
+    for _ in range(4):
+        given, out = call()
+        want = torch.autograd.grad(out.sin().sum(), given, retain_graph=True)
+    for saved in out.grad_fn._raw_saved_tensors[2:]:
+        saved.register_hooks(lambda x: x.detach().clone(memory_format=torch.contiguous_format), lambda x: x)
+    for a, b in zip(torch.autograd.grad(out.sin().sum(), given), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["hook", "shorter", "half"])
+@pytest.mark.parametrize("calls", [1, 4])
+def test_saved_tensors_that_come_back_in_another_form_are_refused(kind, calls):
+    """A backend would read memory that is not theirs."""
+    for _ in range(calls):
+        q, k, v = (x.requires_grad_() for x in tensors())
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().half(), lambda x: x)
+        with hooks if kind == "hook" else contextlib.nullcontext():
+            out = keyspan.attention(q, k, v)
+    if kind != "hook":
+        k.data = k.data[:, :2].clone() if kind == "shorter" else k.data.half()
+    with pytest.raises(RuntimeError, match="comes back as"):
+        out.sum().backward()
+
+
+@needs_library
+def test_a_replay_does_not_hold_what_it_is_given():
+    ranges = []
+    for _ in range(4):
+        q, k, v = (x.requires_grad_() for x in tensors(N=5))
+        mask = keyspan.Causal().lower(1, 5, 5)
+        ranges.append(weakref.ref(mask.lo))
+        keyspan.attention(q, k, v, mask=mask).sum().backward()
+        del mask
+    assert CACHE.hits == 3, "two forwards, one backward"
+    assert all(x() is None for x in ranges)
+
+
+@needs_library
 def test_calls_with_and_without_gradients_are_told_apart(replayed):
     q, k, v = tensors()
     for _ in range(3):

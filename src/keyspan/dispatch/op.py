@@ -7,6 +7,7 @@ much.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -219,10 +220,32 @@ def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: 
     ]
 
 
+Form = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def forms_of(tensors: Iterable[Tensor]) -> list[Form]:
+    """What backward relies on in each tensor that autograd saves."""
+    return [(x.shape, x.dtype, x.device) for x in tensors]
+
+
+def check_saved(tensors: Iterable[Tensor], forms: list[Form]) -> None:
+    """Raise where a saved tensor comes back in another form: backends read its memory as it was in forward."""
+    for got, want in zip(forms_of(tensors), forms, strict=True):
+        if got != want:
+            (shape, *kind), (other, *other_kind) = got, want
+            raise RuntimeError(
+                f"keyspan.attention: a tensor saved for backward comes back as {list(shape)} {kind[0]} on {kind[1]}, "
+                f"want {list(other)} {other_kind[0]} on {other_kind[1]} as in forward; a hook on saved tensors that "
+                "does not restore it, or an assignment to .data?"
+            )
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     problem = Problem(*inputs[: len(Problem._fields)])
-    ctx.save_for_backward(*output, *_tensors(problem))
+    saved = [*output, *_tensors(problem)]
+    ctx.save_for_backward(*saved)
+    ctx.forms = forms_of(saved)
     ctx.present = [isinstance(x, Tensor) for x in problem[:NUMBERS]]
     ctx.numbers = problem[NUMBERS:]
     ctx.backend, *ctx.cached = inputs[len(Problem._fields) :]
@@ -230,7 +253,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needed: list[bool]) -> list[Tensor | None]:
     """Of each of `flat(problem)`; `needed` says of all but the dense biases whether it is needed."""
-    out, lse, *saved = ctx.saved_tensors
+    out, lse, *saved = given = ctx.saved_tensors
+    check_saved(given, ctx.forms)
     tensors = iter(saved)
     fields: list[Any] = [next(tensors) if present else None for present in ctx.present]
     problem = Problem(*fields, *ctx.numbers)._replace(biases=[*tensors])

@@ -24,7 +24,9 @@ from keyspan.dispatch.op import (
     NUMBERS,
     as_needs,
     attend,
+    check_saved,
     flat,
+    forms_of,
     gradients,
     run_forward,
     without_autocast,
@@ -184,8 +186,8 @@ def _record(call: Call, problem: Problem, heads: HeadLayout, backend: str, retur
         results, forward = recording.record_forward(problem, call.tensors, shapes)
     if forward is None:
         return None if call.differentiated else results
-    held = [x for x in (problem.lo, problem.hi, problem.diagonal) if x is not None]
-    recorded = _Recorded(call, forward, held, backend, views, problem[NUMBERS:])
+    held = [x for x in views if isinstance(x, Tensor)]
+    recorded = _Recorded(call, results, forward, held, backend, views, problem[NUMBERS:])
     CACHE.recorded += 1
     CACHE.put(call.key, recorded)
     return recorded.differentiable(results, call.tensors) if call.differentiated else results
@@ -220,14 +222,26 @@ def _views(problem: Problem, call: Call) -> Sequence[_Source] | None:
         return None
     views: list[_Source] = []
     every: list[Any] = [*problem[:_BIASES], *problem[_BIASES + 1 : NUMBERS], *problem.biases]
-    for x in every:
+    names = [*Problem._fields[:_BIASES], *Problem._fields[_BIASES + 1 : NUMBERS], *("biases" for _ in problem.biases)]
+    for name, x in zip(names, every, strict=True):
         if isinstance(x, Tensor) and x.data_ptr() in call.pointers:
-            views.append(_View(call.pointers.index(x.data_ptr()), x.shape, x.stride()))
+            same = [n for n, pointer in enumerate(call.pointers) if pointer == x.data_ptr()]
+            # Tensors with one address may have different sizes: the one that was given for this field has its own.
+            own = [n for n in same if call.fields[n : n + 1] == (name,)]
+            views.append(_View((own or same)[0], x.shape, x.stride()))
         elif x is None or (masked_by_cache and any(x is y for y in (problem.lo, problem.hi, problem.diagonal))):
             views.append(x)
         else:
             return None
     return views
+
+
+def _laid(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """A copy with these strides; dimensions of stride 0, which torch does not write to, are copied once."""
+    made = x.new_empty_strided(x.shape, strides)
+    once = tuple(slice(None if stride else 1) for stride in strides)
+    made[once].copy_(x[once])
+    return made
 
 
 class _Recorded:
@@ -236,6 +250,7 @@ class _Recorded:
     def __init__(
         self,
         call: Call,
+        results: Sequence[Tensor],
         forward: Replay[list[Tensor]],
         held: list[Tensor],
         backend: str,
@@ -245,6 +260,7 @@ class _Recorded:
         self.forward, self.held, self.backend, self.views, self.numbers = forward, held, backend, views, numbers
         self.nbytes = sum(x.nbytes for x in held)
         self.strides = [x.stride() for x in call.tensors]
+        self.forms = forms_of([*call.tensors, *results])
         order = {name: n for n, name in enumerate(DIFFERENTIABLE)}
         terms = iter(range(len(order), len(order) + len(call.fields)))
         fields = call.fields + ("",) * (len(call.tensors) - len(call.fields))
@@ -262,8 +278,7 @@ class _Recorded:
         """The problem of the call with other tensors."""
         # Hooks on saved tensors may return them with other strides.
         laid = [
-            x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
-            for x, strides in zip(tensors, self.strides, strict=True)
+            x if x.stride() == strides else _laid(x, strides) for x, strides in zip(tensors, self.strides, strict=True)
         ]
         fields: list[Any] = [
             laid[view.source].as_strided(view.shape, view.strides) if isinstance(view, _View) else view
@@ -336,6 +351,7 @@ class _Recorded:
         self, tensors: Sequence[Tensor], out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> dict[str, Any]:
         """The problem and what belongs to its results, as a backend takes them."""
+        check_saved([*tensors, out, lse], self.forms)
         problem = self.problem(tensors)
         of_out, of_lse = problem.shapes
         return {
