@@ -43,6 +43,8 @@ def test_the_trace_is_the_same_each_time_and_within_its_limits():
     assert len({len(request.prompt) for request in requests}) > 5
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([3.0, 1.0, 2.0], 0.95) == 3.0
+    assert quantile([4.0, 3.0, 1.0, 2.0], 0.5) == 2.0
+    assert quantile(range(1, 21), 0.95) == 19
 
 
 @pytest.mark.parametrize(

@@ -418,7 +418,11 @@ def test_cross_entropy_native_low_precision(monkeypatch):
 def test_cross_entropy_with_all_or_no_targets_ignored():
     hidden, weight = leaves((4, 3), (5, 3))
     ignored = torch.full((4,), -100)
-    assert linear_cross_entropy(hidden, weight, ignored).isnan()
+    for rows in (4, 0):
+        loss = linear_cross_entropy(hidden[:rows], weight, ignored[:rows])
+        assert loss.isnan()
+        for gradient in torch.autograd.grad(loss, (hidden, weight)):
+            assert not gradient.any(), "as F.cross_entropy: it counts for nothing where gradients are accumulated"
     linear_cross_entropy(hidden, weight, ignored, reduction="sum").backward()
     assert not hidden.grad.any()
     assert not weight.grad.any()
@@ -426,6 +430,13 @@ def test_cross_entropy_with_all_or_no_targets_ignored():
     assert empty.shape == (0,)
     (gradient,) = torch.autograd.grad(empty.sum(), weight)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("target", [-1, 5])
+def test_cross_entropy_refuses_targets_out_of_range(target):
+    hidden, weight = leaves((4, 3), (5, 3))
+    with pytest.raises(ValueError, match=r"targets: got classes .* want 0 … 4, or ignore_index = -100"):
+        linear_cross_entropy(hidden, weight, torch.tensor([1, 2, target, -100]))
 
 
 def peak_of_cross_entropy(T: int, C: int, f=linear_cross_entropy, **options) -> int:

@@ -109,6 +109,15 @@ def test_cross_entropy(kernels, C, softcap, with_bias, z_loss, dtype):
     torch.testing.assert_close(unit.double() * grads[:, None], wide.grad, **tolerance)
 
 
+def test_a_target_out_of_range_gives_nan(kernels):
+    losses = torch.zeros(3)
+    kernels.cross_entropy_(
+        torch.zeros(3, 7), None, torch.tensor([-1, 7, 6]), torch.empty(3), losses, ignore_index=-100, softcap=None,
+        z_loss=0.0,
+    )  # fmt: skip
+    assert losses.isnan().tolist() == [True, True, False]
+
+
 @pytest.fixture
 def on_kernels(kernels, monkeypatch):
     """Makes the layers take their GPU path on the CPU."""

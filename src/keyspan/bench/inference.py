@@ -7,6 +7,7 @@ answers are short and long. All are there at the start.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import tempfile
@@ -273,7 +274,7 @@ def measure(
 def quantile(values: Sequence[float], q: float) -> float:
     """The smallest value that at least a share q of them does not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
 
 
 def table(rows: Sequence[Row]) -> str:

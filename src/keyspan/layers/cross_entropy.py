@@ -105,6 +105,11 @@ def _run(
     """All chunks. Writes lse and losses where `losses` is given; returns the gradients of hidden, weight and bias that
     are needed, for losses of gradient `grads` (None: 1), the others empty."""
     T, D = hidden.shape
+    if losses is not None and targets.device.type == "cpu":  # a GPU, which gives NaN, is not waited for
+        low, high = (int(x) for x in targets.where(targets != options.ignore_index, 0).aminmax()) if T else (0, 0)
+        if not 0 <= low <= high < len(weight):
+            wanted = f"0 … {len(weight) - 1}, or ignore_index = {options.ignore_index}"
+            raise ValueError(f"targets: got classes {low} … {high}, want {wanted}")
     wide = lse.dtype
     product = _gradient_dtype(hidden, options.dtype)
     gradient = product if any(needs) else None
@@ -236,9 +241,9 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in fp32: a loss scale for fp16 may be past what its dtype holds.
+        # Scaled in fp32: a loss scale may be past what fp16 holds, and a factor rounded to bf16 shifts all gradients.
         return *(
-            (x * grad).to(dtype) if need else None
+            (x.to(grad.dtype) * grad).to(dtype) if need else None
             for x, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ), None, None, None  # fmt: skip
 
@@ -289,9 +294,9 @@ def linear_cross_entropy(
         targets: int64 [T] in [0, C), or `ignore_index` for a token that does not count.
         softcap: `c` replaces logits z by `c · tanh(z / c)` (Gemma 2); None for none.
         z_loss: factor on the square of the log-denominator, added to each loss (PaLM, Chowdhery et al., 2022).
-        reduction: "mean" over the tokens that count (NaN where none does, as in torch), "sum", or "none" for [T].
-            A mean or sum computes its gradients in the forward pass; losses of "none" may be weighted afterwards, so
-            backward computes the logits a second time.
+        reduction: "mean" over the tokens that count (where none does, NaN with gradients of zero, as in torch), "sum",
+            or "none" for [T]. A mean or sum computes its gradients in the forward pass; losses of "none" may be
+            weighted afterwards, so backward computes the logits a second time.
         chunk: tokens whose logits are held at a time. Default: 512 MiB of logits on a GPU; 8 MiB, and at most 1024
             tokens, on a CPU; at least 256 tokens.
 
@@ -300,7 +305,8 @@ def linear_cross_entropy(
         softmax are fp32. Differentiable once.
 
     Raises:
-        ValueError: for arguments that do not fit.
+        ValueError: for arguments that do not fit, on a CPU also for targets outside [0, C); on a GPU, which is not
+            waited for, the loss of such a target is NaN.
 
     Chunked over tokens, with gradients beside the loss, as in Liger Kernel (Hsu et al., 2024); "Cut Your Losses in
     Large-Vocabulary Language Models" (Wijmans et al., 2024) is chunked over the vocabulary too.
@@ -333,4 +339,8 @@ def linear_cross_entropy(
     total: Tensor = _Sum.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, options, torch.is_grad_enabled()
     )
-    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+    if reduction == "sum":
+        return total
+    count = (targets != ignore_index).sum()
+    # A division by zero would make the gradients NaN too, and with them all that is accumulated.
+    return (total / count.clamp(min=1)).where(count > 0, torch.nan)

@@ -266,12 +266,13 @@ def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_
         top = tl.max(peak, 0)
         pivot = tl.where(top == -float("inf"), 0.0, top)
         denominator = pivot + tl.log(tl.sum(total * tl.exp(peak - pivot), 0))
-        own = tl.where(counted, target, 0) + tl.zeros([1], tl.int64)  # [1]
+        known = (target >= 0) & (target < C)
+        own = tl.where(known, target, 0) + tl.zeros([1], tl.int64)  # [1]
         loss = denominator - tl.max(_logits(z, bias, own, C, softcap, BIAS, SOFTCAP), 0)
         if Z_LOSS:
             loss += z_loss * denominator * denominator
         tl.store(lse + row, denominator)
-        tl.store(losses + row, tl.where(counted, loss, 0.0))
+        tl.store(losses + row, tl.where(counted, tl.where(known, loss, float("nan")), 0.0))
     if GRADIENT:
         factor = 1.0
         if WEIGHTED:
@@ -309,7 +310,7 @@ def cross_entropy_(
     Args:
         bias: [C], added to the logits; targets: int64 [T].
         lse: fp32 [T], written where `losses` is given, else read.
-        losses: fp32 [T], written.
+        losses: fp32 [T], written; NaN for a target outside [0, C).
         grads: fp32 [T], the gradient of each loss; None for 1.
         gradient: dtype of the gradient of the logits, fp32 or of 16 bits; None where it is not wanted.
 
