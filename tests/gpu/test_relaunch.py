@@ -9,6 +9,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import keyspan
+from keyspan.backends import Needs
 from keyspan.backends.triton import launch, relaunch
 from keyspan.backends.triton.primitives import Arguments
 from keyspan.core import shims
@@ -211,3 +212,50 @@ def test_replay_takes_the_counters_of_its_stream(monkeypatch):
     assert [call[-1] for call in kernel.calls] == [first.pointer, second.pointer]
     assert first.pointer != second.pointer
     assert not torch.cat([first.tensor, second.tensor]).any()
+
+
+def recorded_backward(monkeypatch, call, **kw):
+    """The stand-in for all kernels, and the replay of the gradients of a call, recorded in the caller's layout."""
+    kernel = Kernel()
+    monkeypatch.setattr(launch, "run", lambda *_, **__: kernel)
+    monkeypatch.setattr(shims, "triton_launcher", lambda kernel: None)
+    tensors, terms = call
+    q, k, v, out, lse, grad = tensors
+    problem, _ = make_problem(q, k, v, **kw)
+    of_out, of_lse = problem.shapes
+    results = grad.reshape(of_out), None, out.reshape(of_out), lse.reshape(of_lse)
+    needs = Needs(True, False, False, False, False, problem.sinks is not None, [])
+    given = [q, k, v, *terms, out, lse, grad]
+    return kernel, launch.record_backward(problem, given, *results, needs)[1]
+
+
+def test_a_gradient_that_is_copied_when_recorded_is_copied_again(monkeypatch):
+    """The kernels' strides are those of the copy, which the caller's dimensions alone would not ask for."""
+
+    def call():
+        q, k, v, out = (torch.randn(1, 5, 6) for _ in range(4))
+        return [q, k, v, out, torch.randn(1, 5), torch.randn(1, 5, 8)[..., :6]], []
+
+    calls = call(), call()
+    kernel, replay = recorded_backward(monkeypatch, calls[0])
+    tensors, _ = calls[1]
+    replay([x.data_ptr() for x in tensors], tensors)
+    given = next(x for x in kernel.calls[0] if isinstance(x, tuple))
+    values = kernel.calls[0][kernel.calls[0].index(given) + 1 :]
+    assert values[3:7] == (30, 6, 6, 6), "strides behind the tiles of keys and values"
+    assert values[2] != tensors[-1].data_ptr()
+
+
+def test_sinks_may_begin_where_a_larger_tensor_does(monkeypatch):
+    def call():
+        q, k, v, out = (torch.randn(2, 5, 4, 16) for _ in range(4))
+        slopes = torch.randn(2, 4)
+        return [q, k, v, out, torch.randn(2, 4, 5), torch.randn(2, 5, 4, 16)], [slopes, slopes[0]]
+
+    calls = call(), call()
+    slopes, sinks = calls[0][1]
+    kernel, replay = recorded_backward(monkeypatch, calls[0], bias=keyspan.Alibi(slopes), sinks=sinks)
+    tensors, terms = calls[1]
+    given = [*tensors[:3], *terms, *tensors[3:]]
+    assert replay([x.data_ptr() for x in given], given).sinks.shape == (4, 1)
+    assert len(kernel.calls) == 1

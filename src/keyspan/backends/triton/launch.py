@@ -171,18 +171,27 @@ def record_backward(
     relaunched = relaunch.recorded(problem, [*given, *present], launches, filled, [x.shape for x in filled])
     if relaunched is None:
         return gradients, None
-    count, lse_shape = len(present), problem.shapes[1]
-    sinks = None if problem.sinks is None else [x.data_ptr() for x in given].index(problem.sinks.data_ptr())
+    of_out, of_lse = problem.shapes
+    shapes = (of_out, of_lse, of_out, of_lse)[: len(present)]
+    sinks = None if problem.sinks is None else _place(problem.sinks, given)
 
     def replay(pointers: list[int], tensors: Sequence[Tensor]) -> Gradients | None:
-        prepared = _prepared(dtype, *tensors[-count:])
+        # What is copied, and the strides of what is not, depend on the shapes: those of the recorded call.
+        last = tensors[-len(shapes) :]
+        prepared = _prepared(dtype, *(x.reshape(shape) for x, shape in zip(last, shapes, strict=True)))
         filled = relaunched([*pointers, *(x.data_ptr() for x in prepared if x is not None)], tensors)
         if filled is None:
             return None
-        learned = None if sinks is None else tensors[sinks].view(forms["sinks"][0])
-        return _gradients(forms, dict(zip(names, filled, strict=True)), needs, learned, prepared[1].view(lse_shape))
+        learned = None if sinks is None else tensors[sinks[0]].as_strided(*sinks[1:])
+        return _gradients(forms, dict(zip(names, filled, strict=True)), needs, learned, prepared[1])
 
     return gradients, replay
+
+
+def _place(x: Tensor, given: Sequence[Tensor]) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Which of some tensors one is a view of, its shape and strides. Another tensor may begin at the same address."""
+    place = x.data_ptr(), x.dtype
+    return next(n for n, y in enumerate(given) if (y.data_ptr(), y.dtype) == place), x.shape, x.stride()
 
 
 def _prepared(
