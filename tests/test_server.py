@@ -16,6 +16,7 @@ from keyspan.inference.engine import Engine
 from keyspan.inference.sampling import Sampling
 from keyspan.inference.serve import load_model
 from keyspan.inference.server import Limits, make_app
+from keyspan.inference.tokenizer import FolderTokenizer
 from keyspan.models import GPT, GPTConfig, save
 
 TEMPLATE = (
@@ -133,6 +134,30 @@ def test_chat_renders_the_template(client, folder):
     assert got.choices[0].logprobs.content[0].logprob <= 0
     parts = client.chat.completions.create(model="tiny", messages=messages, max_tokens=9, temperature=0, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts) == want.text
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ([{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}], 'a<é "'),
+        ("{{ messages[0].content | tojson }}", '"a<é \\""'),
+        ("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}", "user"),
+        ("{{ strftime_now('%d') | length }}", "2"),
+        ("{{ messages[0].content + 1 }}", "the chat template fails: TypeError"),
+        ("{{ messages[3].content }}", "the chat template refuses them: list object has no element 3"),
+        ({"a": "b"}, "the model has no chat template"),
+    ],
+)
+def test_templates_are_rendered_as_transformers_does(tmp_path, template, text):
+    write_model(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    messages = [{"role": "user", "content": 'a<é "'}, {"role": "user", "content": "b"}]
+    tokenizer = FolderTokenizer(tmp_path)
+    if text.startswith("the "):
+        with pytest.raises(ValueError, match=f"messages: {text}"):
+            tokenizer.render(messages)
+    else:
+        assert tokenizer.render(messages) == text
 
 
 def test_models_health_metrics_and_page(client, server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,9 +70,12 @@ class FolderTokenizer:
             ends |= set(found if isinstance(found, list) else [found])
         self.end_tokens = tuple(sorted(token for token in ends if token is not None))
         template = folder / "chat_template.jinja"
-        self.chat_template: str | None = settings.get("chat_template")
+        given = settings.get("chat_template")
+        if isinstance(given, list):  # several by name
+            given = next((x.get("template") for x in given if isinstance(x, dict) and x.get("name") == "default"), None)
         if template.is_file():
-            self.chat_template = template.read_text(encoding="utf-8")
+            given = template.read_text(encoding="utf-8")
+        self.chat_template: str | None = given if isinstance(given, str) else None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with what the tokenizer puts around it (a first token, where the model has one)."""
@@ -88,7 +92,8 @@ class FolderTokenizer:
         return text
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The text of a chat, up to where the assistant speaks. The template runs in jinja's sandbox.
+        """The text of a chat, up to where the assistant speaks. The template runs in jinja's sandbox, with what
+        `transformers` adds to jinja: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, `break`.
 
         Raises ValueError where the model has no template, or the template refuses the messages.
         """
@@ -97,18 +102,31 @@ class FolderTokenizer:
 
         if self.chat_template is None:
             raise ValueError("messages: the model has no chat template; use completions with a prompt")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
 
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment.globals["raise_exception"] = refuse
+        def to_json(
+            value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+            sort_keys: bool = False,
+        ) -> str:  # fmt: skip
+            return json.dumps(
+                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
+
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = to_json
         try:
             return environment.from_string(self.chat_template).render(
                 messages=list(messages), add_generation_prompt=True, **self.special
             )
         except TemplateError as error:
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
+        except Exception as error:  # a template's expressions raise what Python's do
+            raise ValueError(f"messages: the chat template fails: {type(error).__name__}: {error}") from None
 
 
 def write_byte_tokenizer(folder: Path, start: int) -> None:
