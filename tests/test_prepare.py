@@ -129,6 +129,16 @@ def test_a_long_file_without_lines_is_never_held_whole(tmp_path, monkeypatch):
     assert sorted(found) == sorted(text[n : n + 2000] for n in range(0, len(text), 2000))
 
 
+@pytest.mark.parametrize("index", ["{}", "[]", "no JSON", '{"format": 2}'])
+def test_an_index_that_is_none_is_refused(tmp_path, index):
+    source = write_lines(tmp_path / "a.jsonl", texts(3))
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"holds other data|index.json: .* want (a )?JSON"):
+        prepare(Prepare((source,), tmp_path))
+    with pytest.raises(ValueError, match=r"index.json: (got format|.* want (a )?JSON)"):
+        Corpus(tmp_path, 50)
+
+
 def test_the_tokenizer_of_another_plan_is_not_taken(tmp_path, monkeypatch):
     from keyspan.training import prepare as module
 

@@ -9,7 +9,6 @@ of a few shards at a time. Pieces of such a group are packed so that batches are
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from keyspan.models.checkpoints import read_json
 from keyspan.training.packing import Batch
 
 GROUP = 8
@@ -74,7 +74,7 @@ class Corpus:
         path = self.folder / "index.json"
         if not path.is_file():
             raise ValueError(f"data: {self.folder} holds no index.json; want a folder of keyspan prepare")
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if found.get("format") != 1:
             raise ValueError(f"{path}: got format {found.get('format')}, want 1; prepare the data again")
         return found

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyspan.files import write_file
+from keyspan.models.checkpoints import read_json
 
 BLOCK = 1024
 """Most documents that are tokenized together, in parallel; a shard ends between blocks."""
@@ -108,15 +109,15 @@ def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None)
     plan = _plan(options, files)
     index = out / "index.json"
     if index.is_file():
-        if json.loads(index.read_text(encoding="utf-8"))["plan"] != plan:
+        if read_json(index).get("plan") != plan:
             raise ValueError(f"out: {out} holds other data, or the same under other options; want a new folder")
         return out
     out.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = {"plan": plan, "records": 0, "shards": [], "counts": asdict(Counts())}
     progress, kept = out / "progress.json", out / "tokenizer.json"
     if progress.is_file():
-        state = json.loads(progress.read_text(encoding="utf-8"))
-        if state["plan"] != plan:
+        state = read_json(progress)
+        if state.get("plan") != plan:
             raise ValueError(f"out: {out} holds an unfinished run over other data or options; want a new folder")
         report(f"going on behind record {state['records']}")
     else:
