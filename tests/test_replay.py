@@ -404,6 +404,17 @@ def test_saved_tensors_that_come_back_in_another_form_are_refused(kind, calls):
 
 
 @needs_library
+@pytest.mark.parametrize("calls", [1, 4])
+def test_memory_that_is_freed_before_backward(calls):
+    for _ in range(calls):
+        q, k, v = (x.requires_grad_() for x in tensors())
+        out = keyspan.attention(q, k, v)
+        k.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="key: got a tensor whose storage was freed"):
+            out.sum().backward()
+
+
+@needs_library
 def test_a_replay_does_not_hold_what_it_is_given():
     ranges = []
     for _ in range(4):

@@ -179,14 +179,15 @@ def as_needs(flags: list[bool]) -> Needs:
     return Needs._make([*flags[:count], flags[count:]])
 
 
-def _check_memory(*problem: Any) -> None:
-    for name, x in zip(Problem._fields, problem, strict=False):
+def check_memory(names: Iterable[str], values: Iterable[Any]) -> None:
+    """Raise for a tensor whose storage was freed, before something reads it."""
+    for name, x in zip(names, values, strict=False):
         if type(x) in shims.PLAIN and x.numel() and not x.is_meta and not x.data_ptr():
             raise ValueError(f"{name}: got a tensor whose storage was freed, want one with memory")
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    _check_memory(*args)
+    check_memory(Problem._fields, args)
     out, lse = run_forward(Problem(*args[:-1]), args[-1], cached=True)
     return out.contiguous(), lse.contiguous()  # as the fake says: compiled code relies on the strides
 
@@ -206,7 +207,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     *fields, needs, backend = args
-    _check_memory(*fields)
+    check_memory(Problem._fields, fields)
     grads = _run_backward(Problem(*fields), grad_out, grad_lse, out, lse, list(needs), backend, cached=True)
     # The op returns tensors only: an empty one stands for a gradient that is not needed.
     return [lse.new_empty(0) if grad is None else grad.contiguous() for grad in flat(grads)]

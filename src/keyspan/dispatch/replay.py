@@ -24,6 +24,7 @@ from keyspan.dispatch.op import (
     NUMBERS,
     as_needs,
     attend,
+    check_memory,
     check_saved,
     flat,
     forms_of,
@@ -260,6 +261,7 @@ class _Recorded:
         self.forward, self.held, self.backend, self.views, self.numbers = forward, held, backend, views, numbers
         self.nbytes = sum(x.nbytes for x in held)
         self.strides = [x.stride() for x in call.tensors]
+        self.fields = call.fields
         self.forms = forms_of([*call.tensors, *results])
         order = {name: n for n, name in enumerate(DIFFERENTIABLE)}
         terms = iter(range(len(order), len(order) + len(call.fields)))
@@ -352,6 +354,7 @@ class _Recorded:
     ) -> dict[str, Any]:
         """The problem and what belongs to its results, as a backend takes them."""
         check_saved([*tensors, out, lse], self.forms)
+        check_memory(self.fields, tensors)
         problem = self.problem(tensors)
         of_out, of_lse = problem.shapes
         return {
