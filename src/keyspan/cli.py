@@ -240,6 +240,8 @@ def export(run: Path, to: Path | None = None) -> None:
 
     config, _, model = load_run(run, "cpu")
     to = to or run / "export"
+    if config.task == "stdlib":
+        import_module("tokenizers")  # better missed now than when the weights are written
     save(model, to)
     if config.task == "stdlib":
         write_byte_tokenizer(to, START)

@@ -284,7 +284,7 @@ class _Guard:
         if not keys or not scope["path"].startswith("/v1/"):
             return None
         given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-        if sum(hmac.compare_digest(given, key.encode()) for key in keys):  # all are compared: time tells nothing
+        if sum(hmac.compare_digest(given, key.encode()) for key in keys):  # every key is compared, in constant time
             return None
         return _error(401, "a valid API key is missing: Authorization: Bearer KEY", "invalid_api_key")
 
