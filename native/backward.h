@@ -82,17 +82,11 @@ INLINE void accumulate_bias_grads(const Plan &plan, const RowTile &tile, int s, 
     }
     const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
     const int64_t distance = first + tile.distance_offset[s][r];
-    if (p.dtable) {
+    if (p.dtable) {  // its first and last entry: accumulate_position_grads
         float *table = p.dtable + sums * (2 * p.reach + 1) + p.reach;
-        int n = span.begin;
-        float total = 0;
-        for (; n < span.end && distance + n <= -p.reach; n++) total += grad[n];
-        table[-p.reach] += total;
-        total = 0;
-        const int inside = (int)max<int64_t>(n, min<int64_t>(span.end, p.reach - distance));
-        for (int64_t at = distance; n < inside; n++) table[at + n] += grad[n];
-        for (; n < span.end; n++) total += grad[n];
-        table[p.reach] += total;
+        const int n = (int)max<int64_t>(span.begin, min<int64_t>(span.end, 1 - p.reach - distance));
+        const int end = (int)max<int64_t>(n, min<int64_t>(span.end, p.reach - distance));
+        for (int i = n; i < end; i++) table[distance + i] += grad[i];
     }
 }
 
@@ -109,7 +103,10 @@ INLINE void softmax_backward_row(const Plan &plan, RowTile &tile, int s, int r, 
     if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, dropout_scale(p), dropout);
     const vf m = broadcast(score_multiplier(p)), row_max = broadcast(tile.row_max[r]);
     const vf log2_sum = broadcast(tile.log2_sum[r]), delta = broadcast(tile.delta[r]);
-    vf grad_sum{}, full_sum{}, grad_distance{}, weight_distance{};
+    const bool by_distance = p.dslopes || p.dtable;
+    // Both ends are the middle entry where reach is 0: each key counts in one of them.
+    const vf lowest = broadcast((float)-p.reach), highest = broadcast((float)max<int64_t>(p.reach, 1));
+    vf grad_sum{}, full_sum{}, grad_distance{}, weight_distance{}, grad_ends[2]{}, weight_ends[2]{};
     for (int n = begin; n < end; n += W) {
         const vf score = load(weight + n);
         const vi hidden = score == broadcast(-INF);
@@ -126,19 +123,30 @@ INLINE void softmax_backward_row(const Plan &plan, RowTile &tile, int s, int r, 
         dx = hidden ? vf{} : dx;
         store(weight + n, dropped);
         store(grad + n, dx);
-        if (p.dslopes) {
-            const vf distance = abs(distances(first + n + tile.distance_offset[s][r]));
+        if (by_distance) {
+            const vf distance = distances(first + n + tile.distance_offset[s][r]);
             grad_sum += dx;
             full_sum += x;
-            grad_distance += dx * distance;
-            weight_distance += x * distance;
+            grad_distance += dx * abs(distance);
+            weight_distance += x * abs(distance);
+            if (p.dtable) {
+                const vi low = distance <= lowest, high = distance >= highest;
+                grad_ends[0] += low ? dx : vf{};
+                grad_ends[1] += high ? dx : vf{};
+                weight_ends[0] += low ? x : vf{};
+                weight_ends[1] += high ? x : vf{};
+            }
         }
     }
-    if (p.dslopes) {
+    if (by_distance) {
         tile.grad_sum[r] += reduce_add(grad_sum);
         tile.full_sum[r] += reduce_add(full_sum);
         tile.grad_distance[r] += reduce_add(grad_distance);
         tile.weight_distance[r] += reduce_add(weight_distance);
+        for (int e = 0; p.dtable && e < 2; e++) {
+            tile.grad_ends[e][r] += reduce_add(grad_ends[e]);
+            tile.weight_ends[e][r] += reduce_add(weight_ends[e]);
+        }
     }
     accumulate_bias_grads(plan, tile, s, r, first, span, chunk, grad);
     if (p.softcap != 0)
@@ -207,10 +215,10 @@ INLINE void accumulate_sink_grads(const Params &p, const RowTile &tile, int64_t 
 }
 
 // The gradients of a row's scores sum to grad_lse, a sink's included, but for the rounding of `out` (and of the weights
-// that it was computed with), which delta carries to every score in proportion to its weight. Times the distances this
-// can exceed the gradient of a slope, so it is taken out. Not where weights do not sum to 1: there `out` and lse are
-// those of more keys than these.
-INLINE void accumulate_slope_grads(const Params &p, const RowTile &tile, int64_t chunk) {
+// that it was computed with), which delta carries to every score in proportion to its weight. Times the distances, or
+// summed over the many keys of a table's first or last entry, this can exceed the gradient, so it is taken out. Not
+// where weights do not sum to 1: there `out` and lse are those of more keys than these.
+INLINE void accumulate_position_grads(const Params &p, const RowTile &tile, int64_t chunk) {
     for (int r = 0; r < tile.rows; r++) {
         float grad_sum = tile.grad_sum[r], full_sum = tile.full_sum[r];
         if (p.sinks) {
@@ -220,8 +228,11 @@ INLINE void accumulate_slope_grads(const Params &p, const RowTile &tile, int64_t
         }
         float excess = grad_sum - (p.grad_lse ? p.grad_lse[lse_row(p, tile, r)] : 0);
         if (!(__builtin_fabsf(full_sum - 1) < 2e-5f)) excess = 0;
-        p.dslopes[((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r]] -=
-            tile.grad_distance[r] - excess * tile.weight_distance[r];
+        const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
+        if (p.dslopes) p.dslopes[sums] -= tile.grad_distance[r] - excess * tile.weight_distance[r];
+        for (int64_t e = 0; p.dtable && e < 2; e++)
+            p.dtable[sums * (2 * p.reach + 1) + e * 2 * p.reach] +=
+                tile.grad_ends[e][r] - excess * tile.weight_ends[e][r];
     }
 }
 
@@ -310,6 +321,7 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
         for (int64_t v = 0; v < p.V; v++) delta += out[v] * grad[v];
         tile.delta[r] = delta;
         tile.grad_sum[r] = tile.full_sum[r] = tile.grad_distance[r] = tile.weight_distance[r] = 0;
+        for (int e = 0; e < 2; e++) tile.grad_ends[e][r] = tile.weight_ends[e][r] = 0;
     }
     load_rows(queries, tile, p.dtype, query_rows, p.q_stride[4], p.K);
     load_rows(grads, tile, p.out_dtype, grad_rows, p.grad_out_stride[4], p.V);
@@ -369,7 +381,7 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
                                   grad_values);
         }
     }
-    if (p.dslopes) accumulate_slope_grads(p, tile, chunk);
+    if (p.dslopes || p.dtable) accumulate_position_grads(p, tile, chunk);
     if (p.dq)
         for (int r = 0; r < tile.rows; r++)
             narrow(p.dtype, dq + r * plan.key_width, p.K, (float)p.scale,

@@ -117,6 +117,7 @@ struct RowTile {
     float log2_sum[TILE_ROWS], delta[TILE_ROWS];
     // Backward, for the gradient of ALiBi slopes: Σ grad and Σ weight over keys, and both times distance.
     float grad_sum[TILE_ROWS], full_sum[TILE_ROWS], grad_distance[TILE_ROWS], weight_distance[TILE_ROWS];
+    float grad_ends[2][TILE_ROWS], weight_ends[2][TILE_ROWS];  // keys at or beyond the table's first and last distance
 };
 
 // One table for each instruction set. `pack` fills one panel of a slot; `forward`, `decode` and `backward` compute one

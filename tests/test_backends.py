@@ -9,7 +9,7 @@ from keyspan.backends import Needs, load
 from keyspan.bench.works import SHAPES
 from keyspan.dispatch.op import attend
 from keyspan.testing import flash_emulation, results, rms_error, textbook, tolerances, worst
-from keyspan.testing.cases import CASES, LONG, SHORT, Case, malformed
+from keyspan.testing.cases import CASES, LONG, SHORT, Case, malformed, position_gradient_errors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -75,6 +75,14 @@ def test_error_is_at_most_that_of_flash_attention(case, backend, dtype):
     got, allowed = error(lambda p: attend(p, backend)), error(lambda p: flash_emulation(p, dtype))
     many = [name for name, x in want.items() if x.numel() > 100]  # the mean of fewer errors is chance
     assert {name: got[name] / allowed[name] for name in many if got[name] > 1.1 * allowed[name]} == {}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", TESTED)
+def test_gradients_by_position_do_not_gather_the_rounding_of_the_output(backend, dtype, sinks):
+    errors = position_gradient_errors(backend, dtype, 300, 1000, sinks)
+    assert max(errors.values()) <= 1, errors
 
 
 @pytest.mark.parametrize("backend", TESTED)

@@ -86,7 +86,6 @@ def backward(
         zeros(getattr(problem, name), getattr(needs, name)) for name in ("slopes", "table", "sinks")
     )
     dbiases = [zeros(x, needed) for x, needed in zip(problem.biases, needs.biases, strict=True)]
-    by_distance = dslopes is not None or dtable is not None
     scores_needed = any(x is not None for x in (dq, dk, dslopes, dtable, *dbiases))
 
     for task in _tasks(problem):
@@ -100,10 +99,13 @@ def backward(
         row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
         has_nan = bool(torch.isnan(row_lse).any())
         lost = task.lost_in_lse(query, row_lse)
-        if dsinks is not None and problem.sinks is not None:
-            weight = torch.exp(task.heads(problem.sinks.to(dtype))[..., None, None] - row_lse - lost)
-            dsinks[task.groups] -= torch.where(weight > 0, weight * delta, 0).sum((0, 3, 4))
+        sink_weight = None
+        if problem.sinks is not None:
+            sink_weight = torch.exp(task.heads(problem.sinks.to(dtype))[..., None, None] - row_lse - lost)
+            if dsinks is not None:
+                dsinks[task.groups] -= torch.where(sink_weight > 0, sink_weight * delta, 0).sum((0, 3, 4))
         dquery = torch.zeros_like(query) if dq is not None else None
+        sums = _PositionSums.zeros(row_lse[..., 0], dslopes, dtable)
         for chunk in task.chunks():
             score, visible, slope = task.scores(query, chunk)
             weight = score.sub_(row_lse).sub_(lost).exp_()
@@ -125,8 +127,8 @@ def backward(
             for dbias in dbiases:
                 if dbias is not None:
                     task.accumulate_bias(dbias, chunk, dscore)
-            if by_distance:
-                task.accumulate_by_distance(dslopes, dtable, chunk, dscore)
+            if sums is not None:
+                task.accumulate_by_distance(dtable, sums, chunk, weight, dscore)
             if slope is not None:
                 dscore.mul_(slope)
             if dquery is not None:
@@ -137,6 +139,11 @@ def backward(
                     dquery += _grouped(visible_matmul, dscore, key, visible)
             if dk is not None:
                 task.accumulate(dk, chunk, _transposed_product(dscore, query, visible))
+        if sums is not None:
+            if sink_weight is not None:
+                sums.weight.add_(sink_weight[..., 0])
+                sums.grad.sub_((sink_weight * delta)[..., 0])
+            task.add_position_sums(dslopes, dtable, sums, 0 if grad_lse is None else grad_lse[task.stats])
         if dq is not None and dquery is not None:
             dq[task.rows] = task.unpermute(dquery.mul_(problem.scale))
 
@@ -161,6 +168,33 @@ class _Chunk(NamedTuple):
     begin: int
     end: int
     full: bool
+
+
+class _PositionSums(NamedTuple):
+    """Sums over a row's keys, `[b, g, H, m]`, for the gradients of ALiBi slopes and of a table's first and last entry.
+
+    The gradients of a row's scores sum to that of lse, a sink's included, but for the rounding of `out`, which delta
+    carries to every score in proportion to its weight. Times the distances, or summed over the many keys of a table's
+    end, it can exceed the gradient: `add_position_sums` takes it out. Not where weights do not sum to 1: there `out`
+    and lse are those of more keys than these.
+    """
+
+    grad: Tensor
+    weight: Tensor
+    by_distance: tuple[Tensor, Tensor] | None
+    """Gradients and weights, times the distance."""
+    ends: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    """Gradients and weights of the keys at or beyond the table's first distance, and its last."""
+
+    @classmethod
+    def zeros(cls, like: Tensor, dslopes: Tensor | None, dtable: Tensor | None) -> _PositionSums | None:
+        if dslopes is None and dtable is None:
+            return None
+
+        def pair() -> tuple[Tensor, Tensor]:
+            return torch.zeros_like(like), torch.zeros_like(like)
+
+        return cls(*pair(), None if dslopes is None else pair(), None if dtable is None else (pair(), pair()))
 
 
 class _Task(NamedTuple):
@@ -349,20 +383,43 @@ class _Task(NamedTuple):
             part.movedim(-1, 0).index_put_((self.columns(chunk),), grad.movedim(-1, 0), accumulate=True)
 
     def accumulate_by_distance(
-        self, dslopes: Tensor | None, dtable: Tensor | None, chunk: _Chunk, dscore: Tensor
+        self, dtable: Tensor | None, sums: _PositionSums, chunk: _Chunk, weight: Tensor, dscore: Tensor
     ) -> None:
+        """Add a chunk to the row sums, and to the table's entries between its first and last."""
         distance = self.distance(chunk)
-        if dslopes is not None:
-            grad = -(dscore * distance.abs()).sum((-1, -2))
-            part = dslopes[self.batches if dslopes.shape[0] > 1 else slice(None), self.groups]
-            part += grad if dslopes.shape[0] > 1 else grad.sum(0, keepdim=True)
-        if dtable is not None:
+        sums.grad.add_(dscore.sum(-1))
+        sums.weight.add_(weight.sum(-1))
+        if sums.by_distance is not None:
+            size = distance.abs()
+            sums.by_distance[0].add_((dscore * size).sum(-1))
+            sums.by_distance[1].add_((weight * size).sum(-1))
+        if dtable is not None and sums.ends is not None:
             reach = dtable.shape[-1] // 2
+            # Both are the middle entry where the reach is 0: each key counts in one of them.
+            ends = distance <= -reach, distance >= max(reach, 1)
+            for end, total in zip(ends, sums.ends, strict=True):
+                total[0].add_((dscore * end).sum(-1))
+                total[1].add_((weight * end).sum(-1))
+            inner = dscore.masked_fill(ends[0] | ends[1], 0)
             index = (distance.clamp(-reach, reach) + reach).long().expand(dscore.shape[0], 1, 1, -1, -1)
-            for entry, at in zip(dscore, index, strict=True):
+            for entry, at in zip(inner, index, strict=True):
                 self.heads(dtable).view(-1, dtable.shape[-1]).index_add_(
                     1, at.flatten(), entry.flatten(0, 1).flatten(1)
                 )
+
+    def add_position_sums(
+        self, dslopes: Tensor | None, dtable: Tensor | None, sums: _PositionSums, grad_lse: Tensor | int
+    ) -> None:
+        """Add the row sums to the gradients of the slopes and of the table's first and last entry, see
+        `_PositionSums`."""
+        excess = torch.where((sums.weight - 1).abs() < 2e-5, sums.grad - grad_lse, 0)
+        if dslopes is not None and sums.by_distance is not None:
+            grad, weight = sums.by_distance
+            part = dslopes[self.batches if dslopes.shape[0] > 1 else slice(None), self.groups]
+            part -= (grad - excess * weight).sum(-1).sum_to_size(part.shape)
+        if dtable is not None and sums.ends is not None:
+            for (grad, weight), entry in zip(sums.ends, (0, -1), strict=True):
+                self.heads(dtable)[..., entry] += (grad - excess * weight).sum((0, -1))
 
     def keep(self, chunk: _Chunk) -> Tensor | None:
         """Dropout's factor of each weight, 0 or 1 / (1 − p), `[b, g, H, m, n]`; None without dropout."""

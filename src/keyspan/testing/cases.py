@@ -260,3 +260,31 @@ def malformed(field: str, value: int, dense: bool) -> Problem:
     overwritten = getattr(problem, field).clone()
     overwritten.view(-1)[::2] = value
     return problem._replace(**{field: overwritten})
+
+
+def position_gradient_errors(backend: str, dtype: torch.dtype, M: int, N: int, sinks: bool = False) -> dict[str, float]:
+    """Errors of the gradients of ALiBi slopes and of a relative table's two ends, as shares of what is allowed.
+
+    Each is a sum of many terms that nearly cancel: what rounding `out` to `dtype` adds to them must not add up. Allowed
+    is one fp32 rounding of rows × spread of a row's terms.
+    """
+    K = 32
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, n, 4, K, generator=generator).to(dtype) for n in (M, N, N, M))
+    terms = [torch.rand(4, generator=generator) * 0.01, torch.randn(4, 11, generator=generator) * 0.1]
+    sink = torch.zeros(4) if sinks else None
+
+    def gradients(backend: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        slopes, table = (x.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for x in terms)
+        out = keyspan.attention(
+            *(x.to(dtype) for x in (q, k, v)), bias=keyspan.Alibi(slopes) + keyspan.RelativeBias(table),
+            mask=keyspan.Causal("bottom_right"), sinks=None if sink is None else sink.to(slopes.dtype),
+            backend=backend,
+        )  # fmt: skip
+        dslopes, dtable = torch.autograd.grad(out, [slopes, table], grad.to(dtype))
+        return dslopes.double(), dtable[:, [0, -1]].double()
+
+    got, want = gradients(backend, dtype), gradients("reference", torch.float64)
+    one = torch.finfo(torch.float32).eps * M * K**0.5
+    slopes, ends = (float((x - y).abs().max()) / one for x, y in zip(got, want, strict=True))
+    return {"slopes": slopes / (N / 4), "ends": ends}
