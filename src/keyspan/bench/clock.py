@@ -89,7 +89,10 @@ def flush() -> None:
 
 
 def as_graph(call: Call) -> Call:
-    """The replay of a CUDA graph of one call; the call itself where it cannot be captured."""
+    """The replay of a CUDA graph of one call; the call itself where it cannot be captured.
+
+    A graph holds addresses alone. The replay holds the call, so that the tensors the call holds are not freed.
+    """
     for _ in range(2):
         call()
     torch.cuda.synchronize()
@@ -105,4 +108,8 @@ def as_graph(call: Call) -> Call:
     except Exception:
         torch.cuda.synchronize()
         return call
-    return graph.replay
+
+    def replay(held: Call = call) -> None:
+        graph.replay()
+
+    return replay
