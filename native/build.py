@@ -2,7 +2,7 @@
 
     python native/build.py FOLDER [--flags='-fsanitize=address -g'] [--std-threads]
 
-plan.cpp becomes one object file; kernels.cpp becomes one for each instruction set of this machine's architecture.
+PLANNERS become one object file each; KERNELS become one for each instruction set of this machine's architecture.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PLANNERS = ("plan", "linear")
+KERNELS = ("kernels", "linear_kernels")
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wno-psabi"
 FLAGS += " -Wno-maybe-uninitialized"  # GCC 12 warns of its own intrinsics
 X86 = {
@@ -59,9 +61,11 @@ def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
     threads = ["-pthread", "-DKEYSPAN_STD_THREADS"] if std_threads else ["-fopenmp", "-pthread"]
     if not std_threads and not _accepts(compiler, threads):
         threads = ["-pthread", "-DKEYSPAN_STD_THREADS"]  # a compiler without OpenMP, e.g. Apple's
-    units = [("plan.cpp", "plan", threads), ("kernels.cpp", "portable", [])]
+    isas = {"portable": ""}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        units += [("kernels.cpp", isa, [f"-DKEYSPAN_{isa}", *options.split()]) for isa, options in X86.items()]
+        isas |= {isa: f"-DKEYSPAN_{isa} {options}" for isa, options in X86.items()}
+    units = [(f"{name}.cpp", name, threads) for name in PLANNERS]
+    units += [(f"{name}.cpp", f"{name}_{isa}", flags.split()) for name in KERNELS for isa, flags in isas.items()]
     with tempfile.TemporaryDirectory() as scratch:
 
         def compile_one(unit: tuple[str, str, list[str]]) -> str:

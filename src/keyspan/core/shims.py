@@ -47,7 +47,7 @@ _is_transformed = _private(
 _is_batched = _private(
     "_C._functorch.is_legacy_batchedtensor", lambda x: False, "batched gradients fail in torch's own words"
 )
-_profiled = _private("_C._autograd._profiler_enabled", lambda: True, _ALL_BY_OP)
+profiled: Callable[[], bool] = _private("_C._autograd._profiler_enabled", lambda: True, _ALL_BY_OP)
 _traced = _private("_C._get_tracing_state", lambda: 1, _ALL_BY_OP)
 _has_dual_level = _private("autograd.forward_ad._current_level", None, _ALL_BY_OP) is not None
 _saved_tensors_hooks = _private(
@@ -91,7 +91,7 @@ def eager() -> bool:
 
 def unobserved() -> bool:
     """Whether nothing, a profiler or forward-mode differentiation included, would notice that the op is bypassed."""
-    return eager() and not _profiled() and not dual_level()
+    return eager() and not profiled() and not dual_level()
 
 
 def dual_level() -> bool:

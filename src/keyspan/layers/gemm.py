@@ -1,19 +1,27 @@
-"""Linear maps at the precision of `torch.autocast`, fast also on CPUs that have no bf16 or fp16 instructions.
+"""Linear maps at the precision of `torch.autocast`; on a CPU by the native library, where it is built.
 
-A CPU without such instructions multiplies bf16 or fp16 matrices element by element, 3 to 80 times slower than
-fp32 (measured with AVX2). There, `linear` rounds the operands to the low dtype, multiplies them in fp32 and
-rounds the result once: what a GEMM in the low dtype with fp32 accumulation computes, at the speed of fp32.
+The library's product (native/linear.h) sums each element of the result in one fixed order: a row's bits depend on that
+row and the weight alone, not on the other rows, on the threads or on whether the weight is packed. Sums are fp32, for
+bf16 and fp16 too, and rounded once; it is fast also on CPUs that have no instructions for those.
+
+Without the library torch multiplies. A CPU without such instructions then multiplies bf16 or fp16 matrices element by
+element, 3 to 80 times slower than fp32 (measured with AVX2): operands are rounded to the low dtype and multiplied in
+fp32 there, which gives the same sums at the speed of fp32.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from keyspan.core.shims import eager, plain, profiled
 
 # Names in `torch.cpu.get_capabilities` of the instruction sets with which oneDNN multiplies a dtype natively.
 _INSTRUCTIONS = {
@@ -57,8 +65,106 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T + bias` of operands rounded to `dtype`, itself rounded once. Call with autocast off."""
+    if native_multiplies(x, weight, bias, dtype):
+        return _native_product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     bias = None if bias is None else operand(bias, dtype)
     return F.linear(operand(x, dtype), operand(weight, dtype), bias).to(dtype)
+
+
+@functools.cache
+def _library() -> ModuleType | None:
+    """The binding of the native library; None where it is not built."""
+    from keyspan.backends.native import binding
+
+    return None if binding.LIBRARY is None else binding
+
+
+_NATIVE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`Dtype` of native/params.h."""
+_ROWS, _PANELS, _INT8 = 0, 1, 2
+"""`Storage` of native/linear.h."""
+PANEL = 64
+"""Columns of a packed panel; `LINEAR_PANEL` there."""
+
+
+def native_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the native library computes this product: plain tensors on the CPU that nothing intercepts."""
+    return (
+        x.is_cpu
+        and dtype in _NATIVE
+        and eager()
+        and plain(x)
+        and plain(weight)
+        and (bias is None or plain(bias))
+        and x.shape[-1] == weight.shape[-1] > 0
+        and weight.ndim == 2
+        and (bias is None or bias.shape == weight.shape[:1])
+        and _library() is not None
+    )
+
+
+def _native_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., D], weight [C, D], bias [C], all of one dtype -> [..., C]."""
+    if x.dtype != torch.float32 and x.shape[-1] % 2:  # two numbers are read at a time
+        x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1))
+    even = x.dtype == torch.float32 or weight.stride(0) % 2 == 0
+    weight = weight if weight.stride(1) == 1 and even else weight.contiguous()
+    return _run(x, weight, None, None if bias is None else bias.contiguous(), _ROWS, len(weight))
+
+
+def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, storage: int, outputs: int) -> Tensor:
+    library: Any = _library()
+    inputs = x.shape[-1]
+    rows = x.reshape(-1, inputs).contiguous()
+    out = x.new_empty((len(rows), outputs))
+    call = library.LINEAR.pack(
+        rows.data_ptr(), weight.data_ptr(), 0 if scale is None else scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), library.isa_number(), torch.get_num_threads(),
+        _NATIVE[x.dtype], storage, len(rows), inputs, outputs, inputs, weight.stride(0),
+    )  # fmt: skip
+    with torch.profiler.record_function("keyspan::linear") if profiled() else nullcontext():
+        library.LINEAR_PRODUCT(call)
+    return out.view(*x.shape[:-1], outputs)
+
+
+class PackedWeight:
+    """A weight for inference on a CPU, copied into the order in which the native library reads it.
+
+    Args:
+        weight: [C, D] of fp32, bf16 or fp16. D must be even for the 2-byte dtypes, a multiple of 4 for int8.
+        int8: whether to store 8 bits a number: each row is rounded to multiples of its largest magnitude / 127.
+
+    Its products are, bit for bit, those of the plain weight (of the rounded one for int8). Later changes of the weight
+    are not seen.
+    """
+
+    def __init__(self, weight: Tensor, int8: bool = False) -> None:
+        C, D = weight.shape
+        self.outputs, self.inputs, self.dtype = C, D, weight.dtype
+        self.scale: Tensor | None = None
+        self.storage = _INT8 if int8 else _PANELS
+        stored = weight.detach()
+        if int8:
+            wide = stored.float()
+            scale = wide.abs().amax(1) / 127
+            self.scale = torch.where(scale == 0, 1, scale)
+            stored = (wide / self.scale[:, None]).round().to(torch.int8)
+        words = F.pad(stored.contiguous().view(torch.int32), (0, 0, 0, -C % PANEL))
+        self.words = words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def reason_against(weight: Tensor, int8: bool = False) -> str | None:
+        """Why this weight cannot be packed, or None."""
+        numbers = 4 if int8 else 4 // weight.element_size() if weight.dtype in _NATIVE else 0
+        if not weight.is_cpu or _library() is None or not numbers:
+            return "the native library multiplies fp32, bf16 and fp16 on CPUs, where it is built"
+        if weight.shape[1] % numbers:
+            return f"a packed weight's rows are multiples of {numbers}, and this one's have {weight.shape[1]} numbers"
+        return None
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., D], bias [C] of the weight's dtype -> [..., C]. Without gradients."""
+        return _run(x, self.words, self.scale, bias, self.storage, self.outputs)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,24 +203,65 @@ class _RoundedLinear(torch.autograd.Function):
         return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
 
 
+class _NativeLinear(torch.autograd.Function):
+    """The native product of operands of one dtype. Its gradients are torch's products and can be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _native_product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            dx = input_gradient(grad, weight, grad.dtype) if ctx.needs_input_grad[0] else None
+            return dx, *parameter_gradients(grad, x, grad.dtype, ctx.needs_input_grad[1:3])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` that stays fast in bf16 and fp16 on every CPU.
+    """`torch.nn.functional.linear`, on a CPU with the same bits for a row whatever rows are beside it.
 
     x [..., D], weight [C, D], bias [C] -> [..., C], in autocast's dtype where autocast is on, else in x's.
-    Where the CPU multiplies that dtype natively, on other devices, and for fp32 and fp64, it is `F.linear`.
-    Elsewhere the operands, the result and the gradients are rounded to that dtype and the products are fp32;
-    such a result can be differentiated once. Raises ValueError where dtypes differ and autocast is off.
+    fp32, bf16 and fp16 on a CPU are multiplied by the native library. Without it, on other devices, for fp64, and
+    where a compiler or mode intercepts torch, it is `F.linear`. On a CPU without bf16 or fp16 instructions operands,
+    result and gradients are rounded to that dtype and the products are fp32; such a result can be differentiated once.
+    Raises ValueError where dtypes differ and autocast is off.
     """
     dtype = gemm_dtype(x, weight=weight, bias=bias)
-    if multiplies(x.device.type, dtype):
-        return F.linear(x, weight, bias)
-    result: Tensor = _RoundedLinear.apply(x, weight, bias, dtype)  # type: ignore[no-untyped-call]
+    result: Tensor
+    if not multiplies(x.device.type, dtype):
+        result = _RoundedLinear.apply(x, weight, bias, dtype)  # type: ignore[no-untyped-call]
+    elif not native_multiplies(x, weight, bias, dtype):
+        result = F.linear(x, weight, bias)
+    else:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+            result = _NativeLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        else:
+            result = _native_product(x, weight, bias)
     return result
 
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` computed by `linear`: same parameters, same state dict, same initial values."""
 
+    packed: PackedWeight | None = None
+    """Set by `pack`."""
+
+    def pack(self, int8: bool = False) -> None:
+        """Multiply by a `PackedWeight` from now on, for inference; the plain weight is given up.
+
+        Raises ValueError where it cannot be packed.
+        """
+        reason = PackedWeight.reason_against(self.weight, int8)
+        if reason is not None:
+            raise ValueError(f"weight: {reason}")
+        self.packed = PackedWeight(self.weight, int8)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] -> [..., out_features]."""
+        if self.packed is not None:
+            return self.packed.multiply(input, self.bias)
         return linear(input, self.weight, self.bias)

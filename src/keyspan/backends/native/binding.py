@@ -50,6 +50,11 @@ DENSE_FIELDS: _Fields = (
     ("grad_stride", "int6"),
 )
 """Those of `Dense`."""
+LINEAR_FIELDS: _Fields = (
+    *_fields("pointer", "x weight scale bias out"),
+    *_fields("int1", "isa threads dtype storage rows inputs outputs x_stride weight_stride"),
+)
+"""Those of `Linear`, in native/linear.h."""
 
 
 def _struct(fields: _Fields) -> struct.Struct:
@@ -63,6 +68,7 @@ POINTERS = _struct((*POINTER_FIELDS, *STATE_FIELDS))
 NUMBERS = _struct(NUMBER_FIELDS)
 """The second part of `Params`: repeated calls with the same signature reuse these bytes."""
 DENSE = _struct(DENSE_FIELDS)
+LINEAR = _struct(LINEAR_FIELDS)
 
 _HERE = Path(__file__).parent
 _WHY_NOT_BUILT = _HERE / "not_built.txt"
@@ -81,7 +87,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         library = ctypes.CDLL(str(found[0]))
-        for name, fields in (("Params", PARAMS_FIELDS), ("Dense", DENSE_FIELDS)):
+        for name, fields in (("Params", PARAMS_FIELDS), ("Dense", DENSE_FIELDS), ("Linear", LINEAR_FIELDS)):
             describe = getattr(library, f"keyspan_{name.lower()}_fields")
             describe.restype = ctypes.c_char_p
             difference = _difference(fields, describe().decode())
@@ -93,6 +99,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         getattr(library, f"keyspan_{name}").restype = ctypes.c_int64
     library.keyspan_supports.argtypes = [ctypes.c_int64]
     library.keyspan_threading.restype = ctypes.c_char_p
+    library.keyspan_linear.restype = None
     return library, None
 
 
@@ -108,6 +115,7 @@ def _difference(fields: _Fields, description: str) -> str | None:
 LIBRARY, WHY_ABSENT = _load()
 FORWARD: Any = getattr(LIBRARY, "keyspan_forward", None)
 BACKWARD: Any = getattr(LIBRARY, "keyspan_backward", None)
+LINEAR_PRODUCT: Any = getattr(LIBRARY, "keyspan_linear", None)
 SUPPORTED = tuple(isa for number, isa in enumerate(ISAS) if LIBRARY is not None and LIBRARY.keyspan_supports(number))
 """Those of `ISAS` that this machine runs."""
 

@@ -1,0 +1,67 @@
+// Cuts a product with a weight into units of rows and columns and runs them on threads; see linear.h.
+#include "linear.h"
+
+#include <memory>
+
+#include "threads.h"
+
+namespace keyspan {
+namespace {
+
+LinearKernel kernel_of(int64_t isa) {
+#if defined(__x86_64__)
+    if (isa == AVX512BF16) return avx512bf16::linear_kernel();
+    if (isa == AVX512) return avx512::linear_kernel();
+    if (isa == AVX2) return avx2::linear_kernel();
+#endif
+    return portable::linear_kernel();
+}
+
+constexpr int64_t COLUMN_STEP = 16;   // a cache line of a packed weight
+constexpr int64_t FEW_ROWS = 24;      // of which the time is that of reading the weight, once
+constexpr int64_t SMALL_WORK = 1 << 17;  // multiply-adds that are not worth waking a thread
+
+// Memory that a thread keeps for its next product.
+char *thread_scratch(int64_t bytes) {
+    constexpr int64_t ALIGNMENT = 64;
+    thread_local std::unique_ptr<char[]> memory;
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+        memory.reset(new char[bytes + ALIGNMENT]);
+        size = bytes;
+    }
+    return (char *)(((uintptr_t)memory.get() + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+}
+
+void run(const Linear &p) {
+    const LinearKernel kernel = kernel_of(p.isa);
+    const int64_t scratch = linear_scratch(p);
+    const int64_t threads = p.rows * p.inputs * p.outputs < SMALL_WORK ? 1 : p.threads;
+    // A thread reads one run of columns where rows are few; else it takes a panel's columns of some rows at a time.
+    const bool few = p.rows <= FEW_ROWS;
+    const int64_t steps = (p.outputs + COLUMN_STEP - 1) / COLUMN_STEP;
+    const int64_t column_units = few ? std::min(threads, steps) : (p.outputs + LINEAR_PANEL - 1) / LINEAR_PANEL;
+    const int64_t row_units = (p.rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
+    parallel_for(threads, column_units * row_units, [&](int64_t unit, int64_t) {
+        const int64_t c = unit / row_units, r = unit % row_units;
+        const int64_t first = few ? c * steps / column_units * COLUMN_STEP : c * LINEAR_PANEL;
+        const int64_t last = few ? (c + 1) * steps / column_units * COLUMN_STEP : first + LINEAR_PANEL;
+        kernel(p, r * LINEAR_ROWS, std::min(p.rows, (r + 1) * LINEAR_ROWS), first, std::min(p.outputs, last),
+               thread_scratch(scratch));
+    });
+}
+
+}  // namespace
+}  // namespace keyspan
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+EXPORT const char *keyspan_linear_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_LINEAR_FIELDS); }
+
+EXPORT void keyspan_linear(const keyspan::Linear *p) {
+    if (p->rows > 0 && p->outputs > 0) keyspan::run(*p);
+}

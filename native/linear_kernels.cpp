@@ -1,0 +1,140 @@
+// The kernel of products with a weight for one instruction set; compiled once for each instruction set.
+//
+// Blocks of the weight that do not lie in panels of the right form are brought into one that stays in cache. bf16 is
+// multiplied as pairs where the machine can (AVX-512-BF16); else 2-byte numbers are widened to fp32.
+#include "linear.h"
+
+#include "gemm.h"
+#include "pack.h"
+
+namespace keyspan {
+namespace KEYSPAN_NAMESPACE {
+namespace {
+
+typedef int8_t vb __attribute__((vector_size(KEYSPAN_VECTOR)));
+
+// `count` words of `columns` rows of a weight to [count][LINEAR_PANEL]; columns behind are zero.
+INLINE void gather(const uint32_t *from, int64_t stride, int64_t columns, int64_t count, uint32_t *to) {
+    for (int64_t n = 0; n < LINEAR_PANEL; n += SQUARE) {
+        int64_t k = 0;
+        if (n + SQUARE <= columns)
+            for (; k + SQUARE <= count; k += SQUARE)
+                transpose_square(from + n * stride + k, stride, to + k * LINEAR_PANEL + n, LINEAR_PANEL);
+        for (; k < count; k++)
+            for (int64_t i = n; i < n + SQUARE; i++)
+                to[k * LINEAR_PANEL + i] = i < columns ? from[i * stride + k] : 0;
+    }
+}
+
+INLINE vf widen_low(int64_t dtype, vu words) {
+    if (dtype == BF16) return (vf)(words << 16);
+    uint16_t halves[W];
+    store(halves, __builtin_convertvector(words & 0xffffu, vh));
+    return widen_f16(halves);
+}
+INLINE vf widen_high(int64_t dtype, vu words) {
+    return dtype == BF16 ? (vf)(words & 0xffff0000u) : widen_low(dtype, words >> 16);
+}
+// Byte `i` of each word as a number.
+INLINE vf widen_byte(vi words, int i) { return __builtin_convertvector((words << (24 - 8 * i)) >> 24, vf); }
+
+// `count` words of 2-byte numbers of `vectors` vectors of columns, to two rows of floats each.
+INLINE void widen_words(int64_t dtype, const uint32_t *from, int64_t count, int64_t vectors, float *to) {
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t j = 0; j < vectors * W; j += W) {
+            const vu words = load(from + k * LINEAR_PANEL + j);
+            store(to + 2 * k * LINEAR_PANEL + j, widen_low(dtype, words));
+            store(to + (2 * k + 1) * LINEAR_PANEL + j, widen_high(dtype, words));
+        }
+}
+
+// Words of int8 to four rows of floats, or to two rows of pairs of bf16, which hold int8 exactly.
+INLINE void widen_bytes(const uint32_t *from, int64_t count, int64_t vectors, float *to) {
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t j = 0; j < vectors * W; j += W) {
+            const vi words = (vi)load(from + k * LINEAR_PANEL + j);
+            for (int i = 0; i < 4; i++) store(to + (4 * k + i) * LINEAR_PANEL + j, widen_byte(words, i));
+        }
+}
+INLINE void widen_bytes(const uint32_t *from, int64_t count, int64_t vectors, uint32_t *to) {
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t j = 0; j < vectors * W; j += W) {
+            const vi words = (vi)load(from + k * LINEAR_PANEL + j);
+            for (int i = 0; i < 2; i++)
+                store(to + (2 * k + i) * LINEAR_PANEL + j,
+                      join_bf16(widen_byte(words, 2 * i), widen_byte(words, 2 * i + 1)));
+        }
+}
+
+// T: float, or uint32_t for pairs of bf16.
+template <class T>
+void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
+              char *scratch) {
+    constexpr bool PAIRS = PER_WORD<T> == 2;
+    const int64_t rows = last_row - first_row, size = dtype_size(p.dtype), per_word = numbers_per_word(p);
+    const int64_t words = p.inputs / per_word;  // of a column of the weight
+    const int64_t steps = per_word / PER_WORD<T>;  // that a word becomes, each a row of a block
+    float *sums = (float *)scratch, *bias = sums + rows * LINEAR_PANEL;
+    uint32_t *gathered = (uint32_t *)(bias + LINEAR_PANEL);
+    T *block = (T *)(gathered + LINEAR_BLOCK * LINEAR_PANEL);
+    const char *x_rows = p.x + first_row * p.x_stride * size;
+
+    const T *x = (const T *)x_rows;
+    int64_t x_step = PAIRS ? p.x_stride / 2 : p.x_stride;
+    if (!PAIRS && p.dtype != F32) {
+        float *wide = (float *)(block + 4 * LINEAR_BLOCK * LINEAR_PANEL);
+        for (int64_t r = 0; r < rows; r++)
+            widen(p.dtype, x_rows + r * p.x_stride * size, 1, p.inputs, wide + r * p.inputs);
+        x = (const T *)wide;
+        x_step = p.inputs;
+    }
+
+    while (first_column < last_column) {
+        const int64_t panel = first_column / LINEAR_PANEL, inside = first_column % LINEAR_PANEL;
+        const int64_t end = min(last_column, (panel + 1) * LINEAR_PANEL);
+        const int64_t columns = end - first_column, vectors = (columns + W - 1) / W;
+        const uint32_t *packed = (const uint32_t *)p.weight + panel * words * LINEAR_PANEL + inside;
+        for (int64_t word = 0; word < words; word += LINEAR_BLOCK) {
+            const int64_t count = min(LINEAR_BLOCK, words - word);
+            const uint32_t *source = packed + word * LINEAR_PANEL;
+            if (p.storage == ROWS_OF_DTYPE) {
+                const char *row = p.weight + (first_column * p.weight_stride + word * per_word) * size;
+                gather((const uint32_t *)row, p.weight_stride / per_word, columns, count, gathered);
+                source = gathered;
+            }
+            const T *b = (const T *)source;
+            if (p.storage == PANELS_OF_INT8)
+                widen_bytes(source, count, vectors, block), b = block;
+            else if (!PAIRS && p.dtype != F32)
+                widen_words(p.dtype, source, count, vectors, (float *)block), b = block;
+            for (int64_t r = 0; r < rows; r += ROWS)
+                gemm((int)min((int64_t)ROWS, rows - r), count * steps, x + r * x_step + word * steps, x_step, (int64_t)1,
+                     b, (int64_t)LINEAR_PANEL, sums + r * LINEAR_PANEL, (int64_t)LINEAR_PANEL, vectors, word > 0);
+        }
+        if (p.bias) widen(p.dtype, p.bias + first_column * size, 1, columns, bias);
+        for (int64_t r = 0; r < rows; r++) {
+            float *y = sums + r * LINEAR_PANEL;
+            if (p.scale)
+                for (int64_t i = 0; i < columns; i++) y[i] *= p.scale[first_column + i];
+            if (p.bias)
+                for (int64_t i = 0; i < columns; i++) y[i] += bias[i];
+            narrow(p.dtype, y, columns, 1.0f, p.out + ((first_row + r) * p.outputs + first_column) * size);
+        }
+        first_column = end;
+    }
+}
+
+void linear(const Linear &p, int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
+            char *scratch) {
+    if constexpr (HAS_PAIRS)
+        if (p.dtype == BF16)
+            return multiply<uint32_t>(p, first_row, last_row, first_column, last_column, scratch);
+    multiply<float>(p, first_row, last_row, first_column, last_column, scratch);
+}
+
+}  // namespace
+
+LinearKernel linear_kernel() { return linear; }
+
+}  // namespace KEYSPAN_NAMESPACE
+}  // namespace keyspan
