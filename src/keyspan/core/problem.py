@@ -234,7 +234,7 @@ def make_problem(
     biases: list[Tensor] = []
     dense = slopes = table = None
     if bias is not None or (ranges is not None and ranges.dense is not None):
-        to_five = _Broadcast(layout, B, G, H, M, N)
+        to_five = Broadcast(layout, B, G, H, M, N)
         dense = None if ranges is None or ranges.dense is None else to_five("mask", ranges.dense)
         biases, slopes, table = _bias_terms(bias, layout, to_five, B, G, H, query.device)
     if sinks is not None:
@@ -441,7 +441,7 @@ def _checked(mask: KeyRanges, B: int, M: int, N: int, device: torch.device) -> K
     return mask
 
 
-class _Broadcast:
+class Broadcast:
     """Views a tensor broadcastable to the user's score matrix as `[B|1, g|1, h|1, M|1, N|1]`."""
 
     def __init__(self, layout: HeadLayout, B: int, g: int, h: int, M: int, N: int):
@@ -474,7 +474,7 @@ class _Broadcast:
 def _bias_terms(
     bias: Bias | Tensor | None,
     layout: HeadLayout,
-    to_five: _Broadcast,
+    to_five: Broadcast,
     B: int,
     G: int,
     H: int,

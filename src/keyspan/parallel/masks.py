@@ -1,0 +1,207 @@
+"""A mask cut across ranks: the key ranges of one rank's rows, and which keys travel between the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from keyspan.core.masks import Mask
+from keyspan.core.ranges import KeyRanges
+from keyspan.parallel.partition import Partition, lowered
+
+Exchange: TypeAlias = Literal["auto", "ring", "gather"]
+MOST_RANGES = 4
+"""Ranges of a row in one call: the most that every backend takes."""
+
+
+class Transfer(NamedTuple):
+    """Keys that travel in one collective."""
+
+    send: list[Tensor]
+    """For each rank the local rows that it is sent, int64."""
+    receive: list[int]
+    """From each rank so many rows."""
+    order: Tensor | None
+    """Puts received rows, which come by rank, in ascending order; None where they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The keys of one round, and what this rank's rows see of them."""
+
+    transfer: Transfer | None
+    """None: these are the rank's own keys; or no key travels between any two ranks."""
+    keys: Tensor
+    """Numbers of the keys in the whole sequence, ascending, int64 on the query's device."""
+    ranges: list[KeyRanges]
+    """One call each; disjoint. Empty where no row sees any of the keys."""
+
+
+class ContextMask:
+    """A mask cut into pieces for ranks that each hold a part of the rows and of the keys.
+
+    Every rank makes it with the same arguments; nothing is communicated. It is made once per batch and serves all
+    layers.
+
+    Args:
+        mask: over all rows and keys, as `keyspan.attention` takes it. Not paged.
+        partition: of the query rows; and of the keys where `keys` is None.
+        keys: partition of the keys where it differs.
+        group: process group of the ranks, or a one-dimensional DeviceMesh; None for all processes, or this one where
+            torch.distributed is not in use.
+        batch: batch entries; masks with a length per entry need it.
+        device: of query and keys.
+        exchange: how keys travel. "ring": the keys of one other rank at a time, the next ones on their way while the
+            present ones are used; a rank holds the keys of two others at most. "gather": all keys that a rank needs in
+            one collective, on its way while its own keys are used; fewer and larger calls. "auto" gathers where no
+            rank receives keys and values larger than its own queries and outputs, as with grouped queries, windows
+            and packed documents, and else passes them in a ring. Both send a rank only the keys that its rows see, so
+            both send the same bytes.
+
+    Raises ValueError where sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        mask: Mask | KeyRanges | Tensor | None,
+        partition: Partition,
+        keys: Partition | None = None,
+        *,
+        group: Any = None,
+        batch: int = 1,
+        device: torch.device | str = "cpu",
+        exchange: Exchange = "auto",
+    ) -> None:
+        if exchange not in ("auto", "ring", "gather"):
+            raise ValueError(f"exchange: got {exchange!r}, want 'auto', 'ring' or 'gather'")
+        self.group = group.get_group() if isinstance(group, DeviceMesh) else group
+        alone = group is None and not dist.is_initialized()
+        self.rank, ranks = (0, 1) if alone else (dist.get_rank(self.group), dist.get_world_size(self.group))
+        self.queries, self.keys = partition, keys or partition
+        for name, x in (("partition", self.queries), ("keys", self.keys)):
+            if x.ranks != ranks:
+                raise ValueError(f"{name}: got pieces for {x.ranks} ranks, want {ranks} as in the group")
+        self.exchange, self.device = exchange, torch.device(device)
+        whole = lowered(mask, batch, self.queries.length, self.keys.length)
+        rows = [_rows(whole, self.queries.rows(rank)) for rank in range(ranks)]
+        # Which keys any row of a rank sees, bool [ranks, N].
+        self._seen = torch.stack([_seen(ranges, self.keys.length) for ranges in rows])
+        self._own = rows[self.rank]
+        self._parts: dict[tuple[str, bool], list[Part]] = {}
+
+    @cached_property
+    def ranges(self) -> KeyRanges:
+        """The ranges of this rank's rows, in numbers of the whole sequence, on `device`."""
+        return self._own.to(self.device)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The numbers of this rank's rows, int64 on `device`."""
+        return self.queries.rows(self.rank).to(self.device)
+
+    @cached_property
+    def travelling(self) -> list[list[int]]:
+        """`travelling[r][s]`: how many keys rank r needs from rank s."""
+        owned = [self.keys.rows(rank) for rank in range(self.keys.ranks)]
+        counts = [[int(seen[rows].sum()) for rows in owned] for seen in self._seen]
+        return [[0 if r == s else n for s, n in enumerate(row)] for r, row in enumerate(counts)]
+
+    def form(self, query_heads: int, kv_heads: int) -> Literal["ring", "gather"]:
+        """How keys travel in a call with so many heads; the same on every rank."""
+        if self.exchange != "auto":
+            return self.exchange
+        received = max(map(sum, self.travelling))
+        held = max(map(self.queries.rows_of, range(self.queries.ranks)))
+        return "gather" if received * kv_heads < held * query_heads else "ring"
+
+    def parts(self, form: Literal["ring", "gather"], positions: bool) -> list[Part]:
+        """The rounds of a call, the rank's own keys first.
+
+        Args:
+            positions: whether a bias counts positions. Then each run of adjacent keys has ranges of its own, since
+                distances jump from one run to the next.
+        """
+        key = (form, positions)
+        if key not in self._parts:
+            me, ranks = self.rank, self.keys.ranks
+            found = [self._part(None, self.keys.rows(me), positions)]
+            steps = [range(t, t + 1) for t in range(1, ranks)] if form == "ring" else [range(1, ranks)]
+            for step in steps:
+                if any(self.travelling[r][(r - t) % ranks] for t in step for r in range(ranks)):
+                    sources, targets = ({(me + sign * t) % ranks for t in step} for sign in (-1, 1))
+                    found.append(self._received(sources, targets, positions))
+            self._parts[key] = found
+        return self._parts[key]
+
+    def _received(self, sources: set[int], targets: set[int], positions: bool) -> Part:
+        """The part of the keys that this rank receives from some ranks, while it sends its own to others."""
+        ranks, nothing = range(self.keys.ranks), torch.arange(0)
+        own, mine = self.keys.rows(self.rank), self._seen[self.rank]
+        send = [self._seen[r][own].nonzero()[:, 0] if r in targets else nothing for r in ranks]
+        come = [(rows := self.keys.rows(s))[mine[rows]] if s in sources else nothing for s in ranks]
+        numbers, order = torch.cat(come).sort()
+        in_order = bool((order[1:] > order[:-1]).all())
+        transfer = Transfer(
+            [x.to(self.device) for x in send], list(map(len, come)), None if in_order else order.to(self.device)
+        )
+        return self._part(transfer, numbers, positions)
+
+    def _part(self, transfer: Transfer | None, keys: Tensor, positions: bool) -> Part:
+        own = self._own
+        # Of ascending keys, those in a range stand side by side.
+        lo, hi = (torch.searchsorted(keys, x.long()).int() for x in (own.lo, own.hi))
+        hi = torch.maximum(lo, hi)
+        diagonal = torch.zeros_like(lo)
+        if positions and len(keys):
+            jumps = (keys[1:] != keys[:-1] + 1).nonzero()[:, 0] + 1
+            first = torch.cat([jumps.new_zeros(1), jumps])
+            stop = torch.cat([jumps, jumps.new_tensor([len(keys)])])
+            shift = keys[first] - first  # from a place among these keys to the key's number
+            first, stop, shift = (x.int()[:, None, None] for x in (first, stop, shift))
+            lo, hi, diagonal = torch.broadcast_tensors(
+                torch.maximum(lo[:, None], first), torch.minimum(hi[:, None], stop), own.diagonal[:, None] - shift
+            )
+            lo, hi, diagonal = _packed(*(x.flatten(0, 1) for x in (lo, hi, diagonal)))
+        dense = own.dense
+        if dense is not None and dense.shape[-1] > 1:
+            dense = dense.index_select(-1, keys)
+        calls = []
+        for s in range(0, len(lo), MOST_RANGES):
+            some = slice(s, s + MOST_RANGES)
+            # The rank's own keys have a call in any case: it counts the learned sinks.
+            if bool((lo[some] < hi[some]).any()) or (transfer is None and s == 0):
+                ranges = KeyRanges(lo[some], hi[some], diagonal[some], dense=dense, keys=len(keys))
+                calls.append(ranges.to(self.device))
+        return Part(transfer, keys.to(self.device), calls)
+
+
+def _rows(ranges: KeyRanges, rows: Tensor) -> KeyRanges:
+    """The ranges of some rows."""
+    lo, hi, diagonal = (x.index_select(-1, rows) for x in (ranges.lo, ranges.hi, ranges.diagonal))
+    dense = ranges.dense
+    if dense is not None and dense.dim() > 1 and dense.shape[-2] > 1:
+        dense = dense.index_select(-2, rows)
+    return replace(ranges, lo=lo, hi=torch.maximum(lo, hi), diagonal=diagonal, dense=dense)
+
+
+def _seen(ranges: KeyRanges, length: int) -> Tensor:
+    """Whether any row sees a key, bool [length]."""
+    begins, ends = (torch.bincount(x.flatten().clamp(0, length), minlength=length + 1) for x in (ranges.lo, ranges.hi))
+    seen = (begins - ends).cumsum(0)[:length] > 0
+    if ranges.dense is not None:
+        seen = seen & ranges.dense.reshape(-1, ranges.dense.shape[-1]).any(0)
+    return seen
+
+
+def _packed(lo: Tensor, hi: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranges [S, B, M] without those that are empty in every row, each row's others first."""
+    filled, order = (lo < hi).sort(dim=0, descending=True, stable=True)
+    most = max(int(filled.sum(0).max()), 1) if filled.numel() else 1
+    lo, hi, diagonal = (x.gather(0, order)[:most] for x in (lo, hi, diagonal))
+    return torch.where(filled[:most], lo, 0), torch.where(filled[:most], hi, 0), diagonal

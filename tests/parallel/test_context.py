@@ -1,0 +1,229 @@
+"""Context-parallel attention equals attention on one device."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+import keyspan as S
+from keyspan.core.biases import DenseBias
+from keyspan.core.ranges import KeyRanges
+from keyspan.parallel import ContextMask, Partition, context_attention
+from keyspan.testing import peak_memory, results, textbook, tolerances, worst
+from keyspan.testing.cases import CASES
+
+COVERED = [
+    case
+    for case in CASES
+    if not case.dropout and case.stored is None and "paged" not in case.name
+    and case.hiding is None  # parts are merged as exactly as their lse says, and these are large
+]  # fmt: skip
+
+
+def scattered(length: int, ranks: int, seed: int) -> Partition:
+    """Runs of random lengths dealt to random ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = sorted({0, length, *torch.randint(0, length + 1, (3 * ranks,), generator=generator).tolist()})
+    pieces: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for first, stop in pairwise(cuts):
+        pieces[int(torch.randint(0, ranks, (1,), generator=generator))].append((first, stop))
+    return Partition(tuple(map(tuple, pieces)))
+
+
+def cut(problem, exchange, backend, queries=None, keys=None):
+    """(out, lse) of a whole problem with this rank's rows in place, and zeros in the others'."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    M, N = problem.query.shape[1], problem.key.shape[1]
+    queries = queries or scattered(M, ranks, M)
+    keys = keys or (queries if M == N else scattered(N, ranks, N + 1))
+    ranges = None
+    if problem.lo is not None:
+        ranges = KeyRanges(problem.lo, problem.hi, problem.diagonal, dense=problem.dense, keys=N)
+    terms: list = [DenseBias(x) for x in problem.biases]
+    if problem.slopes is not None:
+        terms.append(S.Alibi(problem.slopes if problem.slopes.shape[0] > 1 else problem.slopes[0]))
+    if problem.table is not None:
+        terms.append(S.RelativeBias(problem.table))
+    mask = ContextMask(ranges, queries, keys, batch=problem.query.shape[0], exchange=exchange)
+    key, value = (keys.take(x, rank)[:, :, :, None] for x in (problem.key, problem.value))
+    out, lse = context_attention(
+        queries.take(problem.query, rank), key, value, mask, sum(terms) if terms else None, scale=problem.scale,
+        softcap=problem.softcap or None, sinks=problem.sinks, return_lse=True, backend=backend,
+    )  # fmt: skip
+    shape, of_lse = problem.shapes
+    whole = out.new_zeros(shape).index_copy(1, mask.rows, out)
+    return whole, lse.new_zeros(of_lse).index_copy(3, mask.rows, lse)
+
+
+def total(found):
+    """Sums over the ranks."""
+    for x in found.values():
+        dist.all_reduce(x)
+    return found
+
+
+def compare(case, exchange, backend, dtype, **partitions):
+    """What differs from the textbook by more than the tolerance."""
+    problem = case.problem(dtype)
+    exact = results(lambda p: textbook(p, torch.float64), problem, torch.float64)
+    got = total(results(lambda p: cut(p, exchange, backend, **partitions), problem, dtype))
+    allowed = tolerances(problem, dtype, exact)
+    return [
+        (case.name, exchange, dtype, name, worst(got[name], x), allowed[name])
+        for name, x in exact.items()
+        if not worst(got[name], x) <= allowed[name]
+    ]
+
+
+def poison() -> None:
+    """As in conftest.py: memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def every_case(step: str) -> None:
+    poison()
+    wrong = []
+    for number, case in enumerate(COVERED[:: int(step)]):
+        for exchange in ("ring", "gather")[:: 1 if step == "1" else 2 * (number % 2) - 1][: 2 if step == "1" else 1]:
+            wrong += compare(case, exchange, "chunked", torch.float64)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def other_dtypes() -> None:
+    poison()
+    names = {"gqa", "documents", "window and sinks", "relative table, documents, gqa", "alibi by batch", "everything"}
+    found = [case for case in COVERED if case.name in names]
+    assert len(found) == len(names) - 1 or len(found) == len(names)
+    wrong = []
+    for case in found:
+        for dtype in (torch.float32, torch.bfloat16):
+            wrong += compare(case, "auto", None, dtype)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def peaks() -> None:
+    """The peak memory of a call with gradients falls as 1 / ranks, but for keys that travel."""
+    M, found = 4096, {}
+    for mask, exchange in ((S.Causal() & S.Window(99, 0), "gather"), (S.Causal(), "ring")):
+        for ranks in (1, 2, 4):
+            group = dist.new_group(list(range(ranks)))
+            if dist.get_rank() >= ranks:
+                continue
+            cut_mask = ContextMask(mask, Partition.balanced(mask, M, ranks), group=group, exchange=exchange)
+            q, k, v = (torch.randn(1, len(cut_mask.rows), 4, 32, requires_grad=True) for _ in range(3))
+
+            def call(mask=cut_mask, q=q, k=k, v=v):
+                context_attention(q, k, v, mask).sum().backward()
+
+            call()
+            found[exchange, ranks] = peak_memory(call)
+    if dist.get_rank() == 0:
+        assert found["gather", 2] < 0.6 * found["gather", 1], found
+        assert found["gather", 4] < 0.6 * found["gather", 2], found
+        assert found["ring", 4] < 0.85 * found["ring", 2], found  # and three more rounds on their way
+        assert found["ring", 4] < 0.85 * found["ring", 1], found
+
+
+def test_one_process_without_a_group_is_attention():
+    q, k, v = (torch.randn(2, 50, 4, 8, requires_grad=True) for _ in range(3))
+    mask = S.Causal() & S.Window(9, 0)
+    cut_mask = ContextMask(mask, Partition.balanced(mask, 50, 1), batch=2)
+    out = context_attention(q, k, v, cut_mask)
+    want = S.attention(q, k, v, mask=mask)
+    assert torch.equal(out, want)
+    for got, x in zip(*(torch.autograd.grad(y.sum(), (q, k, v)) for y in (out, want)), strict=True):
+        assert torch.equal(got, x)
+
+
+def test_balanced_partitions():
+    generator = torch.Generator().manual_seed(0)
+    for length, ranks in [(1, 1), (3, 4), (0, 2), (1000, 3), (4097, 8)]:
+        lengths = []
+        while sum(lengths) < length:
+            lengths.append(min(int(torch.randint(1, 300, (1,), generator=generator)), length - sum(lengths)))
+        for mask in (None, S.Causal(), S.Documents(lengths) & S.Causal(), S.Documents(lengths) & S.Window(5, 5)):
+            partition = Partition.balanced(mask, length, ranks)
+            rows = [partition.rows(rank) for rank in range(ranks)]
+            assert torch.cat(rows).sort().values.tolist() == list(range(length))
+            assert max(map(len, rows)) - min(map(len, rows)) <= 16
+            if length >= 1000:
+                ranges = (S.core.masks.Combined(()) if mask is None else mask).lower(1, length, length)
+                area = (ranges.hi - ranges.lo)[0, 0].double()
+                areas = torch.stack([area[x].sum() for x in rows])
+                assert float(areas.max() / areas.mean()) < 1.06
+            x = torch.randn(2, length, 3)
+            assert torch.equal(partition.join([partition.take(x, rank) for rank in range(ranks)]), x)
+
+
+def test_the_causal_partition_is_the_zig_zag():
+    assert Partition.balanced(S.Causal(), 64, 4).pieces == tuple(
+        ((8 * r, 8 * r + 8), (56 - 8 * r, 64 - 8 * r)) if r < 3 else ((24, 40),) for r in range(4)
+    )
+
+
+def traffic() -> None:
+    """Keys travel only where they are seen: none between packed documents, a window's width else."""
+    lengths = [30, 34, 40, 24]
+    for mask, want in [
+        (S.Documents([64, 64]) & S.Causal(), 0),
+        (S.Documents(lengths) & S.Causal(), 0),
+        (S.Causal() & S.Window(10, 0), 10),
+        (S.Causal(), 64),
+        (S.Window(10, 5), 15),
+    ]:
+        cut_mask = ContextMask(mask, Partition.contiguous(128, 2))
+        assert sum(map(sum, cut_mask.travelling)) == want, mask
+        assert all(
+            sum(part.transfer.receive) == sum(cut_mask.travelling[dist.get_rank()])
+            for part in cut_mask.parts("gather", False)
+            if part.transfer is not None
+        )
+    assert ContextMask(S.Causal(), Partition.balanced(S.Causal(), 128, 2)).form(4, 4) == "ring"
+    assert ContextMask(S.Causal(), Partition.balanced(S.Causal(), 128, 2)).form(8, 2) == "gather"
+
+
+def on_two_ranks() -> None:
+    traffic()
+    every_case("1")
+    other_dtypes()
+
+
+def test_two_ranks_equal_one_device(tmp_path):
+    """Every case in both forms, low precision on the chosen backend, and which keys travel."""
+    run_ranks(on_two_ranks, 2, tmp_path)
+
+
+def on_four_ranks() -> None:
+    every_case("4")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    peaks()
+
+
+def test_four_ranks_equal_one_device(tmp_path):
+    """Every fourth case, and the peak memory."""
+    run_ranks(on_four_ranks, 4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, m: context_attention(q[:, :3], q, q, m), "query: got 3 rows, want 8, those of rank 0"),
+        (lambda q, m: context_attention(q, q, q, S.Causal()), "mask: got Causal, want ContextMask"),
+        (lambda q, m: ContextMask(None, Partition.contiguous(8, 2)), "partition: got pieces for 2 ranks, want 1"),
+        (lambda q, m: ContextMask(None, Partition.contiguous(8, 1), exchange="all"), "exchange: got 'all'"),
+        (lambda q, m: ContextMask(S.Documents([7]), Partition.contiguous(8, 1)), "q_lengths: got 7 in all"),
+        (lambda q, m: Partition((((0, 3),), ((4, 8),))), "pieces: got a run from row 4 behind row 3"),
+        (lambda q, m: Partition((((3, 8), (0, 3)),)), "pieces: got .* in ascending order"),
+        (lambda q, m: Partition.balanced(None, 8, 0), "length, ranks: got 8 rows for 0 ranks"),
+        (lambda q, m: m.queries.take(q[:, :5], 0), "x: got 5 rows along dim 1, want 8"),
+    ],
+)
+def test_wrong_arguments(call, message):
+    q = torch.randn(1, 8, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        call(q, ContextMask(None, Partition.contiguous(8, 1)))
