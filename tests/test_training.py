@@ -266,7 +266,8 @@ def test_compiled_training_equals_eager_training_without_recompiling(tmp_path, m
     for compiled in (False, True):
         train(replace(config, compile=compiled, out=tmp_path / str(compiled)), quiet=True)
     eager, found = losses(tmp_path / "False"), losses(tmp_path / "True")
-    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in eager], abs=1e-5)
+    error = 1e-5 if precision == "fp32" else 2e-3  # formulas round to bf16 where the fused kernels do not
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in eager], abs=error)
     # One for the first batch's sizes, one for all: 24 batches of different tokens and documents need no more.
     assert len(graphs) == 2
 

@@ -33,11 +33,10 @@ class _Options(NamedTuple):
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """fp32 logits of one chunk (fp64 for fp64), written to `out` where that is given."""
+    """Logits of one chunk, written to `out` where that is given: fp32 on a GPU, in the operands' dtype on a CPU."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    z = torch.mm(hidden, weight.t(), out=None if out is None or out.dtype != hidden.dtype else out)
-    return z if z.dtype == torch.float64 else z.float()
+    return torch.mm(hidden, weight.t(), out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -60,7 +59,8 @@ def _cross_entropy_(
     grads: Tensor | None = None,
     gradient: torch.dtype | None = None,
 ) -> Tensor:
-    """`triton_kernels.cross_entropy_` in plain torch: writes losses and lse; the gradient overwrites the logits."""
+    """`triton_kernels.cross_entropy_` in plain torch: writes losses and lse; the gradient may overwrite the logits."""
+    z = z if z.dtype == torch.float64 else z.float()
     if bias is not None:
         z += bias
     if options.softcap is not None:
@@ -120,8 +120,9 @@ def _run(
     with torch.autocast(hidden.device.type, enabled=False):
         w = operand(weight, options.dtype)
         buffer = None
-        if options.chunk < T and wide != torch.float64:
-            buffer = hidden.new_empty((options.chunk, len(weight)), dtype=wide)
+        if options.chunk < T:
+            logits = wide if hidden.is_cuda else w.dtype  # see `_logits`
+            buffer = hidden.new_empty((options.chunk, len(weight)), dtype=logits)
         for start in range(0, T, options.chunk):
             rows = slice(start, min(start + options.chunk, T))
             h = operand(hidden[rows], options.dtype)

@@ -53,7 +53,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _gate(x12: Tensor) -> Tensor:
-    """silu(x1) · x2 [..., D] of x12 [..., 2 D]; one kernel on a GPU."""
+    """silu(x1) · x2 [..., D] of x12 [..., 2 D], by one kernel where there is one."""
     kernels = kernels_for(x12)
     if kernels is not None:
         h: Tensor = kernels.swiglu_gate(x12.reshape(-1, x12.shape[-1]))
@@ -63,11 +63,11 @@ def _gate(x12: Tensor) -> Tensor:
 
 
 def _gate_backward(dh: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient of x12, `_gate(x12)`), given the gradient of the latter; one kernel on a GPU."""
+    """(gradient of x12, `_gate(x12)`), given the gradient of the latter; by one kernel where there is one."""
     kernels = kernels_for(x12)
     if kernels is not None:
         rows = x12.reshape(-1, x12.shape[-1])
-        dx12, h = kernels.swiglu_gate_backward(dh.reshape(-1, dh.shape[-1]), rows)
+        dx12, h = kernels.swiglu_gate_backward(dh.reshape(-1, dh.shape[-1]).contiguous(), rows)
         return dx12.view(x12.shape), h.view(dh.shape)
     x1, x2 = x12.chunk(2, dim=-1)
     gate = F.silu(x1)

@@ -87,7 +87,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
         dtype: of the result; None for x's. A layer whose consumer rounds its input may ask for that dtype at once.
 
     Returns:
-        [..., D]. The arithmetic is fp32 (fp64 for fp64), rounded once. Differentiable once. On a GPU it is one kernel.
+        [..., D]. The arithmetic is fp32 (fp64 for fp64), rounded once. Differentiable once. It is one kernel on a GPU,
+        and on a CPU with the native library.
 
     Raises:
         ValueError: where weight is not [D].
@@ -109,7 +110,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(`rms_norm(total, weight)`, total) with total = x + residual in x's dtype: one kernel on a GPU.
+    """(`rms_norm(total, weight)`, total) with total = x + residual in x's dtype, by one kernel as there.
 
     x and residual [..., D] of one shape; else as `rms_norm`.
     """

@@ -79,33 +79,35 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, interleaved: bo
 
 
 class _RotateInPlace(torch.autograd.Function):
-    """The first heads of a fused projection [T, heads, K], rotated where they lie."""
+    """Query, key and value heads of a fused projection [T, (q + k + v) · K], the first two rotated where they lie."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool, kernels: Any) -> Tensor:
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int], interleaved: bool, kernels: Any
+    ) -> Any:
         ctx.save_for_backward(cos, sin)
-        ctx.heads, ctx.interleaved, ctx.kernels = heads, interleaved, kernels
-        ctx.mark_dirty(qkv)
-        kernels.rotate(qkv, qkv, cos, sin, heads, back=False, interleaved=interleaved)
-        return qkv
+        ctx.interleaved, ctx.kernels = interleaved, kernels
+        x = qkv.detach().view(qkv.shape[0], sum(heads), -1)
+        kernels.rotate_qkv(x, cos, sin, heads, interleaved=interleaved)
+        # Not mark_dirty: a view of the projection would get its gradient through copies of the whole of it.
+        torch.autograd.graph.increment_version(qkv)
+        return x.unsqueeze(0).split(heads, dim=2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        grad = grad.contiguous()
-        out = torch.empty_like(grad)  # others may hold grad
-        ctx.kernels.rotate(grad, out, cos, sin, ctx.heads, back=True, interleaved=ctx.interleaved)
-        return out, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows = tuple(grad[0].contiguous() for grad in grads)
+        grad = ctx.kernels.rotate_qkv_backward(rows, *ctx.saved_tensors, interleaved=ctx.interleaved)
+        return grad.flatten(1), None, None, None, None, None
 
 
 def rotate_qkv(
     qkv: Tensor, table: tuple[Tensor, Tensor], heads: Sequence[int], interleaved: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of a fused projection, query and key rotated; on a GPU in one pass, where they lie.
+    """Query, key and value of a fused projection, query and key rotated; by a fused kernel in one pass, where they lie.
 
     Args:
-        qkv: [T, (Hq + 2 G) · K], the projection of T tokens: query, key, then value heads. It is overwritten where the
+        qkv: [T, (Hq + 2 G) · K], the projection of T tokens: query, key, then value heads. It is overwritten where a
             fused kernel runs, so that nothing else may use it.
         table: of `rotary_table`, two of [T, K / 2].
         heads: Hq, G, G.
@@ -114,12 +116,10 @@ def rotate_qkv(
         [1, T, Hq, K], [1, T, G, K], [1, T, G, K], views of one tensor or of two.
     """
     q, k, v = heads
-    x = qkv.view(qkv.shape[0], q + k + v, -1)  # [T, heads, K]
     kernels = kernels_for(qkv)
-    if kernels is not None and x.is_contiguous():
-        x = _RotateInPlace.apply(x, *table, q + k, interleaved, kernels)  # type: ignore[no-untyped-call]
-        query, key, value = x.unsqueeze(0).split((q, k, v), dim=2)
+    if kernels is not None and qkv.is_contiguous() and not (qkv.is_leaf and qkv.requires_grad):
+        query, key, value = _RotateInPlace.apply(qkv, *table, (q, k, v), interleaved, kernels)  # type: ignore[no-untyped-call]
         return query, key, value
-    turned, value = x.unsqueeze(0).split((q + k, v), dim=2)
+    turned, value = qkv.view(1, qkv.shape[0], q + k + v, -1).split((q + k, v), dim=2)
     query, key = rotate(turned, table, interleaved).split((q, k), dim=2)
     return query, key, value

@@ -119,8 +119,30 @@ def rms_norm_backward(
 
 
 @triton.jit
-def rotary_kernel(x, out, cosine, sine, T, stride, ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-                  BT: tl.constexpr, BH: tl.constexpr, BACK: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+def _rotate_heads(source, source_stride, target, target_stride, c, s, row, inside, HEADS: tl.constexpr,
+                  ROTATED: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Heads of a tile of tokens from `source` to `target`, rotated by the angles of cosine c and sine s [BT, BH]."""
+    pair = tl.arange(0, BH)  # [BH]
+    first = (2 * pair if INTERLEAVED else pair)[None, :]
+    second = first + (1 if INTERLEAVED else HALF)
+    for head in range(HEADS):
+        read = source + row[:, None] * source_stride + head * 2 * HALF
+        write = target + row[:, None] * target_stride + head * 2 * HALF
+        a = tl.load(read + first, mask=inside, other=0.0)  # [BT, BH]
+        b = tl.load(read + second, mask=inside, other=0.0)
+        if ROTATED:
+            wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+            a = (wide_a * c - wide_b * s).to(a.dtype)
+            b = (wide_a * s + wide_b * c).to(b.dtype)
+        tl.store(write + first, a, mask=inside)
+        tl.store(write + second, b, mask=inside)
+
+
+@triton.jit
+def rotary_kernel(q, k, v, out, cosine, sine, T, q_stride, k_stride, v_stride, out_stride, Q: tl.constexpr,
+                  K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+                  BACK: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Q heads of query, K of key and V of value, the first two rotated, one behind the other in `out`."""
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
     pair = tl.arange(0, BH)  # [BH]
     inside = (row < T)[:, None] & (pair < HALF)[None, :]  # [BT, BH]
@@ -129,35 +151,46 @@ def rotary_kernel(x, out, cosine, sine, T, stride, ROTATED: tl.constexpr, HEADS:
     s = tl.load(sine + angle, mask=inside, other=0.0)
     if BACK:
         s = -s
-    first = row[:, None] * stride + (2 * pair if INTERLEAVED else pair)[None, :]
-    second = first + (1 if INTERLEAVED else HALF)
-    for head in range(HEADS):
-        at = head * 2 * HALF
-        a = tl.load(x + first + at, mask=inside, other=0.0)  # [BT, BH]
-        b = tl.load(x + second + at, mask=inside, other=0.0)
-        if head < ROTATED:
-            wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-            a = (wide_a * c - wide_b * s).to(a.dtype)
-            b = (wide_a * s + wide_b * c).to(b.dtype)
-        tl.store(out + first + at, a, mask=inside)
-        tl.store(out + second + at, b, mask=inside)
+    _rotate_heads(q, q_stride, out, out_stride, c, s, row, inside, Q, True, HALF, BH, INTERLEAVED)
+    out += Q * 2 * HALF
+    _rotate_heads(k, k_stride, out, out_stride, c, s, row, inside, K, True, HALF, BH, INTERLEAVED)
+    out += K * 2 * HALF
+    _rotate_heads(v, v_stride, out, out_stride, c, s, row, inside, V, False, HALF, BH, INTERLEAVED)
 
 
-def rotate(x: Tensor, out: Tensor, cosine: Tensor, sine: Tensor, heads: int, *, back: bool, interleaved: bool) -> None:
-    """Write x [T, all heads, K] to `out`, the first `heads` heads rotated by the angles; for `back` by their negatives.
-
-    x and `out` are contiguous, and may be one tensor: then the other heads are not touched. Cosine and sine are fp32
-    [T, K / 2].
-    """
-    T, every, K = x.shape
+def _rotary_tile(T: int, K: int) -> tuple[tuple[int], int, int]:
+    """(grid, BT, BH) for T tokens and heads of K numbers."""
     BH = triton.next_power_of_2(K // 2)
     BT = max(1, _TILE_ELEMENTS // 4 // BH)
-    written = heads if x.data_ptr() == out.data_ptr() else every
+    return (triton.cdiv(T, BT),), BT, BH
+
+
+def rotate_qkv(x: Tensor, cosine: Tensor, sine: Tensor, heads: tuple[int, int, int], *, interleaved: bool) -> None:
+    """Rotate query and key heads of x [T, q + k + v heads, K] where they lie. Cosine and sine are fp32 [T, K / 2]."""
+    T, every, K = x.shape
+    grid, BT, BH = _rotary_tile(T, K)
+    stride = every * K
     with _on(x):
-        rotary_kernel[(triton.cdiv(T, BT),)](
-            x, out, cosine, sine, T, every * K, heads, written, K // 2, BT, BH, back, interleaved,
-            num_warps=2,
+        rotary_kernel[grid](
+            x, x, x, x, cosine, sine, T, stride, stride, stride, stride, heads[0] + heads[1], 0, 0, K // 2, BT, BH,
+            False, interleaved, num_warps=2,
         )  # fmt: skip
+
+
+def rotate_qkv_backward(
+    grads: tuple[Tensor, Tensor, Tensor], cosine: Tensor, sine: Tensor, *, interleaved: bool
+) -> Tensor:
+    """The gradient of x, see `rotate_qkv`, of those of its query, key and value [T, heads, K]."""
+    T, _, K = grads[0].shape
+    heads = [g.shape[1] for g in grads]
+    out = grads[0].new_empty((T, sum(heads), K))
+    grid, BT, BH = _rotary_tile(T, K)
+    with _on(out):
+        rotary_kernel[grid](
+            *grads, out, cosine, sine, T, *(n * K for n in heads), sum(heads) * K, *heads, K // 2, BT, BH, True,
+            interleaved, num_warps=2,
+        )  # fmt: skip
+    return out
 
 
 # SwiGLU's gate
@@ -227,7 +260,7 @@ def swiglu_gate_backward(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _logits(z, bias, at, C, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
     """Logits at columns `at`, capped; −inf beyond the last column."""
-    x = tl.load(z + at, mask=at < C, other=-float("inf"))
+    x = tl.load(z + at, mask=at < C, other=-float("inf")).to(tl.float32)
     if BIAS:
         x += tl.load(bias + at, mask=at < C, other=0.0).to(tl.float32)
     if SOFTCAP:

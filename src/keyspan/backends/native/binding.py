@@ -55,6 +55,26 @@ LINEAR_FIELDS: _Fields = (
     *_fields("int1", "isa threads dtype storage rows inputs outputs x_stride weight_stride"),
 )
 """Those of `Linear`, in native/linear.h."""
+LAYER_FIELDS: dict[str, _Fields] = {
+    "rms_norm": (
+        *_fields("pointer", "x residual weight total out inverse grad grad_total dx dweight"),
+        *_fields("int1", "isa threads total_dtype residual_dtype out_dtype T D parts"),
+        *_fields("float", "eps"),
+    ),
+    "rotary": (
+        *_fields("pointer", "q k v cosine sine out"),
+        *_fields("int1", "isa threads dtype T K"),
+        *_fields("int3", "heads stride"),
+        *_fields("int1", "out_stride back interleaved"),
+    ),
+    "gate": (*_fields("pointer", "x12 grad out dx12"), *_fields("int1", "isa threads dtype gelu T D")),
+    "cross_entropy": (
+        *_fields("pointer", "z bias targets lse losses grads dz"),
+        *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
+        *_fields("float", "softcap z_loss"),
+    ),
+}
+"""Those of the layers' structs (native/layers.h), by the name of the function that takes one."""
 
 
 def _struct(fields: _Fields) -> struct.Struct:
@@ -69,6 +89,7 @@ NUMBERS = _struct(NUMBER_FIELDS)
 """The second part of `Params`: repeated calls with the same signature reuse these bytes."""
 DENSE = _struct(DENSE_FIELDS)
 LINEAR = _struct(LINEAR_FIELDS)
+LAYERS = {name: _struct(fields) for name, fields in LAYER_FIELDS.items()}
 
 _HERE = Path(__file__).parent
 _WHY_NOT_BUILT = _HERE / "not_built.txt"
@@ -87,8 +108,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         library = ctypes.CDLL(str(found[0]))
-        for name, fields in (("Params", PARAMS_FIELDS), ("Dense", DENSE_FIELDS), ("Linear", LINEAR_FIELDS)):
-            describe = getattr(library, f"keyspan_{name.lower()}_fields")
+        structs = {"params": PARAMS_FIELDS, "dense": DENSE_FIELDS, "linear": LINEAR_FIELDS, **LAYER_FIELDS}
+        for name, fields in structs.items():
+            describe = getattr(library, f"keyspan_{name}_fields")
             describe.restype = ctypes.c_char_p
             difference = _difference(fields, describe().decode())
             if difference is not None:

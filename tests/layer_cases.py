@@ -1,0 +1,178 @@
+"""Tests of the layers' fused kernels against the plain formulas, forward and backward.
+
+A module that imports them all has a fixture `kernels`: the module of kernels to test.
+"""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from keyspan.layers import add_rms_norm, linear_cross_entropy, rms_norm, rotary_table, swiglu
+from keyspan.layers.rope import rotate, rotate_qkv
+from keyspan.models.gpt import GPT, GPTConfig
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 48), (33, 300)])
+@pytest.mark.parametrize("add", [False, True])
+def test_rms_norm(kernels, shape, add):
+    torch.manual_seed(0)
+    x, residual, grad, grad_total = (torch.randn(shape) for _ in range(4))
+    weight = torch.randn(shape[1])
+    x64, r64, w64 = (t.double().requires_grad_() for t in (x, residual, weight))
+    total = x64 + r64 if add else x64
+    want = F.rms_norm(total, weight.shape, w64, 1e-3)
+    (want * grad).sum().add((total * grad_total).sum() if add else 0).backward()
+
+    out, got_total, inverse = kernels.rms_norm(x, residual if add else None, weight, 1e-3, torch.float32)
+    torch.testing.assert_close(out.double(), want.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got_total.double(), total.detach(), rtol=1e-6, atol=1e-6)
+    dx, dweight = kernels.rms_norm_backward(grad, grad_total if add else None, got_total, weight, inverse, True)
+    torch.testing.assert_close(dx.double(), x64.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dweight.double(), w64.grad, rtol=1e-4, atol=1e-5)
+    assert kernels.rms_norm_backward(grad, None, got_total, weight, inverse, False)[1] is None
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("K", [2, 24, 64])
+@pytest.mark.parametrize("heads", [(2, 1, 2), (3, 3, 3)])
+def test_rotary_in_place_and_back(kernels, interleaved, K, heads):
+    torch.manual_seed(0)
+    T, turned = 37, sum(heads[:2])
+    x = torch.randn(T, sum(heads), K)
+    table = rotary_table(torch.arange(T), K)
+    y = x.clone()
+    kernels.rotate_qkv(y, *table, heads, interleaved=interleaved)
+    torch.testing.assert_close(y[:, :turned], rotate(x[None, :, :turned], table, interleaved)[0])
+    assert torch.equal(y[:, turned:], x[:, turned:])
+    parts = tuple(part.contiguous() for part in y.split(heads, 1))
+    back = kernels.rotate_qkv_backward(parts, *table, interleaved=interleaved)
+    torch.testing.assert_close(back, x)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 70), (40, 600)])
+def test_swiglu_gate(kernels, shape):
+    torch.manual_seed(0)
+    T, D = shape
+    x12, grad = torch.randn(T, 2 * D) * 3, torch.randn(T, D)
+    wide = x12.double().requires_grad_()
+    a, b = wide.chunk(2, -1)
+    want = F.silu(a) * b
+    want.backward(grad.double())
+    torch.testing.assert_close(kernels.swiglu_gate(x12).double(), want.detach(), rtol=1e-5, atol=1e-6)
+    dx12, again = kernels.swiglu_gate_backward(grad, x12)
+    torch.testing.assert_close(dx12.double(), wide.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.double(), want.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("C", [3, 5000])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cross_entropy(kernels, C, softcap, with_bias, z_loss, dtype):
+    torch.manual_seed(0)
+    T = 5
+    z = torch.randn(T, C) * 4
+    z[1, 0] = -float("inf") if softcap is None else -1e30
+    bias = torch.randn(C) if with_bias else None
+    targets = torch.randint(1, C, (T,))
+    targets[2] = -7
+    grads = torch.rand(T)
+    wide = z.double().requires_grad_()
+    logits = wide if bias is None else wide + bias.double()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    lse = logits.logsumexp(1)
+    want = F.cross_entropy(logits, targets, ignore_index=-7, reduction="none")
+    want = want + z_loss * lse.square() * (targets != -7)
+    want.backward(grads.double())
+
+    options = {"ignore_index": -7, "softcap": softcap, "z_loss": z_loss}
+    got_lse, losses = torch.empty(T), torch.full((T,), torch.nan)
+    kernels.cross_entropy_(z.clone(), bias, targets, got_lse, losses, **options)
+    torch.testing.assert_close(got_lse.double(), lse.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=1e-5, atol=1e-5)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-5 if dtype == torch.float32 else 1e-3}
+    fresh = torch.full((T,), torch.nan)
+    for losses in (None, fresh):  # with the lse of before, and all in one pass
+        known = got_lse.clone() if losses is None else torch.empty(T)
+        dz = kernels.cross_entropy_(z.clone(), bias, targets, known, losses, grads=grads, gradient=dtype, **options)
+        assert dz.dtype == dtype
+        torch.testing.assert_close(dz.double(), wide.grad, **tolerance)
+    assert torch.equal(fresh.isnan(), torch.zeros(T, dtype=torch.bool))
+    unit = kernels.cross_entropy_(z.clone(), bias, targets, got_lse, None, gradient=dtype, **options)
+    torch.testing.assert_close(unit.double() * grads[:, None], wide.grad, **tolerance)
+
+
+def test_a_target_out_of_range_gives_nan(kernels):
+    losses = torch.zeros(3)
+    kernels.cross_entropy_(
+        torch.zeros(3, 7), None, torch.tensor([-1, 7, 6]), torch.empty(3), losses, ignore_index=-100, softcap=None,
+        z_loss=0.0,
+    )  # fmt: skip
+    assert losses.isnan().tolist() == [True, True, False]
+
+
+def run_layers_on(kernels, monkeypatch):
+    """Makes the layers run these kernels, or torch's functions for None."""
+    for name in ("rmsnorm", "rope", "gated", "cross_entropy"):
+        monkeypatch.setattr(sys.modules[f"keyspan.layers.{name}"], "kernels_for", lambda x: kernels)
+
+
+def gradients(function, inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    result = function(*inputs)
+    results = result if isinstance(result, tuple) else (result,)
+    total = sum((r * torch.arange(r.numel()).reshape(r.shape).cos()).sum() for r in results)
+    return [*results, *torch.autograd.grad(total, inputs, allow_unused=True)]
+
+
+FUNCTIONS = {
+    "rms_norm": (lambda x, y, w: rms_norm(x, w), 3),
+    "add_rms_norm": (lambda x, y, w: add_rms_norm(x, y, w), 3),
+    "only the norm": (lambda x, y, w: add_rms_norm(x, y, w)[0], 3),
+    "only the sum": (lambda x, y, w: add_rms_norm(x, y, w)[1], 3),
+    "swiglu": (lambda x, y, w: swiglu(x, y.repeat(2, 1), w[:1].repeat(16), y.t(), None), 3),
+    "rotary": (lambda x, y, w: rotate_qkv(x * 1, rotary_table(torch.arange(8), 2), (3, 2, 1)), 1),
+    "mean": (lambda x, y, w: linear_cross_entropy(x, y, TARGETS, softcap=5.0, z_loss=0.1, chunk=3), 2),
+    "weighted": (lambda x, y, w: linear_cross_entropy(x, y, TARGETS, bias=y[:, 0] * 2, reduction="none", chunk=3), 2),
+}
+TARGETS = torch.tensor([0, 1, -100, 3, 7, 2, 2, 5])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_layers_on_kernels_are_the_plain_layers(name, kernels, monkeypatch):
+    torch.manual_seed(0)
+    function, count = FUNCTIONS[name]
+    inputs = [torch.randn(8, 12), torch.randn(8, 12), torch.randn(12)]
+    run_layers_on(None, monkeypatch)
+    want = gradients(function, inputs)
+    run_layers_on(kernels, monkeypatch)
+    got = gradients(function, inputs)
+    assert sum(x is not None for x in got) >= count
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_a_gpt_on_kernels_is_the_plain_gpt(precision, kernels, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, dim=24, layers=2, heads=4, kv_heads=2, hidden=40), backend="chunked")
+    tokens, lengths = torch.randint(11, (18,)), [5, 1, 9, 3]
+
+    def run():
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = model.loss(tokens, tokens.roll(1), lengths)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    run_layers_on(None, monkeypatch)
+    want = run()
+    run_layers_on(kernels, monkeypatch)
+    got = run()
+    scale = 1e-5 if precision == torch.float32 else 2e-2
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() <= scale * b.norm() + 1e-7

@@ -1,0 +1,161 @@
+"""The layers' kernels in the native library, on every instruction set of this machine."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from keyspan.backends.native import binding, use_isa
+from keyspan.layers import native_kernels, rotary_table
+from keyspan.layers.kernels import kernels_for
+from layer_cases import *  # noqa: F403
+
+if binding.WHY_ABSENT is not None:
+    pytest.skip(binding.WHY_ABSENT, allow_module_level=True)
+
+LOW = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=binding.SUPPORTED)
+def kernels(request):
+    with use_isa(request.param):
+        yield native_kernels
+
+
+def within_a_rounding(got, exact, dtype):
+    """Half a unit in the last place of the exact value, and fp32's own error on the way."""
+    bound = exact.abs() * (torch.finfo(dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps) + 1e-6
+    assert got.dtype == dtype
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+def wide(*tensors):
+    return [x.double().requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("D", [7, 64, 131])
+def test_rms_norm_rounds_once(kernels, dtype, D):
+    x, grad = (torch.randn(9, D).to(dtype) for _ in range(2))
+    residual, weight = torch.randn(9, D), torch.randn(D)
+    out, total, inverse = kernels.rms_norm(x, residual, weight, 1e-6, dtype)
+    within_a_rounding(total, x.double() + residual, dtype)
+    total64, weight64 = wide(total, weight)
+    want = F.rms_norm(total64, (D,), weight64, 1e-6)
+    within_a_rounding(out, want.detach(), dtype)
+    want.backward(grad.double())
+    dx, dweight = kernels.rms_norm_backward(grad, None, total, weight, inverse, True)
+    torch.testing.assert_close(dx.double(), total64.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(dweight.double(), weight64.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("D", [7, 64, 131])
+def test_gate_rounds_as_the_formula(kernels, dtype, D):
+    x12, grad = (3 * torch.randn(9, 2 * D)).to(dtype), torch.randn(9, D).to(dtype)
+    x1, x2 = x12.chunk(2, -1)
+    want = F.silu(x1) * x2
+    eps = torch.finfo(dtype).eps
+    out = kernels.swiglu_gate(x12)
+    torch.testing.assert_close(out, want, rtol=2 * eps, atol=0)  # the last place of silu may differ
+    assert (out == want).float().mean() > 0.95
+    dx12, again = kernels.swiglu_gate_backward(grad, x12)
+    assert torch.equal(again, out)
+    (x64,) = wide(x12)
+    a, b = x64.chunk(2, -1)
+    (F.silu(a) * b).backward(grad.double())
+    torch.testing.assert_close(dx12.double(), x64.grad, rtol=2 * eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [-200.0, -89.0, 0.0, 89.0, 3e38, float("inf"), -float("inf"), float("nan")])
+def test_gate_at_the_ends_of_the_range(kernels, value):
+    x12 = torch.tensor([[value, 1.0]])
+    want = F.silu(x12[:, :1].double()).float()  # NaN for -inf, as torch
+    torch.testing.assert_close(kernels.swiglu_gate(x12), want, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("C", [5, 64, 999])
+def test_cross_entropy_of_16_bits(kernels, dtype, C):
+    z = (3 * torch.randn(6, C)).to(dtype)
+    targets = torch.randint(C, (6,))
+    (z64,) = wide(z)
+    want = F.cross_entropy(z64, targets, reduction="none")
+    want.sum().backward()
+    lse, losses = torch.empty(6), torch.empty(6)
+    options = {"ignore_index": -100, "softcap": None, "z_loss": 0.0}
+    dz = kernels.cross_entropy_(z, None, targets, lse, losses, gradient=dtype, **options)
+    assert dz.data_ptr() == z.data_ptr()
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=1e-6, atol=1e-6)
+    within_a_rounding(dz, z64.grad, dtype)
+
+
+def test_infinite_and_nan_logits_are_those_of_torch(kernels):
+    inf, nan = float("inf"), float("nan")
+    z = torch.tensor([[-inf, 1.0, 2.0], [inf, 1.0, 2.0], [nan, 1.0, 2.0], [-inf, -inf, -inf], [1.0, nan, 2.0]])
+    targets = torch.tensor([1, 1, 1, 1, 0])
+    lse, losses = torch.empty(5), torch.empty(5)
+    options = {"ignore_index": -100, "softcap": None, "z_loss": 0.0}
+    leaf = z.clone().requires_grad_()
+    want = F.cross_entropy(leaf, targets, reduction="none")
+    want.sum().backward()
+    dz = kernels.cross_entropy_(z, None, targets, lse, losses, gradient=torch.float32, **options)
+    torch.testing.assert_close(losses, want.detach(), equal_nan=True)
+    assert torch.equal(dz.isnan(), leaf.grad.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_rows_and_threads_change_no_bit(kernels, dtype):
+    """A row's result is the same alone, among others, and on any number of threads."""
+    T, D = 700, 96
+    x, grad, residual = (torch.randn(T, D).to(dtype) for _ in range(3))
+    weight, targets = torch.randn(D), torch.randint(D, (T,))
+    table = rotary_table(torch.arange(T), 16)
+
+    def run(rows):
+        out, total, inverse = kernels.rms_norm(x[rows], residual[rows], weight, 1e-6, dtype)
+        dx, dweight = kernels.rms_norm_backward(grad[rows], grad[rows], total, weight, inverse, True)
+        turned = x[rows].clone().view(-1, 6, 16)
+        angles = [t[rows].contiguous() for t in table]
+        kernels.rotate_qkv(turned, *angles, (2, 2, 2), interleaved=False)
+        back = kernels.rotate_qkv_backward(tuple(t.contiguous() for t in turned.split(2, 1)), *angles, interleaved=True)
+        lse, losses = torch.empty(len(total)), torch.empty(len(total))
+        options = {"ignore_index": -100, "softcap": 4.0, "z_loss": 0.1}
+        dz = kernels.cross_entropy_(x[rows].clone(), None, targets[rows], lse, losses, gradient=dtype, **options)
+        gates = (
+            kernels.swiglu_gate(x[rows]),
+            *kernels.swiglu_gate_backward(grad[rows, : D // 2].contiguous(), x[rows]),
+        )
+        return [out, total, inverse, dx, turned, back, lse, losses, dz, *gates], dweight
+
+    together, dweight = run(slice(None))
+    alone, _ = run(slice(333, 334))
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[333:334], b)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        threaded, dweight_threaded = run(slice(None))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip([*together, dweight], [*threaded, dweight_threaded], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_rows_are_no_work(kernels):
+    x, weight = torch.empty(0, 8), torch.ones(8)
+    out, total, inverse = kernels.rms_norm(x, x, weight, 1e-6, torch.float32)
+    assert out.shape == total.shape == (0, 8)
+    dx, dweight = kernels.rms_norm_backward(x, None, total, weight, inverse, True)
+    assert dx.shape == (0, 8)
+    assert not dweight.any()
+    assert kernels.swiglu_gate(x).shape == (0, 4)
+
+
+def test_where_they_run():
+    x = torch.randn(4, 4)
+    assert kernels_for(x) is native_kernels
+    assert kernels_for(x.bfloat16()) is native_kernels
+    for other in (x.double(), x.to("meta"), torch.view_as_complex(x.view(8, 2)).conj().imag):
+        assert kernels_for(other) is None, "the kernels read memory as it lies"
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert kernels_for(x) is None, "a mode sees every call"
