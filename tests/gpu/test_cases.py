@@ -10,9 +10,9 @@ from keyspan.backends.triton.primitives import STATS_PADDING, Arguments
 from keyspan.core import shims
 from keyspan.core.problem import make_problem
 from keyspan.dispatch.cache import CACHE
-from keyspan.dispatch.op import attend
+from keyspan.dispatch.op import attend, flat, gradients
 from keyspan.testing import flash_emulation, results, rms_error, tolerances, worst
-from keyspan.testing.cases import CASES, LONG
+from keyspan.testing.cases import CASES, LONG, Case
 
 # NumPy warns of log2(0) for empty rows and of inf − inf in NaN tests, both of which are intended.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -110,6 +110,43 @@ def test_error_is_at_most_that_of_flash_attention(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
 def test_bfloat16(case, descriptors):
     agree(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_parts_of_the_keys_with_the_output_and_lse_of_all(sinks):
+    """Ring attention: the gradients of parts sum to the whole, those of slopes too, whose correction needs all keys."""
+    case = Case("alibi in parts", M=40, N=40, alibi=True, sinks=sinks, mask=lambda: keyspan.Causal())
+    problem = case.problem(torch.float32)
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+
+    def in_parts(p):
+        out, lse = attend(problem._replace(output_dtype=torch.float32), "reference")
+        return InParts.apply(p, out.float(), lse.float(), *flat(p))
+
+    got = results(in_parts, problem, torch.float32)
+    for name, allowed in tolerances(problem, torch.float32, want).items():
+        assert worst(got[name], want[name]) <= allowed, name
+
+
+class InParts(torch.autograd.Function):
+    """Gradients of two halves of the keys, given the results for all of them."""
+
+    @staticmethod
+    def forward(ctx, problem, out, lse, *inputs):
+        ctx.problem, ctx.results = problem, (out, lse)
+        return out.clone(), lse.clone()
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        p, total = ctx.problem, None
+        for lo, hi in ((0, 20), (20, 40)):
+            part = p._replace(lo=p.lo.clamp(lo, hi), hi=p.hi.clamp(lo, hi), sinks=p.sinks if lo else None)
+            needs = [x is not None for x in flat(part)]
+            found = gradients(part, grad_out, grad_lse, *ctx.results, needs, "triton")
+            total = found if total is None else [
+                y if x is None else x if y is None else x + y for x, y in zip(total, found, strict=True)
+            ]  # fmt: skip
+        return (None, None, None, *total)
 
 
 @pytest.mark.parametrize("special", [torch.nan, 1e30])

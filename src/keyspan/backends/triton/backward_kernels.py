@@ -14,7 +14,6 @@ import triton.language as tl
 from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
 from keyspan.backends.triton.primitives import (
     INT32_MAX,
-    LOG2E,
     Heads,
     KeyValue,
     OutputGradient,
@@ -23,6 +22,7 @@ from keyspan.backends.triton.primitives import (
     diagonal_span,
     dropout_mask,
     expand_rows,
+    exponential,
     far_bias,
     far_blocks,
     far_run,
@@ -93,7 +93,7 @@ class RowSums(NamedTuple):
     """Per-row sums over keys that `queries_kernel` makes besides dq, each [BM]."""
 
     weight: Any
-    """Σ p, with scores in natural units."""
+    """Σ p, with scores in natural units, or with slopes."""
     dslope: Any
     """−Σ ds · distance: the gradient of ALiBi's slope."""
     distance: Any
@@ -350,8 +350,8 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     acc = tl.full([C.BM, C.K], 0.0, tl.float32)
     zero = tl.full([C.BM], 0.0, tl.float32)
     weight = zero
-    if C.natural and a.sinks is not None:
-        weight += tl.math.exp2((load_sink(a, heads, C) - row_lse) * LOG2E)
+    if (C.natural or dslopes is not None) and a.sinks is not None:
+        weight += exponential(load_sink(a, heads, C) - row_lse, C)
     sums = RowSums(weight, zero, zero, zero, zero, zero)
     wanted = RowSums(weight, dslopes, dslopes, dslopes, dends, dends)
     for s in tl.static_range(max(C.S, 1)):
@@ -380,7 +380,7 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
         rest = tl.math.exp2(-lost)
         acc *= rest[:, None]
         sums = RowSums(
-            rest, sums.dslope * rest, sums.distance * rest, sums.dp * rest, sums.low * rest, sums.high * rest
+            sums.weight * rest, sums.dslope * rest, sums.distance * rest, sums.dp * rest, sums.low * rest, sums.high * rest
         )
     columns = tl.arange(0, C.K)
     tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),
@@ -389,7 +389,10 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
         unrounded = sums.dp
         if grad_lse is not None:
             unrounded -= tl.load(grad_lse + stat)
-        tl.store(dslopes + stat, sums.dslope - (delta - unrounded) * sums.distance, mask=valid)
+        # Where weights do not sum to 1, `out` and lse are those of more keys than these: nothing is known of delta then.
+        whole = tl.abs(sums.weight - 1.0) < 2e-5 + 2.0**-21 * tl.abs(row_lse)
+        excess = tl.where(whole, delta - unrounded, 0.0)
+        tl.store(dslopes + stat, sums.dslope - excess * sums.distance, mask=valid)
     if dends is not None:
         tl.store(dends + stat, sums.low, mask=valid)
         tl.store(dends + (tl.num_programs(0) // tiles).to(tl.int64) * a.M + stat, sums.high, mask=valid)
@@ -421,7 +424,7 @@ def _queries_walk(acc, sums, a, q, do, lse, delta, kv, heads, rows, position, wa
             tilt = tilt * n[None, :].to(tl.float32)
         p, tanh = softmax_weights(qk, a, heads, expanded, j, position.slope, tilt, (lse - shift)[:, None], 0.0, MASKED,
                                   C)  # fmt: skip
-        if C.natural:
+        if C.natural or (wanted.dslope is not None):
             weight += tl.sum(p, 1)
         dp = tl.dot(do, tl.trans(v), input_precision=C.precision)  # [BM, BN]
         if a.seed is not None:
