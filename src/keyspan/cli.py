@@ -182,7 +182,7 @@ def generate(
     from keyspan.inference.pages import PagedCache
     from keyspan.inference.sampling import Sampling
     from keyspan.inference.serve import TaskTokenizer, load_model
-    from keyspan.inference.tokenizer import FolderTokenizer
+    from keyspan.inference.tokenizer import ChatTokenizer
 
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, want 0 … 2⁶³ − 1")
@@ -191,9 +191,9 @@ def generate(
         temperature = tokenizer.temperature if isinstance(tokenizer, TaskTokenizer) else 0.0
     sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
     if chat:
-        if not isinstance(tokenizer, FolderTokenizer):
+        if not isinstance(tokenizer, ChatTokenizer):
             raise ValueError(f"chat: {model} has no chat template")
-        tokens = tokenizer.encode_chat(tokenizer.render([{"role": "user", "content": prompt}]))
+        tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}])
     else:
         tokens = tokenizer.encode(prompt)
         print(prompt, end="", flush=True)

@@ -5,7 +5,7 @@ from keyspan.inference.engine import Answer, Engine, Event, QueueFullError
 from keyspan.inference.generate import generate, stream
 from keyspan.inference.pages import PagedCache
 from keyspan.inference.sampling import Sampling, probabilities, sample
-from keyspan.inference.tokenizer import ByteTokenizer, FolderTokenizer
+from keyspan.inference.tokenizer import ByteTokenizer, FolderTokenizer, GgufTokenizer
 
 __all__ = [
     "Engine",
@@ -15,6 +15,7 @@ __all__ = [
     "QueueFullError",
     "PagedCache",
     "FolderTokenizer",
+    "GgufTokenizer",
     "ByteTokenizer",
     "generate",
     "stream",

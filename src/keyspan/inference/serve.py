@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keyspan.inference.engine import Engine
-from keyspan.inference.tokenizer import FolderTokenizer, Tokenizer
+from keyspan.inference.tokenizer import FolderTokenizer, GgufTokenizer, Tokenizer
 from keyspan.info import find_device
 from keyspan.models import load
 from keyspan.models.gpt import GPT
@@ -43,7 +43,7 @@ def load_model(path: Path, dtype: str | None = None, device: str = "auto") -> tu
     """The model and the tokenizer of a folder.
 
     Args:
-        path: a folder in Hugging Face's format with a tokenizer.json, or a run of `keyspan train`.
+        path: a folder in Hugging Face's format with a tokenizer.json, a .gguf file, or a run of `keyspan train`.
         dtype: fp32, bf16 or fp16; None for that of the folder's config.
         device: auto, or a torch device.
 
@@ -51,9 +51,14 @@ def load_model(path: Path, dtype: str | None = None, device: str = "auto") -> tu
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: holds no config.json; want a training run, or a model in Hugging Face's format")
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    if not is_gguf and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path}: holds no config.json; want a training run, a model in Hugging Face's format, or a .gguf file"
+        )
     where = find_device(device)
+    if is_gguf:
+        return load(path, None if dtype is None else DTYPES[dtype], where), GgufTokenizer(path)
     if (path / "checkpoints").is_dir():
         from keyspan.training.loop import load_run
 
@@ -67,7 +72,7 @@ class Serve:
     """Serve a model over HTTP with OpenAI's interface, and a chat page at /."""
 
     model: Path
-    """A folder in Hugging Face's format, or a run of keyspan train."""
+    """A folder in Hugging Face's format, a .gguf file, or a run of keyspan train."""
     name: str | None = None
     """Of the model in requests. Default: the folder's name."""
     host: str = "127.0.0.1"

@@ -31,7 +31,7 @@ from starlette.types import Message as Message_
 
 from keyspan.inference.engine import Engine, Event, QueueFullError
 from keyspan.inference.sampling import Sampling
-from keyspan.inference.tokenizer import FolderTokenizer
+from keyspan.inference.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -371,11 +371,11 @@ def _routes(app: FastAPI, server: _Server) -> None:
     async def chat(body: Chat, request: Request) -> Response:
         _check_model(server, body.model)
         tokenizer = server.engine.tokenizer
-        if not isinstance(tokenizer, FolderTokenizer):
+        if not isinstance(tokenizer, ChatTokenizer):
             raise ValueError("messages: the model has no chat template; use /v1/completions")
         _check_count(server, body.n)
-        text = tokenizer.render([message.plain() for message in body.messages])
-        tokens = await asyncio.to_thread(tokenizer.encode_chat, text)
+        messages = [message.plain() for message in body.messages]
+        tokens = await asyncio.to_thread(tokenizer.encode_chat, messages)
         if body.top_logprobs is not None and not body.logprobs:
             raise ValueError("top_logprobs: got a number, want logprobs = true with it")
         if body.max_completion_tokens is not None:

@@ -1,8 +1,10 @@
-"""Text and tokens: Hugging Face's tokenizer files, bytes, and the text of an answer while it grows."""
+"""Text and tokens: Hugging Face's and GGUF's tokenizers, bytes, and the text of an answer while it grows."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Protocol
 
 from keyspan.files import write_file
 from keyspan.models.checkpoints import read_json
+from keyspan.models.gguf import GgufFile
 
 
 class Tokenizer(Protocol):
@@ -41,51 +44,52 @@ class ByteTokenizer:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
-class FolderTokenizer:
-    """The tokenizer of a model's folder: tokenizer.json, its end tokens and its chat template.
+class ChatTokenizer:
+    """A tokenizer of the `tokenizers` library with special tokens, end tokens and a chat template.
 
-    End tokens are those of generation_config.json and config.json, and the one of tokenizer_config.json.
-
-    Raises ValueError where the folder has no tokenizer.json, or one that cannot be read.
+    Args:
+        loaded: the library's `Tokenizer`.
+        special: the texts of special tokens by their names (`bos_token`, …), which a template may use.
+        end_tokens: tokens that end an answer.
+        chat_template: in jinja's language, or None.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        from tokenizers import Tokenizer as Loaded
-
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{folder}: holds no tokenizer.json")
-        try:
-            self._loaded: Any = Loaded.from_file(str(path))
-        except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"{path}: {error}") from None
-        settings = _optional(folder / "tokenizer_config.json")
-        names = {name: value for name, value in settings.items() if name.endswith("_token")}
-        names = {name: value["content"] if isinstance(value, dict) else value for name, value in names.items()}
-        self.special = {name: value for name, value in names.items() if isinstance(value, str)}
-        ends = {self._loaded.token_to_id(self.special["eos_token"])} if "eos_token" in self.special else set()
-        for file in ("generation_config.json", "config.json"):
-            found = _optional(folder / file).get("eos_token_id")
-            ends |= set(found if isinstance(found, list) else [found])
-        self.end_tokens = tuple(sorted(token for token in ends if token is not None))
-        template = folder / "chat_template.jinja"
-        given = settings.get("chat_template")
-        if isinstance(given, list):  # several by name
-            given = next((x.get("template") for x in given if isinstance(x, dict) and x.get("name") == "default"), None)
-        if template.is_file():
-            given = template.read_text(encoding="utf-8")
-        self.chat_template: str | None = given if isinstance(given, str) else None
+    def __init__(
+        self, loaded: Any, special: dict[str, str], end_tokens: tuple[int, ...], chat_template: str | None
+    ) -> None:
+        self._loaded, self.special, self.end_tokens, self.chat_template = loaded, special, end_tokens, chat_template
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with what the tokenizer puts around it (a first token, where the model has one)."""
         found: list[int] = self._loaded.encode(text).ids
         return found
 
-    def encode_chat(self, text: str) -> list[int]:
-        """Tokens of a text that a chat template made, which has put everything around it already."""
-        found: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
-        return found
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Tokens of a chat, up to where the assistant speaks; see `render`.
+
+        What looks like a special token inside a message is tokenized as the text that it is: a message cannot end
+        itself or speak for another role.
+        """
+        special = sorted(self._literal.texts, key=len, reverse=True)
+        everything = "".join(map(str, messages))
+        # Unicode's noncharacters, reserved for such marks; a message that holds some is marked with others.
+        start, end = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in everything][:2]
+
+        def mark(content: Any) -> Any:
+            if not isinstance(content, str) or not special:
+                return content
+            return re.sub("|".join(map(re.escape, special)), lambda found: f"{start}{found[0]}{end}", content)
+
+        text = self.render([{**message, "content": mark(message.get("content"))} for message in messages])
+        tokens: list[int] = []
+        for n, part in enumerate(re.split(f"{start}(.*?){end}", text, flags=re.DOTALL)):
+            loaded = self._literal.loaded if n % 2 else self._loaded
+            tokens += loaded.encode(part, add_special_tokens=False).ids
+        return tokens
+
+    @functools.cached_property
+    def _literal(self) -> _Literal:
+        return _Literal(self._loaded)
 
     def decode(self, tokens: Sequence[int]) -> str:
         text: str = self._loaded.decode(list(tokens), skip_special_tokens=True)
@@ -127,6 +131,114 @@ class FolderTokenizer:
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
         except Exception as error:  # a template's expressions raise what Python's do
             raise ValueError(f"messages: the chat template fails: {type(error).__name__}: {error}") from None
+
+
+class _Literal:
+    """A copy of a tokenizer that knows no special tokens in a text, and their texts."""
+
+    def __init__(self, loaded: Any) -> None:
+        self.texts = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
+        self.loaded = type(loaded).from_str(loaded.to_str())
+        self.loaded.encode_special_tokens = True
+
+
+class FolderTokenizer(ChatTokenizer):
+    """The tokenizer of a model's folder: tokenizer.json, its end tokens and its chat template.
+
+    End tokens are those of generation_config.json and config.json, and the one of tokenizer_config.json.
+
+    Raises ValueError where the folder has no tokenizer.json, or one that cannot be read.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        from tokenizers import Tokenizer as Loaded
+
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: holds no tokenizer.json")
+        try:
+            loaded: Any = Loaded.from_file(str(path))
+        except Exception as error:  # the library raises plain Exceptions
+            raise ValueError(f"{path}: {error}") from None
+        settings = _optional(folder / "tokenizer_config.json")
+        names = {name: value for name, value in settings.items() if name.endswith("_token")}
+        names = {name: value["content"] if isinstance(value, dict) else value for name, value in names.items()}
+        special = {name: value for name, value in names.items() if isinstance(value, str)}
+        ends = {loaded.token_to_id(special["eos_token"])} if "eos_token" in special else set()
+        for file in ("generation_config.json", "config.json"):
+            found = _optional(folder / file).get("eos_token_id")
+            ends |= set(found if isinstance(found, list) else [found])
+        template = folder / "chat_template.jinja"
+        given = settings.get("chat_template")
+        if isinstance(given, list):  # several by name
+            given = next((x.get("template") for x in given if isinstance(x, dict) and x.get("name") == "default"), None)
+        if template.is_file():
+            given = template.read_text(encoding="utf-8")
+        ends.discard(None)
+        super().__init__(loaded, special, tuple(sorted(ends)), given if isinstance(given, str) else None)
+
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_SPLITS = {
+    "gpt-2": None,
+    "smollm": None,
+    "llama-bpe": _CONTRACTIONS + _WORDS % r"\p{N}{1,3}",
+    "qwen2": _CONTRACTIONS + _WORDS % r"\p{N}",
+}
+"""How a text is cut before merges, by `tokenizer.ggml.pre`; None: GPT-2's own expression."""
+
+
+class GgufTokenizer(ChatTokenizer):
+    """The tokenizer in a GGUF file: byte-level BPE as of GPT-2, SmolLM, Llama 3 and Qwen 2 and 3.
+
+    Raises ValueError for another kind; then a folder with a tokenizer.json is needed.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Loaded
+
+        file = GgufFile(Path(path))
+
+        def entry(key: str, default: Any = None) -> Any:
+            return file.entry(f"tokenizer.ggml.{key}", default)
+
+        kind, cut = entry("model"), entry("pre", "gpt-2")
+        if kind != "gpt2" or cut not in _SPLITS:
+            raise ValueError(
+                f"{path}: got a tokenizer of the kind {kind!r}, {cut!r}, want 'gpt2' with one of {', '.join(_SPLITS)}; "
+                "use a folder with a tokenizer.json"
+            )
+        texts, kinds = list(entry("tokens")), list(entry("token_type", []))
+        merges = [tuple(merge.split(" ", 1)) for merge in entry("merges", [])]
+        loaded: Any = Loaded(models.BPE(vocab={text: n for n, text in enumerate(texts)}, merges=merges))
+        expression = _SPLITS[cut]
+        bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
+        steps: list[Any] = [bytes_of]
+        if cut == "smollm":
+            steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        elif expression is not None:
+            steps.insert(0, pre_tokenizers.Split(Regex(expression), "isolated"))
+        loaded.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        loaded.decoder = decoders.ByteLevel()
+        control, own = 3, 4  # `TokenType` of llama.cpp
+        for text, token_type in zip(texts, kinds, strict=False):
+            if token_type in (control, own):
+                loaded.add_tokens([AddedToken(text, special=token_type == control, normalized=False)])
+        special = {
+            f"{name}_token": texts[entry(f"{key}_token_id")]
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+            if entry(f"{key}_token_id") is not None
+        }
+        if entry("add_bos_token", cut == "llama-bpe") and "bos_token" in special:
+            first = special["bos_token"]
+            loaded.post_processor = processors.TemplateProcessing(
+                single=f"{first}:0 $A:0", special_tokens=[(first, entry("bos_token_id"))]
+            )
+        ends = {entry("eos_token_id"), entry("eot_token_id")} - {None}
+        super().__init__(loaded, special, tuple(sorted(ends)), file.entry("tokenizer.chat_template"))
 
 
 def write_byte_tokenizer(folder: Path, start: int) -> None:

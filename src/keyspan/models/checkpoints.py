@@ -1,4 +1,4 @@
-"""Hugging Face model folders: config.json and safetensors, read into a GPT and written from one.
+"""Models on disk, read into a GPT and written from one: Hugging Face folders (config.json and safetensors), GGUF files.
 
 Weights are memory-mapped and copied tensor by tensor; no pickle is read and no code of the folder is run. Everything is
 checked before memory for the weights is taken: the architecture, options that change the result, and the name and shape
@@ -11,27 +11,30 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from keyspan.files import write_file
+from keyspan.models.gguf import GgufFile
 from keyspan.models.gpt import GPT, GPTConfig, RopeScaling
 
 Raw = dict[str, Any]
 """A parsed config.json."""
 
 
-def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> GPT:
-    """The model of a folder in Hugging Face's format, in evaluation mode.
+def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> GPT:
+    """The model of a folder in Hugging Face's format, or of a GGUF file, in evaluation mode.
 
     Args:
-        folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json. Architectures:
-            Llama 2 and 3 (SmolLM among them), Mistral, Qwen 2 and 3, Gemma 2, Gemma 3 (text).
-        dtype: of the weights; None for that of the config (fp32 where it names none). Norms stay in fp32.
+        path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json; or a file
+            whose name ends in .gguf, which takes the package `gguf`. Architectures: Llama 2 and 3 (SmolLM among them),
+            Mistral, Qwen 2 and 3, Gemma 2, Gemma 3 (text).
+        dtype: of the weights; None for that of the config (fp32 where it names none, as GGUF files do). Norms stay in
+            fp32. Quantized weights of a GGUF file are widened.
         device: where the weights go.
 
     Raises:
@@ -39,21 +42,28 @@ def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.dev
             tensor; the message names it.
         OSError: where a file cannot be read.
     """
-    folder = Path(folder)
-    raw = read_json(folder / "config.json")
-    family, config = read_config(raw, str(folder / "config.json"))
-    dtype = dtype or _dtype(raw)
+    path = Path(path)
     with ExitStack() as stack:
-        stored = _Stored(folder, stack)
+        stored: _Tensors
+        if path.suffix == ".gguf":
+            stored = gguf = GgufFile(path)
+            raw, where = gguf.config(), path
+        else:
+            raw, where = read_json(path / "config.json"), path / "config.json"
+        family, config = read_config(raw, str(where))
+        if path.suffix == ".gguf":
+            family = replace(family, norms_less_one=False)
+        else:
+            stored = _Stored(path, stack)
         if config.layers > len(stored.names()):
-            raise ValueError(f"{folder}: the weights do not fit config.json: fewer tensors than {config.layers} layers")
+            raise ValueError(f"{path}: the weights do not fit {where.name}: fewer tensors than {config.layers} layers")
         sources = list(_sources(config, family))
-        _check(folder, stored, sources, config)
+        _check(where, stored, sources, config)
         with torch.device("meta"):  # of sizes that the files are known to hold
             model = GPT(config)
         wanted = {name: list(p.shape) for name, p in model.named_parameters()}
         for name, shape in wanted.items():
-            kept = torch.float32 if _is_norm(name) or name.endswith("sinks") else dtype
+            kept = torch.float32 if _is_norm(name) or name.endswith("sinks") else dtype or _dtype(raw)
             _replace(model, name, nn.Parameter(torch.empty(shape, dtype=kept, device=device)))
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -87,7 +97,9 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     gemma: bool = False
-    """Norms' weights are stored less 1, embeddings are scaled by sqrt(dim), blocks have four norms."""
+    """Embeddings are scaled by sqrt(dim), blocks have four norms."""
+    norms_less_one: bool = False
+    """Whether norms' weights are stored less 1."""
 
 
 FAMILIES = {
@@ -95,8 +107,8 @@ FAMILIES = {
     "MistralForCausalLM": Family(windowed=True),
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "Qwen3ForCausalLM": Family(qk_norm=True),
-    "Gemma2ForCausalLM": Family(gemma=True),
-    "Gemma3ForCausalLM": Family(gemma=True, qk_norm=True),
+    "Gemma2ForCausalLM": Family(gemma=True, norms_less_one=True),
+    "Gemma3ForCausalLM": Family(gemma=True, norms_less_one=True, qk_norm=True),
 }
 """By the name in config.json's `architectures`."""
 
@@ -251,7 +263,7 @@ class _Source:
 def _sources(config: GPTConfig, family: Family) -> Iterator[_Source]:
     """The tensors of a checkpoint, parameter by parameter."""
     c = config
-    norm = _plus_one if family.gemma else None
+    norm = _plus_one if family.norms_less_one else None
     yield _Source("embedding.weight", ("model.embed_tokens.weight",), (c.vocab_size,), c.dim)
     yield _Source("norm.weight", ("model.norm.weight",), (c.dim,), None, norm)
     if not c.tie_embeddings:
@@ -286,6 +298,16 @@ def _plus_one(x: Tensor) -> Tensor:
 
 def _is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
+
+
+class _Tensors(Protocol):
+    """The tensors of a file or folder, by Hugging Face's names."""
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> list[int]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
 
 
 class _Stored:
@@ -323,7 +345,7 @@ class _Stored:
         return found
 
 
-def _check(folder: Path, stored: _Stored, sources: list[_Source], config: GPTConfig) -> None:
+def _check(config_file: Path, stored: _Tensors, sources: list[_Source], config: GPTConfig) -> None:
     """Whether every tensor is there in its shape, and no other."""
     wanted = {
         name: [rows] if source.columns is None else [rows, source.columns]
@@ -341,7 +363,7 @@ def _check(folder: Path, stored: _Stored, sources: list[_Source], config: GPTCon
             wrong.append(f"{name}: got shape {stored.shape(name)}, want {shape}")
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
+        raise ValueError(f"{config_file}: the weights do not fit: {'; '.join(wrong[:5])}{more}")
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
