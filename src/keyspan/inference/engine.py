@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from keyspan.inference.pages import Held, PagedCache
+from keyspan.inference.program import DecoderProgram
 from keyspan.inference.sampling import Chosen, Sampling, choose
 from keyspan.inference.tokenizer import Detokenizer, Tokenizer
 from keyspan.models.gpt import GPT
@@ -143,6 +144,9 @@ class Engine:
         if memory < per_page:
             raise ValueError(f"memory: got {memory} bytes, want at least {per_page}, one page of {page_size} tokens")
         self.cache = PagedCache(model.config, memory // per_page, page_size, weight.dtype, weight.device, share=share)
+        self._program: DecoderProgram | None = None
+        if DecoderProgram.reason_against(model) is None:
+            self._program = DecoderProgram(model, self.cache, step_tokens)
         self.counters = Counters()
         self._arrived: deque[_Request] = deque()
         self._waiting: deque[_Request] = deque()
@@ -363,8 +367,15 @@ class Engine:
             fed += new
             lengths.append(len(new))
         self.cache.begin([request.held for request, _, _ in batch], lengths, device)
-        hidden = self.model(torch.tensor(fed, device=device), lengths, cache=self.cache)
-        logits = self.model.logits(hidden[torch.tensor(rows, device=device)]).float() if rows else None
+        tokens = torch.tensor(fed, device=device)
+        if self._program is None:
+            hidden = self.model(tokens, lengths, cache=self.cache)
+        else:
+            hidden = self._program.hidden(tokens, lengths)
+        logits = None
+        if rows:
+            last = hidden[torch.tensor(rows, device=device)]
+            logits = (self.model if self._program is None else self._program).logits(last).float()
         best = None if logits is None else logits.argmax(-1).tolist()
         events: list[Event] = []
         starts = iter(ends)

@@ -113,7 +113,10 @@ class PagedCache:
         self._window = [config.window(n) for n in range(config.layers)]
         self.pools = {window: PagePool(pages) for window in dict.fromkeys(self._window)}
         shape = (1, pages * page_size, config.kv_heads, config.head_dim)
-        self._storage = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in self._window]
+        self._storage: list[tuple[Tensor, Tensor]] = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in self._window
+        ]
         self._layouts: dict[int | None, PagedKeys] = {}
         self._slots: dict[int | None, Tensor] = {}
 
@@ -227,6 +230,14 @@ class PagedCache:
         # Where all layers have a window, the model still asks without one: to learn which token stands where.
         found = self._layouts.get(window) or next(iter(self._layouts.values()))
         return found, self.pages * self.page_size
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, [1, slots, G, K]."""
+        return self._storage[layer]
+
+    def slots(self, window: int | None) -> Tensor:
+        """Where the keys of the new tokens of layers with this window go, after `begin`: int64 [T]."""
+        return self._slots[window]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""

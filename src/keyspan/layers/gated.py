@@ -112,4 +112,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        if self.w12.packed is not None:
+            y: Tensor = self.w3(_gate(self.w12(x)))
+            return y
         return swiglu(x, self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias)

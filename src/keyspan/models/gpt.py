@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
 from keyspan.core.masks import Layout, Mask
 from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate, rotate_qkv
-from keyspan.layers.gemm import gemm_dtype
+from keyspan.layers.gemm import PackedWeight, gemm_dtype
 
 Positions = Literal["rope", "alibi", "none"]
 Activation = Literal["silu", "gelu_tanh"]
@@ -255,6 +255,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self._packed_head: PackedWeight | None = None
         if not config.tie_embeddings:
             self.head = Linear(config.dim, config.vocab_size, bias=False)
         if config.positions == "alibi":
@@ -324,7 +325,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., C], in autocast's dtype where autocast is on."""
-        z = linear(hidden, self.head_weight)
+        head = self._packed_head if self.config.tie_embeddings else self.head.packed
+        z = linear(hidden, self.head_weight) if head is None else head.multiply(hidden)
         cap = self.config.logit_softcap
         return z if cap is None else cap * torch.tanh(z / cap)
 
@@ -337,9 +339,32 @@ class GPT(nn.Module):
         softcap = self.config.logit_softcap
         return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index=ignore_index, softcap=softcap)
 
+    def pack(self, int8: bool = False) -> None:
+        """Copy the weights of all products into the order in which the native library reads them, for inference.
+
+        Products take half of the time for few tokens, or less, and have the same bits. The plain weights are given up,
+        but for an embedding that is the output layer too; the model can be neither trained nor saved then.
+
+        Args:
+            int8: whether to round the weights to 8 bits, with a scale for each output.
+
+        Raises ValueError where a weight cannot be packed: off the CPU, in fp64, without the native library.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        weights = [layer.weight for layer in layers] + ([self.embedding.weight] if self.config.tie_embeddings else [])
+        for weight in weights:
+            reason = PackedWeight.reason_against(weight, int8)
+            if reason is not None:
+                raise ValueError(f"model: {reason}")
+        for layer in layers:
+            layer.pack(int8)
+        if self.config.tie_embeddings:
+            self._packed_head = PackedWeight(self.embedding.weight, int8)
+
     def num_parameters(self) -> int:
-        """How many numbers are learned; shared ones count once."""
-        return sum(p.numel() for p in self.parameters())
+        """How many numbers are learned; shared ones count once. A packed weight counts as before."""
+        packed = [m.packed for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
+        return sum(p.numel() for p in self.parameters()) + sum(w.inputs * w.outputs for w in packed)
 
 
 def initialize(model: GPT) -> None:

@@ -94,6 +94,14 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[list[int], byt
     return pointers, numbers
 
 
+def pack_forward(problem: Problem, out: Tensor) -> tuple[bytes, object]:
+    """`Params` of a forward pass that fills `out`, without lse, and what must live until it has run."""
+    call = _NativeCall(problem, out, out)
+    pointers = call.pointers()
+    pointers[binding.POINTER_FIELDS.index(("lse", "pointer"))] = 0
+    return POINTERS.pack(*pointers, 0, *_state()) + call.numbers(), call
+
+
 def _picker(
     problem: Problem, call_pointers: Sequence[int], tensors: Sequence[Tensor]
 ) -> Callable[[list[int]], Sequence[int]] | None:

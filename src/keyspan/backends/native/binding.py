@@ -73,8 +73,11 @@ LAYER_FIELDS: dict[str, _Fields] = {
         *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
         *_fields("float", "softcap z_loss"),
     ),
+    "store": (*_fields("pointer", "from to slots"), *_fields("int1", "T bytes from_stride to_stride")),
 }
-"""Those of the layers' structs (native/layers.h), by the name of the function that takes one."""
+"""Those of the structs of native/layers.h and native/program.cpp, by the name of the function that takes one."""
+PROGRAM_FUNCTIONS = ("linear", "rms_norm", "rotary", "gate", "store", "params")
+"""`Function` of native/program.cpp, each by the name of its struct."""
 
 
 def _struct(fields: _Fields) -> struct.Struct:
@@ -122,6 +125,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.keyspan_supports.argtypes = [ctypes.c_int64]
     library.keyspan_threading.restype = ctypes.c_char_p
     library.keyspan_linear.restype = None
+    library.keyspan_run.restype = None
+    library.keyspan_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return library, None
 
 

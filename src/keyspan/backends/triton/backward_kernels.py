@@ -380,7 +380,12 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
         rest = tl.math.exp2(-lost)
         acc *= rest[:, None]
         sums = RowSums(
-            sums.weight * rest, sums.dslope * rest, sums.distance * rest, sums.dp * rest, sums.low * rest, sums.high * rest
+            sums.weight * rest,
+            sums.dslope * rest,
+            sums.distance * rest,
+            sums.dp * rest,
+            sums.low * rest,
+            sums.high * rest,
         )
     columns = tl.arange(0, C.K)
     tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),

@@ -1,0 +1,126 @@
+"""A step as one native call has the bits of `GPT.forward`; an answer has the same bits whatever else an engine does."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keyspan.backends.native import binding
+from keyspan.inference import Engine, Sampling
+from keyspan.inference.pages import PagedCache
+from keyspan.inference.program import DecoderProgram
+from keyspan.models import GPT, GPTConfig, RopeScaling
+
+pytestmark = pytest.mark.skipif(binding.LIBRARY is None, reason="the native library is not built")
+
+BASE = {"vocab_size": 97, "dim": 96, "layers": 3, "heads": 6, "kv_heads": 2, "hidden": 160, "embedding_std": 0.15}
+CONFIGS = {
+    "plain": GPTConfig(**BASE),
+    "windows": GPTConfig(**BASE, windows=(6, None, 6), local_rope_theta=100.0),
+    "all windows": GPTConfig(**BASE, windows=(5, 9, 5)),
+    "sinks, biases": GPTConfig(**BASE, sinks=True, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "softcaps, wide heads": GPTConfig(
+        **{**BASE, "heads": 4}, head_dim=40, attention_softcap=20.0, logit_softcap=30.0, tie_embeddings=False
+    ),
+    "scaled rope": GPTConfig(**BASE, rope_scaling=RopeScaling("linear", 2.0), attention_scale=0.2),
+    "alibi": GPTConfig(**BASE, positions="alibi"),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(name: str, dtype: torch.dtype) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(CONFIGS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.to(dtype).eval()
+
+
+def draw(seed: int, *lengths: int) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(97) for _ in range(n)] for n in lengths]
+
+
+def engine(model: GPT, pages: int = 64, **options) -> Engine:
+    memory = pages * PagedCache.bytes_per_page(model.config, 4, model.embedding.weight.dtype)
+    return Engine(model, memory=memory, page_size=4, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_program_has_the_bits_of_the_model(name, dtype):
+    model = make(name, dtype)
+    prompts = draw(0, 3, 17, 1, 9)
+    sampling = Sampling(max_tokens=6, logprobs=3)
+    one, other = engine(model, step_tokens=7), engine(model, step_tokens=7)
+    assert one._program is not None
+    other._program = None
+    assert one.generate(prompts, sampling) == other.generate(prompts, sampling)
+
+
+def test_packing_changes_no_bit_but_for_int8():
+    model, prompts, sampling = make("plain", torch.bfloat16), draw(1, 5, 9), Sampling(max_tokens=6, logprobs=0)
+    want, count = engine(model).generate(prompts, sampling), model.num_parameters()
+    tokens = torch.tensor([*prompts[0], *prompts[1]])
+    with torch.inference_mode():
+        logits = model.logits(model(tokens, [5, 9]))
+        model.pack()
+        assert torch.equal(model.logits(model(tokens, [5, 9])), logits)
+    assert model.num_parameters() == count
+    packed = engine(model)
+    assert packed._program is not None
+    assert packed.generate(prompts, sampling) == want
+    rounded = make("plain", torch.bfloat16)
+    rounded.pack(int8=True)
+    plain, program = engine(rounded), engine(rounded)
+    plain._program = None
+    got = program.generate(prompts, sampling)
+    assert got == plain.generate(prompts, sampling)
+    for x, y in zip(got, want, strict=True):
+        assert x.logprobs != y.logprobs
+        assert abs(x.logprobs[0] - y.logprobs[0]) < 0.1
+
+
+def test_other_models_have_a_reason():
+    model = GPT(GPTConfig(**BASE, qk_norm=True))
+    reason = DecoderProgram.reason_against(model)
+    assert reason is not None
+    assert "norms of heads" in reason
+    with pytest.raises(ValueError, match="model: norms of heads"):
+        DecoderProgram(model, PagedCache(model.config, 4), 8)
+    assert "fp32, bf16 and fp16" in (DecoderProgram.reason_against(make("plain", torch.float64)) or "")
+
+
+@pytest.mark.xfail(strict=False, reason="native attention's rows depend on the chunks of queries")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_bits_of_an_answer_do_not_depend_on_anything_else(dtype, data):
+    """Batching, chunks, preemption, shared prefixes, guesses, threads: tokens and log-probabilities are equal."""
+    model = make(data.draw(st.sampled_from(sorted(CONFIGS))), dtype)
+    start = draw(6, 12)[0]
+    prompts = [
+        start[: data.draw(st.integers(0, 12))] + draw(n, data.draw(st.integers(1, 40)))[0]
+        for n in range(data.draw(st.integers(1, 5)))
+    ]
+    each = [
+        Sampling(data.draw(st.integers(1, 12)), temperature=data.draw(st.sampled_from([0.0, 3.0])), seed=n, logprobs=2)
+        for n in range(len(prompts))
+    ]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(data.draw(st.integers(1, 3)))
+        together = engine(
+            model, pages=data.draw(st.integers(16, 40)), step_tokens=data.draw(st.integers(2, 64)),
+            running=data.draw(st.integers(1, 5)), share=data.draw(st.booleans()),
+            draft=data.draw(st.sampled_from([0, 3])), ngram=1,
+        ).generate(prompts, each)  # fmt: skip
+        torch.set_num_threads(1)
+        alone = [engine(model).generate([prompt], one)[0] for prompt, one in zip(prompts, each, strict=True)]
+    finally:
+        torch.set_num_threads(threads)
+    assert together == alone
