@@ -1,6 +1,7 @@
 """The training benchmark: all providers train the same model, and one that computes something else gets no figure."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -48,6 +49,32 @@ def test_times_that_spread_give_no_ratio():
         assert training.table(rows).splitlines()[-1].endswith("| none: times spread by 90% |")
 
 
+def test_goals_are_judged_by_the_fastest_and_the_leanest():
+    def row(provider, speed, peak):
+        return training.Row(provider, speed, 1.0, 0.0, 1.0, peak, 0.5)
+
+    rows = [row("keyspan", 100.0, 50.0), row("SDPA, padded", 10.0, 40.0), row("transformers, padded", 25.0, 100.0)]
+    (line,) = training.judge(rows, Bench("10m"))
+    assert line == (
+        "keyspan ÷ transformers, padded: speed 4.00 (wanted 5.00: short); "
+        "peak memory ÷ SDPA, padded's 1.25 (wanted at most 1.00: short)"
+    )
+    assert not training.judge(rows[1:], Bench("10m"))
+    for goals in training.GOALS.values():
+        for goal in goals:
+            assert {goal.ours, *goal.against} <= set(training.PROVIDERS)
+
+
+def test_a_provider_that_takes_too_long_is_a_line(monkeypatch, tmp_path, capsys):
+    def slow(*_):
+        time.sleep(60)
+
+    monkeypatch.setitem(training.PROVIDERS, "SDPA, dense mask", (slow, False))
+    rows = main(Bench("tiny", providers=("keyspan", "SDPA, dense mask"), repeats=1, limit=0.5, out=tmp_path))
+    assert rows[1].note == "TimeoutError: took more than 0.5 s"
+    assert rows[0].tokens_per_second is not None
+
+
 def test_a_provider_that_fails_is_a_line(monkeypatch, tmp_path, capsys):
     def broken(*_):
         raise RuntimeError("no kernel for this device")
@@ -79,6 +106,9 @@ def test_padded_batches_hold_every_token_once_and_keep_the_budget():
     assert sum(int((targets != -100).sum()) for _, targets, _ in batches) == sum(data.lengths) == 4096
     for tokens, _, _ in batches:
         assert tokens.numel() <= max(4096, tokens.shape[1])
+    rounded = padded(data, range(len(data.lengths)), 4096, 64)
+    assert all(tokens.shape[1] % 64 == 0 for tokens, _, _ in rounded)
+    assert sum(int((targets != -100).sum()) for _, targets, _ in rounded) == 4096
 
 
 @pytest.mark.parametrize(
@@ -88,6 +118,7 @@ def test_padded_batches_hold_every_token_once_and_keep_the_budget():
         ({"precision": "fp8"}, "precision: got 'fp8', want fp32 or bf16"),
         ({"providers": ("mine",)}, "providers: got 'mine', want some of keyspan"),
         ({"repeats": 0}, "repeats: got 0, want at least 1"),
+        ({"limit": 0.0}, "limit: got 0.0, want a positive number"),
     ],
 )
 def test_wrong_options(change, message):

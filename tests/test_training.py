@@ -19,6 +19,7 @@ from keyspan.info import find_device
 from keyspan.training import checkpoint, loop
 from keyspan.training.config import PRESETS, TrainConfig
 from keyspan.training.data import is_held_out
+from keyspan.training.graph import CapturedStep
 from keyspan.training.loop import (
     learning_rate,
     load_run,
@@ -611,3 +612,58 @@ def test_bad_options_that_the_model_and_the_task_refuse(tmp_path, change, messag
 def test_bad_configuration_files(text, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_json(text, "run/config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({}, "got device cpu, want cuda"), ({"precision": "fp16"}, "got "), ({"dropout": 0.1}, "got ")],
+)
+def test_a_cuda_graph_that_cannot_be(change, message):
+    config = replace(TINY, **change)
+    _, model, optimizer, _ = parts(config)
+    with pytest.raises(ValueError, match=f"cuda_graph: {message}"):
+        CapturedStep(model, optimizer, config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # as above
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_steps_are_steps(precision, compiled):
+    config = replace(TINY, precision=precision, accumulation=2, device="cuda")
+    found = []
+    for captures in (False, True):
+        task, model, optimizer, scaler = parts(config)
+        model = model.cuda()
+        optimizer = make_optimizer(model, config)
+        loss_of = torch.compile(model.loss, fullgraph=True) if compiled else None
+        captured = CapturedStep(model, optimizer, config, loss_of)
+        steps = []
+        for step in range(8):
+            batches, lr = loop.train_batches(task, config, step), learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if captures:
+                steps.append(captured(batches, lr))
+            else:
+                steps.append(take_step(model, optimizer, scaler, batches, config, loss_of))
+        found.append(torch.tensor([[float(x) for x in pair] for pair in steps]))
+    assert (found[0][1:, 0] < found[0][0, 0]).all(), "it trains"
+    error = 1e-5 if precision == "fp32" else 1e-2
+    torch.testing.assert_close(*found, rtol=error, atol=error)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_captured_step_that_is_not_finite_changes_nothing():
+    task, model, _, _ = parts(TINY)
+    model = model.cuda()
+    config = replace(TINY, device="cuda")
+    captured = CapturedStep(model, make_optimizer(model, config), config)
+    batches = loop.train_batches(task, config, 0)
+    captured(batches, 1e-2)
+    before = [p.detach().clone() for p in model.parameters()]
+    captured.loss.fill_(torch.nan)
+    for _ in range(2):  # all later ones neither
+        captured(batches, 1e-2)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

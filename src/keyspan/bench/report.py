@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,15 @@ class Report:
     sections: dict[str, list[Any]] = field(default_factory=dict)
     """Rows by section: `table`, `sweep`, and other names for what has another form, which then has a `text`."""
 
+    def keep(self, section: str, rows: list[Any]) -> None:
+        """Keep rows of a benchmark's own kind; it makes its own table of them."""
+        self.sections.setdefault(section, []).extend(map(asdict, rows))
+        self.write()
+
     def add(self, section: str, rows: list[Row]) -> None:
         """Print and keep measured rows."""
         print("\n".join(map(line, rows)), flush=True)
-        self.sections.setdefault(section, []).extend(map(asdict, rows))
-        self.write()
+        self.keep(section, rows)
 
     def tell(self, section: str, text: str, **found: Any) -> None:
         """Print and keep results of another form."""
@@ -75,6 +80,20 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {**found, "cpu": capability, "threads": torch.get_num_threads(), "device": platform.machine()}
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: the first column is text, the others are numbers."""
+    lines = [header, ("---", *["--:"] * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def judged(value: float, wanted: float | None, most: bool = False) -> str:
+    """A figure beside the least, or for `most` the largest, that was wanted of it."""
+    if wanted is None:
+        return f"{value:.2f}"
+    met = value <= wanted if most else value >= wanted
+    return f"{value:.2f} (wanted {'at most ' if most else ''}{wanted:.2f}: {'met' if met else 'short'})"
+
+
 def line(row: Row) -> str:
     """What was measured of one provider, as a row of the table under `HEADER`."""
     time = row.note if row.milliseconds is None else f"{row.milliseconds:.3g}"
@@ -108,8 +127,7 @@ def verdict(rows: list[Row], dtype: str) -> str:
     if not ratios:
         return "; ".join(notes) or "not measured"
     best, wanted = min(ratios), TABLE[rows[0].row].wanted.get(dtype)
-    judged = "" if wanted is None else f" (wanted {wanted:.2f}: {'met' if best >= wanted else 'short'})"
-    return "; ".join([f"{best:.2f}{judged}", *notes])
+    return "; ".join([judged(best, wanted), *notes])
 
 
 def plot_lengths(rows: list[Row], path: Path) -> None:

@@ -5,18 +5,21 @@ Every provider has the same weights, documents and targets. A provider whose los
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from keyspan.bench.clock import synchronize
 from keyspan.bench.measure import NOISY, spread
 from keyspan.bench.plain_gpt import PlainGPT
-from keyspan.bench.report import machine
+from keyspan.bench.report import Report, judged, machine, markdown_table
 from keyspan.files import write_file
 from keyspan.info import find_device
 from keyspan.models.gpt import GPT, GPTConfig
@@ -64,6 +67,8 @@ class Bench:
     """Steps of every provider that are timed, in turns; the median counts."""
     compile: bool = True
     """Include providers that are compiled."""
+    limit: float = 300
+    """Seconds that a provider may take before it is timed, compilation included; beyond them it gets no figure."""
     device: str = "cpu"
     """auto (an accelerator where there is one, else the CPU), or a torch device."""
     out: Path = field(default_factory=lambda: Path("runs/bench-training"))
@@ -125,13 +130,19 @@ class Trained:
     batches: list[Loss]
 
 
-def padded(data: Documents, order: Sequence[int], budget: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(tokens, targets, positions) of batches of whole documents in that order, each at most `budget` with padding."""
+def padded(
+    data: Documents, order: Sequence[int], budget: int, multiple: int = 1
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(tokens, targets, positions) of batches of whole documents in that order, each at most `budget` with padding.
+
+    Lengths are padded to a multiple of `multiple`.
+    """
     parts = list(zip(data.tokens.split(data.lengths), data.targets.split(data.lengths), strict=True))
     groups: list[list[int]] = []
     for n in order:
         group = [*groups[-1], n] if groups else [n]
-        if groups and max(data.lengths[i] for i in group) * len(group) <= budget:
+        longest = max(data.lengths[i] for i in group)
+        if groups and -(-longest // multiple) * multiple * len(group) <= budget:
             groups[-1] = group
         else:
             groups.append([n])
@@ -141,6 +152,8 @@ def padded(data: Documents, order: Sequence[int], budget: int) -> list[tuple[Ten
             nn.utils.rnn.pad_sequence([parts[n][k] for n in group], batch_first=True, padding_value=fill)
             for k, fill in ((0, 0), (1, -100))
         )
+        rest = -tokens.shape[1] % multiple
+        tokens, targets = F.pad(tokens, (0, rest)), F.pad(targets, (0, rest), value=-100)
         found.append((tokens, targets, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)))
     return found
 
@@ -164,13 +177,18 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _plain(
-    gpt: GPT, data: Documents, batches: list[tuple[Tensor, Tensor, Tensor]], attend: Callable[..., Tensor], fast: bool
+    gpt: GPT,
+    data: Documents,
+    batches: list[tuple[Tensor, Tensor, Tensor]],
+    attend: Callable[..., Tensor],
+    fast: bool,
+    dynamic: bool | None = None,
 ) -> Trained:
-    """Plain torch on the batches, compiled where `fast`."""
+    """Plain torch on the batches, compiled where `fast`; `dynamic`: once for all their shapes."""
     model = PlainGPT(gpt.config)
     model.load_state_dict(gpt.state_dict())
     model = model.to(data.tokens.device)
-    call = torch.compile(model) if fast else model
+    call = torch.compile(model, dynamic=dynamic) if fast else model
     T = len(data.tokens)
     return Trained(model, [partial(_share, call, batch, attend, T) for batch in batches])
 
@@ -189,11 +207,18 @@ def _keyspan(gpt: GPT, data: Documents, size: Size, fast: bool) -> Trained:
 
 
 def _sdpa_padded(gpt: GPT, data: Documents, size: Size, fast: bool) -> Trained:
-    return _plain(gpt, data, padded(data, range(len(data.lengths)), _budget(size)), _causal, fast)
+    batches = padded(data, range(len(data.lengths)), _budget(size), _multiple(fast))
+    return _plain(gpt, data, batches, _causal, fast, dynamic=True)
 
 
 def _sdpa_sorted(gpt: GPT, data: Documents, size: Size, fast: bool) -> Trained:
-    return _plain(gpt, data, padded(data, _by_length(data), _budget(size)), _causal, fast)
+    batches = padded(data, _by_length(data), _budget(size), _multiple(fast))
+    return _plain(gpt, data, batches, _causal, fast, dynamic=True)
+
+
+def _multiple(fast: bool) -> int:
+    """What lengths are rounded up to: compiled once for all shapes, a product wants them so."""
+    return 64 if fast else 1
 
 
 def _sdpa_leaking(gpt: GPT, data: Documents, size: Size, fast: bool) -> Trained:
@@ -322,6 +347,46 @@ PROVIDERS: dict[str, tuple[Make, bool]] = {
 LEAKS = "documents see each other"
 
 
+class Goal(NamedTuple):
+    """What is wanted of a provider beside the fastest of others."""
+
+    ours: str
+    against: tuple[str, ...]
+    speed: dict[str, float]
+    """Least ratio of speeds, by precision."""
+    memory: float
+    """Largest ratio of peak memories."""
+
+
+def _eager_or_compiled(name: str) -> tuple[str, str]:
+    return name, f"{name}, compiled"
+
+
+_FLEX = ("flex, packed, compiled",)
+GOALS = {
+    "10m": (
+        Goal("keyspan", (*_eager_or_compiled("SDPA, padded"), "transformers, padded"), {"fp32": 5.0, "bf16": 7.0}, 1.0),
+        Goal(
+            "keyspan",
+            (*_eager_or_compiled("SDPA, padded, sorted"), "transformers, padded, sorted"),
+            {"fp32": 1.6, "bf16": 2.3},
+            1.0,
+        ),
+        Goal("keyspan", _eager_or_compiled("SDPA, rows that leak"), {"fp32": 1.5, "bf16": 2.3}, 1.0),
+        Goal("keyspan", _eager_or_compiled("SDPA, dense mask"), {"fp32": 3.5, "bf16": 6.5}, 1.0),
+    ),
+    "124m": (
+        Goal("keyspan, compiled", _FLEX, {"bf16": 1.25}, 0.6),
+        Goal("keyspan", _FLEX, {"bf16": 0.9}, 1.0),
+    ),
+    "wide": (
+        Goal("keyspan, compiled", _FLEX, {"bf16": 1.1}, 1.0),
+        Goal("keyspan, compiled", _eager_or_compiled("SDPA, padded, sorted"), {"bf16": 1.3}, 1.0),
+    ),
+}
+"""By size: what the table is judged by."""
+
+
 def able(name: str, size: Size, options: Bench, device: torch.device) -> bool:
     """Whether a provider runs here."""
     if PROVIDERS[name][1] and not options.compile:
@@ -353,6 +418,8 @@ def main(options: Bench) -> list[Row]:
             raise ValueError(f"providers: got {name!r}, want some of {'; '.join(PROVIDERS)}")
     if options.repeats < 1:
         raise ValueError(f"repeats: got {options.repeats}, want at least 1")
+    if not options.limit > 0:
+        raise ValueError(f"limit: got {options.limit}, want a positive number of seconds")
     device = find_device(options.device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, which counts memory, would write on every start
     size = SIZES[options.size]
@@ -366,18 +433,16 @@ def main(options: Bench) -> list[Row]:
     gpt = GPT(size.config)
     names = list(options.providers) or [name for name in PROVIDERS if able(name, size, options, device)]
     rows = measure(names, gpt, data, size, options, device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = {
-        "machine": machine(device),
-        "size": options.size,
-        "precision": options.precision,
-        "documents": data.lengths,
-        "rows": [asdict(row) for row in rows],
-    }
-    write_file(options.out / "results.json", json.dumps(found, indent=1).encode())
     text = table(rows)
-    write_file(options.out / "results.md", f"{text}\n".encode())
-    print(f"\n{text}\n")
+    verdicts = judge(rows, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.out, machine(device))
+    report.keep("rows", rows)
+    report.tell("step", f"\n{text}\n", size=options.size, precision=options.precision, documents=data.lengths)
+    for verdict in verdicts:
+        report.tell("goals", verdict)
+    lines = "\n".join(f"* {verdict}" for verdict in verdicts)
+    write_file(options.out / "results.md", f"{text}\n\n{lines}\n".encode())
     plot(rows, options, options.out / "results.png")
     print(f"written: {options.out}")
     return rows
@@ -392,11 +457,12 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
         row = Row(name)
         rows.append(row)
         try:
-            make, fast = PROVIDERS[name]
-            step = Step(make(gpt, data, size, fast), options, device)
-            row.loss = step.run()
+            with time_limit(options.limit):
+                make, fast = PROVIDERS[name]
+                step = Step(make(gpt, data, size, fast), options, device)
+                row.loss = step.run()
         except Exception as error:  # a provider that fails here is a result
-            row.note = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+            row.note = _note(error)
             print(f"{name}: {row.note}", flush=True)
             continue
         wanted = row.loss if wanted is None else wanted
@@ -405,9 +471,15 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
         elif abs(row.loss - wanted) > tolerance * abs(wanted):
             row.note = f"its loss differs: {row.loss:.5f}, not {wanted:.5f}"
             continue
-        for _ in range(2):  # the first steps compile, and the optimizer makes its state
-            step.run()
-        row.peak_mib = step.peak()
+        try:
+            with time_limit(options.limit):
+                for _ in range(2 if fast else 1):  # a second shape or a second step may compile too
+                    step.run()
+                row.peak_mib = step.peak()
+        except Exception as error:
+            row.note = _note(error)
+            print(f"{name}: {row.note}", flush=True)
+            continue
         steps[name] = step
         print(f"{name}: loss {row.loss:.4f}", flush=True)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -424,6 +496,29 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
             row.tokens_per_second = size.tokens / seconds
             row.mfu = work / seconds / rate
     return rows
+
+
+def _note(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside where it takes longer; on the main thread of a system with signals, else without effect."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Step:
@@ -494,25 +589,45 @@ def product_rate(precision: str, device: torch.device) -> float:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     first = next((row for row in rows if row.provider == "keyspan" and row.tokens_per_second), None)
-    lines = [
-        "| provider | tokens/s | ms a step | host ms | peak MiB | MFU | Keyspan's eager speed ÷ its |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    header = ("provider", "tokens/s", "ms a step", "host ms", "peak MiB", "MFU", "Keyspan's eager speed ÷ its")
+    lines = []
     for row in rows:
         if row.tokens_per_second is None:
-            lines.append(f"| {row.provider} | {row.note} | | | | | |")
+            lines.append((row.provider, row.note, *[""] * 5))
             continue
-        ratio = ""
-        if first is not None and first.tokens_per_second is not None:
-            ratio = f"{first.tokens_per_second / row.tokens_per_second:.2f}"
-            if (noise := max(first.spread or 0.0, row.spread or 0.0)) > NOISY:
-                ratio = f"none: times spread by {noise:.0%}"
+        ratio = "" if first is None else _ratio(first, row) or f"none: times spread by {_noise(first, row):.0%}"
         name = f"{row.provider} ({row.note})" if row.note else row.provider
-        lines.append(
-            f"| {name} | {row.tokens_per_second:.0f} | {row.milliseconds:.1f} | {row.host:.1f} | {row.peak_mib:.0f} | "
-            f"{row.mfu:.0%} | {ratio} |"
-        )
-    return "\n".join(lines)
+        numbers = (f"{row.tokens_per_second:.0f}", f"{row.milliseconds:.1f}", f"{row.host:.1f}", f"{row.peak_mib:.0f}")
+        lines.append((name, *numbers, f"{row.mfu:.0%}", ratio))
+    return markdown_table(header, lines)
+
+
+def _noise(ours: Row, other: Row) -> float:
+    return max(ours.spread or 0.0, other.spread or 0.0)
+
+
+def _ratio(ours: Row, other: Row) -> str:
+    """Our speed over the other's; empty where the times spread too far to say."""
+    if ours.tokens_per_second is None or other.tokens_per_second is None or _noise(ours, other) > NOISY:
+        return ""
+    return f"{ours.tokens_per_second / other.tokens_per_second:.2f}"
+
+
+def judge(rows: list[Row], options: Bench) -> list[str]:
+    """A line for each goal of the size whose providers were measured."""
+    by_name = {row.provider: row for row in rows if row.tokens_per_second is not None}
+    lines = []
+    for goal in GOALS.get(options.size, ()):
+        others = [by_name[name] for name in goal.against if name in by_name]
+        if goal.ours not in by_name or not others:
+            continue
+        ours, best = by_name[goal.ours], max(others, key=lambda row: row.tokens_per_second or 0.0)
+        leanest = min(others, key=lambda row: row.peak_mib or math.inf)
+        ratio = _ratio(ours, best)
+        speed = judged(float(ratio), goal.speed.get(options.precision)) if ratio else "times spread too far to say"
+        memory = judged((ours.peak_mib or 0.0) / (leanest.peak_mib or math.inf), goal.memory, most=True)
+        lines.append(f"{goal.ours} ÷ {best.provider}: speed {speed}; peak memory ÷ {leanest.provider}'s {memory}")
+    return lines
 
 
 def plot(rows: list[Row], options: Bench, path: Path) -> None:

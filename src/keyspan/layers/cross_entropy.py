@@ -16,7 +16,7 @@ from keyspan.dispatch.flops import register_when_imported
 from keyspan.layers.gemm import gemm_dtype, multiplies, operand
 from keyspan.layers.kernels import kernels_for
 
-_CHUNKS = {"cpu": (2**23, 1024), "cuda": (2**29, 2**31)}
+_CHUNKS = {"cpu": (2**23, 1024), "cuda": (704 * 2**20, 2**31)}
 """Bytes of logits held at a time, and most tokens of a chunk: on a GPU enough for a few large products, on a CPU what
 its caches still serve."""
 _CHUNK_TOKENS = 256
@@ -120,11 +120,14 @@ def _run(
     with torch.autocast(hidden.device.type, enabled=False):
         w = operand(weight, options.dtype)
         buffer = None
-        if options.chunk < T:
+        chunk = options.chunk
+        if chunk < T:
+            chunks = -(-T // chunk)
+            chunk = min(chunk, -(-T // chunks // 256) * 256)  # as few chunks, of about one size
             logits = wide if hidden.is_cuda else w.dtype  # see `_logits`
-            buffer = hidden.new_empty((options.chunk, len(weight)), dtype=logits)
-        for start in range(0, T, options.chunk):
-            rows = slice(start, min(start + options.chunk, T))
+            buffer = hidden.new_empty((chunk, len(weight)), dtype=logits)
+        for start in range(0, T, chunk):
+            rows = slice(start, min(start + chunk, T))
             h = operand(hidden[rows], options.dtype)
             z = _logits(h, w, None if buffer is None else buffer[: len(h)])
             part = None if losses is None else losses[rows]
@@ -298,7 +301,7 @@ def linear_cross_entropy(
         reduction: "mean" over the tokens that count (where none does, NaN with gradients of zero, as in torch), "sum",
             or "none" for [T]. A mean or sum computes its gradients in the forward pass; losses of "none" may be
             weighted afterwards, so backward computes the logits a second time.
-        chunk: tokens whose logits are held at a time. Default: 512 MiB of logits on a GPU; 8 MiB, and at most 1024
+        chunk: tokens whose logits are held at a time. Default: 704 MiB of logits on a GPU; 8 MiB, and at most 1024
             tokens, on a CPU; at least 256 tokens.
 
     Returns:

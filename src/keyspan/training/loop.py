@@ -38,6 +38,7 @@ from keyspan.training.checkpoint import Progress
 from keyspan.training.config import FIXED, TrainConfig
 from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
+from keyspan.training.graph import CapturedStep
 from keyspan.training.packing import Batch, to_device
 from keyspan.training.report import Report, peak_memory, plot
 from keyspan.training.tasks import SyntheticTask
@@ -281,6 +282,7 @@ def _run(
         final = None
         saved = step
         loss_of = torch.compile(model.loss, fullgraph=True) if config.compile else None
+        captured = CapturedStep(model, optimizer, config, loss_of) if config.cuda_graph else None
         pending: list[_Pending] = []
         began = time.perf_counter()
 
@@ -311,7 +313,10 @@ def _run(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 try:
-                    found = take_step(model, optimizer, scaler, batches, config, loss_of)
+                    if captured is not None:
+                        found = captured(batches, lr)
+                    else:
+                        found = take_step(model, optimizer, scaler, batches, config, loss_of)
                 except FloatingPointError as error:
                     text = f"step {step + 1}: {error}; {run} holds the run up to step {saved}"
                     raise FloatingPointError(text) from None
