@@ -216,9 +216,11 @@ INLINE void accumulate_sink_grads(const Params &p, const RowTile &tile, int64_t 
 
 // The gradients of a row's scores sum to grad_lse, a sink's included, but for the rounding of `out` (and of the weights
 // that it was computed with), which delta carries to every score in proportion to its weight. Times the distances, or
-// summed over the many keys of a table's first or last entry, this can exceed the gradient, so it is taken out. Not
-// where weights do not sum to 1: there `out` and lse are those of more keys than these.
+// summed over the many keys of a table's first or last entry, this can exceed the gradient, so it is taken out. Not in
+// fp32, whose rounding is that of the sum; and not where weights do not sum to 1: there `out` and lse are those of more
+// keys than these.
 INLINE void accumulate_position_grads(const Params &p, const RowTile &tile, int64_t chunk) {
+    const bool rounded = p.dtype != F32 || p.out_dtype != F32;
     for (int r = 0; r < tile.rows; r++) {
         float grad_sum = tile.grad_sum[r], full_sum = tile.full_sum[r];
         if (p.sinks) {
@@ -227,7 +229,7 @@ INLINE void accumulate_position_grads(const Params &p, const RowTile &tile, int6
             full_sum += weight;
         }
         float excess = grad_sum - (p.grad_lse ? p.grad_lse[lse_row(p, tile, r)] : 0);
-        if (!(__builtin_fabsf(full_sum - 1) < 2e-5f)) excess = 0;
+        if (!rounded || !(__builtin_fabsf(full_sum - 1) < 2e-5f)) excess = 0;
         const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
         if (p.dslopes) p.dslopes[sums] -= tile.grad_distance[r] - excess * tile.weight_distance[r];
         for (int64_t e = 0; p.dtable && e < 2; e++)

@@ -9,7 +9,15 @@ from keyspan.backends import Needs, load
 from keyspan.bench.works import SHAPES
 from keyspan.dispatch.op import attend
 from keyspan.testing import flash_emulation, results, rms_error, textbook, tolerances, worst
-from keyspan.testing.cases import CASES, LONG, SHORT, Case, malformed, position_gradient_errors
+from keyspan.testing.cases import (
+    CASES,
+    LONG,
+    SHORT,
+    Case,
+    errors_of_gradients_in_parts,
+    malformed,
+    position_gradient_errors,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -82,6 +90,13 @@ def test_error_is_at_most_that_of_flash_attention(case, backend, dtype):
 @pytest.mark.parametrize("backend", TESTED)
 def test_gradients_by_position_do_not_gather_the_rounding_of_the_output(backend, dtype, sinks):
     errors = position_gradient_errors(backend, dtype, 300, 1000, sinks)
+    assert max(errors.values()) <= 1, errors
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("backend", TESTED)
+def test_gradients_of_a_part_of_the_keys_with_the_lse_of_all(backend, parts):
+    errors = errors_of_gradients_in_parts(backend, parts)
     assert max(errors.values()) <= 1, errors
 
 

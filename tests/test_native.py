@@ -22,7 +22,7 @@ from keyspan.core.masks import Mask
 from keyspan.core.problem import make_problem
 from keyspan.dispatch.choose import choose
 from keyspan.dispatch.op import attend
-from keyspan.testing import _cotangents, peak_memory, results, tolerances, worst
+from keyspan.testing import peak_memory, results, tolerances, worst
 from keyspan.testing.cases import CASES, Case, _holes, position_gradient_errors
 
 pytestmark = pytest.mark.skipif(binding.LIBRARY is None, reason=f"no native library: {binding.WHY_ABSENT}")
@@ -190,37 +190,6 @@ def test_rows_that_a_finite_bias_hides(value, sinks, dtype):
     bias[..., 20:40, ::2] = value
     bias[..., 40:60, 17] = value
     check(problem._replace(biases=[bias.clamp(info.min, info.max)]), dtype, binding.SUPPORTED, str(value))
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_gradients_of_a_part_of_the_keys_with_the_lse_of_all(parts):
-    """Ring attention: each part of the keys is given the merged output and lse, whose size may be large."""
-    case = Case("parts", M=40, N=200, K=32, V=32, alibi=True, bias=((40, 200),), scale=1.0)
-    problem = case.problem(torch.float32)
-    problem = problem._replace(biases=[problem.biases[0] - 100])
-    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
-    allowed = tolerances(problem, torch.float32, want)
-    problem = problem_in(problem, torch.float32)
-    problem = problem._replace(slopes=problem.slopes.float())
-    out, lse = native.forward(problem)
-    grad_out, grad_lse = (x.float() for x in _cotangents(out, lse))
-    found = []
-    for keys in torch.arange(200).chunk(parts):
-        first, last = int(keys[0]), int(keys[-1]) + 1
-        part = problem._replace(
-            key=problem.key[:, first:last], value=problem.value[:, first:last],
-            biases=[problem.biases[0][..., first:last]], hi=problem.lo + last - first,
-            diagonal=problem.diagonal - first,
-        )  # fmt: skip
-        needs = native.Needs(True, True, True, True, False, False, [True])
-        found.append(native.backward(part, grad_out, grad_lse, out, lse, needs))
-    got = {
-        "dquery": sum(x.query for x in found), "dslopes": sum(x.slopes for x in found),
-        "dkey": torch.cat([x.key for x in found], 1), "dvalue": torch.cat([x.value for x in found], 1),
-        "dbias0": torch.cat([x.biases[0] for x in found], -1),
-    }  # fmt: skip
-    for name, x in got.items():
-        assert worst(x.double(), want[name]) <= allowed[name], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ from keyspan.core.problem import make_problem
 from keyspan.dispatch.cache import CACHE
 from keyspan.dispatch.op import attend, flat, gradients
 from keyspan.testing import flash_emulation, results, rms_error, tolerances, worst
-from keyspan.testing.cases import CASES, LONG, Case
+from keyspan.testing.cases import CASES, LONG, Case, errors_of_gradients_in_parts, position_gradient_errors
 
 # NumPy warns of log2(0) for empty rows and of inf − inf in NaN tests, both of which are intended.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -105,6 +105,20 @@ def test_error_is_at_most_that_of_flash_attention(case, monkeypatch):
     got, allowed = error(lambda p: attend(p, "triton")), error(lambda p: flash_emulation(p, dtype))
     many = [name for name, x in want.items() if x.numel() > 100]  # the mean of fewer errors is chance
     assert {name: got[name] / allowed[name] for name in many if got[name] > 1.1 * allowed[name]} == {}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_by_position_do_not_gather_the_rounding_of_the_output(dtype, sinks, monkeypatch):
+    monkeypatch.setattr(config, "tile", lambda *_: config.TileConfig(64, 64, 1, 1))
+    errors = position_gradient_errors("triton", dtype, 150, 500, sinks)
+    assert max(errors.values()) <= 1, errors
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_of_a_part_of_the_keys_with_the_lse_of_all(parts):
+    errors = errors_of_gradients_in_parts("triton", parts)
+    assert max(errors.values()) <= 1, errors
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)

@@ -143,7 +143,12 @@ def backward(
             if sink_weight is not None:
                 sums.weight.add_(sink_weight[..., 0])
                 sums.grad.sub_((sink_weight * delta)[..., 0])
-            task.add_position_sums(dslopes, dtable, sums, 0 if grad_lse is None else grad_lse[task.stats])
+            if out.dtype == dtype:
+                excess = torch.zeros_like(sums.grad)
+            else:
+                excess = sums.grad if grad_lse is None else sums.grad - grad_lse[task.stats]
+                excess = torch.where((sums.weight - 1).abs() < 2e-5, excess, 0)
+            task.add_position_sums(dslopes, dtable, sums, excess)
         if dq is not None and dquery is not None:
             dq[task.rows] = task.unpermute(dquery.mul_(problem.scale))
 
@@ -175,8 +180,8 @@ class _PositionSums(NamedTuple):
 
     The gradients of a row's scores sum to that of lse, a sink's included, but for the rounding of `out`, which delta
     carries to every score in proportion to its weight. Times the distances, or summed over the many keys of a table's
-    end, it can exceed the gradient: `add_position_sums` takes it out. Not where weights do not sum to 1: there `out`
-    and lse are those of more keys than these.
+    end, it can exceed the gradient: it is taken out. Not where `out` is stored as it was computed, and not where
+    weights do not sum to 1: there `out` and lse are those of more keys than these.
     """
 
     grad: Tensor
@@ -408,11 +413,13 @@ class _Task(NamedTuple):
                 )
 
     def add_position_sums(
-        self, dslopes: Tensor | None, dtable: Tensor | None, sums: _PositionSums, grad_lse: Tensor | int
+        self, dslopes: Tensor | None, dtable: Tensor | None, sums: _PositionSums, excess: Tensor
     ) -> None:
-        """Add the row sums to the gradients of the slopes and of the table's first and last entry, see
-        `_PositionSums`."""
-        excess = torch.where((sums.weight - 1).abs() < 2e-5, sums.grad - grad_lse, 0)
+        """Add the row sums to the gradients of the slopes and of the table's first and last entry.
+
+        Args:
+            excess: what rounding adds to the gradients of each row's scores, per weight; see `_PositionSums`.
+        """
         if dslopes is not None and sums.by_distance is not None:
             grad, weight = sums.by_distance
             part = dslopes[self.batches if dslopes.shape[0] > 1 else slice(None), self.groups]

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 import keyspan
+from keyspan.backends import Needs, load
 from keyspan.core.problem import Problem, make_problem
+from keyspan.dispatch.op import attend
+from keyspan.testing import _cotangents, differentiable, results, tolerances, with_inputs, worst
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Case:
     bias: tuple[tuple[int, ...], ...] = ()
     """Shapes of dense biases."""
     hiding: float | str | None = None
-    """Value of the first bias, of shape `[M, N]`, in row 3 and in half of row 7, and of the first sink; "finfo" is the
-    dtype's smallest number. Entry [8, 5] of the bias is minus that."""
+    """Value of the first bias, of shape `[M, N]`, in row 3 and in half of row 7, of the first sink and of the relative
+    table's first entry; "finfo" is the dtype's smallest number. Entry [8, 5] of the bias is minus that."""
     softcap: float | None = None
     sinks: bool = False
     dropout: float = 0.0
@@ -76,15 +79,19 @@ class Case:
         terms: list[Any] = [values(*shape) for shape in self.bias]
         hiding = torch.finfo(dtype).min if self.hiding == "finfo" else self.hiding
         if hiding is not None:
-            first = terms[0]
             hiding = torch.tensor(hiding, dtype=dtype).double()
+        if hiding is not None and self.bias:
+            first = terms[0]
             first[3] = first[7, self.N // 2 :] = hiding
             first[8, 5] = -hiding
         if self.alibi:
             shape = (self.B, self.heads) if self.batched_slopes else (self.heads,)
             terms.append(keyspan.Alibi((values(*shape).abs() * 0.2).to(dtype).double()))
         if self.reach is not None:
-            terms.append(keyspan.RelativeBias(values(self.heads, 2 * self.reach + 1)))
+            table = values(self.heads, 2 * self.reach + 1)
+            if hiding is not None:
+                table[:, 0] = hiding
+            terms.append(keyspan.RelativeBias(table))
         bias = None
         for term in terms:
             bias = term if bias is None else bias + term
@@ -185,6 +192,11 @@ CASES = [
          hiding="finfo", sinks=True, dropout=0.3),
     Case("bias of the smallest number hides rows, decode", B=2, M=9, N=600, heads=4, kv_heads=1, bias=((9, 600),),
          hiding="finfo", mask=lambda: S.KeyLengths([600, 431])),
+    Case("table of -1e9 hides rows", M=60, N=25, reach=9, hiding=-1e9),
+    Case("table of -1e4 hides rows, gqa, sinks, dropout", M=60, N=25, heads=4, kv_heads=2, reach=2, hiding=-1e4,
+         sinks=True, dropout=0.3),
+    Case("table of the smallest number hides rows, causal", M=40, N=20, reach=3, hiding="finfo", alibi=True,
+         mask=lambda: S.Causal()),
     Case("dense biases of many shapes", B=2, heads=4,
          bias=((33, 1), (4, 1, 47), (2, 1, 1, 47), (1, 1), (2, 4, 33, 47))),
     Case("softcap", softcap=2.5, mask=lambda: S.Causal()),
@@ -288,3 +300,38 @@ def position_gradient_errors(backend: str, dtype: torch.dtype, M: int, N: int, s
     one = torch.finfo(torch.float32).eps * M * K**0.5
     slopes, ends = (float((x - y).abs().max()) / one for x, y in zip(got, want, strict=True))
     return {"slopes": slopes / (N / 4), "ends": ends}
+
+
+def errors_of_gradients_in_parts(backend: str, parts: int) -> dict[str, float]:
+    """Errors of gradients as shares of their tolerance, by name, where each part of the keys is given the output and the
+    large lse of all of them (ring attention, merged results).
+
+    The tolerance has what rounding lse to fp32 does to the weights: a part alone cannot know what was lost.
+    """
+    case = Case("parts", M=40, N=200, K=32, V=32, alibi=True, reach=7, bias=((40, 200),), scale=1.0)
+    problem = case.problem(torch.float32)
+    problem = problem._replace(biases=[problem.biases[0] - 100])
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    allowed = tolerances(problem, torch.float32, want)
+    inputs = {name: x.float() for name, x in differentiable(problem).items()}
+    problem = with_inputs(problem, inputs)._replace(output_dtype=torch.float32)
+    assert problem.lo is not None
+    assert problem.diagonal is not None
+    out, lse = load(backend).forward(problem)
+    lost = float(lse.abs().max()) * torch.finfo(torch.float32).eps / 2
+    allowed = {name: x + lost * float(want[name].abs().max()) for name, x in allowed.items()}
+    grad_out, grad_lse = (x.float() for x in _cotangents(out, lse))
+    found = []
+    for keys in torch.arange(200).chunk(parts):
+        first, last = int(keys[0]), int(keys[-1]) + 1
+        part = problem._replace(
+            key=problem.key[:, first:last], value=problem.value[:, first:last],
+            biases=[problem.biases[0][..., first:last]], hi=problem.lo + last - first,
+            diagonal=problem.diagonal - first,
+        )  # fmt: skip
+        needs = Needs(True, True, True, True, True, False, [True])
+        found.append(load(backend).backward(part, grad_out, grad_lse, out, lse, needs))
+    got: dict[str, Any] = {f"d{name}": sum(getattr(x, name) for x in found) for name in ("query", "slopes", "table")}
+    got |= {f"d{name}": torch.cat([getattr(x, name) for x in found], 1) for name in ("key", "value")}
+    got["dbias0"] = torch.cat([x.biases[0] for x in found], -1)
+    return {name: worst(x.double(), want[name]) / allowed[name] for name, x in got.items()}

@@ -93,16 +93,20 @@ class RowSums(NamedTuple):
     """Per-row sums over keys that `queries_kernel` makes besides dq, each [BM]."""
 
     weight: Any
-    """Σ p, with scores in natural units, or with slopes."""
+    """Σ p, a sink's included; with natural units, or where what follows is wanted."""
+    total: Any
+    """Σ ds, where what follows is wanted."""
     dslope: Any
     """−Σ ds · distance: the gradient of ALiBi's slope."""
     distance: Any
-    """Σ p · distance and Σ p · dp, which correct `dslope` for the rounding of `out` in delta."""
-    dp: Any
+    """Σ p · distance."""
     low: Any
-    """Σ ds beyond the table's reach on the left: the gradient of its first entry."""
+    """Σ ds at or beyond the table's reach on the left: the gradient of its first entry."""
     high: Any
     """The same on the right: its last entry."""
+    low_weight: Any
+    """Σ p of the keys of `low`."""
+    high_weight: Any
 
 
 @triton.jit
@@ -350,10 +354,10 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     acc = tl.full([C.BM, C.K], 0.0, tl.float32)
     zero = tl.full([C.BM], 0.0, tl.float32)
     weight = zero
-    if (C.natural or dslopes is not None) and a.sinks is not None:
+    if a.sinks is not None:
         weight += exponential(load_sink(a, heads, C) - row_lse, C)
-    sums = RowSums(weight, zero, zero, zero, zero, zero)
-    wanted = RowSums(weight, dslopes, dslopes, dslopes, dends, dends)
+    sums = RowSums(weight, zero, zero, zero, zero, zero, zero, zero)
+    wanted = RowSums(None, None, dslopes, dslopes, dends, dends, dends, dends)
     for s in tl.static_range(max(C.S, 1)):
         if s > 0:
             rows = load_range(a, s, b, i, C)
@@ -373,6 +377,7 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
             acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
                                       position=position, wanted=wanted, blocks=blocks, run=run, MASKED=True,
                                       C=C)  # fmt: skip
+    rest = zero + 1.0
     if C.natural:
         # What the weights sum to is known now: all sums are linear in them.
         lost = lost_in_lse(row_lse, sums.weight)
@@ -380,27 +385,32 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
         rest = tl.math.exp2(-lost)
         acc *= rest[:, None]
         sums = RowSums(
-            sums.weight * rest,
-            sums.dslope * rest,
-            sums.distance * rest,
-            sums.dp * rest,
-            sums.low * rest,
-            sums.high * rest,
-        )
+            sums.weight * rest, sums.total * rest, sums.dslope * rest, sums.distance * rest, sums.low * rest,
+            sums.high * rest, sums.low_weight * rest, sums.high_weight * rest,
+        )  # fmt: skip
     columns = tl.arange(0, C.K)
     tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (acc * a.scale).to(dq.dtype.element_ty),
              mask=valid[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
+    if (dslopes is not None) or (dends is not None):
+        # A row's gradients of scores sum to that of lse, a sink's included, but for the rounding of `out`, which delta
+        # carries to each score in proportion to its weight. Times the distances, or summed over the many keys of a
+        # table's end, it can exceed the gradient. fp32 rounds no more than these sums do.
+        excess = zero
+        if q.dtype != tl.float32 or out.dtype.element_ty != tl.float32 or C.precision == "tf32":
+            excess = sums.total
+            if grad_lse is not None:
+                excess -= tl.load(grad_lse + stat)
+            if a.sinks is not None:
+                excess -= exponential(load_sink(a, heads, C) - row_lse, C) * rest * delta
+            # Where weights do not sum to 1, `out` and lse are those of more keys than these.
+            rounding = 2e-5 + 2.0**-21 * tl.abs(row_lse)
+            excess = tl.where(tl.abs(sums.weight - 1.0) <= rounding, excess, 0.0)
     if dslopes is not None:
-        unrounded = sums.dp
-        if grad_lse is not None:
-            unrounded -= tl.load(grad_lse + stat)
-        # Where weights do not sum to 1, `out` and lse are those of more keys than these: nothing is known of delta then.
-        whole = tl.abs(sums.weight - 1.0) < 2e-5 + 2.0**-21 * tl.abs(row_lse)
-        excess = tl.where(whole, delta - unrounded, 0.0)
-        tl.store(dslopes + stat, sums.dslope - excess * sums.distance, mask=valid)
+        tl.store(dslopes + stat, sums.dslope + excess * sums.distance, mask=valid)
     if dends is not None:
-        tl.store(dends + stat, sums.low, mask=valid)
-        tl.store(dends + (tl.num_programs(0) // tiles).to(tl.int64) * a.M + stat, sums.high, mask=valid)
+        tl.store(dends + stat, sums.low - excess * sums.low_weight, mask=valid)
+        high = dends + (tl.num_programs(0) // tiles).to(tl.int64) * a.M
+        tl.store(high + stat, sums.high - excess * sums.high_weight, mask=valid)
     if has_nan(acc):
         tl.debug_barrier()
         repair_queries(a, grad, stats, dq, dslopes, dends, heads, tile, C)
@@ -410,7 +420,7 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
 def _queries_walk(acc, sums, a, q, do, lse, delta, kv, heads, rows, position, wanted, blocks, run,
                   MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """dq and row sums of one query tile, with the key blocks of `run` added; `wanted`: which sums, None for not."""
-    weight, dslope, weighted_distance, weighted_dp, low, high = sums
+    weight, total, dslope, weighted_distance, low, high, low_weight, high_weight = sums
     n = tl.arange(0, C.BN)
     expanded = expand_rows(rows)
     for t in tl.range(run.start, run.stop, num_stages=1 if MASKED and a.table is not None else None):
@@ -429,30 +439,43 @@ def _queries_walk(acc, sums, a, q, do, lse, delta, kv, heads, rows, position, wa
             tilt = tilt * n[None, :].to(tl.float32)
         p, tanh = softmax_weights(qk, a, heads, expanded, j, position.slope, tilt, (lse - shift)[:, None], 0.0, MASKED,
                                   C)  # fmt: skip
-        if C.natural or (wanted.dslope is not None):
+        by_position: tl.constexpr = (wanted.dslope is not None) or (wanted.low is not None)
+        # What needs the weights comes before their gradients, which then take the registers of the weights.
+        if C.natural or by_position:
             weight += tl.sum(p, 1)
+        if wanted.dslope is not None:
+            weighted_distance += tl.sum(p * tl.abs(j - expanded.diagonal).to(tl.float32), 1)
+        if wanted.low is not None:
+            below, above = _end_sums(a, p, j - expanded.diagonal, t < run.x0, MASKED)
+            low_weight += below
+            high_weight += above
         dp = tl.dot(do, tl.trans(v), input_precision=C.precision)  # [BM, BN]
         if a.seed is not None:
             keep = dropout_mask(a, heads.b, rows.i * 0 + heads.g * C.H + heads.h, rows.i, j0, C.BM, C.BN, C)
             dp = tl.where(keep, dp * a.keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
+        if by_position:
+            total += tl.sum(ds, 1)
         if wanted.dslope is not None:
-            distance = tl.abs(j - expanded.diagonal).to(tl.float32)
-            dslope -= tl.sum(ds * distance, 1)
-            weighted_distance += tl.sum(p * distance, 1)
-            weighted_dp += tl.sum(tl.where(p > 0, p * dp, 0.0), 1)
+            dslope -= tl.sum(ds * tl.abs(j - expanded.diagonal).to(tl.float32), 1)
         if wanted.low is not None:
-            if MASKED:
-                below, above = table_end_sums(a, ds, j - expanded.diagonal)
-                low += below
-                high += above
-            else:
-                total = tl.sum(ds, 1)
-                low += tl.where(t < run.x0, total, 0.0)
-                high += tl.where(t < run.x0, 0.0, total)
+            below, above = _end_sums(a, ds, j - expanded.diagonal, t < run.x0, MASKED)
+            low += below
+            high += above
         ds = softcap_gradient(ds, tanh, C)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=C.precision)
-    return acc, RowSums(weight, dslope, weighted_distance, weighted_dp, low, high)
+    return acc, RowSums(weight, total, dslope, weighted_distance, low, high, low_weight, high_weight)
+
+
+@triton.jit
+def _end_sums(a, x, distance, is_left, MASKED: tl.constexpr):
+    """`table_end_sums`; all of a far tile belongs to one end."""
+    if MASKED:
+        low, high = table_end_sums(a, x, distance)
+    else:
+        total = tl.sum(x, 1)
+        low, high = tl.where(is_left, total, 0.0), tl.where(is_left, 0.0, total)
+    return low, high
 
 
 @triton.jit

@@ -92,6 +92,11 @@ _HOPPER_TERMS: dict[str, dict[str, Row]] = {
     },
 }
 
+# The weights of a table's ends are summed beside their gradients: registers of half a tile.
+_HOPPER_TERMS["table"] = _HOPPER_TERMS["positions"] | {
+    "queries": (TileConfig(64, 64, 4, 3), *_HALF["hopper"]["queries"][1:])
+}
+
 # 8-bit keys and values on hopper; `stored`: with a 16-bit query. Chosen by registers and spills, not timed.
 _HOPPER_EIGHT: dict[str, dict[str, Row]] = {
     "plain": {"forward": (TileConfig(64, 128, 4, 3), TileConfig(64, 128, 4, 2), TileConfig(64, 64, 4, 2))},
@@ -99,6 +104,7 @@ _HOPPER_EIGHT: dict[str, dict[str, Row]] = {
     "positions": {"forward": (TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2))},
     "loads": {"forward": (TileConfig(64, 64, 4, 3), TileConfig(64, 64, 4, 2), TileConfig(64, 32, 4, 2))},
 }
+_HOPPER_EIGHT["table"] = _HOPPER_EIGHT["positions"]
 
 # fp32 elements; on hopper products are of tf32.
 _SINGLE: dict[str, Row] = {
@@ -128,8 +134,8 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
         itemsize: bytes of an element; the keys' where they have 8 bits and the query has 16.
         head_dim: the larger of the two head dimensions.
         family: one of `FAMILIES`.
-        terms: `loads` if every score loads a bias or a dense mask; else `positions` with ALiBi or a table; else
-            `stored` if keys have 8 bits and the query does not; else `plain`.
+        terms: `loads` if every score loads a bias or a dense mask; else `table` with one; else `positions` with ALiBi;
+            else `stored` if keys have 8 bits and the query does not; else `plain`.
     """
     if kernel in _ALONE:
         return _ALONE[kernel]

@@ -210,12 +210,12 @@ def _backward(
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
     padded = triton.cdiv(M, STATS_PADDING.value) * STATS_PADDING.value
-    stats = lse.new_empty((B, G, H, 3 if problem.biases else 2, padded))
+    stats = lse.new_empty((B, G, H, 3 if _natural(problem) else 2, padded))
     made = {"stats": stats}
     arguments = _arguments(problem, period)
     grads = (grad, *grad.stride()[:4])
     launches: list[Launch] = []
-    if needs.query or needs.slopes or needs.table or problem.biases:
+    if needs.query or needs.slopes or needs.table or _natural(problem):
         tile = _tile("queries", problem)
         constants = _constants(problem, tile, 1, period)
         keys, values = _key_tiles(problem, constants)
@@ -418,7 +418,7 @@ def _arguments(problem: Problem, period: int = 0) -> Arguments:
         bias = term if bias is None else bias.float() + term  # fp16 would overflow
     paged = problem.block_table is not None
     period = problem.N if paged else period or row
-    unit = 1 if problem.biases else math.log2(math.e)  # of scores, see Constants.natural
+    unit = 1 if _natural(problem) else math.log2(math.e)  # of scores
     score_scale = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
     # Random bits are compared as signed numbers: subtract 2³¹ from the unsigned threshold.
     threshold = min(round(problem.dropout_p * 2**32), 2**32 - 1) - 2**31
@@ -439,6 +439,11 @@ def _arguments(problem: Problem, period: int = 0) -> Arguments:
         *((None,) * 4 if problem.key_scale is None else (problem.key_scale, *problem.key_scale.stride())),
         *((None,) * 4 if problem.value_scale is None else (problem.value_scale, *problem.value_scale.stride())),
     )  # fmt: skip
+
+
+def _natural(problem: Problem) -> bool:
+    """`Constants.natural`: whether a term may hide all keys of a row with a large finite number."""
+    return bool(problem.biases) or problem.table is not None
 
 
 def _single(x: float) -> float:
@@ -474,7 +479,7 @@ def _constants(problem: Problem, tile: config.TileConfig, pack: int, period: int
         S=0 if problem.lo is None else problem.lo.shape[0],
         pack=pack,
         page=problem.page_size if paged else 0,
-        natural=bool(problem.biases),
+        natural=_natural(problem),
         # Hidden scores, −inf, are multiplied by the scale there.
         simple=plain and problem.scale >= _SMALLEST,
         softcap=problem.softcap > 0,
@@ -595,7 +600,9 @@ def _tile(kernel: str, problem: Problem) -> config.TileConfig:
 def _terms(problem: Problem) -> str:
     if problem.biases or problem.dense is not None:
         return "loads"
-    if problem.slopes is not None or problem.table is not None:
+    if problem.table is not None:
+        return "table"
+    if problem.slopes is not None:
         return "positions"
     return "stored" if problem.quantized and problem.query.element_size() > 1 else "plain"
 

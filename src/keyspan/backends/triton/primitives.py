@@ -287,9 +287,8 @@ def load_range(a, s: tl.constexpr, b, i, C: tl.constexpr, valid=None):
         hi = tl.load(a.hi + s * a.hi_s + b * a.hi_b + i * a.hi_m, mask=valid, other=none)
         at = a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m
         diagonal = tl.load(at, mask=valid, other=none)
-    # Ranges may be written to after they were checked. No range, whatever it holds, makes a kernel access memory outside
-    # its tensors: those of paged keys are clamped here; of others the bounds of tiles are, in `key_bounds`, which takes
-    # fewer registers (keys behind the last one then count as zeros).
+    # Ranges may be written to after they were checked: no range, whatever it holds, makes a kernel access memory outside
+    # its tensors. A `lo` below 0 hides nothing, and `key_bounds` begins tiles at 0.
     if C.page > 0:
         # Paged sequences count as one row of keys: their logical keys laid end to end.
         sequence = tl.load(a.sequence + i)
@@ -297,6 +296,8 @@ def load_range(a, s: tl.constexpr, b, i, C: tl.constexpr, valid=None):
         lo = base + tl.maximum(lo, 0)
         hi = tl.minimum(base + tl.minimum(hi, a.period), a.N)
         diagonal += base
+    elif C.S > 0:
+        hi = tl.minimum(hi, a.N)
     return Rows(i, lo, hi, diagonal)
 
 
@@ -321,8 +322,8 @@ def key_bounds(a, lo, hi):
     seen = lo < hi
     first = tl.maximum(tl.min(tl.where(seen, lo, INT32_MAX), 0), 0)
     full_first = tl.max(tl.where(seen, lo, INT32_MAX), 0)
-    full_last = tl.minimum(tl.min(tl.where(seen, hi, 0), 0), a.N)
-    last = tl.minimum(tl.max(tl.where(seen, hi, 0), 0), a.N)
+    full_last = tl.min(tl.where(seen, hi, 0), 0)
+    last = tl.max(tl.where(seen, hi, 0), 0)
     return first, full_first, full_last, last
 
 
@@ -730,7 +731,7 @@ def softmax_weights(s, a, heads, rows, j, slope, tilt, lse, lost, MASKED: tl.con
     s = add_bias(s, a, heads, rows, j, slope, MASKED, C)
     if C.natural:
         # At most lse, up to rounding, which is large where lse is: a score is 64 off at 10⁹.
-        s = tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        s = tl.minimum(s * exponent_scale(a, MASKED, C) - lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
         p = tl.math.exp2(s * LOG2E - lost)
     else:
         p = tl.math.exp2(s * exponent_scale(a, MASKED, C) - lse)
@@ -801,8 +802,8 @@ def lost_in_lse(lse, total):
 
 
 @triton.jit
-def table_end_sums(a, ds, distance):
-    """Row sums of the score gradients that belong to the table's first entry, and to its last one."""
+def table_end_sums(a, x, distance):
+    """Row sums of x (weights or gradients of scores) over keys of the table's first entry, and over those of its last."""
     below = distance <= -a.reach
-    low = tl.sum(tl.where(below, ds, 0.0), 1)
-    return low, tl.sum(tl.where((distance >= a.reach) & ~below, ds, 0.0), 1)
+    low = tl.sum(tl.where(below, x, 0.0), 1)
+    return low, tl.sum(tl.where((distance >= a.reach) & ~below, x, 0.0), 1)
