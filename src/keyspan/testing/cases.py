@@ -303,8 +303,8 @@ def position_gradient_errors(backend: str, dtype: torch.dtype, M: int, N: int, s
 
 
 def errors_of_gradients_in_parts(backend: str, parts: int) -> dict[str, float]:
-    """Errors of gradients as shares of their tolerance, by name, where each part of the keys is given the output and the
-    large lse of all of them (ring attention, merged results).
+    """Errors of gradients as shares of their tolerance, by name, where each part of the keys gets the output and the large
+    lse of all of them (ring attention, merged results).
 
     The tolerance has what rounding lse to fp32 does to the weights: a part alone cannot know what was lost.
     """
