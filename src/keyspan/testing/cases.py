@@ -303,9 +303,9 @@ def position_gradient_errors(backend: str, dtype: torch.dtype, M: int, N: int, s
 
 
 def errors_of_gradients_in_parts(backend: str, parts: int) -> dict[str, float]:
-    """Errors of gradients as shares of their tolerance, by name, where each part of the keys gets the output and the large
-    lse of all of them (ring attention, merged results).
+    """Errors of gradients as shares of their tolerance, by name, from parts of the keys.
 
+    Each part is given the output and the large lse of all keys, as in ring attention and with merged results.
     The tolerance has what rounding lse to fp32 does to the weights: a part alone cannot know what was lost.
     """
     case = Case("parts", M=40, N=200, K=32, V=32, alibi=True, reach=7, bias=((40, 200),), scale=1.0)
