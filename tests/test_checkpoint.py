@@ -167,7 +167,7 @@ def record(folder):
     state = json.loads((folder / STATE).read_text())
     for name in (MODEL, TRAINING):
         data = (folder / name).read_bytes()
-        state["files"][name] = {"bytes": len(data), "sha256": checkpoint._sum(data)}
+        state["files"][name] = {"bytes": len(data), "sha256": checkpoint._sum_of(folder / name)}
     sign(folder, state)
 
 

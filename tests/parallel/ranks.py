@@ -1,9 +1,10 @@
-"""Runs a function of a test module on several processes that form a gloo group."""
+"""Runs a function of a test module on several processes, which are a gloo group."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(function, ranks: int, folder: Path, *arguments: str, timeout: float = 300) -> list[str]:
+def run_ranks(function, ranks: int, *arguments: str, timeout: float = 100) -> list[str]:
     """What `function(*arguments)` of an importable test module prints on each rank; AssertionError where one fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(function.__code__.co_filename).parent), *sys.path])
-    words = [sys.executable, __file__, function.__module__.split(".")[-1], function.__name__, str(folder), *arguments]
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, __file__, function.__module__.split(".")[-1], function.__name__, *arguments]
     processes = [
         subprocess.Popen(
             words, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -35,15 +37,17 @@ def run_ranks(function, ranks: int, folder: Path, *arguments: str, timeout: floa
     return texts
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
 def main() -> None:
-    module, name, folder, *arguments = sys.argv[1:]
+    module, name, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/group",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
+    dist.init_process_group("gloo")
     getattr(importlib.import_module(module), name)(*arguments)
     dist.destroy_process_group()
 

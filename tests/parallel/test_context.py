@@ -193,9 +193,9 @@ def on_two_ranks() -> None:
     other_dtypes()
 
 
-def test_two_ranks_equal_one_device(tmp_path):
+def test_two_ranks_equal_one_device():
     """Every case in both forms, low precision on the chosen backend, and which keys travel."""
-    run_ranks(on_two_ranks, 2, tmp_path)
+    run_ranks(on_two_ranks, 2)
 
 
 def on_four_ranks() -> None:
@@ -204,9 +204,9 @@ def on_four_ranks() -> None:
     peaks()
 
 
-def test_four_ranks_equal_one_device(tmp_path):
+def test_four_ranks_equal_one_device():
     """Every fourth case, and the peak memory."""
-    run_ranks(on_four_ranks, 4, tmp_path)
+    run_ranks(on_four_ranks, 4)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Letters: T packed tokens, D width, H query heads, G key/value heads, K head dim,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -19,6 +20,7 @@ from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
 from keyspan.core.masks import Layout, Mask
 from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate, rotate_qkv
 from keyspan.layers.gemm import PackedWeight, gemm_dtype
+from keyspan.parallel import Context, ContextMask, context_attention
 
 Positions = Literal["rope", "alibi", "none"]
 Activation = Literal["silu", "gelu_tanh"]
@@ -156,7 +158,7 @@ class Cache(Protocol):
 class Step(NamedTuple):
     """What all layers of one forward pass share."""
 
-    masks: dict[int | None, KeyRanges]
+    masks: dict[int | None, KeyRanges | ContextMask]
     """By window."""
     turns: dict[int | None, tuple[Tensor, Tensor]] | None
     """RoPE's cosines and sines, by window."""
@@ -186,8 +188,10 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.qkv(x), None if step.turns is None else step.turns[self.window])
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v)
-        out = attention(
-            q, k, v, mask=step.masks[self.window], bias=step.bias, scale=self.scale, softcap=self.softcap,
+        mask = step.masks[self.window]
+        attend: Callable[..., Tensor] = context_attention if isinstance(mask, ContextMask) else attention
+        out = attend(
+            q, k, v, mask=mask, bias=step.bias, scale=self.scale, softcap=self.softcap,
             sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=step.backend,
         )  # fmt: skip
         y: Tensor = self.out(out.reshape(x.shape[0], -1))
@@ -262,7 +266,14 @@ class GPT(nn.Module):
             self.register_buffer("slopes", alibi_slopes(config.heads), persistent=False)
         initialize(self)
 
-    def forward(self, tokens: Tensor, lengths: list[int] | Tensor, *, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: list[int] | Tensor,
+        *,
+        cache: Cache | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
         """Hidden states [T, D] of packed documents, none of which sees another.
 
         Args:
@@ -270,12 +281,14 @@ class GPT(nn.Module):
             lengths: tokens per document, a list of int or an int tensor [documents]. A list must add up to T; a
                 tensor (which is not read on the host) may add up to less, then the rows behind mean nothing.
             cache: keys and values of the tokens before; then document b continues the cache's sequence b.
+            context: where ranks share the documents; then tokens are this rank's rows, and lengths those of all. Every
+                rank of the group calls the model, forward and backward.
 
         Raises ValueError for tokens of another shape or dtype, and for lengths that do not fit.
         """
         if tokens.ndim != 1 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, want torch.int64 [T]")
-        step = self._step(tokens, lengths, cache)
+        step = self._step(tokens, lengths, cache, context)
         x = self.embedding(tokens)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(
@@ -287,10 +300,10 @@ class GPT(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def _step(self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None) -> Step:
+    def _step(self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None, context: Context | None) -> Step:
         T, config = tokens.shape[0], self.config
         windows = {None, *(config.windows or ())}
-        masks: dict[int | None, KeyRanges] = {}
+        masks: dict[int | None, KeyRanges | ContextMask] = {}
         if cache is not None:
             cache.extend(lengths, T, tokens.device)
         for window in windows:
@@ -301,11 +314,13 @@ class GPT(nn.Module):
                 keys, N = cache.layout(window)
                 layout = keys & Causal("bottom_right")
             mask = layout if window is None else layout & Window(left=window - 1)
-            masks[window] = mask.lower(1, T, N, tokens.device)
+            masks[window] = mask.lower(1, T, N, tokens.device) if context is None else context.cut(mask, tokens.device)
         turns = bias = None
         if config.positions == "rope":
             # A causal row sees its document from the first key (lo) to the one beside it (diagonal).
-            positions = (masks[None].diagonal - masks[None].lo)[0, 0]
+            whole = masks[None]
+            rows = whole.ranges if isinstance(whole, ContextMask) else whole
+            positions = (rows.diagonal - rows.lo)[0, 0]
             turn = self._turn(positions, config.rope_theta, config.rope_scaling)
             turns = dict.fromkeys(masks, turn)
             if config.local_rope_theta is not None:
@@ -330,12 +345,20 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return z if cap is None else cap * torch.tanh(z / cap)
 
-    def loss(self, tokens: Tensor, targets: Tensor, lengths: list[int] | Tensor, *, ignore_index: int = -100) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        lengths: list[int] | Tensor,
+        *,
+        ignore_index: int = -100,
+        context: Context | None = None,
+    ) -> Tensor:
         """Mean cross-entropy in nats (fp32 scalar) of targets int64 [T] given tokens [T]; see `forward`.
 
         Targets equal to `ignore_index` do not count. The logits [T, C] are never held as a whole.
         """
-        hidden = self(tokens, lengths)
+        hidden = self(tokens, lengths, context=context)
         softcap = self.config.logit_softcap
         return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index=ignore_index, softcap=softcap)
 

@@ -20,6 +20,18 @@ MOST_RANGES = 4
 """Ranges of a row in one call: the most that every backend takes."""
 
 
+class Context(NamedTuple):
+    """How ranks share the sequences of a model: which rows each holds, and their group."""
+
+    partition: Partition
+    group: Any = None
+    exchange: Exchange = "auto"
+
+    def cut(self, mask: Mask, device: torch.device) -> ContextMask:
+        """A mask of packed rows, cut."""
+        return ContextMask(mask, self.partition, group=self.group, device=device, exchange=self.exchange)
+
+
 class Transfer(NamedTuple):
     """Keys that travel in one collective."""
 

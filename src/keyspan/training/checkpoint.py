@@ -26,9 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from keyspan.files import flush_folder, write_file
+from keyspan.training.ranks import is_cut
 
-FORMAT = "keyspan checkpoint 2"
+FORMAT, SHARDED = "keyspan checkpoint 2", "keyspan sharded checkpoint 1"
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+METADATA = ".metadata"
+"""What torch.distributed.checkpoint calls its index."""
 NAME = "step-" + 8 * "[0-9]"
 """What the folders of checkpoints are called, as a pattern; with a dot before it, while they are written."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -55,6 +58,14 @@ def save(
     """Write a checkpoint of the run, drop all but the last `keep`, and return its folder."""
     from safetensors.torch import save as to_bytes
 
+    temporary = temporary_folder(run, progress)
+    for name, data in ((MODEL, to_bytes(_weights(model))), (TRAINING, to_bytes(_training_state(model, optimizer)))):
+        write_file(temporary / name, data)
+    return finish(run, temporary, {"format": FORMAT, **progress._asdict(), "scaler": scaler.state_dict()}, keep)
+
+
+def temporary_folder(run: Path, progress: Progress) -> Path:
+    """A new folder to write a checkpoint into; leftovers of others are removed."""
     parent = run / "checkpoints"
     final = parent / f"step-{progress.step:08d}"
     if final.exists():
@@ -64,17 +75,17 @@ def save(
         shutil.rmtree(leftover)
     temporary = parent / f".{final.name}"
     temporary.mkdir()
-    contents = {MODEL: to_bytes(_weights(model)), TRAINING: to_bytes(_training_state(model, optimizer))}
-    for name, data in contents.items():
-        write_file(temporary / name, data)
-    state = {
-        "format": FORMAT,
-        **progress._asdict(),
-        "scaler": scaler.state_dict(),
-        "files": {name: {"bytes": len(data), "sha256": _sum(data)} for name, data in contents.items()},
-    }
-    write_file(temporary / STATE, (json.dumps(state | {"sha256": _sum_of_state(state)}, indent=2) + "\n").encode())
+    return temporary
 
+
+def finish(run: Path, temporary: Path, state: dict[str, Any], keep: int = 2) -> Path:
+    """Record the sums of what was written into `temporary`, give it its name, and drop all but the last `keep`
+    checkpoints of the run."""
+    parent = temporary.parent
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sum_of(path)} for path in sorted(temporary.iterdir())}
+    state = {**state, "files": files}
+    write_file(temporary / STATE, (json.dumps(state | {"sha256": _sum_of_state(state)}, indent=2) + "\n").encode())
+    final = parent / temporary.name[1:]
     temporary.rename(final)
     flush_folder(parent)
     for folder in _checkpoints(run)[:-keep]:
@@ -111,17 +122,28 @@ def naming_older(run: Path) -> Iterator[None]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        state = _read_state(checkpoint)
-        for name in (MODEL, TRAINING):
-            _read_tensors(checkpoint, name, state)
+        verify(checkpoint)
     except (ValueError, OSError):
         return False
     return True
 
 
+def verify(checkpoint: Path) -> None:
+    """Compare sizes and sums of a checkpoint's files with those that it records; ValueError where one differs."""
+    state = _read_state(checkpoint)
+    for name in state["files"]:
+        _check_file(checkpoint, name, state)
+
+
 def load_model(checkpoint: Path, model: nn.Module) -> Progress:
     """Load the weights of a checkpoint folder."""
     state = _read_state(checkpoint)
+    if state["format"] == SHARDED:
+        from keyspan.training import sharded
+
+        verify(checkpoint)
+        sharded.load(checkpoint, model, None)
+        return Progress(state["step"], state["seconds"])
     weights = _read_tensors(checkpoint, MODEL, state)
     _check(checkpoint / MODEL, weights, _weights(model))
     model.load_state_dict(weights, strict=False)
@@ -129,10 +151,27 @@ def load_model(checkpoint: Path, model: nn.Module) -> Progress:
 
 
 def load(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    verified: bool = False,
 ) -> Progress:
-    """Load all that a run needs to go on from a checkpoint folder, the random number generators included."""
+    """Load all that a run needs to go on from a checkpoint folder, the random number generators included.
+
+    All ranks of a run on several load it, whatever numbers of ranks and arrangement it was written with. Where
+    `verified`, the sums of a sharded one are not compared again.
+    """
     state = _read_state(checkpoint)
+    if state["format"] == SHARDED:
+        from keyspan.training import sharded
+
+        if not verified:
+            verify(checkpoint)
+        sharded.load(checkpoint, model, optimizer)
+        _load_scale(checkpoint, state, scaler)
+        return Progress(state["step"], state["seconds"])
     weights = _read_tensors(checkpoint, MODEL, state)
     training = _read_tensors(checkpoint, TRAINING, state)
     _check(checkpoint / MODEL, weights, _weights(model))
@@ -149,21 +188,30 @@ def load(
     modules = _generators(next(model.parameters()).device)
     random = {key: training[key] for key in modules if key in training}
     _check(checkpoint / TRAINING, random, {key: modules[key].get_rng_state() for key in {"rng.cpu", *random}})
-    scale = state["scaler"] if scaler.is_enabled() else {}
-    if scale and set(scale) != set(scaler.state_dict()):
-        raise ValueError(f"{checkpoint / STATE}: got a loss scale of {sorted(scale)}, not one that torch wrote")
+    _load_scale(checkpoint, state, scaler)
+    if any(map(is_cut, model.parameters())):
+        from keyspan.training import sharded
 
-    model.load_state_dict(weights, strict=False)
-    remembered = {
-        index: {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
-        for index, name in enumerate(names if moments else [])
-    }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
-    if scale:
-        scaler.load_state_dict(scale)
+        sharded.distribute(model, optimizer, weights, {name: _moments(moments, name) for name in names if moments})
+    else:
+        model.load_state_dict(weights, strict=False)
+        remembered = {index: _moments(moments, name) for index, name in enumerate(names if moments else [])}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
     for key, random_state in random.items():
         modules[key].set_rng_state(random_state)
     return Progress(state["step"], state["seconds"])
+
+
+def _moments(moments: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
+
+
+def _load_scale(checkpoint: Path, state: dict[str, Any], scaler: torch.amp.GradScaler) -> None:
+    scale = state["scaler"] if scaler.is_enabled() else {}
+    if scale and set(scale) != set(scaler.state_dict()):
+        raise ValueError(f"{checkpoint / STATE}: got a loss scale of {sorted(scale)}, not one that torch wrote")
+    if scale:
+        scaler.load_state_dict(scale)
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -209,8 +257,8 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: missing; want a checkpoint folder with {MODEL}, {TRAINING} and {STATE}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); truncated or not a checkpoint of keyspan") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of keyspan; want format {FORMAT!r}")
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, SHARDED):
+        raise ValueError(f"{path}: not a checkpoint of keyspan; want format {FORMAT!r} or {SHARDED!r}")
     kinds: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "seconds": (int, float),
@@ -225,7 +273,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged: its SHA-256 is not the one that it records")
     if not (state["step"] >= 0 and 0 <= state["seconds"] < math.inf):
         raise ValueError(f"{path}: got step {state['step']} after {state['seconds']} s; not a checkpoint of keyspan")
-    for name in (MODEL, TRAINING):
+    for name in (MODEL, TRAINING) if state["format"] == FORMAT else (METADATA, *state["files"]):
         record = state["files"].get(name)
         if not isinstance(record, dict) or set(record) != {"bytes", "sha256"}:
             raise ValueError(f"{path}: records no size and SHA-256 of {name}; not a checkpoint of keyspan")
@@ -236,20 +284,27 @@ def _read_tensors(checkpoint: Path, name: str, state: dict[str, Any]) -> dict[st
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
-    path, wanted = checkpoint / name, state["files"][name]
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; {STATE} beside it records {wanted['bytes']} bytes") from None
-    if len(data) != wanted["bytes"]:
-        raise ValueError(f"{path}: truncated or foreign: got {len(data)} bytes, {STATE} records {wanted['bytes']}")
-    if _sum(data) != wanted["sha256"]:
-        raise ValueError(f"{path}: damaged or foreign: its SHA-256 is not the one that {STATE} records")
+    _check_file(checkpoint, name, state)
+    path = checkpoint / name
+    data = path.read_bytes()
     try:
         tensors: dict[str, Tensor] = from_bytes(data)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     return tensors
+
+
+def _check_file(checkpoint: Path, name: str, state: dict[str, Any]) -> None:
+    """Refuse a file that is not the one recorded."""
+    path, wanted = checkpoint / name, state["files"][name]
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; {STATE} beside it records {wanted['bytes']} bytes") from None
+    if size != wanted["bytes"]:
+        raise ValueError(f"{path}: truncated or foreign: got {size} bytes, {STATE} records {wanted['bytes']}")
+    if _sum_of(path) != wanted["sha256"]:
+        raise ValueError(f"{path}: damaged or foreign: its SHA-256 is not the one that {STATE} records")
 
 
 def _check(path: Path, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -265,9 +320,13 @@ def _check(path: Path, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
             )
 
 
-def _sum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sum_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _sum_of_state(state: dict[str, Any]) -> str:
-    return _sum(json.dumps(state).encode())
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -52,7 +52,7 @@ class TrainConfig:
     tokens: int = 4096
     """Tokens packed into one micro-batch."""
     accumulation: int = 1
-    """Micro-batches whose gradients make one step."""
+    """Micro-batches whose gradients make one step, over all ranks: each of n data ranks computes an n-th of them."""
     steps: int = 1000
     """Optimizer steps of the whole run; the learning rate's schedule spans them."""
     lr: float = 1e-3
@@ -75,6 +75,12 @@ class TrainConfig:
     cuda_graph: bool = False
     """Capture the step as CUDA graphs: faster for small models and batches, whose GPU waits for Python. Not with fp16
     or dropout."""
+
+    context: int = 1
+    """With torchrun: ranks that share each micro-batch's rows, which pass one another keys and values; the number of
+    ranks is a multiple. Ranks beyond share the micro-batches of a step."""
+    fsdp: bool = False
+    """With torchrun: cut weights and optimizer state across all ranks (FSDP2), not a copy on each (DDP)."""
 
     eval_every: int = 100
     """Steps between evaluations on held-out data."""
@@ -104,7 +110,7 @@ class TrainConfig:
             raise ValueError(f"data: got {self.data} for the task {self.task}, want a folder for the task data alone")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: got {self.precision!r}, want fp32, bf16 or fp16")
-        whole = ("tokens", "accumulation", "steps", "eval_every", "eval_tokens", "checkpoint_every")
+        whole = ("tokens", "accumulation", "steps", "context", "eval_every", "eval_tokens", "checkpoint_every")
         for name in whole:
             if not 1 <= (got := getattr(self, name)) < 2**31:
                 raise ValueError(f"{name}: got {got}, want 1 … 2³¹ − 1")

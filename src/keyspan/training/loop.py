@@ -18,13 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
 from keyspan.training.graph import CapturedStep
 from keyspan.training.packing import Batch, to_device
+from keyspan.training.ranks import ALONE, Ranks, connected, is_cut, setting
 from keyspan.training.report import Report, peak_memory, plot
+from keyspan.training.sharded import Saver
 from keyspan.training.tasks import SyntheticTask
 
 if TYPE_CHECKING:
@@ -134,10 +136,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def train_batches(task: Task, config: TrainConfig, step: int) -> list[Batch]:
-    """The micro-batches of a step, a function of the configuration and the step alone."""
+def train_batches(task: Task, config: TrainConfig, step: int, ranks: Ranks = ALONE) -> list[Batch]:
+    """A rank's micro-batches of a step, a function of the configuration and the step; ranks share out those of one."""
     first = step * config.accumulation
-    return [task.train_batch(config.seed, first + i, config.tokens) for i in range(config.accumulation)]
+    own = range(ranks.data_rank, config.accumulation, ranks.data)
+    return [task.train_batch(config.seed, first + i, config.tokens) for i in own]
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
@@ -153,35 +156,48 @@ def take_step(
     batches: Sequence[Batch],
     config: TrainConfig,
     loss_of: Callable[..., Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on micro-batches, weighted so that it is the step of one batch that holds them all.
 
     Returns the loss (mean nats per scored token) and the gradient's norm before clipping, both still on the device:
     nothing waits for it, except with fp16. Where one of them is not finite, AdamW's fused kernel leaves the weights as
-    they are, in this step and in all later ones of this optimizer; `check_finite` then says why.
+    they are, in this step and in all later ones of this optimizer; `check_finite` then says why. Both are those of all
+    ranks, so that all decide alike.
 
     Args:
         optimizer: a fused one, such as `make_optimizer` makes.
-        loss_of: what computes the loss, such as a compiled `model.loss`, which then gets lengths as a tensor.
+        batches: of this rank.
+        loss_of: what computes the loss, such as a compiled `model.loss`, which then gets lengths as a tensor; of
+            several ranks, what `ranks.wrap` returned.
     """
     device = next(model.parameters()).device
-    scored = [batch.scored() for batch in batches]
-    if not sum(scored):
+    parts = [ranks.part(batch) for batch in batches]
+    scored = [part.scored() for part, _ in parts]
+    total: Any = sum(scored)
+    if ranks.world > 1:
+        total = ranks.sum(to_device(torch.tensor(float(total)), device))
+    elif not total:
         raise ValueError("batches: got no scored target, want at least one in a step")
     losses = []
-    for batch, share in zip(batches, scored, strict=True):
-        if not share:
+    for index, ((part, context), share) in enumerate(zip(parts, scored, strict=True)):
+        if not share and ranks.world == 1:
             continue  # its mean loss is 0 / 0
-        tokens, targets, lengths = batch.to(device)
-        with autocast(config, device):
+        tokens, targets, lengths = part.to(device)
+        with autocast(config, device), ranks.synchronised(loss_of, index == len(parts) - 1):
             # As a tensor, lengths are data to the compiler, and copied to a GPU without waiting for it.
-            given = lengths if loss_of is None and device.type == "cpu" else to_device(torch.tensor(lengths), device)
-            loss = (loss_of or model.loss)(tokens, targets, given) * (share / sum(scored))
-        scaler.scale(loss).backward()
-        losses.append(loss.detach())
-    mean = torch.stack(losses).sum()
+            on_host = (loss_of is None and device.type == "cpu") or context is not None
+            given = lengths if on_host else to_device(torch.tensor(lengths), device)
+            further = () if context is None else (context,)
+            # DDP and FSDP give the mean of the ranks' gradients, so each loss counts as often as there are ranks.
+            loss = (loss_of or model.loss)(tokens, targets, given, *further) * (share * ranks.world / total)
+            scaler.scale(loss).backward()
+        losses.append(loss.detach() if share else torch.zeros_like(loss))
+    mean = ranks.sum(torch.stack(losses).sum()) / ranks.world
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    if is_cut(norm):
+        norm = norm.full_tensor()  # type: ignore[attr-defined]
     if scaler.is_enabled():
         check_finite(float(mean), float(norm), config, scaler)
     else:
@@ -224,23 +240,43 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     """
     for extra in ("matplotlib", "rich", "safetensors"):  # better missed now than when the work is done
         import_module(extra)
-    device = find_device(config.device)
-    torch.manual_seed(config.seed)
-    task = make_task(config)
-    model = make_model(config, task.vocab_size).to(device)
-    optimizer = make_optimizer(model, config)
-    scaler = make_scaler(config, device)
-    _check_backend(model, config, device)
-    changes = _changes(config)
-    with _run_folder(config) as run:
-        step, seconds = 0, 0.0
-        if checkpoint.exists(run):
-            with checkpoint.naming_older(run):
-                step, seconds = checkpoint.load(checkpoint.latest(run), model, optimizer, scaler)
-        if config.steps < step:
-            raise ValueError(f"steps: got {config.steps}, but {run} is at step {step}; want at least that many")
-        write_file(run / "config.json", replace(config, out=None, resume=None).to_json().encode())
-        return _run(config, run, Progress(step, seconds), (task, model, optimizer, scaler), changes, quiet)
+    with connected(config) as ranks:
+        config = _restarted(config)
+        changes = ranks.agree(lambda: _changes(config))
+        device = ranks.device or find_device(config.device)
+        torch.manual_seed(config.seed)
+        ranks.agree(lambda: make_task(config) is None)  # the first rank prepares data that is not prepared
+        task = make_task(config)
+        model = make_model(config, task.vocab_size).to(device)
+        _check_backend(model, config, device)
+        with _run_folder(config, ranks) as run:
+            objective = ranks.wrap(model, config)
+            optimizer = make_optimizer(model, config)
+            scaler = make_scaler(config, device)
+            parts = _Parts(task, model, objective, optimizer, scaler, ranks)
+            step, seconds = 0, 0.0
+            if checkpoint.exists(run):
+                folder = checkpoint.latest(run)
+                with checkpoint.naming_older(run):
+                    ranks.agree(lambda: checkpoint.verify(folder))
+                    step, seconds = checkpoint.load(folder, model, optimizer, scaler, verified=True)
+            if config.steps < step:
+                raise ValueError(f"steps: got {config.steps}, but {run} is at step {step}; want at least that many")
+            if ranks.first:
+                write_file(run / "config.json", replace(config, out=None, resume=None).to_json().encode())
+            return _run(config, run, Progress(step, seconds), parts, changes, quiet or not ranks.first)
+
+
+class _Parts(NamedTuple):
+    """What a run works with."""
+
+    task: Task
+    model: GPT
+    objective: nn.Module
+    """The model's loss, as `Ranks.wrap` made it."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ranks: Ranks
 
 
 class _Pending(NamedTuple):
@@ -257,19 +293,21 @@ def _run(
     config: TrainConfig,
     run: Path,
     start: Progress,
-    parts: tuple[Task, GPT, torch.optim.Optimizer, torch.amp.GradScaler],
+    parts: _Parts,
     changes: list[str],
     quiet: bool,
 ) -> Result:
     """All steps from `start` on, evaluations and checkpoints included."""
-    task, model, optimizer, scaler = parts
+    task, model, objective, optimizer, scaler, ranks = parts
     device = next(model.parameters()).device
     step, seconds = start
-    with _interruption() as interrupted, Report(run, step, config.steps, quiet=quiet) as report:
+    record = Report(run, step, config.steps, quiet=quiet, record=ranks.first)
+    with _interruption() as interrupted, record as report, Saver(run, ranks, step) as saver:
 
         def held_out(limit: int | None) -> float:
+            batches = task.held_out(config.tokens, limit)
             with autocast(config, device):
-                result = evaluate(model, task.held_out(config.tokens, limit), task.bytes_per_token)
+                result = evaluate(model, batches, task.bytes_per_token, ranks, objective if ranks.world > 1 else None)
             value: float = getattr(result, task.metric)
             share = "all of" if limit is None else "a part of"
             text = f"{task.metric.replace('_', ' ')} {value:.4f}, loss {result.loss:.4f} on {share} the held-out data"
@@ -280,8 +318,10 @@ def _run(
         for change in changes:
             report.say(change)
         final = None
-        saved = step
+        stopping = False
         loss_of = torch.compile(model.loss, fullgraph=True) if config.compile else None
+        if ranks.world > 1:
+            loss_of = objective
         captured = CapturedStep(model, optimizer, config, loss_of) if config.cuda_graph else None
         pending: list[_Pending] = []
         began = time.perf_counter()
@@ -295,7 +335,7 @@ def _run(
                 try:
                     check_finite(loss, norm, config, scaler)
                 except FloatingPointError as error:
-                    text = f"step {done.step}: {error}; {run} holds the run up to step {saved}"
+                    text = f"step {done.step}: {error}; {run} holds the run up to step {saver.saved}"
                     raise FloatingPointError(text) from None
                 seconds += elapsed
                 figures = {"loss": loss, "lr": done.lr, "grad_norm": norm, "tokens": done.tokens}
@@ -305,10 +345,11 @@ def _run(
             began = time.perf_counter()
 
         with ThreadPoolExecutor(1) as pool:  # makes the next step's batches while the device computes
-            ahead = pool.submit(train_batches, task, config, step)
-            while step < config.steps and final is None and not interrupted.is_set():
+            ahead = pool.submit(train_batches, task, config, step, ranks)
+            while step < config.steps and final is None and not stopping:
                 batches = ahead.result()
-                ahead = pool.submit(train_batches, task, config, step + 1)
+                ahead = pool.submit(train_batches, task, config, step + 1, ranks)
+                ranks.seed(config.seed, step)
                 lr = learning_rate(config, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -316,35 +357,39 @@ def _run(
                     if captured is not None:
                         found = captured(batches, lr)
                     else:
-                        found = take_step(model, optimizer, scaler, batches, config, loss_of)
+                        found = take_step(model, optimizer, scaler, batches, config, loss_of, ranks)
                 except FloatingPointError as error:
-                    text = f"step {step + 1}: {error}; {run} holds the run up to step {saved}"
+                    text = f"step {step + 1}: {error}; {run} holds the run up to step {saver.saved}"
                     raise FloatingPointError(text) from None
                 step += 1
-                pending.append(_Pending(step, lr, sum(len(batch.tokens) for batch in batches), *found))
+                tokens = sum(len(batch.tokens) for batch in batches)
+                pending.append(_Pending(step, lr, tokens * ranks.data, *found))
                 evaluates = step % config.eval_every == 0 and step < config.steps
                 saves = step % config.checkpoint_every == 0
+                stopping = ranks.world == 1 and interrupted.is_set()
                 if len(pending) >= READ_EVERY.get(device.type, 10) or evaluates or saves:
                     read_pending()
+                    stopping = ranks.any(interrupted.is_set())
                 if evaluates:
                     share = held_out(config.eval_tokens)
                     if config.stop_at is not None and share >= config.stop_at:
                         share = held_out(None)
                         final = share if share >= config.stop_at else None
                 if saves:
-                    checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
-                    saved = step
+                    saver.save(Progress(step, seconds), model, optimizer, scaler)
                 if evaluates or saves:
                     began = time.perf_counter()
             if pending:
                 read_pending()
-        if saved < step:
-            checkpoint.save(run, Progress(step, seconds), model, optimizer, scaler)
-        if final is None and not interrupted.is_set():
+        if saver.begun < step:
+            saver.save(Progress(step, seconds), model, optimizer, scaler)
+        if final is None and not stopping:
             final = held_out(None)
-    result = Result(str(run), step, seconds, final is None, task.metric, final, task.baselines())
-    write_file(run / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
-    plot(run, task.metric, result.baselines, task.bytes_per_token)
+    baselines = task.baselines() if ranks.first else {}
+    result = Result(str(run), step, seconds, final is None, task.metric, final, baselines)
+    if ranks.first:
+        write_file(run / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
+        plot(run, task.metric, result.baselines, task.bytes_per_token)
     return result
 
 
@@ -387,8 +432,21 @@ def _changes(config: TrainConfig) -> list[str]:
     return [f"changed: {name} from {before} to {now}" for name, (before, now) in changes.items()]
 
 
+def _restarted(config: TrainConfig) -> TrainConfig:
+    """The configuration, to go on with the run that torchrun has started again."""
+    again = setting("TORCHELASTIC_RESTART_COUNT", 0) > 0
+    return replace(config, resume=config.out) if again and config.out and checkpoint.exists(config.out) else config
+
+
 @contextmanager
-def _run_folder(config: TrainConfig) -> Iterator[Path]:
+def _run_folder(config: TrainConfig, ranks: Ranks) -> Iterator[Path]:
+    """The folder of this run, which the first rank has locked."""
+    with ExitStack() as stack:
+        yield ranks.agree(lambda: stack.enter_context(_locked_folder(config)))
+
+
+@contextmanager
+def _locked_folder(config: TrainConfig) -> Iterator[Path]:
     """Where this run goes, locked: the folder that is resumed, the one asked for, or the first free of runs/TASK,
     runs/TASK-2, …
 

@@ -21,16 +21,18 @@ METRICS = "metrics.jsonl"
 class Report:
     """A context manager that shows and records a run's steps.
 
-    A run that goes on from `step` keeps the records up to there and appends to them.
+    A run that goes on from `step` keeps the records up to there and appends to them. Without `record` nothing is
+    written: of several ranks one does.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, *, quiet: bool = False) -> None:
+    def __init__(self, run: Path, step: int, steps: int, *, quiet: bool = False, record: bool = True) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        path = run / METRICS
-        kept = [line for line, record in _records(path) if record["step"] <= step] if step else []
-        write_file(path, "".join(kept).encode())
-        self._path, self._file = path, path.open("a", buffering=1)
+        self._path, self._file = run / METRICS, None
+        if record:
+            kept = [line for line, found in _records(self._path) if found["step"] <= step] if step else []
+            write_file(self._path, "".join(kept).encode())
+            self._file = self._path.open("a", buffering=1)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -50,7 +52,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def step(self, step: int, **figures: float) -> None:
         """Record a step and move the bar."""
@@ -71,6 +74,8 @@ class Report:
             self._progress.console.print(text, highlight=False, markup=False)
 
     def _write(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         with named_errors(self._path):
             self._file.write(json.dumps({"step": step, **figures}) + "\n")
 

@@ -1,0 +1,168 @@
+"""Checkpoints of runs on several ranks, by torch.distributed.checkpoint: each rank writes its part, in the background.
+
+    RUN/checkpoints/step-00000500/
+        .metadata, __0_0.distcp, …      weights by name, AdamW's moments by name
+        state.json                      step, seconds, loss scale; sizes and SHA-256 of the files above, and of itself
+
+They load on any number of ranks and in any arrangement, also in a process alone. As those of one process (see
+`keyspan.training.checkpoint`) they are written into a temporary folder, and get their name by one rename when every
+rank has written its part.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keyspan.training import checkpoint
+from keyspan.training.checkpoint import Progress
+from keyspan.training.ranks import Ranks
+
+
+class Saver:
+    """Writes the checkpoints of a run: at once where the process is alone, else in the background, one at a time."""
+
+    def __init__(self, run: Path, ranks: Ranks, saved: int) -> None:
+        self.saved = self.begun = saved
+        """The steps of the last checkpoint that is whole, and of the last that was begun."""
+        self._run, self._ranks = run, ranks
+        self._writing: threading.Thread | None = None
+        self._failed: list[OSError] = []
+        # A group of its own: its collectives come at any time.
+        self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+
+    def save(
+        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        """Write a checkpoint, or begin to, on all ranks.
+
+        Raises OSError where the checkpoint before could not be written.
+        """
+        self.begun = progress.step
+        if self._group is None:
+            checkpoint.save(self._run, progress, model, optimizer, scaler)
+            self.saved = progress.step
+            return
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        self.wait()
+        temporary = self._ranks.agree(lambda: checkpoint.temporary_folder(self._run, progress))
+        state = {"format": checkpoint.SHARDED, **progress._asdict(), "scaler": scaler.state_dict()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about its own modules
+            writing = async_save(
+                _state(model, optimizer), storage_writer=FileSystemWriter(temporary), process_group=self._group
+            )
+        assert isinstance(writing, Future)
+
+        def finish() -> None:
+            """Give the checkpoint its name when every rank has written."""
+            try:
+                writing.result()
+                if self._ranks.first:
+                    checkpoint.finish(self._run, temporary, state)
+                self.saved = progress.step
+            except OSError as error:
+                self._failed.append(error)
+            except Exception as error:  # torch has kinds of its own for what a rank met
+                self._failed.append(OSError(f"{temporary}: the checkpoint could not be written ({_reason(error)})"))
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        self._writing = thread
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._writing is not None:  # the other ranks may have ended
+            self._writing.join(timeout=60)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is whole, on all ranks; OSError where it could not be written."""
+        if self._writing is None:
+            return
+        self._writing.join()
+        self._writing = None
+        self._ranks.agree(self._raise)
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._failed:
+            raise self._failed[0]
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Load weights, and the optimizer's state where one is given, on all ranks, or in a process alone.
+
+    `checkpoint.load` has compared the sums before.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as read
+
+    state = _state(model, optimizer)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a process is alone
+            read(state, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise ValueError(f"{folder}: not the checkpoint of this model ({_reason(error)})") from None
+    if optimizer is not None:
+        whole = _optimizer_state(model, optimizer)
+        set_optimizer_state_dict(model, optimizer, {**whole, "state": state["optimizer"]})
+    model.load_state_dict(state["model"], strict=False)
+
+
+def distribute(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
+) -> None:
+    """Load whole weights, and moments by the names of parameters, into a model that is cut across ranks."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+    if moments:
+        whole = {**_optimizer_state(model, optimizer), "state": moments}
+        set_optimizer_state_dict(model, optimizer, whole, options=options)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Weights, and AdamW's moments, by the names of parameters."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        state["optimizer"] = _optimizer_state(model, optimizer)["state"]
+    return state
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """What a rank met, of an error that torch collected from all of them."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        _, (found, _) = min(failures.items())
+        return str(found)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
