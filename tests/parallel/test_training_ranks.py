@@ -59,18 +59,16 @@ def test_every_arrangement_has_the_losses_of_one_process(tmp_path):
     train(replace(CONFIG, out=tmp_path / "one"), quiet=True)
     losses, held_out = curve(tmp_path / "one")
     options = [as_json(out=str(tmp_path / name), **changes) for name, changes in ARRANGEMENTS.items()]
-    # Each goes on from the last checkpoint but one, of step 2, of another.
-    before = dict(zip(ARRANGEMENTS, ["one", *ARRANGEMENTS], strict=False))
-    for name, changes in ARRANGEMENTS.items():
-        options.append(
-            json.dumps({"from": str(tmp_path / before[name]), "to": str(tmp_path / f"again {name}")} | changes)
-        )
+    # Two go on from the last checkpoint but one, of step 2, of another.
+    again = {"context and fsdp": "one", "data": "fsdp"}
+    for name, before in again.items():
+        places = {"from": str(tmp_path / before), "to": str(tmp_path / f"again {name}")}
+        options.append(json.dumps(places | ARRANGEMENTS[name]))
     run_ranks(arrangements, 2, *options)
-    for name in ARRANGEMENTS:
-        for run in (name, f"again {name}"):
-            got = curve(tmp_path / run)
-            assert got[0] == pytest.approx(losses, abs=1e-5), run
-            assert got[1] == held_out, run
+    for run in [*ARRANGEMENTS, *(f"again {name}" for name in again)]:
+        got = curve(tmp_path / run)
+        assert got[0] == pytest.approx(losses, abs=1e-5), run
+        assert got[1] == held_out, run
     halve(tmp_path / "context and fsdp", tmp_path / "alone")
     train(replace(read_config(tmp_path / "alone"), fsdp=False, context=1, resume=tmp_path / "alone"), quiet=True)
     assert curve(tmp_path / "alone")[0] == pytest.approx(losses, abs=1e-5)
