@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from keyspan.core.problem import make_problem
+from keyspan.core.ranges import KeyRanges
 from keyspan.inference.pages import PagedCache
 from keyspan.layers import RMSNorm
 from keyspan.layers.gemm import Linear, PackedWeight
@@ -220,9 +221,11 @@ class DecoderProgram:
         from keyspan.backends.native import pack_forward
 
         attention, c = layers.attention, self._model.config
+        mask = step.masks[window]
+        assert isinstance(mask, KeyRanges)  # the engine cuts nothing across ranks
         query = self._qkv[:T].view(1, T, -1, c.head_dim)[:, :, : c.heads]
         problem, _ = make_problem(
-            query, *layers.keys, mask=step.masks[window], bias=step.bias, scale=attention.scale,
+            query, *layers.keys, mask=mask, bias=step.bias, scale=attention.scale,
             softcap=attention.softcap, sinks=None if attention.sinks is None else attention.sinks.detach(),
         )  # fmt: skip
         packed, kept = pack_forward(problem, self._attended[:T])

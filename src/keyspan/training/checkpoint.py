@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from keyspan.files import flush_folder, write_file
-from keyspan.training.ranks import is_cut
+from keyspan.training.ranks import cut_as
 
 FORMAT, SHARDED = "keyspan checkpoint 2", "keyspan sharded checkpoint 1"
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
@@ -189,21 +189,19 @@ def load(
     random = {key: training[key] for key in modules if key in training}
     _check(checkpoint / TRAINING, random, {key: modules[key].get_rng_state() for key in {"rng.cpu", *random}})
     _load_scale(checkpoint, state, scaler)
-    if any(map(is_cut, model.parameters())):
-        from keyspan.training import sharded
-
-        sharded.distribute(model, optimizer, weights, {name: _moments(moments, name) for name in names if moments})
-    else:
-        model.load_state_dict(weights, strict=False)
-        remembered = {index: _moments(moments, name) for index, name in enumerate(names if moments else [])}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
+    model.load_state_dict({name: cut_as(x, model.state_dict()[name]) for name, x in weights.items()}, strict=False)
+    remembered = {
+        index: {
+            moment: x if moment == "step" else cut_as(x, model.get_parameter(name))
+            for moment in MOMENTS
+            for x in (moments[f"{name}.{moment}"],)
+        }
+        for index, name in enumerate(names if moments else [])
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
     for key, random_state in random.items():
         modules[key].set_rng_state(random_state)
     return Progress(state["step"], state["seconds"])
-
-
-def _moments(moments: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
 
 
 def _load_scale(checkpoint: Path, state: dict[str, Any], scaler: torch.amp.GradScaler) -> None:

@@ -156,6 +156,16 @@ def is_cut(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")
 
 
+def cut_as(x: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, cut as `like` is; nothing is sent."""
+    if not is_cut(like):
+        return x
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def setting(name: str, default: int) -> int:
     """A number that torchrun sets in the environment."""
     return int(os.environ.get(name, str(default)))

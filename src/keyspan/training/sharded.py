@@ -125,23 +125,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     model.load_state_dict(state["model"], strict=False)
 
 
-def distribute(
-    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
-) -> None:
-    """Load whole weights, and moments by the names of parameters, into a model that is cut across ranks."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, weights, options=options)
-    if moments:
-        whole = {**_optimizer_state(model, optimizer), "state": moments}
-        set_optimizer_state_dict(model, optimizer, whole, options=options)
-
-
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Weights, and AdamW's moments, by the names of parameters."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
