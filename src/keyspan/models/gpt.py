@@ -300,7 +300,9 @@ class GPT(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def _step(self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None, context: Context | None) -> Step:
+    def _step(
+        self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None, context: Context | None = None
+    ) -> Step:
         T, config = tokens.shape[0], self.config
         windows = {None, *(config.windows or ())}
         masks: dict[int | None, KeyRanges | ContextMask] = {}
