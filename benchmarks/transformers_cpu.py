@@ -19,7 +19,7 @@ from torch import Tensor, nn
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import transformers as hf
 
-from keyspan.interop.transformers import register, unpadded
+from keyspan.interop.transformers import GrowingCache, register, unpadded
 
 V = 4096
 LENGTHS = (512, 410, 300, 205, 100, 60, 40, 20)
@@ -99,10 +99,11 @@ def decoding(model: nn.Module, way: str, cache: str) -> Callable[[], object]:
     model.set_attn_implementation(way)  # type: ignore[operator]
     prompt = torch.randint(3, V, (4, CACHED))
     steps = 64
-    static = cache == "static"
-    past = (
-        hf.StaticCache(model.config, max_cache_len=CACHED + steps) if static else hf.DynamicCache(config=model.config)
-    )
+    past: hf.Cache
+    if cache == "static":
+        past = hf.StaticCache(model.config, max_cache_len=CACHED + steps)
+    else:
+        past = (GrowingCache if cache == "growing" else hf.DynamicCache)(config=model.config)
     with torch.no_grad():
         model(input_ids=prompt, past_key_values=past, use_cache=True)
 
@@ -137,9 +138,13 @@ def main() -> None:
                     calls: Ways = {w: lambda m=m, f=function, x=inputs: f(m, x) for w, m in models.items()}
                     line(name, str(dtype)[6:], batch, label, times=seconds(calls, options.repeats))
     for dtype in (torch.float32, torch.bfloat16):
-        for cache in ("dynamic", "static"):
+        for cache in ("dynamic", "growing", "static"):
             models = by_implementation(llama, dtype, ["sdpa", "keyspan"])
-            calls = {way: decoding(model, way, cache) for way, model in models.items()}
+            # transformers' own has no growing cache: its dynamic one is what is used.
+            calls = {
+                way: decoding(model, way, "dynamic" if (way, cache) == ("sdpa", "growing") else cache)
+                for way, model in models.items()
+            }
             label = f"4 x {CACHED} cached, {cache} cache"
             line("Llama", str(dtype)[6:], label, "a token", times=seconds(calls, 5 * options.repeats))
 

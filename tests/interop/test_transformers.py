@@ -132,6 +132,14 @@ class TestGeneration:
         found = [self.generate("llama", name, inputs, num_beams=3) for name in ("keyspan", "eager")]
         assert torch.equal(*found)
 
+    @pytest.mark.parametrize("name", DECODERS)
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_growing_cache(self, name, beams):
+        model = build(name)
+        cache = door.GrowingCache(config=model.config)
+        ours = self.generate(name, "keyspan", batch(name), num_beams=beams, past_key_values=cache)
+        assert torch.equal(ours, self.generate(name, "keyspan", batch(name), num_beams=beams))
+
     def test_prefill_in_two_parts(self):
         """Queries in the middle of their keys: neither square nor a single one."""
         model, ids = build("gemma3"), torch.randint(3, V, (2, 14))
@@ -141,6 +149,68 @@ class TestGeneration:
         second = model(ids[:, 6:], past_key_values=first.past_key_values, use_cache=True)
         parts = torch.cat([first.logits, second.logits], 1)
         assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+class TestGrowingCache:
+    def caches(self, config=None):
+        return door.GrowingCache(config), hf.DynamicCache(config=config)
+
+    def append(self, caches, tokens, layer=0, rows=2, **options):
+        states = [torch.randn(rows, 3, tokens, 4, **options) for _ in range(2)]
+        for got, want in zip(*(cache.update(*states, layer) for cache in caches), strict=True):
+            assert torch.equal(got, want)
+        return states
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_does_what_a_dynamic_cache_does(self, mode, monkeypatch):
+        monkeypatch.setattr(door._GrowingLayer, "_LEAST", 2)
+        caches = self.caches()
+        with mode():
+            for tokens in (5, 1, 1, 1, 7, 1):
+                self.append(caches, tokens)
+                self.append(caches, tokens, layer=1)
+            for name, value, rows in (
+                ("crop", -3, 2), ("reorder_cache", torch.tensor([1, 0]), 2), ("batch_repeat_interleave", 2, 4),
+                ("batch_select_indices", torch.tensor([0, 3]), 2),
+            ):  # fmt: skip
+                for cache in caches:
+                    getattr(cache, name)(value)
+                for layer, tokens in ((0, 1), (0, 3), (1, 1)):
+                    self.append(caches, tokens, layer, rows)
+            for cache in caches:
+                cache.reset()
+            self.append(caches, 4)
+            assert caches[0].get_seq_length() == caches[1].get_seq_length() == 4
+
+    def test_writes_in_place(self):
+        caches = self.caches()
+        with torch.no_grad():
+            self.append(caches, 5)
+            before = caches[0].layers[0].keys.data_ptr()
+            self.append(caches, 1)
+        assert caches[0].layers[0].keys.data_ptr() == before
+
+    def test_in_and_out_of_inference_mode(self):
+        caches = self.caches()
+        with torch.inference_mode():
+            self.append(caches, 5)
+        with torch.no_grad():
+            self.append(caches, 1)
+        with torch.inference_mode():
+            self.append(caches, 1)
+
+    def test_gradients_reach_all_tokens(self):
+        caches = self.caches()
+        states = [*self.append(caches, 5, requires_grad=True), *self.append(caches, 1, requires_grad=True)]
+        ours, theirs = (torch.autograd.grad(c.layers[0].keys.cos().sum(), [states[0], states[2]]) for c in caches)
+        assert all(map(torch.equal, ours, theirs))
+
+    def test_layers_with_a_window(self):
+        config = build("gemma3").config
+        kinds = [[type(layer) for layer in cache.layers] for cache in self.caches(config)]
+        assert door._GrowingLayer in kinds[0]
+        assert all(a is (door._GrowingLayer if b is hf.cache_utils.DynamicLayer else b)
+                   for a, b in zip(*kinds, strict=True))  # fmt: skip
 
 
 class TestPacking:
