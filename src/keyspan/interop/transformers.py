@@ -457,7 +457,7 @@ def _document_starts(position_ids: Tensor) -> Tensor | None:
 # A key-value cache that grows in place
 
 
-class GrowingCache(DynamicCache):
+class GrowingCache(DynamicCache):  # type: ignore[misc]
     """transformers' `DynamicCache` that appends in place: a new token is written, the cached ones are not copied.
 
     `DynamicCache` concatenates, so that a step of decoding reads and writes the whole cache once more. Here keys and
