@@ -107,6 +107,21 @@ class Cache:
             seen.popitem(last=False)
         return False
 
+    def compute(self, key: Hashable, compute: Callable[[], T], record: Callable[[], tuple[T, Any]]) -> T:
+        """Compute what was not replayed, and record it on second sight: the one place that decides so.
+
+        Args:
+            key: everything that the computation depends on, the signature of its tensors included.
+            compute: the computation.
+            record: the same, and what the cache keeps for its replay; None where it cannot be replayed.
+        """
+        if not self.second_sight(key):
+            return compute()
+        made, replay = record()
+        self.recorded += replay is not None
+        self.put(key, NO_REPLAY if replay is None else replay)
+        return made
+
     def run(
         self,
         key: Hashable,
@@ -115,13 +130,10 @@ class Cache:
         compute: Callable[[], T],
         record: Callable[[], tuple[T, Replay[T] | None]],
     ) -> T:
-        """Replay, record or compute.
+        """Replay, or else `compute`.
 
         Args:
-            key: everything that the computation depends on, the signature of `tensors` included.
             pointers: addresses of `tensors`.
-            compute: the computation.
-            record: the same, and a replay of it; None where it cannot be replayed.
         """
         found = self.get(key)
         if callable(found):
@@ -129,12 +141,7 @@ class Cache:
             if results is not None:  # no setting of torch or the backend has changed
                 self.hits += 1
                 return results
-        if not self.second_sight(key):
-            return compute()
-        made, replay = record()
-        self.recorded += replay is not None
-        self.put(key, NO_REPLAY if replay is None else replay)
-        return made
+        return self.compute(key, compute, record)
 
 
 _MOST_SEEN = 4096

@@ -18,7 +18,7 @@ from keyspan.core.biases import Alibi, Bias, DenseBias, RelativeBias
 from keyspan.core.masks import Mask
 from keyspan.core.problem import DTYPES, EVERYTHING, HeadLayout, Problem
 from keyspan.core.ranges import KeyRanges
-from keyspan.dispatch.cache import CACHE, LARGEST_MASK, NO_REPLAY, mask_key, signature
+from keyspan.dispatch.cache import CACHE, LARGEST_MASK, mask_key, signature
 from keyspan.dispatch.op import (
     DIFFERENTIABLE,
     NUMBERS,
@@ -162,36 +162,31 @@ def replay(call: Call) -> Sequence[Tensor] | None:
 
 def compute(call: Call | None, problem: Problem, heads: HeadLayout, backend: str, return_lse: bool) -> Sequence[Tensor]:
     """(out, lse) of a checked call in the user's layout, lse only where asked for; recorded on second sight."""
-    if call is not None and CACHE.second_sight(call.key):
-        results = _record(call, problem, heads, backend, return_lse)
-        if results is not None:
-            return results
-    if call is None or call.differentiated:
-        out, lse = attend(problem, backend, cached=call is None)
-    else:  # nothing observes the op, nothing needs a gradient
-        out, lse = run_forward(problem, backend, cached=False)
-    return (heads.output(out), heads.lse(lse)) if return_lse else (heads.output(out),)
 
+    def plain() -> Sequence[Tensor]:
+        if call is None or call.differentiated:
+            out, lse = attend(problem, backend, cached=call is None)
+        else:  # nothing observes the op, nothing needs a gradient
+            out, lse = run_forward(problem, backend, cached=False)
+        return (heads.output(out), heads.lse(lse)) if return_lse else (heads.output(out),)
 
-def _record(call: Call, problem: Problem, heads: HeadLayout, backend: str, return_lse: bool) -> Sequence[Tensor] | None:
-    """The results, with a replay in the cache; None for a call with gradients that cannot be replayed."""
-    CACHE.put(call.key, NO_REPLAY)
-    recording = recorder(load(backend))
-    views = _views(problem, call)
-    if recording is None or views is None:
-        return None
-    shapes = heads.shapes(problem)
-    if not return_lse and not call.differentiated:
-        shapes = shapes[:1]
-    with torch.no_grad(), without_autocast(problem.query.device):
-        results, forward = recording.record_forward(problem, call.tensors, shapes)
-    if forward is None:
-        return None if call.differentiated else results
-    held = [x for x in views if isinstance(x, Tensor)]
-    recorded = _Recorded(call, results, forward, held, backend, views, problem[NUMBERS:])
-    CACHE.recorded += 1
-    CACHE.put(call.key, recorded)
-    return recorded.differentiable(results, call.tensors) if call.differentiated else results
+    def record() -> tuple[Sequence[Tensor], _Recorded | None]:
+        assert call is not None
+        recording, views = recorder(load(backend)), _views(problem, call)
+        if recording is None or views is None:
+            return plain(), None
+        shapes = heads.shapes(problem)
+        if not return_lse and not call.differentiated:
+            shapes = shapes[:1]
+        with torch.no_grad(), without_autocast(problem.query.device):
+            results, forward = recording.record_forward(problem, call.tensors, shapes)
+        if forward is None:
+            return plain() if call.differentiated else results, None
+        held = [x for x in views if isinstance(x, Tensor)]
+        recorded = _Recorded(call, results, forward, held, backend, views, problem[NUMBERS:])
+        return recorded.differentiable(results, call.tensors) if call.differentiated else results, recorded
+
+    return plain() if call is None else CACHE.compute(call.key, plain, record)
 
 
 class _View(NamedTuple):
@@ -337,12 +332,11 @@ class _Recorded:
         arguments = self._arguments(given[:last], given[last], given[last + 1], grad_out, grad_lse)
         arguments["needs"] = as_needs(self._flags(needed))
         module = load(self.backend)
-        if not CACHE.second_sight(key):
-            return module.backward(**arguments)
-        made, replay = cast(Recorder, module).record_backward(given=given, **arguments)
-        CACHE.recorded += replay is not None
-        CACHE.put(key, NO_REPLAY if replay is None else replay)
-        return made
+        return CACHE.compute(
+            key,
+            lambda: module.backward(**arguments),
+            lambda: cast(Recorder, module).record_backward(given=given, **arguments),
+        )
 
     def _flags(self, needed: Sequence[bool]) -> list[bool]:
         """Which entries of `flat` are needed."""
