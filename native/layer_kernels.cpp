@@ -12,25 +12,29 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 // ---- storage -------------------------------------------------------------------------------------------------------
 
-// How numbers of one dtype are read as fp32 and written, rounded once.
+// How numbers of one dtype are read as fp32 and written, rounded once; `rounded` is what would be read again.
 struct Single {
     typedef float Storage;
-    static constexpr bool EXACT = true;  // what is written is what was computed
     static INLINE vf read(const float *p) { return load(p); }
+    static INLINE vf rounded(vf x) { return x; }
     static INLINE void write(float *p, vf x) { store(p, x); }
 };
 
 struct Bfloat16 {
     typedef uint16_t Storage;
-    static constexpr bool EXACT = false;
     static INLINE vf read(const uint16_t *p) { return widen_bf16(p); }
+    static INLINE vf rounded(vf x) { return round_to_bf16(x); }
     static INLINE void write(uint16_t *p, vf x) { store(p, narrow_bf16(x)); }
 };
 
 struct Half {
     typedef uint16_t Storage;
-    static constexpr bool EXACT = false;
     static INLINE vf read(const uint16_t *p) { return widen_f16(p); }
+    static INLINE vf rounded(vf x) {
+        uint16_t all[W];
+        write(all, x);
+        return read(all);
+    }
     static INLINE void write(uint16_t *p, vf x) { store(p, narrow_f16(x)); }
 };
 
@@ -60,15 +64,6 @@ INLINE void write_some(typename D::Storage *p, vf x, int64_t count) {
     typename D::Storage all[W];
     D::write(all, x);
     memcpy(p, all, count * sizeof(*p));
-}
-
-// x as it would be read again after it was written.
-template <class D>
-INLINE vf rounded(vf x) {
-    if (D::EXACT) return x;
-    typename D::Storage all[W];
-    D::write(all, x);
-    return D::read(all);
 }
 
 // Row `row` of a matrix of `stride` numbers a row.
@@ -204,9 +199,9 @@ void rotary(const Rotary &p, int64_t first, int64_t last) {
     });
 }
 
-// ---- gated activations ---------------------------------------------------------------------------------------------
+// ---- SwiGLU's gate -------------------------------------------------------------------------------------------------
 
-// value = activation(x), slope = its derivative.
+// value = x · sigmoid(x), slope = its derivative.
 INLINE void silu(vf x, vf &value, vf &slope) {
     const vf exponent = x * LOG2_E;  // a NaN comes back with the factor x
     const vf inverse = 1.0f / (1.0f + exp2<5>(-maximum(broadcast(-126.0f), exponent)));
@@ -215,53 +210,37 @@ INLINE void silu(vf x, vf &value, vf &slope) {
     slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
 }
 
-INLINE void gelu_tanh(vf x, vf &value, vf &slope) {
-    const float scale = 0.7978845608028654f;  // sqrt(2 / π)
-    const vf square = x * x;
-    const vf inner = tanh(scale * x * (1.0f + 0.044715f * square));
-    const vf half = 0.5f * (1.0f + inner);
-    value = x * half;
-    // At large x, where the square overflows, 1 − tanh² is 0.
-    const vf steep = 0.5f * x * (1.0f - inner * inner) * scale * (1.0f + 3 * 0.044715f * square);
-    slope = half + (square > broadcast(1e3f) ? broadcast(0.0f) : steep);
-}
-
-INLINE void activate(bool gelu, vf x, vf &value, vf &slope) {
-    if (gelu)
-        gelu_tanh(x, value, slope);
-    else
-        silu(x, value, slope);
-}
-
 void gate(const Gate &p, int64_t first, int64_t last) {
+    const int64_t n = p.D;
     with_dtype(p.dtype, [&](auto d) {
         typedef decltype(d) D;
         for (int64_t t = first; t < last; t++) {
-            const auto *x1 = row_of(d, p.x12, t, 2 * p.D), *x2 = x1 + p.D;
-            auto *out = row_of(d, p.out, t, p.D);
-            for (int64_t i = 0; i < p.D; i += W) {
-                const int64_t count = p.D - i;
+            const auto *x1 = row_of(d, p.x12, t, 2 * n), *x2 = x1 + n;
+            auto *out = row_of(d, p.out, t, n);
+            for (int64_t i = 0; i < n; i += W) {
+                const int64_t count = n - i;
                 vf value, slope;
-                activate(p.gelu, read_some<D>(x1 + i, count), value, slope);
+                silu(read_some<D>(x1 + i, count), value, slope);
                 // As the unfused formula rounds: the activation in the tensors' dtype, then the product.
-                write_some<D>(out + i, rounded<D>(value) * read_some<D>(x2 + i, count), count);
+                write_some<D>(out + i, D::rounded(value) * read_some<D>(x2 + i, count), count);
             }
         }
     });
 }
 
 void gate_backward(const Gate &p, int64_t first, int64_t last) {
+    const int64_t n = p.D;
     with_dtype(p.dtype, [&](auto d) {
         typedef decltype(d) D;
         for (int64_t t = first; t < last; t++) {
-            const auto *x1 = row_of(d, p.x12, t, 2 * p.D), *x2 = x1 + p.D, *grad = row_of(d, p.grad, t, p.D);
-            auto *out = row_of(d, p.out, t, p.D), *dx1 = row_of(d, p.dx12, t, 2 * p.D), *dx2 = dx1 + p.D;
-            for (int64_t i = 0; i < p.D; i += W) {
-                const int64_t count = p.D - i;
+            const auto *x1 = row_of(d, p.x12, t, 2 * n), *x2 = x1 + n, *grad = row_of(d, p.grad, t, n);
+            auto *out = row_of(d, p.out, t, n), *dx1 = row_of(d, p.dx12, t, 2 * n), *dx2 = dx1 + n;
+            for (int64_t i = 0; i < n; i += W) {
+                const int64_t count = n - i;
                 const vf b = read_some<D>(x2 + i, count), g = read_some<D>(grad + i, count);
                 vf value, slope;
-                activate(p.gelu, read_some<D>(x1 + i, count), value, slope);
-                value = rounded<D>(value);
+                silu(read_some<D>(x1 + i, count), value, slope);
+                value = D::rounded(value);
                 write_some<D>(out + i, value * b, count);
                 write_some<D>(dx1 + i, g * b * slope, count);
                 write_some<D>(dx2 + i, g * value, count);

@@ -285,6 +285,11 @@ def _bench_training(words: list[str]) -> int:
     return 0
 
 
+def _bench_curves(words: list[str]) -> int:
+    _parse(import_module("keyspan.bench.curves").main, words, "bench curves")
+    return 0
+
+
 def _bench_inference(words: list[str]) -> int:
     _parse(import_module("keyspan.bench.inference").main, words, "bench inference")
     return 0
@@ -300,6 +305,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "info": (_info, "show versions, devices and attention backends"),
     "explain": (_explain, "show which backend computes an attention, and why no other"),
     "bench attention": (_bench_attention, "time attention against what torch offers"),
+    "bench curves": (_bench_curves, "compare the losses of a training step in every form"),
     "bench inference": (_bench_inference, "time mixed requests through the engine against transformers"),
     "bench training": (_bench_training, "time a training step against plain torch and transformers"),
 }

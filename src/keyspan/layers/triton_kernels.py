@@ -258,10 +258,9 @@ def swiglu_gate_backward(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _logits(z, bias, at, C, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, AGAIN: tl.constexpr):
-    """Logits at columns `at`, capped; −inf beyond the last column. AGAIN: the L2 cache should keep them until then."""
-    policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
-    x = tl.load(z + at, mask=at < C, other=-float("inf"), eviction_policy=policy).to(tl.float32)
+def _logits(z, bias, at, C, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits at columns `at`, capped; −inf beyond the last column."""
+    x = tl.load(z + at, mask=at < C, other=-float("inf")).to(tl.float32)
     if BIAS:
         x += tl.load(bias + at, mask=at < C, other=0.0).to(tl.float32)
     if SOFTCAP:
@@ -292,7 +291,7 @@ def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_
         peak = tl.full([BC], -float("inf"), tl.float32)
         total = tl.zeros([BC], tl.float32)
         for start in range(0, C, BC):
-            x = _logits(z, bias, start + column, C, softcap, BIAS, SOFTCAP, GRADIENT)  # [BC]
+            x = _logits(z, bias, start + column, C, softcap, BIAS, SOFTCAP)  # [BC]
             higher = tl.maximum(peak, x)
             pivot = tl.where(higher == -float("inf"), 0.0, higher)
             total = total * tl.exp(peak - pivot) + tl.exp(x - pivot)
@@ -302,7 +301,7 @@ def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_
         denominator = pivot + tl.log(tl.sum(total * tl.exp(peak - pivot), 0))
         known = (target >= 0) & (target < C)
         own = tl.where(known, target, 0) + tl.zeros([1], tl.int64)  # [1]
-        loss = denominator - tl.max(_logits(z, bias, own, C, softcap, BIAS, SOFTCAP, GRADIENT), 0)
+        loss = denominator - tl.max(_logits(z, bias, own, C, softcap, BIAS, SOFTCAP), 0)
         if Z_LOSS:
             loss += z_loss * denominator * denominator
         tl.store(lse + row, denominator)
@@ -316,7 +315,7 @@ def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_
             spread = 1.0 + 2.0 * z_loss * denominator
         for start in range(0, C, BC):
             at = start + column  # [BC]
-            x = _logits(z, bias, at, C, softcap, BIAS, SOFTCAP, False)
+            x = _logits(z, bias, at, C, softcap, BIAS, SOFTCAP)
             # All threads have read this block, and those before it, when one writes over them.
             tl.debug_barrier()
             d = tl.exp(x - denominator) * spread - tl.where(at == target, 1.0, 0.0)

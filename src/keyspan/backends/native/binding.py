@@ -67,7 +67,7 @@ LAYER_FIELDS: dict[str, _Fields] = {
         *_fields("int3", "heads stride"),
         *_fields("int1", "out_stride back interleaved"),
     ),
-    "gate": (*_fields("pointer", "x12 grad out dx12"), *_fields("int1", "isa threads dtype gelu T D")),
+    "gate": (*_fields("pointer", "x12 grad out dx12"), *_fields("int1", "isa threads dtype T D")),
     "cross_entropy": (
         *_fields("pointer", "z bias targets lse losses grads dz"),
         *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
