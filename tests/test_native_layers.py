@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from keyspan.backends.native import binding, use_isa
 from keyspan.layers import native_kernels, rotary_table
@@ -157,5 +158,5 @@ def test_where_they_run():
     assert kernels_for(x.bfloat16()) is native_kernels
     for other in (x.double(), x.to("meta"), torch.view_as_complex(x.view(8, 2)).conj().imag):
         assert kernels_for(other) is None, "the kernels read memory as it lies"
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert kernels_for(x) is None, "a mode sees every call"
