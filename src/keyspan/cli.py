@@ -127,7 +127,10 @@ def parse_train(words: list[str], command: str = "train") -> TrainConfig:
 def _train(words: list[str]) -> int:
     from keyspan.training.loop import train
 
-    return _show(train(parse_train(words)))
+    result = train(parse_train(words))
+    if os.environ.get("RANK", "0") != "0":  # torchrun started others, of which the first one speaks
+        return 130 if result.interrupted else 0
+    return _show(result)
 
 
 def _show(result: Result) -> int:

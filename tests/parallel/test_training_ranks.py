@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from keyspan.training import checkpoint
+from keyspan.cli import parse_train
+from keyspan.training import checkpoint, loop
 from keyspan.training.config import TrainConfig
 from keyspan.training.evaluate import evaluate
-from keyspan.training.loop import load_run, read_config, train
+from keyspan.training.loop import load_run, read_config, take_step, train
 from keyspan.training.report import read_metrics
 
 CONFIG = TrainConfig(
@@ -85,3 +95,93 @@ def halve(run, to):
     """A copy of a run as it was at its last checkpoint but one."""
     shutil.copytree(run, to)
     shutil.rmtree(checkpoint.latest(to))
+
+
+def at_call(number, action):
+    """`take_step`, with something done before its call of this number, on rank 1."""
+    calls = iter(range(1, 1000))
+
+    def step(*arguments):
+        if next(calls) == number and dist.get_rank() == 1:
+            action(*arguments)
+        return take_step(*arguments)
+
+    return patch.object(loop, "take_step", step)
+
+
+def faults(folder: str) -> None:
+    """What happens to rank 1 is decided upon by both."""
+    base = replace(CONFIG, steps=4, checkpoint_every=2, eval_every=100)
+
+    with at_call(2, lambda *_: os.kill(os.getpid(), signal.SIGTERM)):
+        result = train(replace(base, out=Path(folder) / "terminated"), quiet=True)
+    assert result.interrupted
+    assert result.step == 2
+    train(replace(base, resume=Path(folder) / "terminated"), quiet=True)
+
+    def spoil(model, *_):
+        with torch.no_grad():
+            model.norm.weight[0] = math.nan
+
+    with at_call(3, spoil), pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.* up to step 2"):
+        train(replace(base, out=Path(folder) / "spoilt"), quiet=True)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*_):
+        while not (Path(folder) / "full" / "checkpoints" / "step-00000002").exists():  # is written in the background
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+
+    with (
+        at_call(3, fill),
+        pytest.raises(OSError, match=r"\.step-00000004: the checkpoint could not be written \(.*File too large"),
+    ):
+        train(replace(base, out=Path(folder) / "full", context=2), quiet=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.latest(Path(folder) / "full").name == "step-00000002"
+    checkpoint.verify(checkpoint.latest(Path(folder) / "full"))
+    train(replace(base, resume=Path(folder) / "full", context=2), quiet=True)
+
+
+def test_faults_of_one_rank(tmp_path):
+    """SIGTERM, a NaN and a full disk on one of two ranks: both stop alike, and a resumed run has the same losses."""
+    run_ranks(faults, 2, str(tmp_path))
+    train(replace(CONFIG, steps=4, eval_every=100, out=tmp_path / "one"), quiet=True)
+    for run in ("terminated", "full"):
+        assert curve(tmp_path / run)[0] == pytest.approx(curve(tmp_path / "one")[0], abs=1e-5)
+
+
+KILLED = """
+import os, signal, sys
+from keyspan import cli
+from keyspan.training import loop
+step, calls = loop.take_step, iter(range(1, 1000))
+def killed(*arguments):
+    if next(calls) == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+loop.take_step = killed
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_rank_is_started_again_by_torchrun(tmp_path):
+    """The run goes on from its last checkpoint, and ends with the losses of one that nobody killed."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    given = {
+        "task": "sort", "max-length": 12, "dim": 16, "layers": 1, "heads": 2, "kv-heads": 1, "hidden": 16, "tokens": 96,
+        "accumulation": 2, "steps": 6, "warmup": 2, "eval-every": 100, "checkpoint-every": 2, "device": "cpu",
+    }  # fmt: skip
+    options = [str(word) for name, value in given.items() for word in (f"--{name}", value)] + ["--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launch, "--max-restarts", "1", str(script), "train", *options, str(tmp_path / "run")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Signal 9" in done.stderr or "-9" in done.stderr
+    train(parse_train([*options, str(tmp_path / "one")]), quiet=True)
+    assert curve(tmp_path / "run")[0] == pytest.approx(curve(tmp_path / "one")[0], abs=1e-5)
+    assert "bits" in done.stdout or "exact match" in done.stdout
+    assert done.stdout.count("run folder") == 1

@@ -326,6 +326,10 @@ def _run(
         pending: list[_Pending] = []
         began = time.perf_counter()
 
+        def stopped(step: int, error: FloatingPointError) -> FloatingPointError:
+            saver.wait()
+            return FloatingPointError(f"step {step}: {error}; {run} holds the run up to step {saver.saved}")
+
         def read_pending() -> None:
             """Wait for the device; check and record the steps since the last call."""
             nonlocal seconds, began
@@ -335,8 +339,7 @@ def _run(
                 try:
                     check_finite(loss, norm, config, scaler)
                 except FloatingPointError as error:
-                    text = f"step {done.step}: {error}; {run} holds the run up to step {saver.saved}"
-                    raise FloatingPointError(text) from None
+                    raise stopped(done.step, error) from None
                 seconds += elapsed
                 figures = {"loss": loss, "lr": done.lr, "grad_norm": norm, "tokens": done.tokens}
                 figures["tokens_per_second"] = done.tokens / elapsed
@@ -359,8 +362,7 @@ def _run(
                     else:
                         found = take_step(model, optimizer, scaler, batches, config, loss_of, ranks)
                 except FloatingPointError as error:
-                    text = f"step {step + 1}: {error}; {run} holds the run up to step {saver.saved}"
-                    raise FloatingPointError(text) from None
+                    raise stopped(step + 1, error) from None
                 step += 1
                 tokens = sum(len(batch.tokens) for batch in batches)
                 pending.append(_Pending(step, lr, tokens * ranks.data, *found))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from keyspan import Causal, Documents
 from keyspan.info import find_device
@@ -190,7 +191,11 @@ def connected(config: TrainConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if not already:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store when it starts processes again: addresses of dead ones are still in it.
+        store = dist.PrefixStore(f"attempt {setting('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+        on = device if device.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=on)
     try:
         rank, group = dist.get_rank(), None
         for first in range(0, world if config.context > 1 else 0, config.context):

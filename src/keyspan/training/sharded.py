@@ -72,7 +72,7 @@ class Saver:
                 self.saved = progress.step
             except OSError as error:
                 self._failed.append(error)
-            except Exception as error:  # torch has kinds of its own for what a rank met
+            except BaseException as error:  # as torch's CheckpointException is one, which says what a rank met
                 self._failed.append(OSError(f"{temporary}: the checkpoint could not be written ({_reason(error)})"))
 
         thread = threading.Thread(target=finish, daemon=True)
