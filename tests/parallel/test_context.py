@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from test_training_ranks import CONFIG, curve
 
 import keyspan as S
 from keyspan.core.biases import DenseBias
@@ -15,6 +18,7 @@ from keyspan.core.ranges import KeyRanges
 from keyspan.parallel import ContextMask, Partition, context_attention
 from keyspan.testing import peak_memory, results, textbook, tolerances, worst
 from keyspan.testing.cases import CASES
+from keyspan.training.loop import train
 
 COVERED = [
     case
@@ -198,15 +202,20 @@ def test_two_ranks_equal_one_device():
     run_ranks(on_two_ranks, 2)
 
 
-def on_four_ranks() -> None:
+def on_four_ranks(run: str) -> None:
     every_case("4")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(False)
     peaks()
+    train(replace(CONFIG, context=2, out=Path(run)), quiet=True)
 
 
-def test_four_ranks_equal_one_device():
-    """Every fourth case, and the peak memory."""
-    run_ranks(on_four_ranks, 4)
+def test_four_ranks_equal_one_device(tmp_path):
+    """Every fourth case, the peak memory, and a training run of two micro-batches a step, each on two ranks."""
+    run_ranks(on_four_ranks, 4, str(tmp_path / "four"))
+    train(replace(CONFIG, out=tmp_path / "one"), quiet=True)
+    assert curve(tmp_path / "four")[0] == pytest.approx(curve(tmp_path / "one")[0], abs=1e-5)
+    assert curve(tmp_path / "four")[1] == curve(tmp_path / "one")[1]
 
 
 @pytest.mark.parametrize(
