@@ -123,7 +123,7 @@ class Explanation:
     reasons: dict[str, str | None]
     """By backend: why it cannot, or None."""
     kernel: str | None
-    """Of `triton`: which kernel computes the forward pass, and why not the faster one."""
+    """Of `triton`: which kernels compute the forward and the backward pass, and why not the faster ones."""
     shape: str
     visible: int
     """Visible (query, key) pairs over batch and heads."""
@@ -197,7 +197,7 @@ def explain(
     return Explanation(
         backend=chosen,
         reasons={name: load(name).reason_against(problem) for name in BACKENDS},
-        kernel=load(chosen).forward_kernel(problem) if chosen == "triton" else None,  # type: ignore[attr-defined]
+        kernel=load(chosen).kernels(problem) if chosen == "triton" else None,  # type: ignore[attr-defined]
         shape=f"B {B}, M {M}, N {N}, G {G}, H {H}, K {K}, V {V}, {str(problem.query.dtype)[6:]}"
         + (f", keys {str(problem.key.dtype)[6:]}" if problem.quantized else ""),
         visible=visible_area(problem),

@@ -109,6 +109,9 @@ class Shared:
         assert np.shares_memory(part, self.data)
         return Shared(part, self.dtype)
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
+
     def permute(self, order: Iterable[int]) -> Shared:
         return Shared(self.data.transpose(tuple(order)), self.dtype)
 
@@ -129,6 +132,10 @@ class Pointer:
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.data, self.dtype, self.offset + np.asarray(offset, np.int64))
 
+    def to(self, dtype: Type, bitcast: bool) -> Pointer:
+        """As an address, for assembly."""
+        return self
+
 
 class Descriptor:
     """What TMA copies blocks of; zero outside."""
@@ -147,6 +154,12 @@ class Descriptor:
         _pause()
         to.data[...] = block
         barrier.landed(self.block_type.nbytes)
+
+    def store(self, at: list[Any], source: Shared, add: bool = False) -> None:
+        """Copied once the thread waits for it, as late as it may be."""
+        window = tuple(slice(int(s), int(s) + n) for s, n in zip(at, self.block_shape, strict=True))
+        _here.copies.append((self.data[window], source, add))
+        _here.copies_read = False
 
 
 class Product:
@@ -212,10 +225,31 @@ def _store(pointer: Pointer, x: Any, mask: Any = None) -> None:
     pointer.data[offset] = pointer.dtype.round(x[keep])
 
 
-def _atomic_add(pointer: Pointer, x: int) -> Value:
+def _atomic_add(pointer: Pointer, x: int, sem: str = "acq_rel", scope: str = "gpu") -> Value:
     before = _load(pointer)
     _store(pointer, before + x)
+    # Programs run one after the other: what a program waits for has happened, or never will.
+    _here.polls = _here.polls + 1 if x == 0 else 0
+    if _here.polls > 100:
+        raise TimeoutError(f"a counter is {before} and stays so")
     return before
+
+
+def _assembly(asm: str, constraints: str, given: list[Any], **_: Any) -> Any:
+    if "ld.acquire" in asm:
+        # Every lane reads one address.
+        where = given[0].offset
+        return value(np.full(np.shape(where), _atomic_add(Pointer(given[0].data, given[0].dtype, np.max(where)), 0)))
+    if "wait_group.read" in asm:
+        _here.copies = [(to, Shared(source.data.copy(), source.dtype), add) for to, source, add in _here.copies]
+        _here.copies_read = True
+    elif "wait_group" in asm:
+        if _here.copies and not _here.copies_read:
+            time.sleep(2e-3)  # others may write to the source meanwhile
+        for to, source, add in _here.copies:
+            to[...] = to + source.data if add else source.data
+        _here.copies = []
+    return given[0]
 
 
 def _allocate(dtype: Type, shape: list[int], layout: Any) -> Shared:
@@ -233,11 +267,13 @@ def _warp_specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]
     program = _here.program
 
     def run(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        _here.program, _here.products = program, []
+        _here.program, _here.products, _here.polls = program, [], 0
+        _here.copies, _here.copies_read = [], False
         try:
             with np.errstate(all="ignore"):
                 function(*arguments)
             assert not _here.products, "a product is never waited for"
+            assert not _here.copies, "a copy is never waited for"
         except BaseException as error:
             errors.append(error)
 
@@ -258,7 +294,7 @@ def _language() -> dict[str, Any]:
     """What kernels call, as far as ours do."""
     return {
         "constexpr": lambda x: x, "static_range": range, "arange": lambda a, b, layout=None: value(np.arange(a, b, dtype=np.int32)),
-        "bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32, "int32": INT32, "int64": INT64, "uint32": UINT32,
+        "bfloat16": BFLOAT16, "float16": FLOAT16, "float32": FLOAT32, "int32": INT32, "int64": INT64, "uint32": UINT32, "uint64": None,
         "full": lambda shape, x, dtype, layout=None: value(np.full(shape, x, dtype.numpy)),
         "where": lambda c, a, b: value(np.where(c, a, b)), "abs": lambda x: value(np.abs(x)),
         "maximum": lambda a, b: value(np.maximum(a, b)), "minimum": lambda a, b: value(np.minimum(a, b)),
@@ -268,9 +304,11 @@ def _language() -> dict[str, Any]:
         "convert_layout": lambda x, layout: x, "load": _load, "store": _store, "atomic_add": _atomic_add,
         "allocate_shared_memory": _allocate, "warp_specialize": _warp_specialize, "thread_barrier": _nothing,
         "program_id": lambda axis: value(_here.program[0]), "num_programs": lambda axis: value(_here.program[1]),
-        "inline_asm_elementwise": lambda asm, constraints, given, **_: given[0], "num_warps": lambda: 4, "math": SimpleNamespace(exp2=lambda x: value(np.exp2(x))),
+        "inline_asm_elementwise": _assembly, "num_warps": lambda: 4, "math": SimpleNamespace(exp2=lambda x: value(np.exp2(x))),
         **dict.fromkeys(("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout",
-                         "NVMMASharedLayout", "SwizzledSharedLayout"), _nothing),
+                         "SwizzledSharedLayout", "DistributedLinearLayout"), _nothing),
+        "permute": lambda x, order: x.transpose(order),
+        "NVMMASharedLayout": SimpleNamespace(get_default_for=_nothing),
     }  # fmt: skip
 
 
@@ -296,15 +334,19 @@ def load(paths: dict[str, Path], change: Callable[[str], str] = lambda source: s
         language = module(f"{gluon}.language", **_language())
         module("triton", jit=jit, __version__="3.6.0", language=module("triton.language", **_language()))
         module("triton.experimental")
-        module(gluon, jit=jit, language=language)
+        module(gluon, jit=jit, constexpr_function=jit, language=language)
         module(f"{gluon}.language.nvidia")
         barrier = SimpleNamespace(
             MBarrierLayout=lambda: Barrier, init=Barrier.init, wait=Barrier.wait, arrive=Barrier.arrive,
             expect=lambda x, count: x.arrive(1, count),
         )  # fmt: skip
-        tma = SimpleNamespace(async_copy_global_to_shared=Descriptor.load)
+        tma = SimpleNamespace(
+            async_copy_global_to_shared=Descriptor.load, async_copy_shared_to_global=Descriptor.store,
+            async_atomic_add=lambda to, at, source, _semantic=None: to.store(at, source, add=True),
+        )  # fmt: skip
         module(f"{gluon}.language.nvidia.hopper", mbarrier=barrier, tma=tma, warpgroup_mma=warpgroup_mma,
-               warpgroup_mma_wait=warpgroup_mma_wait)  # fmt: skip
+               warpgroup_mma_wait=warpgroup_mma_wait, fence_async_shared=_nothing)  # fmt: skip
+        module(f"{gluon}.language._core", builtin=jit)
         for name, path in paths.items():
             spec = importlib.util.spec_from_loader(name, loader=None)
             assert spec is not None
@@ -359,7 +401,7 @@ def run(kernel: Callable[..., None], grid: tuple[int, ...], arguments: list[Any]
     memory = _Memory()
     given = [memory(x) for x in arguments]
     for program in range(grid[0]):
-        _here.program, _here.products = (np.int32(program), np.int32(grid[0])), []
+        _here.program, _here.products, _here.polls = (np.int32(program), np.int32(grid[0])), [], 0
         kernel(*given)
     for x in written:
         memory.write_back(x)

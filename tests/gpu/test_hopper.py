@@ -1,5 +1,6 @@
-"""The Hopper kernel without a GPU: on the shared cases by an emulator of Gluon, and what it compiles to."""
+"""The Hopper kernels without a GPU: on the shared cases by an emulator of Gluon, and what they compile to."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,43 +12,71 @@ import gluon_emulator
 import pytest
 import torch
 from gluon_emulator import load
+from triton.runtime.errors import InterpreterError
 
 import keyspan
-from keyspan.backends.triton import config, hopper, launch
+from keyspan.backends import Needs
+from keyspan.backends.triton import config, hopper, hopper_ends_kernels, launch
+from keyspan.backends.triton import kernels as kernels_of
 from keyspan.core.problem import make_problem
 from keyspan.dispatch.op import attend
-from keyspan.testing import tolerances, worst
-from keyspan.testing.cases import CASES
+from keyspan.testing import results, tolerances, worst
+from keyspan.testing.cases import CASES, Case
 
+# NumPy warns of inf − inf in NaN tests, which is intended.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 FOLDER = Path(hopper.__file__).parent
-MODULES = {f"keyspan.backends.triton.{name}": FOLDER / f"{name}.py" for name in ("primitives", "hopper_kernels")}
+MODULES = {
+    f"keyspan.backends.triton.{name}": FOLDER / f"{name}.py"
+    for name in ("primitives", "hopper_kernels", "hopper_backward_kernels")
+}
+
+
+FORWARD_MODULES = dict(list(MODULES.items())[:-1])
 
 
 @functools.cache
 def kernels():
-    return load(MODULES)
+    return {
+        "hopper_forward_kernel": load(FORWARD_MODULES).hopper_forward_kernel,
+        "hopper_backward_kernel": load(MODULES).hopper_backward_kernel,
+    }
+
+
+FORM, WRITTEN = -1, {"hopper_forward_kernel": slice(5, 8), "hopper_backward_kernel": slice(11, 15)}
+"""Which arguments are what the kernels are compiled for, and what they write to, apart from what descriptors describe."""
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    """Problems go to the Hopper kernels wherever these have all terms, and run on the emulator, in small tiles."""
-    ran = []
+    """Problems go to the Hopper kernels wherever these have all terms, and run on the emulator, in small tiles; what
+    comes before and after them runs in Triton's interpreter."""
+    ran, interpreted = [], launch.run
 
     def run(kernel, grid, *arguments, tile):
-        assert kernel.fn.__name__ == "hopper_forward_kernel"
-        out, lse, counters = *arguments[5:7], arguments[7].tensor
-        ran.append(arguments[-1])
-        gluon_emulator.run(kernels().hopper_forward_kernel, grid, list(arguments), [out, lse, counters])
-        assert not counters.any(), "counters are not set back"
+        name = kernel.fn.__name__
+        if name not in WRITTEN:
+            assert name in ("bounds_kernel", "hopper_stats_kernel", "hopper_finish_kernel")
+            return interpreted(kernel, grid, *arguments, tile=tile)
+        written = [getattr(x, "tensor", x) for x in arguments[WRITTEN[name]]]
+        ran.append((name, arguments[FORM]))
+        gluon_emulator.run(kernels()[name], grid, list(arguments), written)
+        if name == "hopper_forward_kernel":
+            assert not written[-1].any(), "counters are not set back"
+        return None
 
     monkeypatch.setattr(hopper, "reason_against", hopper.missing)
+    monkeypatch.setattr(hopper, "backward_reason_against", hopper.backward_missing)
     monkeypatch.setattr(hopper, "tile", lambda problem: config.TileConfig(128, 32, 4, 2, 168))
     monkeypatch.setattr(launch, "run", run)
     return ran
 
 
 def problem_of(case):
-    problem = case.problem(torch.bfloat16)
+    return in_bfloat16(case.problem(torch.bfloat16))
+
+
+def in_bfloat16(problem):
     return problem._replace(
         **{
             n: x.bfloat16()
@@ -68,6 +97,15 @@ def agree(case):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def agree_backward(case):
+    problem = case.problem(torch.bfloat16)
+    want = results(lambda p: attend(p, "reference"), problem, torch.float64)
+    got = results(lambda p: attend(p, "triton"), problem, torch.bfloat16)
+    for name, allowed in tolerances(problem, torch.bfloat16, want).items():
+        error = worst(got[name], want[name])
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
 FITTING = [case for case in CASES if case.B * case.M > 0 and hopper.missing(problem_of(case)) is None]
 
 
@@ -80,14 +118,76 @@ def test_most_kinds_of_cases_fit():
 @pytest.mark.parametrize("case", FITTING, ids=lambda case: case.name)
 def test_agrees_with_reference(case, emulated):
     agree(case)
-    assert len(emulated) == 1
+    assert [name for name, _ in emulated] == ["hopper_forward_kernel"]
+
+
+EVERY = Needs(True, True, True, False, False, True, [])
+BACKWARD = [case for case in FITTING if hopper.backward_missing(problem_of(case), EVERY) is None]
+
+
+def test_most_kinds_of_cases_fit_backward():
+    names = {case.name for case in BACKWARD}
+    assert {"gqa", "mqa", "window and sinks", "window and prefix", "documents, cross", "learned sinks", "sliced",
+            "documents, batch of two", "left padded batch", "several tiles"} <= names  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=lambda case: case.name)
+def test_gradients_agree_with_reference(case, emulated):
+    agree_backward(case)
+    assert "hopper_backward_kernel" in {name for name, _ in emulated}
+
+
+LARGE = [
+    Case("full", M=200, N=333),
+    Case("causal, grouped", M=300, N=300, heads=4, mask=keyspan.Causal),
+    Case("documents", M=300, N=300, mask=lambda: keyspan.Documents([33, 137, 130]) & keyspan.Causal()),
+    Case("window and sinks", M=290, N=290, mask=lambda: keyspan.Causal() & keyspan.Window(70, 0) & keyspan.Sinks(4)),
+    Case("empty rows", M=300, N=200, B=2, mask=lambda: _some_ranges()),
+]
+
+
+def _some_ranges():
+    """Ranges of 300 rows in 200 keys, in no order, a third of them empty."""
+    generator = torch.Generator().manual_seed(0)
+    lo = torch.randint(0, 200, (300,), generator=generator)
+    length = torch.randint(0, 60, (300,), generator=generator) * (torch.arange(300) // 20 % 3 > 0)
+    lo, hi = (x.int()[None, None] for x in (lo, torch.minimum(lo + length, torch.tensor(200))))
+    return keyspan.KeyRanges(lo, hi, lo)
+
+
+@pytest.fixture
+def memory_is_nan():
+    """New tensors hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def unrepaired(monkeypatch):
+    """NaN repair, which would hide errors, does not run."""
+
+    def repair(*_):
+        raise AssertionError("a gradient has a NaN")
+
+    for name in ("repair_keys", "repair_queries"):
+        monkeypatch.setattr(hopper_ends_kernels, name, repair)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_gradients_of_several_tiles(case, dim, emulated, memory_is_nan, monkeypatch):
+    """More items than programs, so that each goes through the ring several times; tiles of 128 queries, or of 64."""
+    monkeypatch.setattr(launch, "_processors", lambda device: 2)
+    unrepaired(monkeypatch)
+    agree_backward(dataclasses.replace(case, K=dim, V=dim))
+    assert [form.BM for name, form in emulated if name == "hopper_backward_kernel"] == [8192 // dim]
 
 
 @pytest.mark.parametrize("name", ["several tiles", "shared prompt", "relative table, two ranges", "softcap"])
 def test_three_consumers(name, emulated, monkeypatch):
     monkeypatch.setattr(hopper, "tile", lambda problem: config.TileConfig(192, 32, 4, 3, 128))
     agree(next(case for case in CASES if case.name == name))
-    assert emulated[0].consumers == 3
+    assert emulated[0][1].consumers == 3
 
 
 def test_programs_take_many_items(emulated, monkeypatch):
@@ -108,6 +208,22 @@ def test_hidden_nan_and_infinity_do_not_reach_a_row():
     assert worst(got.double(), want) < 0.05
     assert torch.isfinite(got[:, :20]).all()
     assert torch.isnan(got[:, 20:30]).all()
+
+
+def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(1, 150, 2, 64).bfloat16() for _ in "qkvg")
+    mask = keyspan.Documents([33, 67, 50]) & keyspan.Causal()
+    q[:, 20], k[:, 40, 0], v[:, 90, 1, 3], g[:, 95] = torch.nan, torch.inf, torch.inf, torch.nan
+
+    def gradients(dtype, backend):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(keyspan.attention(*inputs, mask=mask, backend=backend), inputs, g.to(dtype))
+
+    for got, want in zip(gradients(torch.bfloat16, "triton"), gradients(torch.float64, "reference"), strict=True):
+        assert worst(got.double(), want) < 0.1
+        assert torch.isfinite(got[:, 100:]).all()
+        assert not torch.isfinite(got).all()
 
 
 @pytest.mark.parametrize(
@@ -134,14 +250,55 @@ def test_hidden_nan_and_infinity_do_not_reach_a_row():
     ],
 )
 def test_the_emulator_sees_mistakes(right, wrong, monkeypatch):
-    source = MODULES["keyspan.backends.triton.hopper_kernels"].read_text()
-    assert right in source
-    broken = load(MODULES, lambda text: text.replace(right, wrong))
-    monkeypatch.setattr(sys.modules[__name__], "kernels", lambda: broken)
-    monkeypatch.setattr(gluon_emulator, "TIMEOUT", 0.5)
-    monkeypatch.setattr(launch, "_processors", lambda device: 1)
+    breaks("hopper_kernels", right, wrong, monkeypatch)
     with pytest.raises((AssertionError, TimeoutError, TypeError)):
         agree(next(case for case in CASES if case.name == "relative table, two ranges"))
+
+
+def breaks(module, right, wrong, monkeypatch):
+    """Replace a piece of a module's source."""
+    assert right in MODULES[f"keyspan.backends.triton.{module}"].read_text()
+    change = lambda text: text.replace(right, wrong)  # noqa: E731
+    if module == "hopper_kernels":
+        broken = {"hopper_forward_kernel": load(FORWARD_MODULES, change).hopper_forward_kernel}
+    else:
+        broken = {"hopper_backward_kernel": load(MODULES, change).hopper_backward_kernel}
+    every = kernels() | broken
+    monkeypatch.setattr(sys.modules[__name__], "kernels", lambda: every)
+    monkeypatch.setattr(gluon_emulator, "TIMEOUT", 0.5)
+    monkeypatch.setattr(launch, "_processors", lambda device: 1)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("t // C.stages & 1 ^ 1)\n                        _put(at, TILE", "t // C.stages & 1)\n                        _put(at, TILE"),
+        ("query_tiles.block_type.nbytes + 8 * C.BM", "query_tiles.block_type.nbytes"),
+        ("dp = warpgroup_mma_wait(1, deps=(dp,))", "dp = warpgroup_mma_wait(2, deps=(dp,))"),
+        ("mbarrier.arrive(key_empty.index(0), count=1)", "pass"),
+        ("mbarrier.wait(score_full.index(t % 2), t // 2 & 1)", "pass"),
+        ("mbarrier.wait(sum_empty.index(0), t & 1 ^ 1)", "pass"),
+        ("if rank == 0:", "if rank < 0:"),
+        ("while gl.max(added, 0) < rank:", "while gl.max(added, 0) <= rank:"),
+        ("cp.async.bulk.wait_group.read 0; ", ""),
+        ("_put(at, PARTIAL, 1 - full.to(gl.int32))", "_put(at, PARTIAL, 0)"),
+        ("width = gl.maximum(hi - lo, 0)\n", "width = gl.maximum(hi - lo + 1, 0)\n"),
+        ("rank += here.to(gl.int32)", "pass"),
+        ("[3, 0, 2, 4, 1, 5]", "[3, 0, 2, 4, 5, 1]"),
+    ],
+    ids=["wrong phase", "wrong bytes", "no wait", "keys not released", "half the scores", "sums not released",
+         "adds to nothing", "wrong turn", "copy not read", "no mask", "off by one key", "wrong rank", "wrong order"],
+)  # fmt: skip
+def test_the_emulator_sees_mistakes_in_backward(right, wrong, memory_is_nan, monkeypatch):
+    unrepaired(monkeypatch)
+    breaks("hopper_backward_kernels", right, wrong, monkeypatch)
+    with pytest.raises((AssertionError, TimeoutError, TypeError, InterpreterError)):
+        agree_on_large_cases()
+
+
+def agree_on_large_cases():
+    for case in LARGE:
+        agree_backward(dataclasses.replace(case, K=128, V=128))
 
 
 def test_a_reason_is_given_against_each_problem_that_is_not_for_it(monkeypatch):
@@ -167,8 +324,44 @@ def test_a_reason_is_given_against_each_problem_that_is_not_for_it(monkeypatch):
     assert "dropout" in reason(4096, 4096, 16, 128, dropout_p=0.1)
 
 
+def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(hopper, "_runs_on", lambda device: True)
+    monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+
+    def reason(B, N, heads, dim, dtype=torch.bfloat16, needs=EVERY, **given):
+        q, k, v = (torch.empty(B, N, heads, dim, dtype=dtype) for _ in "qkv")
+        return hopper.backward_reason_against(make_problem(q, k, v, **given)[0], needs)
+
+    causal = keyspan.Causal()
+    assert reason(2, 8192, 16, 128, mask=causal) is None
+    assert reason(1, 8192, 16, 128) is None
+    assert reason(2, 8192, 16, 64, torch.float16, mask=causal) is None
+    assert "packed documents" in reason(1, 8192, 16, 128, mask=causal)
+    assert "blocks of keys" in reason(1, 4096, 8, 128)
+    assert "queries" in reason(64, 512, 16, 128)
+    assert "at most 128" in reason(2, 8192, 16, 256)
+    assert "ALiBi" in reason(2, 8192, 16, 128, bias=keyspan.Alibi(torch.ones(16)))
+    assert "table" in reason(2, 8192, 16, 128, bias=keyspan.RelativeBias(torch.ones(16, 5)))
+    assert "softcap" in reason(2, 8192, 16, 128, softcap=20.0)
+    assert "need gradients" in reason(2, 8192, 16, 128, needs=EVERY._replace(query=False))
+
+
+def test_explain_says_which_kernels_run(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(hopper, "_runs_on", lambda device: True)
+    monkeypatch.setattr(hopper, "_processors", lambda index: 132)
+    q, k = (torch.empty(2, 8192, 16, dim, dtype=torch.bfloat16) for dim in (128, 32))
+    assert kernels_of(make_problem(q, q, q)[0]) == "forward Hopper's, in Gluon; backward Hopper's, in Gluon"
+    forward, backward = kernels_of(make_problem(q, q, q, softcap=20.0)[0]).split("; ")
+    assert forward == "forward Hopper's, in Gluon"
+    assert "there is a softcap" in backward
+    assert kernels_of(make_problem(k, k, k)[0]).startswith("plain Triton, not Hopper's: head dimensions")
+
+
 def test_compiles_for_sm_90():
-    """No spills where heads are of up to 128 and rows have one range, few elsewhere; nothing serialised; it fits."""
+    """Forward: no spills where heads are of up to 128 and rows have one range, few elsewhere. Backward: few. Nothing
+    serialised; it fits."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).parent
     every = ["--all"] if os.environ.get("KEYSPAN_GPU_TESTS") == "all" else []
@@ -180,13 +373,24 @@ def test_compiles_for_sm_90():
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(found) >= 5
-    for kernel in found:
-        name = f"{kernel['head_dim']} {kernel['kind']}"
+    forward, backward = (
+        [x for x in found if x["kernel"] == f"hopper_{name}_kernel"] for name in ("forward", "backward")
+    )
+    assert len(forward) >= 7
+    assert len(backward) >= 4
+    for kernel in forward + backward:
+        name = f"{kernel['kernel']} {kernel['head_dim']} {kernel['kind']}"
         assert min(kernel["wgmma"], kernel["tma"]) > 0, name
         assert kernel["serialised"] == [], name
         assert kernel["shared"] <= 227 * 1024, name
         plain = kernel["kind"] in ("full", "causal")
         # What a branch needs that few tiles take: the next range, scores near the diagonal.
         limit = {64: 4, 128: 0 if plain else 12, 256: 6 if plain else 40}[kernel["head_dim"]]
+        if kernel in backward:
+            # In the loops of both halves of the keys: two accumulators, scores and their gradients take 192 registers of 240.
+            limit = 120
         assert kernel["loop_spills"] <= limit, (name, kernel)
+    # What comes before and after has no loop.
+    ends = {x["kernel"]: x for x in found if "stats" in x["kernel"] or "finish" in x["kernel"]}
+    assert set(ends) == {"hopper_stats_kernel", "hopper_finish_kernel"}
+    assert ends["hopper_stats_kernel"]["spills"] == 0

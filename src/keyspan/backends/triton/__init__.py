@@ -51,12 +51,17 @@ def _interpreter_fixed() -> bool:
     return getattr(InterpreterBuilder, "has_fixed_casts", False)
 
 
-def forward_kernel(problem: Problem) -> str:
-    """Which kernel computes the forward pass of a problem, and why not the faster one."""
+def kernels(problem: Problem) -> str:
+    """Which kernels compute the forward and the backward pass of a problem, and why not the faster ones; backward where
+    query, key and value need gradients."""
     from keyspan.backends.triton import hopper
 
-    reason = hopper.reason_against(problem)
-    return "Hopper's, in Gluon" if reason is None else f"plain Triton, not Hopper's: {reason}"
+    needs = Needs(True, True, True, False, False, problem.sinks is not None, [False] * len(problem.biases))
+    forward, backward = hopper.reason_against(problem), hopper.backward_reason_against(problem, needs)
+    if forward == backward is not None:
+        return f"plain Triton, not Hopper's: {forward}"
+    names = ("Hopper's, in Gluon" if x is None else f"plain Triton, not Hopper's: {x}" for x in (forward, backward))
+    return "forward {}; backward {}".format(*names)
 
 
 @torch.compiler.assume_constant_result

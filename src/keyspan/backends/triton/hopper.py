@@ -1,4 +1,4 @@
-"""Which forward passes the Hopper kernel computes, and its launch. Imports Triton's Gluon for the first one that fits."""
+"""Which passes the kernels for Hopper compute, and their launches. Imports Triton's Gluon for the first one that fits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keyspan.backends import Needs
 from keyspan.core.problem import Problem
 
 # By head dimension: fewest queries, fewest keys, and fewest tiles of queries for each multiprocessor. Below these the plain
@@ -77,6 +78,35 @@ def missing(problem: Problem) -> str | None:
     return None
 
 
+_LEAST_BACKWARD = 1024
+"""Fewest queries, and fewest keys."""
+_LEAST_BLOCKS = 6
+"""Fewest blocks of keys for each multiprocessor: with fewer, blocks of one group wait for each other."""
+
+
+def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
+    """Why the plain Triton kernels compute the backward pass of a problem, and not the kernel for Hopper."""
+    if not _runs_on(problem.query.device):
+        return "the device is not a GPU of compute capability 9.0 with a Triton whose Gluon has Hopper's instructions"
+    reason = backward_missing(problem, needs)
+    if reason is not None:
+        return reason
+    dims = problem.query.shape[-1], problem.value.shape[-1]
+    if min(dims) < _LEAST_DIM:
+        return f"head dimensions are {dims[0]} and {dims[1]}, want at least {_LEAST_DIM}"
+    B, M, G, _, _ = problem.query.shape
+    N = problem.key.shape[1]
+    if min(M, N) < _LEAST_BACKWARD:
+        return f"there are {M} queries and {N} keys, want at least {_LEAST_BACKWARD}"
+    blocks, least = B * G * -(-N // backward_tile(problem).BN), _LEAST_BLOCKS * _processors(problem.query.device.index)
+    if blocks < least:
+        return f"there are {blocks} blocks of keys, want at least {least}, {_LEAST_BLOCKS} for each multiprocessor"
+    if B == 1 and problem.lo is not None:
+        # The host does not know the ranges.
+        return "one batch entry with a mask may be packed documents, and short ones are faster there"
+    return None
+
+
 def _runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and _gluon(device.index)
 
@@ -138,6 +168,129 @@ def launch(
     values = _described(problem.value.transpose(1, 2), [1, 1, tile.BN, V])
     given = [arguments, scales, queries, keys, values, out, lse, counters, at_once, items, form]
     return hopper_forward_kernel, (min(items, processors),), given, tile
+
+
+def backward_missing(problem: Problem, needs: Needs) -> str | None:
+    """What of a backward pass the Hopper kernel does not have."""
+    reason = missing(problem)
+    if reason is not None:
+        return reason
+    dims = problem.query.shape[-1], problem.value.shape[-1]
+    for reason, found in (
+        (f"head dimensions are {dims[0]} and {dims[1]}, want at most 128", max(dims) > 128),
+        (f"value's head dimension is {dims[1]}, want a multiple of 8", dims[1] % 8 > 0),
+        ("there is ALiBi", problem.slopes is not None),
+        ("there is a relative table", problem.table is not None),
+        ("there is a softcap", problem.softcap > 0),
+        ("not all of query, key and value need gradients", not (needs.query and needs.key and needs.value)),
+    ):
+        if found:
+            return reason
+    return None
+
+
+def backward_tile(problem: Problem) -> Any:
+    """Queries and keys of a tile of the backward kernel, a `config.TileConfig`."""
+    from keyspan.backends.triton.config import TileConfig
+
+    dim = _padded(max(problem.query.shape[-1], problem.value.shape[-1]))
+    return TileConfig(64 if dim == 128 else 128, 128, 4, 2, 168)
+
+
+def launch_backward(
+    problem: Problem,
+    arguments: Any,
+    tile: Any,
+    grads: tuple[Any, ...],
+    stats: Tensor,
+    bounds: list[Any],
+    made: dict[str, Tensor],
+    processors: int,
+) -> tuple[Any, tuple[int, ...], list[Any], Any]:
+    """Kernel, grid, arguments and tile of the backward pass.
+
+    Args:
+        grads: the output's gradient, then its strides.
+        bounds: of tiles of queries, and its strides over ranges and batch entries; None and 0 without ranges.
+        made: `key` and `value`, which it fills, and the scratch of `backward_scratch`.
+        processors: how many programs run at a time.
+    """
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from keyspan.backends.triton.hopper_backward_kernels import BackwardForm, hopper_backward_kernel
+
+    B, _, G, H, k_dim = problem.query.shape
+    N, v_dim = problem.value.shape[1], problem.value.shape[-1]
+    K = _padded(max(k_dim, v_dim))
+    S = 0 if problem.lo is None else problem.lo.shape[0]
+    form = BackwardForm(tile.BM, K, k_dim, v_dim, H, S, tile.stages, 240, 24)
+    rows = [1, 1, 1, tile.BM, K]
+    items = -(-N // tile.BN) * G * B
+    halves = [1, 1, tile.BN // 2, K]
+    stat_tiles = TensorDescriptor(
+        stats.view(-1),
+        [stats.numel()],
+        [1],
+        [tile.BM],
+        NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1),
+    )
+    sums = made["sums"]
+    # Half a tile, as it lies.
+    sum_tiles = TensorDescriptor(
+        sums,
+        list(sums.shape),
+        [256, 1],
+        [16, 256],
+        NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2),
+    )
+    given = [
+        arguments,
+        _single(problem.scale * math.log2(math.e)),
+        _described(problem.query.permute(0, 2, 3, 1, 4), rows),
+        _described(grads[0].permute(0, 2, 3, 1, 4), rows),
+        _described(problem.key.transpose(1, 2), halves),
+        _described(problem.value.transpose(1, 2), halves),
+        stat_tiles,
+        sum_tiles,
+        *bounds,
+        made["order"],
+        made["key"],
+        made["value"],
+        made["broken"],
+        groups_at_once(problem, tile),
+        items,
+        form,
+    ]
+    return hopper_backward_kernel, (min(items, processors),), given, tile
+
+
+def groups_at_once(problem: Problem, tile: Any) -> int:
+    """How many groups take turns in the backward pass. Blocks of one group that begin at the same time wait for each other;
+    the queries and gradients of many groups do not fit in the L2."""
+    B, M, G, H, _ = problem.query.shape
+    if problem.lo is None:
+        found = -(-256 // (-(-M // tile.BM) * H))
+        least = 2
+    elif tile.BM == 128:  # heads of up to 64
+        found = least = 16
+    else:
+        found = 2**16 // (M * H)
+        least = max(4, 8 // H)
+    return min(max(found, least), 16, B * G)
+
+
+def backward_scratch(problem: Problem, tile: Any) -> dict[str, Tensor]:
+    """Memory for the backward pass, by name: sums of dq, who adds to them, and which gradients have a NaN."""
+    B, M, G, H, _ = problem.query.shape
+    N = problem.key.shape[1]
+    K = _padded(max(problem.query.shape[-1], problem.value.shape[-1]))
+    tiles, query = B * G * H * -(-M // tile.BM), problem.query
+    return {
+        "sums": query.new_empty((tiles * tile.BM * K // 256, 256), dtype=torch.float32),
+        "order": query.new_empty(1 + tiles, dtype=torch.int32),
+        "broken": query.new_empty(B * G * 2 * -(-N // tile.BN), dtype=torch.int32),
+    }
 
 
 def _single(x: float) -> float:

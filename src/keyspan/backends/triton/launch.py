@@ -24,6 +24,7 @@ from keyspan.backends.triton.backward_kernels import (
     table_kernel,
 )
 from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel
+from keyspan.backends.triton.hopper_ends_kernels import hopper_finish_kernel, hopper_stats_kernel
 from keyspan.backends.triton.primitives import STATS_PADDING, Arguments, Constants
 from keyspan.core import shims
 from keyspan.core.problem import Problem
@@ -206,6 +207,8 @@ def _backward(
     problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, needs: Needs, period: int = 0
 ) -> tuple[relaunch.Made, list[relaunch.Launched]]:
     """All tensors that the launches for the gradients fill, and the launches; takes what `_prepared` returns."""
+    if not period and hopper.backward_reason_against(problem, needs) is None:
+        return _hopper_backward(problem, out, lse, grad, grad_lse)
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
@@ -285,6 +288,46 @@ def _backward(
             (table_kernel, (slots, G * H),
              [arguments, *grads, stats, made["table"], _constants(problem, tile, 1, period)], tile)
         )  # fmt: skip
+    return made, _launched(query, launches)
+
+
+def _hopper_backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
+) -> tuple[relaunch.Made, list[relaunch.Launched]]:
+    """The same by the kernel for Hopper: the gradients of query, key and value."""
+    B, M, G, H, K = problem.query.shape
+    N, V = problem.value.shape[1], problem.value.shape[-1]
+    query, tile = problem.query, hopper.backward_tile(problem)
+    padded = triton.cdiv(M, STATS_PADDING.value) * STATS_PADDING.value
+    made = {
+        "stats": lse.new_empty((B, G, H, 2, padded)),
+        "query": query.new_empty((B, M, G, H, K)),
+        "key": query.new_empty((B, N, G, K)),
+        "value": query.new_empty((B, N, G, V)),
+        **hopper.backward_scratch(problem, tile),
+    }
+    arguments, grads = _arguments(problem), (grad, *grad.stride()[:4])
+    constants = _constants(problem, tile, 1)
+    tiles, blocks = triton.cdiv(M, tile.BM), triton.cdiv(N, tile.BN)
+    ends = config.TileConfig(tile.BM, tile.BN, 4, 1)
+    launches: list[Launch] = []
+    bounds: list[Any] = [None, 0, 0]
+    if problem.lo is not None:
+        S, entries, _ = problem.lo.shape
+        made["bounds"] = x = query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
+        bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
+        launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.TileConfig(0, 0, 1, 1)))
+    launches.append(
+        (hopper_stats_kernel, (tiles * H * G * B,),
+         [arguments, *grads, out, grad_lse, lse, made["stats"], made["order"], constants], ends)
+    )  # fmt: skip
+    processors = _processors(query.device)
+    launches.append(hopper.launch_backward(problem, arguments, tile, grads, made["stats"], bounds, made, processors))
+    launches.append(
+        (hopper_finish_kernel, (tiles * H * G * B + blocks * G * B,),
+         [arguments, *grads, made["stats"], made["sums"], made["order"], made["broken"], made["query"], made["key"],
+          made["value"], constants], ends)
+    )  # fmt: skip
     return made, _launched(query, launches)
 
 

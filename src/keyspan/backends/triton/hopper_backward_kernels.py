@@ -1,0 +1,486 @@
+"""Backward for Hopper (sm_90) in Gluon: all three gradients from five products for each tile of scores.
+
+A program takes one block of 128 keys of a group after another and visits the tiles of queries that see them, from the last
+to the first. Its warps have roles: the loader finds the tiles and fills a ring by TMA; two groups of four warps recompute the scores of 64 keys
+each, transposed, so that weights and score gradients leave the softmax as left operands of dv and dk, and multiply the
+score gradients of all 128 by the keys, each for half of dq; the adder adds that to dq.
+
+dq is summed in memory, in fp32, in a fixed order: the block of keys that comes n-th among those a tile sees adds n-th. A
+counter for each tile says who is next. Programs take their blocks in the same order from a ticket, and go from the last
+tile down: nobody waits for a program that has not begun, and under a causal mask or a window hardly for one that has.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from keyspan.backends.triton.hopper_kernels import FAR, ROWS, _get, _put, _range, tma_load
+
+# Triton 3.8 renames it.
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+# Once a thread; the tensor is a token.
+DONE = gl.constexpr("cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.b32 $0, $1;")
+READ = gl.constexpr("cp.async.bulk.wait_group.read 0; mov.b32 $0, $1;")
+ACQUIRE = gl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
+ORDERED = gl.constexpr("fence.proxy.async.global; mov.b32 $0, $1;")
+
+# Entries of a plan, of which there are two: the block's number, group and batch entry, and how many tiles it visits.
+BLOCK, GROUP, BATCH, COUNT, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4))
+# For each of the last VISITS tiles: its number among those of all heads, by how many blocks it is visited before, and
+# whether some row does not see all keys. The adder, which comes last, is never VISITS tiles behind the loader.
+VISIT, VISITS, TILE, RANK, PARTIAL, PLAN = map(gl.constexpr, (8, 8, 0, 1, 2, 64))
+
+
+class BackwardForm(NamedTuple):
+    """What a kernel is compiled for."""
+
+    BM: int
+    """Queries of a tile."""
+    K: int
+    """Both head dimensions padded to 64 or 128, then as they are."""
+    k_dim: int
+    v_dim: int
+    H: int
+    S: int
+    """Ranges per row; 0 where every key is visible."""
+    stages: int
+    """Tiles in the ring."""
+    registers: int
+    """Of a thread that computes, then of one that loads or adds."""
+    helper_registers: int
+
+
+@builtin
+def _tma_add(descriptor, at, source, _semantic=None):
+    """Adds a tile in shared memory to one in global memory."""
+    if hasattr(tma, "async_atomic_add"):  # Triton 3.7 and later
+        tma.async_atomic_add(descriptor, at, source, _semantic=_semantic)
+    else:
+        from triton._C.libtriton import ir
+
+        at = _semantic._convert_to_ir_values(at, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, source.handle)
+
+
+@gluon.jit
+def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles, sum_tiles, bounds,
+                           bounds_s, bounds_b, order, dk, dv, broken, heads_at_once, items, C: gl.constexpr):  # fmt: skip
+    """dk [B, N, G, K] and dv [B, N, G, V], contiguous, and unscaled sums of dq.
+
+    Grid: (programs). An item is a block of 2 · ROWS keys of one group.
+
+    Args:
+        stat_tiles: of the statistics, see `stats_pointer`, as one row.
+        sum_tiles: of dq in fp32 [B · G · H · tiles · 32, 256]: 16 rows are 64 × 64 elements in the order of registers, see
+            `_in_order`.
+        bounds: what `bounds_kernel` made for tiles of BM; None without ranges. Then its strides over ranges and batch.
+        order: int32 [1 + B · G · H · tiles], zeros: the ticket, and how many blocks have been added to each tile of dq.
+        broken: int32, an entry for each ROWS keys, padded to whole blocks: whether their gradients have a NaN.
+    """
+    STAGES: gl.constexpr = C.stages
+    dtype: gl.constexpr = query_tiles.dtype
+    queries = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, 1, C.BM, C.K], query_tiles.layout)
+    grads = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, 1, C.BM, C.K], grad_tiles.layout)
+    keys = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.K], key_tiles.layout)
+    values = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.K], value_tiles.layout)
+    score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, C.BM], dtype)
+    scores = gl.allocate_shared_memory(dtype, [4, ROWS, C.BM], score_layout)
+    sums = gl.allocate_shared_memory(gl.float32, [2, 16, 256], sum_tiles.layout)
+    stats = gl.allocate_shared_memory(gl.float32, [2 * C.stages, C.BM], stat_tiles.layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    masks = gl.allocate_shared_memory(gl.int32, [2 * C.stages, C.BM], plain)
+    plan = gl.allocate_shared_memory(gl.int32, [PLAN, 1], plain)
+    key_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    visit_full = gl.allocate_shared_memory(gl.int64, [VISITS, 1], mbarrier.MBarrierLayout())
+    plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    plan_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    query_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    query_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    grad_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    score_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    sum_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    sum_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(key_full.index(0), count=1)
+    mbarrier.init(value_full.index(0), count=1)
+    mbarrier.init(key_empty.index(0), count=2)
+    for n in gl.static_range(STAGES):
+        # The loader itself, and what it loads.
+        mbarrier.init(query_full.index(n), count=2)
+        mbarrier.init(query_empty.index(n), count=2)
+        mbarrier.init(grad_full.index(n), count=1)
+    for n in gl.static_range(2):
+        mbarrier.init(score_full.index(n), count=2)
+        mbarrier.init(plan_full.index(n), count=1)
+        mbarrier.init(plan_empty.index(n), count=3)
+    for n in gl.static_range(VISITS):
+        mbarrier.init(visit_full.index(n), count=1)
+    mbarrier.init(sum_full.index(0), count=2)
+    mbarrier.init(sum_empty.index(0), count=1)
+    rings = (
+        (queries, query_full, query_empty),
+        (grads, grad_full),
+        (scores, score_full),
+        (sums, sum_full, sum_empty),
+        (keys, values, key_full, value_full, key_empty),
+        (stats, masks),
+        (plan, plan_full, plan_empty, visit_full),
+    )
+    tiles = (query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles)
+    gl.warp_specialize(
+        [
+            (_keys, (a, score_scale, rings, dk, dv, broken, 0, C)),
+            (_keys, (a, score_scale, rings, dk, dv, broken, 1, C)),
+            (_loader, (a, tiles, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C)),
+            (_adder, (a, sum_tiles, rings, order, C)),
+        ],
+        [4, 1, 1],
+        [C.registers, C.helper_registers, C.helper_registers],
+    )
+
+
+@gluon.jit
+def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C: gl.constexpr):
+    """Takes a block of keys, finds the tiles that see some of them, and loads both."""
+    query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles = tiles
+    queries, query_full, query_empty = rings[0]
+    grads, grad_full = rings[1]
+    keys, values, key_full, value_full, key_empty = rings[4]
+    stats, masks = rings[5]
+    plan, plan_full, plan_empty, visit_full = rings[6]
+    BN: gl.constexpr = 2 * ROWS
+    lanes: gl.constexpr = gl.BlockedLayout([C.BM // 32], [32], [1], [0])
+    blocks = (a.N + BN - 1) // BN
+    row_tiles = (a.M + C.BM - 1) // C.BM
+    padded = (a.M + 127) // 128 * 128
+    item = gl.atomic_add(order, 1)
+    turn = 0
+    loaded = 0
+    t = 0
+    while item < items:
+        # Groups go through all their blocks `heads_at_once` at a time.
+        run = item // (heads_at_once * blocks)
+        inside = item - run * heads_at_once * blocks
+        groups = gl.minimum(heads_at_once, a.B * a.G - run * heads_at_once)
+        block = inside // groups
+        group = run * heads_at_once + inside % groups
+        g, b = group % a.G, group // a.G
+        n0 = block * BN
+        start0, stop0, count = _visible(a, bounds, bounds_s, bounds_b, 0, b, n0, C)
+        start1, stop1, start2, stop2 = start0, stop0, start0, stop0
+        if C.S > 1:
+            start1, stop1, found = _visible(a, bounds, bounds_s, bounds_b, 1, b, n0, C)
+            count += found
+        if C.S > 2:
+            start2, stop2, found = _visible(a, bounds, bounds_s, bounds_b, 2, b, n0, C)
+            count += found
+        slot = turn % 2
+        mbarrier.wait(plan_empty.index(slot), turn // 2 & 1 ^ 1)
+        _put((plan, slot * ENTRIES), BLOCK, block)
+        _put((plan, slot * ENTRIES), GROUP, g)
+        _put((plan, slot * ENTRIES), BATCH, b)
+        _put((plan, slot * ENTRIES), COUNT, count * C.H)
+        mbarrier.arrive(plan_full.index(slot), count=1)
+        missing = count > 0
+        for s in gl.static_range(max(C.S, 1)):
+            start, stop = start0, stop0
+            if s == 1:
+                start, stop = start1, stop1
+            if s == 2:
+                start, stop = start2, stop2
+            for x in range(stop - start):
+                tile = stop - 1 - x
+                seen, full, rank = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, tile, a, C)
+                if seen:
+                    i = tile * C.BM + gl.arange(0, C.BM, lanes)
+                    lo = i * 0
+                    width = lo
+                    if not full:
+                        # Rows behind the last have no weights whatever they see, see `hopper_stats_kernel`.
+                        lo, hi, _ = _range(a, s, b, gl.minimum(i, a.M - 1), C)
+                        width = gl.maximum(hi - lo, 0)
+                    # All heads of the group, before the next tile: blocks that end earlier wait for nobody.
+                    for h in range(C.H):
+                        stage = t % C.stages
+                        head = group * C.H + h
+                        at = (plan, VISIT + 4 * (t % VISITS))
+                        mbarrier.wait(query_empty.index(stage), t // C.stages & 1 ^ 1)
+                        _put(at, TILE, head * row_tiles + tile)
+                        _put(at, RANK, rank)
+                        _put(at, PARTIAL, 1 - full.to(gl.int32))
+                        mbarrier.arrive(visit_full.index(t % VISITS), count=1)
+                        masks.index(2 * stage).store(lo)
+                        masks.index(2 * stage + 1).store(width)
+                        mbarrier.expect(query_full.index(stage), query_tiles.block_type.nbytes + 8 * C.BM)
+                        tma_load(query_tiles, [b, g, h, tile * C.BM, 0], query_full.index(stage), queries.index(stage))
+                        stat = 2 * head * padded + tile * C.BM
+                        tma_load(stat_tiles, [stat], query_full.index(stage), stats.index(2 * stage))
+                        tma_load(stat_tiles, [stat + padded], query_full.index(stage), stats.index(2 * stage + 1))
+                        mbarrier.arrive(query_full.index(stage), count=1)
+                        mbarrier.expect(grad_full.index(stage), grad_tiles.block_type.nbytes)
+                        tma_load(grad_tiles, [b, g, h, tile * C.BM, 0], grad_full.index(stage), grads.index(stage))
+                        t += 1
+                        if missing:
+                            # Only now, for the keys of the block before are in use until its last product.
+                            mbarrier.wait(key_empty.index(0), loaded & 1 ^ 1)
+                            mbarrier.expect(key_full.index(0), 2 * key_tiles.block_type.nbytes)
+                            mbarrier.expect(value_full.index(0), 2 * value_tiles.block_type.nbytes)
+                            for n in gl.static_range(2):
+                                tma_load(key_tiles, [b, g, n0 + n * ROWS, 0], key_full.index(0), keys.index(n))
+                            for n in gl.static_range(2):
+                                tma_load(value_tiles, [b, g, n0 + n * ROWS, 0], value_full.index(0), values.index(n))
+                            missing = False
+                            loaded += 1
+        turn += 1
+        item = gl.atomic_add(order, 1)
+    slot = turn % 2
+    mbarrier.wait(plan_empty.index(slot), turn // 2 & 1 ^ 1)
+    _put((plan, slot * ENTRIES), COUNT, item * 0 - 1)
+    mbarrier.arrive(plan_full.index(slot), count=1)
+
+
+@gluon.jit
+def _visible(a, bounds, bounds_s, bounds_b, s: gl.constexpr, b, n0, C: gl.constexpr):
+    """The first tile that sees some of a block's keys, the last plus one, and how many do."""
+    tiles = (a.M + C.BM - 1) // C.BM
+    start = n0 * 0
+    stop = start + tiles
+    count = stop
+    if C.S > 0:
+        CHUNK: gl.constexpr = 256
+        at = bounds + s * bounds_s + b * bounds_b
+        start, stop, count = start + FAR, start, start
+        for chunk in range(0, tiles, CHUNK):
+            t = chunk + gl.arange(0, CHUNK, gl.BlockedLayout([CHUNK // 32], [32], [1], [0]))
+            first = gl.load(at + t, mask=t < tiles, other=FAR)
+            last = gl.load(at + 3 * tiles + t, mask=t < tiles, other=0)
+            seen = (first < n0 + 2 * ROWS) & (last > n0)
+            start = gl.minimum(start, gl.min(gl.where(seen, t, FAR), 0))
+            stop = gl.maximum(stop, gl.max(gl.where(seen, t + 1, 0), 0))
+            count += gl.sum(seen.to(gl.int32), 0)
+        start = gl.minimum(start, stop)
+    return start, stop, count
+
+
+@gluon.jit
+def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, tile, a, C: gl.constexpr):
+    """Whether a tile sees some of a block's keys, whether its rows see all, and how many blocks are added to it before."""
+    BN: gl.constexpr = 2 * ROWS
+    n0 = block * BN
+    seen = block >= 0
+    full = n0 + BN <= a.N
+    rank = block
+    if C.S > 0:
+        rank = block * 0
+        for other in gl.static_range(max(C.S, 1)):
+            at = bounds + other * bounds_s + b * bounds_b + tile
+            first = gl.load(at) // BN
+            behind = (gl.load(at + 3 * tiles) + BN - 1) // BN
+            rank += gl.maximum(gl.minimum(block, behind) - first, 0)
+            here = (first <= block) & (block < behind)
+            if other < s:
+                rank += here.to(gl.int32)
+            if other == s:
+                seen = here
+                full = (gl.load(at + tiles) <= n0) & (gl.load(at + 2 * tiles) >= n0 + BN)
+    return seen, full, rank
+
+
+@gluon.jit
+def _keys(a, score_scale, rings, dk, dv, broken, ME: gl.constexpr, C: gl.constexpr):
+    """dk and dv of one half of the block's keys, and what all its keys add to one half of dq: of the rows of a tile where
+    there are 128, else of the columns."""
+    queries, query_full, query_empty = rings[0]
+    grads, grad_full = rings[1]
+    scores, score_full = rings[2]
+    sums, sum_full, sum_empty = rings[3]
+    keys, values, key_full, value_full, key_empty = rings[4]
+    stats, masks = rings[5]
+    plan, plan_full, plan_empty, visit_full = rings[6]
+    dtype: gl.constexpr = queries.dtype
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
+    K_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.K, 16])
+    Q_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    by_query: gl.constexpr = gl.SliceLayout(0, S_L)
+    row: gl.constexpr = ME * 64 if C.BM > 64 else 0
+    column: gl.constexpr = 0 if C.BM > 64 else ME * 64
+    zero = gl.full([ROWS, C.BM], 0.0, gl.float32, S_L)
+    nothing = gl.full([64, 64], 0.0, gl.float32, Q_L)
+    filled = 0
+    turn = 0
+    loaded = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    count = _get((plan, 0), COUNT)
+    while count >= 0:
+        entry = (plan, turn % 2 * ENTRIES)
+        block, g, b = _get(entry, BLOCK), _get(entry, GROUP), _get(entry, BATCH)
+        first = (block * 2 + ME) * ROWS
+        j = gl.expand_dims(first + gl.arange(0, ROWS, gl.SliceLayout(1, S_L)), 1)
+        dk_acc = gl.full([ROWS, C.K], 0.0, gl.float32, K_L)
+        dv_acc = gl.full([ROWS, C.K], 0.0, gl.float32, K_L)
+        k = keys.index(ME).reshape([ROWS, C.K])
+        v = values.index(ME).reshape([ROWS, C.K])
+        if count > 0:
+            mbarrier.wait(key_full.index(0), loaded & 1)
+            stage = filled % C.stages
+            mbarrier.wait(query_full.index(stage), filled // C.stages & 1)
+            q = queries.index(stage).reshape([C.BM, C.K])
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(value_full.index(0), loaded & 1)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            for x in range(count):
+                t = filled + x
+                stage = t % C.stages
+                q = queries.index(stage).reshape([C.BM, C.K])
+                mbarrier.wait(grad_full.index(stage), t // C.stages & 1)
+                do = grads.index(stage).reshape([C.BM, C.K])
+                dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+                lse = gl.expand_dims(stats.index(2 * stage).load(by_query), 0)
+                p = gl.exp2(s * score_scale - lse)
+                if _get((plan, VISIT + 4 * (t % VISITS)), PARTIAL) != 0:
+                    # Below lo the difference wraps around and is larger than any width.
+                    lo = gl.expand_dims(masks.index(2 * stage).load(by_query), 0)
+                    width = gl.expand_dims(masks.index(2 * stage + 1).load(by_query), 0)
+                    p = gl.where((j - lo).to(gl.uint32, bitcast=True) < width.to(gl.uint32, bitcast=True), p, 0.0)
+                weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, K_L, 2))
+                dv_acc = warpgroup_mma(weights, do, dv_acc, is_async=True)
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+                delta = gl.expand_dims(stats.index(2 * stage + 1).load(by_query), 0)
+                ds = (p * (dp - delta)).to(dtype)
+                # Whoever is here has seen the last products of the step before the last, which read the same memory.
+                scores.index(t % 2 * 2 + ME).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(score_full.index(t % 2), count=1)
+                ds = gl.convert_layout(ds, gl.DotOperandLayout(0, K_L, 2))
+                dk_acc = warpgroup_mma(ds, q, dk_acc, is_async=True)
+                mbarrier.wait(score_full.index(t % 2), t // 2 & 1)
+                dq = nothing
+                for half in gl.static_range(2):
+                    left = scores.index(t % 2 * 2 + half).slice(row, 64, 1).permute((1, 0))
+                    right = keys.index(half).reshape([ROWS, C.K]).slice(column, 64, 1)
+                    dq = warpgroup_mma(left, right, dq, use_acc=half > 0, is_async=True)
+                # Products read left operands from registers until they are waited for.
+                dv_acc, weights, dk_acc, ds = warpgroup_mma_wait(2, deps=(dv_acc, weights, dk_acc, ds))
+                mbarrier.arrive(query_empty.index(stage), count=1)
+                # The next scores, of anything after the last tile.
+                stage = (t + 1) % C.stages
+                if x + 1 < count:
+                    mbarrier.wait(query_full.index(stage), (t + 1) // C.stages & 1)
+                q = queries.index(stage).reshape([C.BM, C.K])
+                s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                dq = warpgroup_mma_wait(1, deps=(dq,))
+                mbarrier.wait(sum_empty.index(0), t & 1 ^ 1)
+                sums.index(ME).store(_in_order(dq))
+                fence_async_shared()
+                mbarrier.arrive(sum_full.index(0), count=1)
+                s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(key_empty.index(0), count=1)
+            loaded += 1
+        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        _write(dk, dk_acc * a.scale, b, first, g, a, C.k_dim, C.K)
+        _write(dv, dv_acc, b, first, g, a, C.v_dim, C.K)
+        bad = gl.max(gl.max((dk_acc != dk_acc).to(gl.int32), 1), 0)
+        bad += gl.max(gl.max((dv_acc != dv_acc).to(gl.int32), 1), 0)
+        gl.store(broken + ((b * a.G + g) * ((a.N + 2 * ROWS - 1) // (2 * ROWS)) + block) * 2 + ME, bad)
+        filled += count
+        turn += 1
+        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        count = _get((plan, turn % 2 * ENTRIES), COUNT)
+
+
+@gluon.jit
+def _in_order(x):
+    """64 × 64 elements as [16, 256] in the order in which threads hold them, four by four: rows would conflict in the
+    banks of shared memory."""
+    # Warp, row + 8, row, columns by 8, pair of columns, column.
+    x = x.reshape([4, 2, 8, 8, 4, 2])
+    return gl.permute(x, [3, 0, 2, 4, 1, 5]).reshape([16, 256])
+
+
+@gluon.constexpr_function
+def _wide(D):
+    """The layout in which gradients [ROWS, D] are written: the four threads that hold 2 columns of 8 each have exchanged
+    theirs for 8 neighbours each."""
+    left = [[0, 32 << n] for n in range((D // 64).bit_length())]
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0], *left]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, D])
+
+
+@gluon.jit
+def _write(to, x, b, first, g, a, dim: gl.constexpr, D: gl.constexpr):
+    """Write gradients [ROWS, D] of keys first …"""
+    wide: gl.constexpr = _wide(D)
+    n = first + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+    columns = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, wide)), 0)
+    row = gl.expand_dims((b.to(gl.int64) * a.N + n) * a.G + g, 1)
+    x = gl.convert_layout(x.to(to.dtype.element_ty), wide)
+    gl.store(to + row * dim + columns, x, mask=gl.expand_dims(n < a.N, 1) & (columns < dim))
+
+
+@gluon.jit
+def _added(turn, token):
+    """How many blocks have been added, in every lane; not read until it is needed."""
+    address = (turn + token * 0).to(gl.uint64, bitcast=True)
+    return gl.inline_asm_elementwise(ACQUIRE, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _adder(a, sum_tiles, rings, order, C: gl.constexpr):
+    """Adds to dq in memory once it is the block's turn."""
+    sums, sum_full, sum_empty = rings[3]
+    plan, plan_full, plan_empty, visit_full = rings[6]
+    token = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    turns = order + 1
+    filled = 0
+    turn = 0
+    before = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    count = _get((plan, 0), COUNT)
+    while count >= 0:
+        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        for x in range(count):
+            t = filled + x
+            mbarrier.wait(visit_full.index(t % VISITS), t // VISITS & 1)
+            at = (plan, VISIT + 4 * (t % VISITS))
+            tile, rank = _get(at, TILE), _get(at, RANK)
+            # Asked while the last tile is still being added and this one is computed.
+            added = _added(turns + tile, token)
+            if t > 0:
+                token = gl.inline_asm_elementwise(DONE, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+                gl.thread_barrier()
+                gl.atomic_add(turns + before, 1, sem="release", scope="gpu")
+            while gl.max(added, 0) < rank:
+                added = _added(turns + tile, token)
+            mbarrier.wait(sum_full.index(0), t & 1)
+            token = gl.inline_asm_elementwise(ORDERED, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+            for n in gl.static_range(2):
+                if rank == 0:
+                    tma_store(sum_tiles, [tile * 32 + n * 16, 0], sums.index(n))
+                else:
+                    _tma_add(sum_tiles, [tile * 32 + n * 16, 0], sums.index(n))
+            token = gl.inline_asm_elementwise(READ, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+            gl.thread_barrier()
+            mbarrier.arrive(sum_empty.index(0), count=1)
+            before = tile
+        filled += count
+        turn += 1
+        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        count = _get((plan, turn % 2 * ENTRIES), COUNT)
+    if filled > 0:
+        token = gl.inline_asm_elementwise(DONE, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+        gl.thread_barrier()
+        gl.atomic_add(turns + before, 1, sem="release", scope="gpu")

@@ -1,0 +1,87 @@
+"""What comes before and after the backward kernel for Hopper: row statistics, and dq from its sums. Plain Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
+from keyspan.backends.triton.primitives import (
+    FRACTION_FREE,
+    INFINITY,
+    LOG2E,
+    Heads,
+    OutputGradient,
+    gradient_pointer,
+    stats_pointer,
+)
+
+
+@triton.jit
+def hopper_stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, order, C: tl.constexpr):
+    """Stats, see `stats_pointer`: lse in log₂; delta = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse.
+    Rows of a tile beyond the last one are as empty ones. Sets `order` to 0.
+
+    Grid: (tiles · H · G · B).
+    """
+    tiles = tl.cdiv(a.M, C.BM)
+    program = tl.program_id(0)
+    tile, head = program % tiles, program // tiles
+    i = tile * C.BM + tl.arange(0, C.BM)
+    there = i < a.M
+    heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
+    grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
+    columns = tl.arange(0, C.V)
+    mask = there[:, None] & (columns < C.v_dim)[None, :]
+    x = tl.load(gradient_pointer(grad, heads, i)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    row = (heads.b.to(tl.int64) * a.M + i) * (a.G * C.H) + heads.g * C.H + heads.h
+    x *= tl.load(out + row[:, None] * C.v_dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(x, 1)
+    stat = head.to(tl.int64) * a.M + i
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + stat, mask=there, other=0.0)
+    row_lse = tl.load(lse + stat, mask=there, other=-INFINITY) * LOG2E
+    # As in `load_lse`: all weights of such rows are 0.
+    row_lse = tl.where(tl.abs(row_lse) > FRACTION_FREE, INFINITY, row_lse)
+    at, padded = stats_pointer(a, stats, heads, C)
+    tl.store(at + i, row_lse)
+    tl.store(at + padded + i, delta)
+    tl.store(order + 1 + program, 0)
+    if program == 0:
+        tl.store(order, 0)
+
+
+@triton.jit
+def hopper_finish_kernel(
+    a, grad, grad_b, grad_m, grad_g, grad_h, stats, sums, order, broken, dq, dk, dv, C: tl.constexpr
+):
+    """dq [B, M, G, H, K] from its sums; repairs gradients that have a NaN, see `nan_repair`.
+
+    Grid: (tiles · H · G · B + key blocks · G · B).
+    """
+    tiles, blocks = tl.cdiv(a.M, C.BM), tl.cdiv(a.N, C.BN)
+    program, count = tl.program_id(0), tiles * C.H * a.G * a.B
+    grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
+    if program < count:
+        tile, head = program % tiles, program // tiles
+        heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
+        r, columns = tl.arange(0, C.BM), tl.arange(0, C.K)
+        # Half tiles of 64 × 64, see `_in_order`: 4 warps of 16 rows, in each of which 4 threads share a row and that + 8.
+        half = (r // 64)[:, None] + (columns // 64)[None, :]
+        in_row = (r % 64 // 16 * 128 + r % 8 * 16 + r % 16 // 8 * 2)[:, None]
+        in_column = (columns % 64 // 8 * 512 + columns % 8 // 2 * 4 + columns % 2)[None, :]
+        at = program.to(tl.int64) * 8192 + half * 4096 + in_row + in_column
+        # Nothing was added for rows that see no key.
+        x = tl.load(sums + at, mask=(tl.load(order + 1 + program) + r * 0 > 0)[:, None], other=0.0)
+        i = tile * C.BM + r
+        row = (heads.b.to(tl.int64) * a.M + i) * (a.G * C.H) + heads.g * C.H + heads.h
+        tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (x * a.scale).to(dq.dtype.element_ty),
+                 mask=(i < a.M)[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
+        if has_nan(x):
+            tl.debug_barrier()
+            repair_queries(a, grad, stats, dq, None, None, heads, tile, C)
+    else:
+        block = program - count
+        if tl.load(broken + 2 * block) + tl.load(broken + 2 * block + 1) > 0:
+            g, b = block // blocks % a.G, block // blocks // a.G
+            repair_keys(a, grad, stats, dk, dv, b, g, block % blocks * C.BN, C)
