@@ -210,6 +210,19 @@ def test_hidden_nan_and_infinity_do_not_reach_a_row():
     assert torch.isnan(got[:, 20:30]).all()
 
 
+def test_hidden_nan_does_not_reach_a_row_with_a_table_and_a_sink():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 2, 16).bfloat16() for _ in "qkv")
+    mask = keyspan.Documents([10, 23, 37], [0, 33, 37]) & keyspan.Causal()  # the first has no keys
+    terms = {"bias": keyspan.RelativeBias(torch.randn(2, 9)), "sinks": torch.tensor([0.3, -torch.inf])}
+    v[:, 50] = torch.nan
+    with torch.no_grad():
+        got = keyspan.attention(q, k, v, mask=mask, backend="triton", **terms)
+    want = keyspan.attention(q.double(), k.double(), v.double(), mask=mask, backend="reference", **terms)
+    assert worst(got.double(), want) < 0.05
+    assert torch.isnan(got).any()
+
+
 def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(1, 150, 2, 64).bfloat16() for _ in "qkvg")
@@ -385,7 +398,7 @@ def test_compiles_for_sm_90():
         assert kernel["shared"] <= 227 * 1024, name
         plain = kernel["kind"] in ("full", "causal")
         # What a branch needs that few tiles take: the next range, scores near the diagonal.
-        limit = {64: 4, 128: 0 if plain else 12, 256: 6 if plain else 40}[kernel["head_dim"]]
+        limit = {64: 4, 128: 0 if plain else 12, 256: 6 if plain else 48}[kernel["head_dim"]]
         if kernel in backward:
             # In the loops of both halves of the keys: two accumulators, scores and their gradients take 192 registers of 240.
             limit = 120

@@ -157,8 +157,9 @@ def launch(
     form = Form(
         tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, simple, problem.softcap > 0, consumers, tile.stages, *registers
     )
-    score = problem.scale / problem.softcap if problem.softcap else problem.scale * math.log2(math.e)
-    scales = Scales(*map(_single, (score, problem.softcap * math.log2(math.e))))
+    unit = math.log2(math.e) if problem.table is None else 1
+    score = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
+    scales = Scales(*map(_single, (score, problem.softcap * unit)))
     heads = B * G * H
     cached = _CACHED_KEYS * (4 if S > 0 and N >= _MANY_KEYS and max(K, V) <= 128 else 1)
     at_once = min(heads, max(1, cached * H // max(1, N * (K + V) * 2)))

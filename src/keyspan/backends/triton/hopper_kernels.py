@@ -58,12 +58,13 @@ class Form(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Of scores, which are in log₂."""
+    """Of scores, which are in log₂; with a relative table in natural units: −3.4 · 10³⁸, a common entry for hidden keys,
+    overflows in log₂."""
 
     score: float
-    """scale · log₂e, or scale / softcap where there is a softcap."""
+    """scale in that unit, or scale / softcap where there is a softcap."""
     cap: float
-    """softcap · log₂e."""
+    """softcap in that unit."""
 
 
 @gluon.jit
@@ -154,10 +155,12 @@ def _place(a, item, heads_at_once, C: gl.constexpr):
 
 
 @gluon.jit
-def _term(pointer):
-    """Terms of a score, as they are stored, in log₂; finite ones stay finite."""
+def _term(a, pointer):
+    """Terms of a score, as they are stored, in the unit of scores; finite ones stay finite."""
     x = gl.load(pointer).to(gl.float32)
-    return gl.where(gl.abs(x) < INFINITY, gl.minimum(gl.maximum(x * LOG2E, -LARGEST), LARGEST), x)
+    if a.table is None:
+        x = gl.where(gl.abs(x) < INFINITY, gl.minimum(gl.maximum(x * LOG2E, -LARGEST), LARGEST), x)
+    return x
 
 
 @gluon.jit
@@ -349,11 +352,11 @@ def _position_terms(a, b, g, h):
     first = 0.0
     last = 0.0
     if a.slopes is not None:
-        slope = _term(a.slopes + b * a.slopes_b + g * a.slopes_g + h * a.slopes_h)
+        slope = _term(a, a.slopes + b * a.slopes_b + g * a.slopes_g + h * a.slopes_h)
     if a.table is not None:
         table = a.table + g * a.table_g + h * a.table_h
-        first = _term(table)
-        last = _term(table + 2 * a.reach)
+        first = _term(a, table)
+        last = _term(a, table + 2 * a.reach)
     return slope, first, last
 
 
@@ -364,7 +367,7 @@ def _near(s, a, g, h, slope, distance):
         s -= slope * gl.abs(distance).to(gl.float32)
     if a.table is not None:
         entry = gl.minimum(gl.maximum(distance, -a.reach), a.reach) + a.reach
-        s += _term(a.table + g * a.table_g + h * a.table_h + entry)
+        s += _term(a, a.table + g * a.table_g + h * a.table_h + entry)
     return s
 
 
@@ -411,13 +414,19 @@ def _masked(s, j, lo, hi):
 
 
 @gluon.jit
-def _weights(s, unit, shift, m, l):
+def _exponential(a, x):
+    """2 to a difference of scores in log₂, or e to one of natural scores."""
+    return gl.exp2(x) if a.table is None else gl.exp2(x * LOG2E)
+
+
+@gluon.jit
+def _weights(a, s, unit, shift, m, l):
     """The online softmax: weights, by what earlier ones shrink, and the new largest score and sum."""
     highest = gl.maximum(m, gl.max(s, 1) * unit + shift)
     # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
     pivot = gl.where(highest == -INFINITY, 0.0, highest)
-    p = gl.exp2(s * unit - gl.expand_dims(pivot - shift, 1))
-    shrink = gl.exp2(m - pivot)
+    p = _exponential(a, s * unit - gl.expand_dims(pivot - shift, 1))
+    shrink = _exponential(a, m - pivot)
     return p, shrink, highest, l * shrink + gl.sum(p, 1)
 
 
@@ -462,7 +471,7 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
         acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
         if a.sinks is not None:
             # A sink is one more key, with this score and a value of zero.
-            m = gl.full([ROWS], 0.0, gl.float32, by_row) + _term(a.sinks + g * a.sinks_g + h * a.sinks_h)
+            m = gl.full([ROWS], 0.0, gl.float32, by_row) + _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
             l = gl.where(m > -INFINITY, 1.0, 0.0)
         if count > 0:
             blocks = _blocks(plan, C)
@@ -474,7 +483,7 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
                 if C.S > 1:
                     bounds = _range_at(a, plan, b, i, t, bounds, ME, C)
                 s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, _key(blocks, t, C), S_L, C)
-                p, shrink, m, l = _weights(s, unit, shift, m, l)
+                p, shrink, m, l = _weights(a, s, unit, shift, m, l)
                 acc = acc * gl.expand_dims(gl.convert_layout(shrink, out_row), 1)
                 weights = gl.convert_layout(p.to(dtype), P_L)
                 stage = (filled + t) % C.stages
@@ -497,7 +506,8 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
         share = gl.where(l != l, l, share)
         acc = acc * gl.expand_dims(gl.convert_layout(share, out_row), 1)
         stat = (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
-        gl.store(lse + stat, gl.where(l == 0, -INFINITY, (m + gl.log2(l)) * LN2), mask=valid)
+        natural = (m + gl.log2(l)) * LN2 if a.table is None else m + gl.log2(l) * LN2
+        gl.store(lse + stat, gl.where(l == 0, -INFINITY, natural), mask=valid)
         i, valid = _rows(a, row + ME * ROWS, out_row)
         at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
         columns = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, O_L)), 0)
@@ -529,9 +539,17 @@ def _repair(a, scales, out, lse, row, h, g, b, C: gl.constexpr):
     slope, _, _ = _position_terms(a, b, g, h)
     for i in range(row, gl.minimum(row + ROWS, a.M)):
         q = gl.load(query + i.to(gl.int64) * a.q_m + columns, mask=columns < C.k_dim, other=0.0).to(gl.float32)
-        lse2 = gl.load(lse + (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i) * LOG2E
-        # Empty rows, and those hidden by a bias of −10⁹, say, whose lse has no fractions: their weights are 0.
-        lse2 = gl.where(gl.abs(lse2) > FRACTION_FREE, INFINITY, lse2)
+        row_lse = gl.load(lse + (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i)
+        if a.table is None:
+            # Empty rows, and those whose lse has no fractions: their weights are 0.
+            row_lse *= LOG2E
+            row_lse = gl.where(gl.abs(row_lse) > FRACTION_FREE, INFINITY, row_lse)
+        else:
+            row_lse = gl.where(row_lse == -INFINITY, INFINITY, row_lse)
+        # With a table weights sum to 1 only up to what rounding took from an lse of −10⁹, say, see `RowStats`.
+        total = (i * 0).to(gl.float32)
+        if (a.table is not None) and (a.sinks is not None):
+            total = _exponential(a, _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h) - row_lse)
         acc = gl.full([C.V], 0.0, gl.float32, gl.SliceLayout(0, tile))
         for s in gl.static_range(max(C.S, 1)):
             lo, hi, diagonal = _range(a, s, b, i, C)
@@ -543,11 +561,18 @@ def _repair(a, scales, out, lse, row, h, g, b, C: gl.constexpr):
                 score = _capped(gl.sum(q * x.to(gl.float32), 1), scales, C)
                 if C.simple:
                     score *= scales.score
-                p = gl.exp2(_near(score, a, g, h, slope, j - diagonal) - lse2)
+                score = _near(score, a, g, h, slope, j - diagonal) - row_lse
+                if a.table is not None:
+                    score = gl.where(score > 0, 0.0, score)
+                p = _exponential(a, score)
+                if a.table is not None:
+                    total += gl.sum(gl.where(j < hi, p, 0.0), 0)
                 x = gl.load(
                     value + rows.to(gl.int64) * a.v_n + columns_v, mask=there & (columns_v < C.v_dim), other=0.0
                 )
                 acc += gl.sum(gl.where(there, x.to(gl.float32) * gl.expand_dims(p, 1), 0.0), 0)
+        if a.table is not None:
+            acc /= gl.where(total == 0, 1.0, total)
         at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
         to = out + at * C.v_dim + gl.arange(0, C.V, gl.SliceLayout(0, tile))
         gl.store(to, acc.to(out.dtype.element_ty), mask=gl.arange(0, C.V, gl.SliceLayout(0, tile)) < C.v_dim)
