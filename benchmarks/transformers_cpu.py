@@ -19,7 +19,7 @@ from torch import Tensor, nn
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import transformers as hf
 
-from keyspan.interop.transformers import GrowingCache, register, unpadded
+from keyspan.interop.transformers import GrowingCache, register, replace_linears, unpadded
 
 V = 4096
 LENGTHS = (512, 410, 300, 205, 100, 60, 40, 20)
@@ -40,7 +40,7 @@ def llama() -> nn.Module:
 
 
 def by_implementation(build: Callable[[], nn.Module], dtype: torch.dtype, ways: list[str]) -> dict[str, nn.Module]:
-    """The same weights once for each way."""
+    """The same weights once for each way; `linears` is `keyspan` after `replace_linears`."""
     models: dict[str, nn.Module] = {}
     for way in ways:
         model = build().to(dtype).eval()
@@ -49,7 +49,9 @@ def by_implementation(build: Callable[[], nn.Module], dtype: torch.dtype, ways: 
         if way == "unpadded":
             unpadded(model)
         else:
-            model.set_attn_implementation(way)  # type: ignore[operator]
+            model.set_attn_implementation("keyspan" if way == "linears" else way)  # type: ignore[operator]
+        if way == "linears":
+            replace_linears(model)
         models[way] = model
     return models
 
@@ -94,9 +96,8 @@ def batches(decoder: bool) -> dict[str, dict[str, Tensor]]:
 NO_CACHE = {"use_cache": False}
 
 
-def decoding(model: nn.Module, way: str, cache: str) -> Callable[[], object]:
+def decoding(model: nn.Module, cache: str) -> Callable[[], object]:
     """One token more for each of 4 sequences, again and again."""
-    model.set_attn_implementation(way)  # type: ignore[operator]
     prompt = torch.randint(3, V, (4, CACHED))
     steps = 64
     past: hf.Cache
@@ -116,7 +117,8 @@ def decoding(model: nn.Module, way: str, cache: str) -> Callable[[], object]:
 
 def line(*names: str, times: dict[str, float]) -> None:
     ratios = {name: f"{times['sdpa'] / t:.2f}x" for name, t in times.items() if name != "sdpa"}
-    cells = [*names, f"{times['sdpa'] * 1e3:.1f}", ratios.get("keyspan", "-"), ratios.get("unpadded", "-")]
+    ways = [ratios.get(way, "-") for way in ("keyspan", "unpadded", "linears")]
+    cells = [*names, f"{times['sdpa'] * 1e3:.1f}", *ways]
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -128,7 +130,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     register()
-    print("| model | dtype | batch | pass | sdpa, CPU ms | keyspan | unpadded |\n|---|---|---|---|--:|--:|--:|")
+    print("| model | dtype | batch | pass | sdpa, CPU ms | keyspan | unpadded | linears |")
+    print("|---|---|---|---|--:|--:|--:|--:|")
     for name, build in (("BERT", bert), ("Llama", llama)):
         for dtype in (torch.float32, torch.bfloat16):
             for batch, inputs in batches(name == "Llama").items():
@@ -139,10 +142,10 @@ def main() -> None:
                     line(name, str(dtype)[6:], batch, label, times=seconds(calls, options.repeats))
     for dtype in (torch.float32, torch.bfloat16):
         for cache in ("dynamic", "growing", "static"):
-            models = by_implementation(llama, dtype, ["sdpa", "keyspan"])
+            models = by_implementation(llama, dtype, ["sdpa", "keyspan", "linears"])
             # transformers' own has no growing cache: its dynamic one is what is used.
             calls = {
-                way: decoding(model, way, "dynamic" if (way, cache) == ("sdpa", "growing") else cache)
+                way: decoding(model, "dynamic" if (way, cache) == ("sdpa", "growing") else cache)
                 for way, model in models.items()
             }
             label = f"4 x {CACHED} cached, {cache} cache"

@@ -151,6 +151,38 @@ class TestGeneration:
         assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
+class TestLinears:
+    @pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5"])
+    def test_output_and_gradients(self, name):
+        model, inputs = build(name), batch(name)
+        want = run(name, model, "eager", inputs)
+        state, heard = list(model.state_dict()), []
+        model.get_submodule(next(n for n, m in model.named_modules() if type(m) is torch.nn.Linear)) \
+            .register_forward_hook(lambda *_: heard.append(1))  # fmt: skip
+        assert door.replace_linears(model) is model
+        assert not any(type(m) is torch.nn.Linear for m in model.modules())
+        close(run(name, model, "keyspan", inputs), want)
+        assert heard
+        assert list(model.state_dict()) == state
+
+    def test_subclasses_are_left_alone(self):
+        class Quantized(torch.nn.Linear):
+            pass
+
+        assert type(door.replace_linears(torch.nn.Sequential(Quantized(2, 2)))[0]) is Quantized
+
+    def test_bf16_is_as_exact_as_torch(self):
+        model, inputs = build("llama"), batch("llama")
+        exact, _ = run("llama", model, "keyspan", inputs, backward=False)
+        model.bfloat16()
+        errors = []
+        for _ in range(2):
+            out, _ = run("llama", model, "keyspan", inputs, backward=False)
+            errors.append(float((out.float() - exact).square().mean().sqrt()))
+            door.replace_linears(model)
+        assert errors[1] <= 1.5 * errors[0]
+
+
 class TestGrowingCache:
     def caches(self, config=None):
         return door.GrowingCache(config), hf.DynamicCache(config=config)

@@ -27,6 +27,7 @@ from keyspan.core.masks import Causal, Documents, Mask, Window
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention
 from keyspan.interop.torch import runs
+from keyspan.layers.gemm import Linear
 
 NAME = "keyspan"
 _UNPADDED = "_keyspan_unpadded"
@@ -454,6 +455,28 @@ def _document_starts(position_ids: Tensor) -> Tensor | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Linear layers
+
+
+def replace_linears(model: Model) -> Model:
+    """Let Keyspan's native library multiply in a model's linear layers, on a CPU; results are equal but for rounding.
+
+    Every `nn.Linear` (no subclass of it) becomes a `keyspan.layers.Linear`, which has the same parameters, state dict
+    and hooks. Inference and training. On other devices, and while torch's compiler traces, nothing changes.
+
+    Args:
+        model: any module; it is changed.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear  # its hooks and whoever holds it stay as they are
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A key-value cache that grows in place
 
 
@@ -548,7 +571,7 @@ def unpadded(model: Model) -> Model:
 
     Args:
         model: a model of transformers, or a module that holds some (sentence-transformers). It is changed: attention is
-            set to `"keyspan"`, and hooks are put on its layers.
+            set to `"keyspan"`, hooks are put on its layers, and their linear layers are those of `replace_linears`.
 
     Returns:
         The same model.
@@ -572,6 +595,7 @@ def unpadded(model: Model) -> Model:
     for stack in stacks:
         if hasattr(stack[0], _UNPADDED):
             continue
+        replace_linears(stack)
         for layer in stack:
             setattr(layer, _UNPADDED, True)
             layer.register_forward_pre_hook(_pack_all if layer is stack[0] else _pack_rest, with_kwargs=True)
