@@ -1,7 +1,8 @@
 """`keyspan bench inference`: a trace of mixed requests through the engine, beside what a user would run instead.
 
 Every provider has the same weights and answers greedily. Requests share a beginning, as those of a chat do; prompts and
-answers are short and long. All are there at the start.
+answers are short and long. All are there at the start. Peers that need packages of their own run in a Python
+environment of their own (`inference_peers.py`), which an option names.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import json
 import math
 import os
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -23,12 +26,14 @@ from typing import Any
 
 import torch
 
-from keyspan.bench.report import machine
+from keyspan.bench.measure import yardstick
+from keyspan.bench.report import Report, machine
 from keyspan.files import write_file
 from keyspan.inference.engine import Engine
 from keyspan.inference.sampling import Sampling
 from keyspan.info import find_device
 from keyspan.models import GPT, GPTConfig, load, save
+from keyspan.models.checkpoints import read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {
@@ -48,7 +53,7 @@ class Bench:
     """Throughput and latency of mixed requests, beside transformers."""
 
     model: Path | None = None
-    """A folder in Hugging Face's format. Default: random weights of `shape`."""
+    """A folder in Hugging Face's format, or a .gguf file. Default: random weights of `shape`."""
     shape: str = "smollm2-135m"
     """tiny, smollm2-135m or llama-1b."""
     dtype: str = "bf16"
@@ -67,6 +72,9 @@ class Bench:
     """How often the trace is run by each provider, in turns; medians count."""
     providers: tuple[str, ...] = ()
     """By name; none: all that run here."""
+    peers: tuple[str, ...] = ()
+    """Peers in Python environments of their own, openvino=PYTHON or vllm=PYTHON; `,FOLDER` behind it where one reads
+    another form of the model (`optimum-cli export openvino`)."""
     device: str = "cpu"
     """auto (an accelerator where there is one, else the CPU), or a torch device."""
     out: Path = field(default_factory=lambda: Path("runs/bench-inference"))
@@ -106,6 +114,9 @@ class Row:
     between_p95: float | None = None
     single: float | None = None
     """Tokens a second of one request alone."""
+    memory_share: float | None = None
+    """Of one request alone: bytes of weights that a token reads, over the time, as a share of what a sum over 256 MiB
+    reads in a second."""
     same: float | None = None
     """Share of the requests answered with the tokens of the first provider."""
     note: str = ""
@@ -114,15 +125,16 @@ class Row:
 Run = Callable[[Sequence[Request]], Served]
 
 
-def trace(options: Bench, vocabulary: int) -> list[Request]:
-    """The requests, the same for all."""
-    source = random.Random(0)
+def trace(options: Bench, vocabulary: int, repeat: int = 0) -> list[Request]:
+    """The requests, the same for all providers. Each repeat has the lengths of the first and tokens of its own, so that
+    nobody finds them in a cache."""
+    source, tokens = random.Random(0), random.Random(repeat)
 
     def between(low: int, high: int) -> int:
         return min(high, max(low, round(source.lognormvariate(0, 0.8) * (low + high) / 6)))
 
     def draw(count: int) -> list[int]:
-        return [source.randrange(3, vocabulary) for _ in range(count)]
+        return [tokens.randrange(3, vocabulary) for _ in range(count)]
 
     start = draw(options.prefix)
     return [
@@ -130,12 +142,14 @@ def trace(options: Bench, vocabulary: int) -> list[Request]:
     ]
 
 
-def make_keyspan(folder: Path, options: Bench, device: torch.device, **engine: Any) -> Run:
+def make_keyspan(folder: Path, options: Bench, device: torch.device, int8: bool = False) -> Run:
     """The engine; a new one for each trace, so that no trace finds the pages of the one before."""
     model = load(folder, DTYPES[options.dtype], device)
+    if device.type == "cpu":
+        model.pack(int8)
 
     def run(requests: Sequence[Request]) -> Served:
-        made = Engine(model, memory=2**30 if device.type == "cpu" else 2**33, **engine)
+        made = Engine(model, memory=2**28 if device.type == "cpu" else 2**33)
         begin = time.perf_counter()
         ids = [made.add(x.prompt, Sampling(max_tokens=x.tokens)) for x in requests]
         tokens: dict[str, list[int]] = {id: [] for id in ids}
@@ -188,11 +202,98 @@ def make_transformers(folder: Path, options: Bench, device: torch.device) -> Run
     return run
 
 
-PROVIDERS: dict[str, Callable[[Path, Bench, torch.device], Run]] = {
+def make_continuous(folder: Path, options: Bench, device: torch.device) -> Run:
+    """transformers' continuous batching."""
+    transformers: Any = import_module("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).to(device).eval()
+    config = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    batching = transformers.ContinuousBatchingConfig(num_blocks=512, max_batch_tokens=512)
+    manager = model.init_continuous_batching(config, batching)
+    manager.start()
+
+    def run(requests: Sequence[Request]) -> Served:
+        begin = time.perf_counter()
+        ids = [manager.add_request(x.prompt, max_new_tokens=x.tokens, record_timestamps=True) for x in requests]
+        found: dict[str, Any] = {}
+        while len(found) < len(ids):
+            result = manager.get_result(timeout=60)
+            if result is None:
+                raise RuntimeError(str(manager.background_thread_status.fatal_error or "no result came in 60 s"))
+            found[result.request_id] = result
+        seconds = time.perf_counter() - begin
+        results = [found[id] for id in ids]
+        times = [[at - begin for at in x.timestamps] for x in results]
+        return Served([list(x.generated_tokens) for x in results], times, seconds)
+
+    return run
+
+
+class Peer:
+    """A peer in another Python environment: a process that loads the model once and answers traces."""
+
+    def __init__(self, kind: str, python: str, own: str, folder: Path, options: Bench, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise ValueError("peers of other environments run on the CPU")
+        script = Path(__file__).with_name("inference_peers.py")
+        words = [python, str(script), kind, own or str(folder), options.dtype, str(torch.get_num_threads())]
+        # Without our own packages.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def __call__(self, requests: Sequence[Request]) -> Served:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            print(json.dumps([(x.prompt, x.tokens) for x in requests]), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            said = process.communicate()[1].strip().splitlines()
+            raise RuntimeError(said[-1] if said else f"it ended with code {process.returncode}")
+        return Served(**json.loads(line))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+Maker = Callable[[Path, Bench, torch.device], Run]
+PROVIDERS: dict[str, Maker] = {
     "keyspan": make_keyspan,
+    "keyspan, int8 weights": partial(make_keyspan, int8=True),
     "transformers, padded": make_transformers,
+    "transformers, continuous": make_continuous,
 }
 """By name."""
+PEERS = ("openvino", "vllm")
+"""Those of `inference_peers.py`."""
+
+
+def providers(options: Bench, device: torch.device) -> dict[str, Maker | None]:
+    """Whom to run, by name; None for a peer that is not installed."""
+    found: dict[str, Maker | None] = dict(PROVIDERS)
+    if device.type != "cpu":
+        del found["keyspan, int8 weights"]
+    given = {}
+    for peer in options.peers:
+        kind, _, where = peer.partition("=")
+        python, _, own = where.partition(",")
+        if kind not in PEERS or not Path(python).is_file():
+            raise ValueError(f"peers: got {peer!r}, want KIND=PYTHON[,FOLDER] with a kind of {', '.join(PEERS)}")
+        given[kind] = partial(Peer, kind, python, own)
+    found |= {kind: given.get(kind) for kind in PEERS}
+    for name in options.providers:
+        if name not in found:
+            raise ValueError(f"providers: got {name!r}, want some of {'; '.join(found)}")
+    if options.providers:
+        return {name: found[name] for name in options.providers}
+    here = find_spec("transformers") is not None
+    return {name: make if here or not name.startswith("transformers") else None for name, make in found.items()}
 
 
 def main(options: Bench) -> list[Row]:
@@ -201,48 +302,58 @@ def main(options: Bench) -> list[Row]:
         raise ValueError(f"shape: got {options.shape!r}, want one of {', '.join(SHAPES)}")
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype: got {options.dtype!r}, want one of {', '.join(DTYPES)}")
-    for name in options.providers:
-        if name not in PROVIDERS:
-            raise ValueError(f"providers: got {name!r}, want some of {'; '.join(PROVIDERS)}")
     for name in ("requests", "batch", "repeats", "answer", "longest"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}: got {getattr(options, name)}, want at least 1")
     device = find_device(options.device)
-    names = list(options.providers) or [
-        name for name in PROVIDERS if name == "keyspan" or find_spec(name.partition(",")[0]) is not None
-    ]
+    makers = providers(options, device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or Path(scratch)
         if options.model is None:
             torch.manual_seed(0)
             save(GPT(SHAPES[options.shape]), folder)
+        elif folder.suffix == ".gguf":
+            save(load(folder), Path(scratch))
+            folder = Path(scratch)
         vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         requests = trace(options, vocabulary)
-        print(
+        report = Report(options.out, machine(device))
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.tell(
+            "trace",
             f"{options.model or options.shape}, {options.dtype}, {device}: {len(requests)} requests, "
-            f"{sum(len(x.prompt) for x in requests)} prompt tokens, {sum(x.tokens for x in requests)} to answer"
+            f"{sum(len(x.prompt) for x in requests)} prompt tokens, {sum(x.tokens for x in requests)} to answer",
+            options={k: str(v) for k, v in vars(options).items()},
         )
-        rows = measure(names, folder, requests, options, device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"machine": machine(device), "options": {k: str(v) for k, v in vars(options).items()}}
-    found["rows"] = [asdict(row) for row in rows]
-    write_file(options.out / "results.json", json.dumps(found, indent=1).encode())
-    write_file(options.out / "results.md", f"{table(rows)}\n".encode())
-    print(f"\n{table(rows)}\n\nwritten: {options.out}")
+        repeats = [trace(options, vocabulary, n) for n in range(options.repeats)]
+        rows = measure(makers, folder, repeats, options, device)
+    for row in rows:
+        report.sections.setdefault("inference", []).append(asdict(row))
+    report.write()
+    text = table(rows)
+    write_file(options.out / "results.md", f"{report.sections['trace'][0]['text']}\n\n{text}\n".encode())
+    print(f"\n{text}\n\nwritten: {options.out}")
     return rows
 
 
 def measure(
-    names: Sequence[str], folder: Path, requests: Sequence[Request], options: Bench, device: torch.device
+    makers: dict[str, Maker | None],
+    folder: Path,
+    repeats: Sequence[Sequence[Request]],
+    options: Bench,
+    device: torch.device,
 ) -> list[Row]:
     """Each provider runs a few tokens first; then all run the trace, and one request alone, in turns."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    alone = [Request(requests[0].prompt, max(2, options.answer))]
-    rows, runs = [Row(name) for name in names], {}
+    rows, runs = [Row(name) for name in makers], {}
     for row in rows:
+        make = makers[row.provider]
+        if make is None:
+            row.note = "not installed here"
+            continue
         try:
-            run = PROVIDERS[row.provider](folder, options, device)
-            run([Request(x.prompt[:8], 2) for x in requests[:2]])
+            run = make(folder, options, device)
+            run([Request(x.prompt[-8:], 2) for x in repeats[0][:2]])
         except Exception as error:  # a provider that fails here is a result
             row.note = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
             print(f"{row.provider}: {row.note}", flush=True)
@@ -250,13 +361,20 @@ def measure(
             runs[row.provider] = run
     served: dict[str, list[Served]] = {name: [] for name in runs}
     single: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.repeats):
+    reads: list[float] = []
+    for requests in repeats:
         for name, run in runs.items():
             served[name].append(run(requests))
-            found = run(alone)
+            found = run([Request(requests[-1].prompt[-32:], max(2, options.answer))])
             times = found.times[0]
             single[name].append((len(times) - 1) / (times[-1] - times[0]))
+        if device.type == "cpu":
+            reads.append(_read_rate())
+    for run in runs.values():
+        if isinstance(run, Peer):
+            run.close()
     want = served[next(iter(runs))][0].tokens if runs else []
+    size = _weight_bytes(folder, DTYPES[options.dtype])
     for row in rows:
         if row.provider not in runs:
             continue
@@ -267,8 +385,29 @@ def measure(
         row.first_p50, row.first_p95 = (median(quantile(x, q) for x in first) for q in (0.5, 0.95))
         row.between_p50, row.between_p95 = (median(quantile(x, q) for x in between) for q in (0.5, 0.95))
         row.single = median(single[row.provider])
+        if reads and "int8" not in row.provider:
+            row.memory_share = row.single * size / median(reads)
         row.same = sum(a == b for a, b in zip(mine[0].tokens, want, strict=True)) / len(want)
     return rows
+
+
+def _read_rate() -> float:
+    """Bytes a second of a sum over 256 MiB, the best of five."""
+    stick = yardstick("sum", torch.float32, torch.device("cpu"))
+    best = math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        stick.run()
+        best = min(best, time.perf_counter() - begin)
+    return stick.amount / best
+
+
+def _weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of weights that a token reads: all but an embedding that is not the output layer too."""
+    with torch.device("meta"):
+        model = GPT(read_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))[1])
+    untied = 0 if model.config.tie_embeddings else model.embedding.weight.numel()
+    return (model.num_parameters() - untied) * dtype.itemsize
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -280,16 +419,17 @@ def quantile(values: Sequence[float], q: float) -> float:
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
-        "| provider | tokens/s | first token, ms, p50 / p95 | between tokens, ms, p50 / p95 | alone, tokens/s | same "
-        "answers |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| provider | tokens/s | first token, ms, p50 / p95 | between tokens, ms, p50 / p95 | alone, tokens/s | of the "
+        "read rate | same answers |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         if row.tokens_per_second is None:
-            lines.append(f"| {row.provider} | {row.note} | | | | |")
+            lines.append(f"| {row.provider} | {row.note} | | | | | |")
         else:
+            share = "" if row.memory_share is None else f"{row.memory_share:.2f}"
             lines.append(
                 f"| {row.provider} | {row.tokens_per_second:.1f} | {row.first_p50:.0f} / {row.first_p95:.0f} | "
-                f"{row.between_p50:.1f} / {row.between_p95:.1f} | {row.single:.1f} | {row.same:.0%} |"
+                f"{row.between_p50:.1f} / {row.between_p95:.1f} | {row.single:.1f} | {share} | {row.same:.0%} |"
             )
     return "\n".join(lines)
