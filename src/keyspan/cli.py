@@ -256,6 +256,27 @@ def _export(words: list[str]) -> int:
     return 0
 
 
+def report(
+    runs: tuple[Path, ...], out: Path = Path("report.html"), samples: tuple[str, ...] = (), sample_tokens: int = 120
+) -> None:
+    """Write one HTML page, without scripts and network, that shows and compares training runs.
+
+    Args:
+        runs: Folders of training runs, finished or not.
+        out: File to write.
+        samples: Prompts that each run's model continues, taking the likeliest token each time.
+        sample_tokens: Most tokens of a continuation.
+    """
+    from keyspan.training.html import report as write
+
+    print(f"written: {write(runs, out, samples, sample_tokens)}")
+
+
+def _report(words: list[str]) -> int:
+    _parse(report, words, "report")
+    return 0
+
+
 def _demo(words: list[str]) -> int:
     from keyspan.training.loop import train
 
@@ -303,6 +324,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "turn text, JSON lines or Parquet into token shards to train on"),
     "generate": (_generate, "continue a prompt with a trained model, or one in Hugging Face's format"),
     "demo": (_demo, "train on the standard library for some minutes, then generate"),
+    "report": (_report, "write a page that shows and compares training runs"),
     "export": (_export, "write a trained model as a folder that transformers loads"),
     "serve": (_serve, "serve a model over HTTP with OpenAI's interface, and a chat page"),
     "info": (_info, "show versions, devices and attention backends"),

@@ -41,7 +41,7 @@ from keyspan.training.evaluate import evaluate
 from keyspan.training.graph import CapturedStep
 from keyspan.training.packing import Batch, to_device
 from keyspan.training.ranks import ALONE, Ranks, connected, is_cut, setting
-from keyspan.training.report import Report, peak_memory, plot
+from keyspan.training.report import Report, peak_memory, peak_rate, plot, step_flops
 from keyspan.training.sharded import Saver
 from keyspan.training.tasks import SyntheticTask
 
@@ -285,6 +285,7 @@ class _Pending(NamedTuple):
     step: int
     lr: float
     tokens: int
+    flops: float
     loss: Tensor
     norm: Tensor
 
@@ -324,6 +325,7 @@ def _run(
             loss_of = objective
         captured = CapturedStep(model, optimizer, config, loss_of) if config.cuda_graph else None
         pending: list[_Pending] = []
+        rate = peak_rate(device, config.precision)
         began = time.perf_counter()
 
         def stopped(step: int, error: FloatingPointError) -> FloatingPointError:
@@ -343,6 +345,8 @@ def _run(
                 seconds += elapsed
                 figures = {"loss": loss, "lr": done.lr, "grad_norm": norm, "tokens": done.tokens}
                 figures["tokens_per_second"] = done.tokens / elapsed
+                if rate:
+                    figures["mfu"] = done.flops / elapsed / rate
                 report.step(done.step, **figures, seconds=seconds, **peak_memory(device))
             pending.clear()
             began = time.perf_counter()
@@ -365,7 +369,8 @@ def _run(
                     raise stopped(step + 1, error) from None
                 step += 1
                 tokens = sum(len(batch.tokens) for batch in batches)
-                pending.append(_Pending(step, lr, tokens * ranks.data, *found))
+                flops = step_flops(model, batches) / ranks.context if rate else 0.0
+                pending.append(_Pending(step, lr, tokens * ranks.data, flops, *found))
                 evaluates = step % config.eval_every == 0 and step < config.steps
                 saves = step % config.checkpoint_every == 0
                 stopping = ranks.world == 1 and interrupted.is_set()

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from keyspan.files import named_errors, write_file
+from keyspan.models.gpt import GPT
+from keyspan.training.packing import Batch
 
 METRICS = "metrics.jsonl"
 
@@ -26,20 +28,26 @@ class Report:
     """
 
     def __init__(self, run: Path, step: int, steps: int, *, quiet: bool = False, record: bool = True) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self._path, self._file = run / METRICS, None
         if record:
             kept = [line for line, found in _records(self._path) if found["step"] <= step] if step else []
             write_file(self._path, "".join(kept).encode())
             self._file = self._path.open("a", buffering=1)
+        self._tokens = sum(found.get("tokens", 0) for found in read_metrics(run)) if record and step else 0
+        console = Console()
+        bar = (
+            [BarColumn(table_column=Column(min_width=10))] if console.width >= 80 else []
+        )  # the figures fit 50 columns
         self._progress = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            *bar,
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
             disable=quiet,
         )
         self._bar = self._progress.add_task("", total=steps, completed=step, figures="")
@@ -58,9 +66,10 @@ class Report:
     def step(self, step: int, **figures: float) -> None:
         """Record a step and move the bar."""
         self._write(step, figures)
-        text = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s"
-        if "memory" in figures:
-            text += f"  {figures['memory'] / 2**20:,.0f} MiB"
+        self._tokens += int(figures["tokens"])
+        text = f"{figures['loss']:.4f} {short(figures['tokens_per_second'])}/s {short(self._tokens)}"
+        if "mfu" in figures:
+            text += f" {figures['mfu']:.0%}"
         self._progress.update(self._bar, completed=step, figures=text)
 
     def held_out(self, step: int, text: str, **figures: float) -> None:
@@ -113,6 +122,39 @@ def peak_memory(device: torch.device) -> dict[str, float]:
         return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"memory": float(peak if sys.platform == "darwin" else peak * 1024)}
+
+
+def short(x: float) -> str:
+    """A count in few characters: 1.2k, 34M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+"""bf16 and fp16 operations per second that these GPUs are sold with, dense."""
+
+
+def peak_rate(device: torch.device, precision: str) -> float | None:
+    """Operations per second of a device in a precision, where its name tells; MFU is the share of them that is used."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAKS.items() if part in name), None)
+
+
+def step_flops(model: GPT, batches: Sequence[Batch]) -> float:
+    """Operations of a training step on these micro-batches: forward, and twice that backward (Chowdhery et al. 2022).
+
+    Six for each token and weight of a matrix, and twelve for each pair of tokens of a document and number of a head.
+    """
+    weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    if not model.config.tie_embeddings:
+        weights -= model.embedding.weight.numel()  # looked up, not multiplied
+    tokens = sum(len(batch.tokens) for batch in batches)
+    pairs = sum(n * (n + 1) / 2 for batch in batches for n in batch.lengths)
+    return 6.0 * weights * tokens + 12.0 * pairs * model.config.layers * model.config.heads * model.config.head_dim
 
 
 def plot(run: Path, metric: str, baselines: Mapping[str, float], bytes_per_token: float = 1.0) -> None:
