@@ -76,7 +76,7 @@ INLINE void accumulate_bias_grads(const Plan &plan, const RowTile &tile, int s, 
             for (int n = span.begin; n < span.end; n++) total += grad[n];
             *to += total;
         } else {  // stride 1: sums of gradients are contiguous
-            to += first + tile.logical_offset[r];
+            to += first + tile.logical_offset;
             for (int n = span.begin; n < span.end; n++) to[n] += grad[n];
         }
     }
@@ -196,8 +196,8 @@ INLINE void add_weighted_keys(const Plan &plan, const RowTile &tile, int s, Span
         const int begin = min(a.begin, b.begin) / PER_WORD<T>;
         const int end = (max(a.end, b.end) + PER_WORD<T> - 1) / PER_WORD<T>;
         if (begin >= end) continue;
-        gemm(count, end - begin, weights + begin * BLOCK_KEYS + n, 1, BLOCK_KEYS, rows.by_row + begin * rows.width,
-             rows.width, out + (first + n) * rows.width, rows.width, rows.width / W, true);
+        gemm<ADD>(count, end - begin, weights + begin * BLOCK_KEYS + n, 1, BLOCK_KEYS, rows.by_row + begin * rows.width,
+             rows.width, out + (first + n) * rows.width, rows.width, rows.width / W);
     }
 }
 
@@ -257,24 +257,20 @@ __attribute__((noinline)) void refine_large_lse(const Plan &plan, RowTile &tile,
     }
     if (!any) return;
     Span spans[TILE_ROWS / ROWS];
-    for (int s = 0; s < p.S; s++) {
-        int64_t begin, end;
-        tile_span(tile, s, begin, end);
-        for (int64_t first = begin / PANEL * PANEL; first < end; first += plan.block_keys) {
-            const int64_t last = min(first + plan.block_keys, end);
-            for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++)
-                spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
-            block_scores(tile, spans, queries, plan.key_width, p.K, keys_by_dim, first, last - first, scores);
-            for (int r = 0; r < tile.rows; r++) {
-                const Span span = row_span(tile, s, r, first, last);
-                if (!large[r] || span.begin >= span.end) continue;
-                float *score = scores + r * BLOCK_KEYS;
-                row_scores(plan, tile, s, r, first, span, score, nullptr);
-                softmax_step<false>(tile, r, multiplier, span.begin / W * W, (span.end + W - 1) / W * W, score, score,
-                                    (float *)nullptr, 0, nullptr);
-            }
+    each_block(plan, tile, [&](int s, int64_t first, int64_t last) {
+        for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++)
+            spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
+        block_scores(tile, spans, queries, plan.key_width, p.K, keys_by_dim, first, last - first, scores);
+        for (int r = 0; r < tile.rows; r++) {
+            const Span span = row_span(tile, s, r, first, last);
+            if (!large[r] || span.begin >= span.end) continue;
+            float *score = scores + r * BLOCK_KEYS;
+            row_scores(plan, tile, s, r, first, span, score, nullptr);
+            const int begin = span.begin / SUM_KEYS * SUM_KEYS;
+            const int end = (span.end + SUM_KEYS - 1) / SUM_KEYS * SUM_KEYS;
+            merge_block(tile, r, multiplier, block_softmax<float>(multiplier, begin, end, score, score, nullptr));
         }
-    }
+    });
     for (int r = 0; r < tile.rows; r++) {
         if (!large[r]) continue;
         tile.log2_sum[r] = (float)__builtin_log2((double)tile.row_sum[r]);
@@ -332,57 +328,52 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
     const T *keys_by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *values_by_dim = (const T *)(plan.values_by_dim + slot * plan.values_by_dim_stride);
     const T *key_rows = (const T *)(plan.key_rows + slot * plan.key_rows_stride);
-    const bool nonfinite = plan.nonfinite_keys[slot].load(std::memory_order_relaxed);
+    const bool nonfinite = plan.nonfinite_keys[slot * plan.segment_count + tile.segment].load(std::memory_order_relaxed);
     refine_large_lse(plan, tile, queries.row, keys_by_dim, scores.weight);
     if (p.dsinks) accumulate_sink_grads(p, tile, chunk);
-    for (int s = 0; s < p.S; s++) {
-        int64_t begin, end;
-        tile_span(tile, s, begin, end);
-        for (int64_t first = begin / PANEL * PANEL; first < end; first += plan.block_keys) {
-            const int64_t last = min(first + plan.block_keys, end);
-            Span block_span{BLOCK_KEYS, 0};
-            for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
-                spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
-                if (spans[i].begin >= spans[i].end) continue;
-                block_span = Span{min(block_span.begin, spans[i].begin), max(block_span.end, spans[i].end)};
-            }
-            if (block_span.begin >= block_span.end) continue;
-            block_scores(tile, spans, queries.row, plan.key_width, p.K, keys_by_dim, first, last - first,
-                         scores.weight);
-            block_scores(tile, spans, grads.row, plan.value_width, p.V, values_by_dim, first, last - first,
-                         scores.grad);
-            for (int n = block_span.begin / W; n < block_span.end / W; n++) rows_seeing[n] = Span{TILE_ROWS, 0};
-            for (int r = 0; r < tile.rows; r++) {
-                const Span span = row_span(tile, s, r, first, last);
-                float *weight = scores.weight + r * BLOCK_KEYS, *grad = scores.grad + r * BLOCK_KEYS;
-                if (span.begin < span.end) {
-                    softmax_backward_row<PER_WORD<T> == 1 ? 5 : 4>(plan, tile, s, r, first, span, block_span, chunk,
-                                                                   weight, grad, softcap_grad, dropout);
-                    for (int n = span.begin / W; n < (span.end + W - 1) / W; n++)
-                        rows_seeing[n] = Span{min(rows_seeing[n].begin, r), r + 1};
-                } else {
-                    for (int n = block_span.begin; n < block_span.end; n += W)
-                        store(weight + n, vf{}), store(grad + n, vf{});
-                }
-                if constexpr (PER_WORD<T> == 2) {
-                    const bool lone = r + 1 == tile.rows && r % 2 == 0;
-                    if (lone)  // an odd number of rows: the last pair has one
-                        for (int n = block_span.begin; n < block_span.end; n += W)
-                            store(weight + BLOCK_KEYS + n, vf{}), store(grad + BLOCK_KEYS + n, vf{});
-                    if (r % 2 || lone) interleave_scores(r / 2 * 2, block_span, scores);
-                }
-            }
-            if (p.dq)
-                add_weighted_rows(plan, tile, s, spans, scores.grad_row, key_rows, plan.key_width, p.K, first, last, dq,
-                                  nonfinite);
-            if (p.dk)
-                add_weighted_keys(plan, tile, s, block_span, rows_seeing, scores.grad_pairs, queries, p.K, first,
-                                  grad_keys);
-            if (p.dv)
-                add_weighted_keys(plan, tile, s, block_span, rows_seeing, scores.weight_pairs, grads, p.V, first,
-                                  grad_values);
+    each_block(plan, tile, [&](int s, int64_t first, int64_t last) {
+        Span block_span{BLOCK_KEYS, 0};
+        for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
+            spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
+            if (spans[i].begin >= spans[i].end) continue;
+            block_span = Span{min(block_span.begin, spans[i].begin), max(block_span.end, spans[i].end)};
         }
-    }
+        if (block_span.begin >= block_span.end) return;
+        block_scores(tile, spans, queries.row, plan.key_width, p.K, keys_by_dim, first, last - first,
+                     scores.weight);
+        block_scores(tile, spans, grads.row, plan.value_width, p.V, values_by_dim, first, last - first,
+                     scores.grad);
+        for (int n = block_span.begin / W; n < block_span.end / W; n++) rows_seeing[n] = Span{TILE_ROWS, 0};
+        for (int r = 0; r < tile.rows; r++) {
+            const Span span = row_span(tile, s, r, first, last);
+            float *weight = scores.weight + r * BLOCK_KEYS, *grad = scores.grad + r * BLOCK_KEYS;
+            if (span.begin < span.end) {
+                softmax_backward_row<PER_WORD<T> == 1 ? 5 : 4>(plan, tile, s, r, first, span, block_span, chunk,
+                                                               weight, grad, softcap_grad, dropout);
+                for (int n = span.begin / W; n < (span.end + W - 1) / W; n++)
+                    rows_seeing[n] = Span{min(rows_seeing[n].begin, r), r + 1};
+            } else {
+                for (int n = block_span.begin; n < block_span.end; n += W)
+                    store(weight + n, vf{}), store(grad + n, vf{});
+            }
+            if constexpr (PER_WORD<T> == 2) {
+                const bool lone = r + 1 == tile.rows && r % 2 == 0;
+                if (lone)  // an odd number of rows: the last pair has one
+                    for (int n = block_span.begin; n < block_span.end; n += W)
+                        store(weight + BLOCK_KEYS + n, vf{}), store(grad + BLOCK_KEYS + n, vf{});
+                if (r % 2 || lone) interleave_scores(r / 2 * 2, block_span, scores);
+            }
+        }
+        if (p.dq)
+            add_weighted_rows<ADD>(plan, tile, s, spans, scores.grad_row, key_rows, plan.key_width, p.K, first, last, dq,
+                              nonfinite);
+        if (p.dk)
+            add_weighted_keys(plan, tile, s, block_span, rows_seeing, scores.grad_pairs, queries, p.K, first,
+                              grad_keys);
+        if (p.dv)
+            add_weighted_keys(plan, tile, s, block_span, rows_seeing, scores.weight_pairs, grads, p.V, first,
+                              grad_values);
+    });
     if (p.dslopes || p.dtable) accumulate_position_grads(p, tile, chunk);
     if (p.dq)
         for (int r = 0; r < tile.rows; r++)
@@ -396,9 +387,13 @@ INLINE void write_grad_rows(const Plan &plan, int64_t b, int64_t g, const float 
     const Params &p = *plan.params;
     alignas(64) float total[MAX_HEAD_DIM];
     const int64_t row_stride = p.G * dims;
-    const int64_t first = p.sequence || p.RB == 1 ? 0 : b, last = p.sequence ? plan.segment_count : first + 1;
+    const int64_t *segments = plan.first_segment + (p.RB == 1 ? 0 : b);
     const auto offset = [&](int64_t row) { return ((b * p.N + row) * row_stride) + g * dims; };
-    for (int64_t s = first; s < last; s++) {
+    int64_t unseen = p.sequence ? 0 : p.N;
+    for (int64_t s = segments[0]; s < segments[1]; s++) unseen -= plan.segments[s].length;
+    for (int64_t row = 0; unseen > 0 && row < p.N; row++)
+        memset(to + offset(row) * dtype_size(p.dtype), 0, (size_t)(dims * dtype_size(p.dtype)));
+    for (int64_t s = segments[0]; s < segments[1]; s++) {
         const Segment &segment = plan.segments[s];
         for (int64_t n = 0; n < segment.length; n++) {
             const float *sum_of = from + (segment.offset + n) * width;
@@ -406,18 +401,13 @@ INLINE void write_grad_rows(const Plan &plan, int64_t b, int64_t g, const float 
             for (int64_t i = 1; i < sums; i++)
                 for (int64_t v = 0; v < width; v += W)
                     store(total + v, load(total + v) + load(sum_of + i * stride + v));
-            const int64_t row = physical_key(p, s, segment.begin + n);
+            const int64_t row = clamped_key(p, segment.sequence, segment.begin + n);
             if (p.sequence) {  // pages may be shared: add to fp32 sums, which start as zeros
                 float *shared = (float *)to + offset(row);
                 for (int64_t v = 0; v < dims; v++) shared[v] += total[v] * scale;
             } else {
                 narrow(p.dtype, total, dims, scale, to + offset(row) * dtype_size(p.dtype));
             }
-        }
-        if (p.sequence) continue;
-        for (int64_t row = 0; row < p.N; row++) {
-            if (row == segment.begin) row += segment.length;
-            if (row < p.N) memset(to + offset(row) * dtype_size(p.dtype), 0, (size_t)(dims * dtype_size(p.dtype)));
         }
     }
 }
@@ -436,11 +426,11 @@ void backward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chun
     memset(grad_values, 0, (size_t)(plan.packed_keys * plan.value_width * 4));
     Arena arena{scratch};
     RowTile &tile = *arena.reserve<RowTile>(1);
-    for (int64_t h = 0; h < plan.head_tiles; h++)
-        for (int64_t m = plan.chunk_tiles[chunk]; m < plan.chunk_tiles[chunk + 1]; m++) {
-            load_tile(plan, b, g, h, m, tile);
-            backward_tile<T>(plan, slot, tile, chunk, grad_keys, grad_values, arena);
-        }
+    const int64_t *chunks = plan.chunk_tiles + (plan.params->RB == 1 ? 0 : b * (plan.params->chunks + 1)) + chunk;
+    for (int64_t t = chunks[0]; t < chunks[1]; t++) {
+        load_tile(plan, b, g, plan.tiles[t], tile);
+        backward_tile<T>(plan, slot, tile, chunk, grad_keys, grad_values, arena);
+    }
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Decoding: few queries against many keys. Keys and values are read once, from where they lie, at the rate of memory.
 //
-// A unit of work is a run of keys (a split) for all heads of some queries; `combine` merges the splits in a fixed
-// order. A unit reads its keys as STREAMS runs side by side, because the hardware prefetcher follows several address
-// streams at once and takes none of the core's own miss buffers.
+// A unit of work is a run of blocks of keys for all heads of some queries. A block takes three passes: scores, weights,
+// sums of values. Each makes the same bits as the tile kernel (forward.h): a score is a sum over dimensions in their
+// order, for which keys are transposed in the cache; a sum of values goes key by key.
 #pragma once
 #include "forward.h"
 
@@ -10,45 +10,15 @@ namespace keyspan {
 namespace KEYSPAN_NAMESPACE {
 namespace {
 
-constexpr int BLOCK = STREAMS * STREAM_KEYS;    // keys whose scores are held at a time
-constexpr int ROWS_PER_LOAD = W == 16 ? 4 : 2;  // query rows multiplied by each loaded key
-constexpr int KEYS_PER_PASS = 2;                // values of a stream that are added before sums go back to memory
-static_assert(STREAM_KEYS == SQUARE && ROWS_PER_LOAD * STREAMS <= SQUARE && STREAM_KEYS % KEYS_PER_PASS == 0,
-              "scores of a block are one square");
-
-// Addresses of the keys and values of the first group, null where a stream has ended, and the span of each query row.
-struct Block {
-    int64_t first[STREAMS];
-    int count[STREAMS];
-    const char *keys[STREAM_KEYS][STREAMS], *values[STREAM_KEYS][STREAMS];
-    Span visible[TILE_ROWS][STREAMS];
-};
-
-alignas(64) const float ZERO_ROW[MAX_HEAD_DIM] = {};
-
-// Iterates over the groups of COUNT keys or values; an ended stream reads zeros.
-template <int COUNT>
-struct GroupRows {
-    const char *at[COUNT];
-    int64_t next[COUNT];
-    INLINE GroupRows(const char *const *rows, int64_t offset, int64_t stride) {
-#pragma GCC unroll 8
-        for (int i = 0; i < COUNT; i++) {
-            at[i] = rows[i] ? rows[i] + offset : (const char *)ZERO_ROW;
-            next[i] = rows[i] ? stride : 0;
-        }
-    }
-    INLINE void step() {
-#pragma GCC unroll 8
-        for (int i = 0; i < COUNT; i++) at[i] += next[i];
-    }
-};
+constexpr int VALUE_ROWS = W == 16 ? 6 : 4;  // query rows that each loaded value is multiplied by
+constexpr int VALUE_KEYS = 16;               // values that are added before sums go back to memory
+static_assert(DECODE_PANEL % W == 0 && BLOCK_KEYS % DECODE_PANEL == 0 && BLOCK_KEYS % VALUE_KEYS == 0, "whole panels");
 
 // How a row of keys or values is loaded: fp32, fp16, bf16 element by element, or bf16 in pairs.
 template <int KIND>
 struct Row {
     static constexpr int STEP = W, BYTES = KIND == F32 ? 4 : 2;
-    typedef float Query;
+    typedef float Word;
     static INLINE vf read(const char *p, int64_t i) {
         if constexpr (KIND == F32) return load((const float *)p + i);
         if constexpr (KIND == F16) return widen_f16((const uint16_t *)p + i);
@@ -61,158 +31,109 @@ struct Row {
         if constexpr (KIND == F16) return widen_f16((const uint16_t *)&half);
         return widen_bf16((const uint16_t *)&half);
     }
-    static INLINE vf query(const float *q, int64_t i) { return load(q + i); }
 };
 constexpr int PAIRS = 3;
 template <>
 struct Row<PAIRS> {
     static constexpr int STEP = 2 * W, BYTES = 2;
-    typedef uint32_t Query;
+    typedef uint32_t Word;
     static INLINE vu read(const char *p, int64_t i) { return load_pairs((const uint16_t *)p + i); }
     static INLINE vu read_last(const char *p, int64_t i, int64_t count) {
         return load_first_pairs((const uint16_t *)p + i, count);
     }
-    static INLINE vu query(const uint32_t *q, int64_t i) { return load(q + i / 2); }
 };
 
 // Into the second level of cache: the first has too few miss buffers.
 INLINE void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 
-// to[i] = sum over the lanes of x[i]; COUNT is a multiple of four.
-template <int COUNT>
-INLINE void sums(const vf *x, float *to) {
-#if KEYSPAN_VECTOR == 64
-    // Four vectors are merged into one whose groups of four lanes hold their partial sums; then the lanes are added.
-    __m512 four[COUNT / 4];
-    for (int i = 0; i < COUNT; i += 4) {
-        const __m512 a = (__m512)x[i], b = (__m512)x[i + 1], c = (__m512)x[i + 2], d = (__m512)x[i + 3];
-        const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-        four[i / 4] =
-            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    }
-    if constexpr (COUNT == 16) {
-        const auto join = [](__m512 a, __m512 b) {
-            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-        };
-        _mm512_storeu_ps(to, join(join(four[0], four[1]), join(four[2], four[3])));
-        return;
-    }
-    for (int i = 0; i < COUNT; i += 4) {
-        const __m512 lanes = four[i / 4];
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
-        _mm_storeu_ps(to + i, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-    }
-#else
-    for (int i = 0; i < COUNT; i++) to[i] = reduce_add(x[i]);
-#endif
-}
-
-// to[r][stream] = query r · key of the stream; prefetches `prefetch_bytes` ahead. to [R][STREAMS].
-template <int R, int KIND>
-INLINE void dot_products(int64_t dims, const typename Row<KIND>::Query *queries, int64_t width, const char *const *keys,
-                         int64_t prefetch_bytes, float *to) {
+// panel[word][key] for the words of DECODE_PANEL keys; prefetches `ahead` bytes ahead of each key. rows [DECODE_PANEL].
+template <int KIND>
+INLINE void transpose_keys(const char *const *rows, int64_t offset, int64_t dims, int64_t ahead, uint32_t *panel) {
     typedef Row<KIND> Kind;
-    vf acc[R * STREAMS];
+    for (int n = 0; n < DECODE_PANEL; n += W) {
+        int64_t i = 0;
+        for (; i + Kind::STEP <= dims; i += Kind::STEP) {
+            vu words[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < R * STREAMS; i++) acc[i] = vf{};
-    int64_t i = 0;
-    for (; i + Kind::STEP <= dims; i += Kind::STEP) {
-        decltype(Kind::query(queries, i)) query[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) query[r] = Kind::query(queries + r * width, i);
-#pragma GCC unroll 4
-        for (int stream = 0; stream < STREAMS; stream++) {
-            const auto key = Kind::read(keys[stream], i);
-            prefetch(keys[stream] + prefetch_bytes + i * Kind::BYTES);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-                acc[r * STREAMS + stream] = multiply_add(acc[r * STREAMS + stream], query[r], key);
+            for (int k = 0; k < W; k++) {
+                words[k] = (vu)Kind::read(rows[n + k] + offset, i);
+                prefetch(rows[n + k] + offset + ahead + i * Kind::BYTES);
+            }
+            store_transposed(words, panel + i / Kind::STEP * W * DECODE_PANEL + n, DECODE_PANEL);
+        }
+        if (i < dims) {
+            vu words[W];
+#pragma GCC unroll 16
+            for (int k = 0; k < W; k++) words[k] = (vu)Kind::read_last(rows[n + k] + offset, i, dims - i);
+            store_transposed(words, panel + i / Kind::STEP * W * DECODE_PANEL + n, DECODE_PANEL);
         }
     }
-    if (i < dims)
-#pragma GCC unroll 4
-        for (int stream = 0; stream < STREAMS; stream++) {
-            const auto key = Kind::read_last(keys[stream], i, dims - i);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-                acc[r * STREAMS + stream] =
-                    multiply_add(acc[r * STREAMS + stream], Kind::query(queries + r * width, i), key);
-        }
-    sums<R * STREAMS>(acc, to);
 }
 
-// out[r] += Σ weight · value over KEYS_PER_PASS keys of each stream, for C vectors of columns; weights [R][BLOCK] from
-// the first of these keys on. Prefetches `prefetch_bytes` ahead.
+// out[r] += Σ weight · value over `keys` keys, one after the other, for C vectors of columns. weights [R][BLOCK_KEYS].
+// Prefetches `ahead` bytes ahead of each value.
 template <int R, int C, int KIND>
-INLINE void accumulate_columns(const float *weights, const char *const *values, int64_t prefetch_bytes, int64_t column,
-                               int64_t count, float *out, int64_t width) {
+INLINE void accumulate_columns(const float *weights, const char *const *values, int keys, int64_t offset, int64_t ahead,
+                               int64_t column, int64_t count, float *out, int64_t width) {
     vf acc[R][C];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) acc[r][c] = load(out + r * width + column + c * W);
-#pragma GCC unroll 2
-    for (int n = 0; n < KEYS_PER_PASS; n++)
+    for (int n = 0; n < keys; n++) {
+        const char *at = values[n] + offset;
+        vf value[C];
 #pragma GCC unroll 4
-        for (int stream = 0; stream < STREAMS; stream++) {
-            vf value[C];
-#pragma GCC unroll 4
-            for (int c = 0; c < C; c++) {
-                value[c] = C > 1 || count >= W ? Row<KIND>::read(values[n * STREAMS + stream], column + c * W)
-                                               : Row<KIND>::read_last(values[n * STREAMS + stream], column, count);
-                prefetch(values[n * STREAMS + stream] + prefetch_bytes + (column + c * W) * Row<KIND>::BYTES);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                const vf weight = broadcast(weights[r * BLOCK + stream * STREAM_KEYS + n]);
-#pragma GCC unroll 4
-                for (int c = 0; c < C; c++) acc[r][c] += weight * value[c];
-            }
+        for (int c = 0; c < C; c++) {
+            value[c] = C > 1 || count >= W ? Row<KIND>::read(at, column + c * W) : Row<KIND>::read_last(at, column, count);
+            prefetch(at + ahead + (column + c * W) * Row<KIND>::BYTES);
         }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const vf weight = broadcast(weights[r * BLOCK_KEYS + n]);
 #pragma GCC unroll 4
+            for (int c = 0; c < C; c++) acc[r][c] = multiply_add(acc[r][c], weight, value[c]);
+        }
+    }
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) store(out + r * width + column + c * W, acc[r][c]);
 }
 
 #if defined(KEYSPAN_AVX512BF16)
-// The same for C · 2 W columns of bf16 values. Rows of two streams are interleaved, which leaves the columns of `out`
-// in another order until `unpermute_columns`. weights [R][BLOCK], of which [STREAMS / 2][STREAM_KEYS] hold bf16 pairs.
+// The same for C · 2 W columns of bf16 values. Two keys' rows are interleaved, which leaves the columns of `out` in
+// another order until `unpermute_columns`. weights [R][BLOCK_KEYS / 2] bf16 pairs.
 template <int R, int C>
-INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values, int64_t prefetch_bytes, int64_t column,
-                             int64_t count, float *out, int64_t width) {
+INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values, int keys, int64_t offset,
+                             int64_t ahead, int64_t column, int64_t count, float *out, int64_t width) {
     vf acc[R][2 * C];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < 2 * C; c++) acc[r][c] = load(out + r * width + column + c * W);
+    for (int n = 0; n < keys; n += 2) {
+        vu pair[2 * C];
 #pragma GCC unroll 2
-    for (int n = 0; n < KEYS_PER_PASS; n++)
-#pragma GCC unroll 2
-        for (int two = 0; two < STREAMS / 2; two++) {
-            vu pair[2 * C];
-#pragma GCC unroll 2
-            for (int c = 0; c < C; c++) {
-                const int64_t at = (column + c * 2 * W) * 2;
-                const uint16_t *a = (const uint16_t *)(values[n * STREAMS + 2 * two] + at);
-                const uint16_t *b = (const uint16_t *)(values[n * STREAMS + 2 * two + 1] + at);
-                const bool whole = C > 1 || count >= 2 * W;
-                const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, count));
-                const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, count));
-                prefetch(values[n * STREAMS + 2 * two] + prefetch_bytes + at);
-                prefetch(values[n * STREAMS + 2 * two + 1] + prefetch_bytes + at);
-                pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
-                pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                const vu both = broadcast(weights[r * BLOCK + two * STREAM_KEYS + n]);
-#pragma GCC unroll 4
-                for (int c = 0; c < 2 * C; c++) acc[r][c] = multiply_add(acc[r][c], both, pair[c]);
-            }
+        for (int c = 0; c < C; c++) {
+            const int64_t at = offset + (column + c * 2 * W) * 2;
+            const uint16_t *a = (const uint16_t *)(values[n] + at), *b = (const uint16_t *)(values[n + 1] + at);
+            const bool whole = C > 1 || count >= 2 * W;
+            const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, count));
+            const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, count));
+            prefetch((const char *)a + ahead);
+            prefetch((const char *)b + ahead);
+            pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
+            pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
         }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const vu both = broadcast(weights[r * (BLOCK_KEYS / 2) + n / 2]);
 #pragma GCC unroll 4
+            for (int c = 0; c < 2 * C; c++) acc[r][c] = multiply_add(acc[r][c], both, pair[c]);
+        }
+    }
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < 2 * C; c++) store(out + r * width + column + c * W, acc[r][c]);
@@ -233,275 +154,295 @@ INLINE void unpermute_columns(float *out, int64_t width) {
 }
 
 template <int R, int KIND>
-INLINE void accumulate_values(int64_t dims, const float *weights, const char *const *values, int64_t prefetch_bytes,
-                              float *out, int64_t width) {
+INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weights, const char *const *values, int keys,
+                              int64_t offset, int64_t ahead, float *out, int64_t width) {
     int64_t v = 0;
 #if defined(KEYSPAN_AVX512BF16)
     if constexpr (KIND == PAIRS) {
-        const uint32_t *pairs = (const uint32_t *)weights;
         for (; v + 4 * W <= dims; v += 4 * W)
-            accumulate_pairs<R, 2>(pairs, values, prefetch_bytes, v, 4 * W, out, width);
-        for (; v < dims; v += 2 * W) accumulate_pairs<R, 1>(pairs, values, prefetch_bytes, v, dims - v, out, width);
+            accumulate_pairs<R, 2>(weights, values, keys, offset, ahead, v, 4 * W, out, width);
+        for (; v < dims; v += 2 * W)
+            accumulate_pairs<R, 1>(weights, values, keys, offset, ahead, v, dims - v, out, width);
         return;
     }
 #endif
     if constexpr (KIND != PAIRS) {
-        for (; v + 4 * W <= dims; v += 4 * W)
-            accumulate_columns<R, 4, KIND>(weights, values, prefetch_bytes, v, 4 * W, out, width);
+        for (; v + COLUMNS * W <= dims; v += COLUMNS * W)
+            accumulate_columns<R, COLUMNS, KIND>(weights, values, keys, offset, ahead, v, COLUMNS * W, out, width);
         for (; v < dims; v += W)
-            accumulate_columns<R, 1, KIND>(weights, values, prefetch_bytes, v, dims - v, out, width);
+            accumulate_columns<R, 1, KIND>(weights, values, keys, offset, ahead, v, dims - v, out, width);
     }
 }
 
-// With two rows a load, the case of three rows is never reached, but it must compile.
-#define KEYSPAN_DISPATCH_ROWS(rows, call)   \
-    switch (min(ROWS_PER_LOAD, rows)) {     \
-    case 1: call(1); break;                 \
-    case 2: call(2); break;                 \
-    case 3: call(ROWS_PER_LOAD - 1); break; \
-    default: call(ROWS_PER_LOAD); break;    \
+template <int KIND>
+__attribute__((noinline)) void accumulate_rows(int rows, int64_t dims, const typename Row<KIND>::Word *weights,
+                                               const char *const *values, int keys, int64_t offset, int64_t ahead,
+                                               float *out, int64_t width) {
+#define KEYSPAN_ACCUMULATE(R) accumulate_values<R, KIND>(dims, weights, values, keys, offset, ahead, out, width)
+    switch (rows) {
+    case 1: return KEYSPAN_ACCUMULATE(1);
+    case 2: return KEYSPAN_ACCUMULATE(2);
+    case 3: return KEYSPAN_ACCUMULATE(3);
+    case 4: return KEYSPAN_ACCUMULATE(4);
+    case 5: return KEYSPAN_ACCUMULATE((VALUE_ROWS < 5 ? VALUE_ROWS : 5));
+    default: return KEYSPAN_ACCUMULATE(VALUE_ROWS);
     }
+#undef KEYSPAN_ACCUMULATE
+}
 
-// One unit of work: a split of the keys, a tile of queries, every group. Each block of keys takes three passes: scores,
-// softmax, sums of values.
-template <int KIND, int VALUES>
-struct DecodeUnit {
-    typedef typename Row<KIND>::Query T;
+template <int KIND>
+struct Decoder {
+    typedef typename Row<KIND>::Word Word;
     const Plan &plan;
     const Params &p;
-    const int64_t b, size;
+    const Run &run;
+    const int64_t size, partial_size;
+    int64_t sequence, query_width, key_ahead, value_ahead;
+    int rows;
     RowTile *tiles;  // [G]
-    T *queries;
-    float *out, *products, *scores, *dropout;
-    int rows, row_groups;
-    int64_t sequence, query_width, key_prefetch, value_prefetch;
+    Word *queries, *weights;
+    uint32_t *panel;
+    float *out, *sums, *scores, *dropout;
+    const char **keys, **values;  // [BLOCK_KEYS], of the first group
+    BlockStats *stats;
 
-    DecodeUnit(const Plan &plan, int64_t b, int64_t query_tile, bool with_sinks, char *scratch)
-        : plan(plan), p(*plan.params), b(b), size(dtype_size(p.dtype)) {
-        const int max_row_groups = (int)((plan.rows + ROWS_PER_LOAD - 1) / ROWS_PER_LOAD);
-        query_width = plan.key_width / PER_WORD<T>;
+    Decoder(const Plan &plan, const Run &run, char *scratch)
+        : plan(plan), p(*plan.params), run(run), size(dtype_size(p.dtype)),
+          partial_size(p.G * plan.rows * (plan.value_width + 3)) {
+        const Tile &of = plan.tiles[run.tile];
+        query_width = plan.key_width / PER_WORD<Word>;
         Arena arena{scratch};
         tiles = arena.reserve<RowTile>(p.G);
-        queries = arena.reserve<T>(p.G * plan.rows * query_width);
+        queries = arena.reserve<Word>(p.G * plan.rows * query_width);
         out = arena.reserve<float>(p.G * plan.rows * plan.value_width);
-        products = arena.reserve<float>(p.G * max_row_groups * SQUARE * SQUARE);
-        scores = arena.reserve<float>(p.G * max_row_groups * SQUARE * SQUARE);
-        dropout = arena.reserve<float>(BLOCK);
+        sums = arena.reserve<float>(p.G * plan.rows * plan.value_width);
+        scores = arena.reserve<float>(p.G * plan.rows * BLOCK_KEYS);
+        // bf16 weights are shorter than the scores and get memory of their own.
+        weights = PER_WORD<Word> == 1 ? (Word *)scores : arena.reserve<Word>(p.G * plan.rows * BLOCK_KEYS / 2);
+        panel = arena.reserve<uint32_t>(DECODE_PANEL * round_to_words(p.K));
+        dropout = arena.reserve<float>(BLOCK_KEYS);
+        keys = arena.reserve<const char *>(BLOCK_KEYS);
+        values = arena.reserve<const char *>(BLOCK_KEYS);
+        stats = arena.reserve<BlockStats>(p.G * plan.rows);
         for (int64_t g = 0; g < p.G; g++) {
-            load_tile(plan, b, g, 0, query_tile, tiles[g]);
+            load_tile(plan, run.batch, g, of, tiles[g]);
             load_queries(plan, tiles[g], queries + g * plan.rows * query_width);
-            init_softmax(p, tiles[g], with_sinks, out_row(g, 0), plan.value_width);
+            init_softmax(p, tiles[g], row_of(out, g), plan.value_width);
         }
         rows = tiles[0].rows;
-        row_groups = (rows + ROWS_PER_LOAD - 1) / ROWS_PER_LOAD;
-        sequence = sequence_of(p, tiles[0].query[0]);
-        key_prefetch = prefetch_distance(p.k_stride[1], 1, 2048);
-        value_prefetch = prefetch_distance(p.v_stride[1], KEYS_PER_PASS, 4096);
+        sequence = plan.segments[of.segment].sequence;
+        key_ahead = prefetch_distance(p.k_stride[1], DECODE_PANEL);
+        value_ahead = prefetch_distance(p.v_stride[1], DECODE_PANEL);
+    }
+
+    static int64_t round_to_words(int64_t dims) {
+        return (dims + Row<KIND>::STEP - 1) / Row<KIND>::STEP * W;
     }
 
     // Prefetch distance in bytes: whole keys, so that the address is one that will be read.
-    int64_t prefetch_distance(int64_t stride, int64_t keys, int64_t bytes) const {
-        return max<int64_t>(keys, bytes / max<int64_t>(1, stride * size)) * stride * size;
+    int64_t prefetch_distance(int64_t stride, int64_t least) const {
+        return max<int64_t>(least, 4096 / max<int64_t>(1, stride * size)) * stride * size;
     }
 
-    float *out_row(int64_t g, int r) const { return out + (g * plan.rows + r) * plan.value_width; }
+    float *row_of(float *x, int64_t g) const { return x + g * plan.rows * plan.value_width; }
 
-    // Offset of STREAM_KEYS rows of SQUARE products, which are transposed to ROWS_PER_LOAD rows of BLOCK scores.
-    int64_t score_offset(int64_t g, int share) const { return (g * row_groups + share) * SQUARE * SQUARE; }
+    // Addresses of keys begin to end - 1 of the block at `first`; a panel's rest repeats the last one.
+    void find(int64_t first, int begin, int end) const {
+        const char *const k = p.k + run.batch * p.k_stride[0] * size, *const v = p.v + run.batch * p.v_stride[0] * size;
+        const int64_t k_step = p.k_stride[1] * size, v_step = p.v_stride[1] * size;
+        for (int n = begin; n < end;) {
+            const int64_t row = physical_key(p, sequence, first + n);  // one by one behind it, as far as the page goes
+            const int64_t left = p.sequence ? p.page_size - (first + n) % p.page_size : BLOCK_KEYS;
+            for (int64_t i = row; n < end && i < row + left; i++, n++) {
+                const int64_t there = clamp(i, 0, p.N - 1);
+                keys[n] = k + there * k_step;
+                values[n] = v + there * v_step;
+            }
+        }
+        for (int n = end; n < (end + DECODE_PANEL - 1) / DECODE_PANEL * DECODE_PANEL; n++) {
+            keys[n] = keys[end - 1];
+            values[n] = values[end - 1];
+        }
+    }
 
-    // Fills `block`: stream i begins at key `first + i · length`; no key is at or beyond `end`.
-    void find(int64_t first, int64_t length, int64_t end, Block &block) const {
-        for (int i = 0; i < STREAMS; i++, first += length) {
-            block.first[i] = first;
-            block.count[i] = (int)max<int64_t>(0, min<int64_t>(STREAM_KEYS, end - first));
-            for (int n = 0; n < STREAM_KEYS; n++) {
-                const bool there = n < block.count[i];
-                const int64_t row = there ? physical_key(p, sequence, first + n) : 0;
-                block.keys[n][i] = there ? p.k + (b * p.k_stride[0] + row * p.k_stride[1]) * size : nullptr;
-                block.values[n][i] = there ? p.v + (b * p.v_stride[0] + row * p.v_stride[1]) * size : nullptr;
+    // Sums over the keys of `span`, an even number of them, of groups g0 to g1 - 1.
+    void add_values(Span span, int64_t g0, int64_t g1) const {
+        for (int64_t g = g0; g < g1; g++) memset(row_of(sums, g), 0, (size_t)(rows * plan.value_width * 4));
+        for (int n = span.begin; n < span.end; n += VALUE_KEYS)
+            for (int64_t g = g0; g < g1; g++)
+                for (int r = 0; r < rows; r += VALUE_ROWS)
+                    accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), values + n,
+                                          min(VALUE_KEYS, span.end - n), g * p.v_stride[2] * size, value_ahead,
+                                          row_of(sums, g) + r * plan.value_width, plan.value_width);
+    }
+
+    Word *weights_of(int64_t g, int r, int n) const {
+        return weights + ((g * plan.rows + r) * BLOCK_KEYS + n) / PER_WORD<Word>;
+    }
+
+    // The sums of group g once more, where a value is infinite or NaN: without it, and then with what a row sees of it.
+    __attribute__((noinline)) void repair(int s, int64_t g, int64_t first, int64_t last, Span span) const {
+        alignas(64) char clean[VALUE_KEYS][MAX_HEAD_DIM * 4];
+        const char *at[VALUE_KEYS];
+        float *const to = row_of(sums, g);
+        memset(to, 0, (size_t)(rows * plan.value_width * 4));
+        const int64_t offset = g * p.v_stride[2] * size;
+        for (int i = 0; i < VALUE_KEYS; i++) at[i] = clean[i];
+        for (int n = span.begin; n < span.end; n += VALUE_KEYS) {
+            const int count = min(VALUE_KEYS, span.end - n);
+            for (int i = 0; i < count; i++)
+                for (int64_t v = 0; v < p.V; v++) {
+                    const char *from = values[n + i] + offset + v * size;
+                    const float x = load_element(p.dtype, from, 0);
+                    memset(clean[i] + v * size, 0, (size_t)size);
+                    if (x - x == 0) memcpy(clean[i] + v * size, from, (size_t)size);
+                }
+            for (int r = 0; r < rows; r += VALUE_ROWS)
+                accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, count, 0, 0,
+                                      to + r * plan.value_width, plan.value_width);
+        }
+        for (int r = 0; r < rows; r++) {
+            const Span seen = row_span(tiles[g], s, r, first, last);
+            for (int n = seen.begin; n < seen.end; n++) {
+                if (!is_visible(p, tiles[g], s, r, first + n)) continue;
+                for (int64_t v = 0; v < p.V; v++) {
+                    const float x = load_element(p.dtype, values[n] + offset, v);
+                    if (!(x - x == 0)) to[r * plan.value_width + permuted(v)] += x;
+                }
             }
         }
     }
 
-    // Products of all queries of groups g0 to g1 - 1 with the n-th key of each stream.
-    INLINE void compute_scores(const Block &block, int n, int64_t g0, int64_t g1) {
-        const int64_t stride = p.k_stride[2] * size;
-        GroupRows<STREAMS> keys(block.keys[n], g0 * stride, stride);
-        for (int64_t g = g0; g < g1; g++, keys.step())
-            for (int share = 0; share < row_groups; share++) {
-                const T *first = queries + (g * plan.rows + share * ROWS_PER_LOAD) * query_width;
-                float *to = products + score_offset(g, share) + n * SQUARE;
-#define KEYSPAN_DOT_PRODUCTS(R) dot_products<R, KIND>(p.K, first, query_width, keys.at, key_prefetch, to)
-                KEYSPAN_DISPATCH_ROWS(rows - share * ROWS_PER_LOAD, KEYSPAN_DOT_PRODUCTS)
-            }
+    // Where `accumulate_pairs` sums column v.
+    static int64_t permuted(int64_t v) {
+        if (KIND != PAIRS) return v;
+        const int64_t i = v % (2 * W);
+        return v - i + i / 8 * 4 + i % 4 + (i % 8 / 4) * W;
     }
 
-    // Products to weights; as bf16 pairs of two streams where values are read as pairs.
-    void weights(Block &block, int s, int64_t g0, int64_t g1) {
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < STREAMS; i++)
-                block.visible[r][i] = row_span(tiles[0], s, r, block.first[i], block.first[i] + block.count[i]);
+    // Whether a sum of group g is infinite or NaN.
+    bool has_nonfinite_sums(int64_t g) const {
+        const float *const x = row_of(sums, g);
+        vf differences{};
+        for (int64_t i = 0; i < rows * plan.value_width; i += W) differences += load(x + i) - load(x + i);
+        const float total = reduce_add(differences);
+        return !(total == 0);
+    }
+
+    // One block of groups g0 to g1 - 1 and range s: `stats` and `sums`. Whether a row sees one of its keys.
+    bool block(int s, int64_t first, int64_t last, int64_t g0, int64_t g1) {
+        Span seen{BLOCK_KEYS, 0};
+        for (int r = 0; r < rows; r++) {
+            const Span one = row_span(tiles[g0], s, r, first, last);
+            if (one.begin < one.end) seen = Span{min(seen.begin, one.begin), max(seen.end, one.end)};
+        }
+        if (seen.begin >= seen.end) return false;
+        const Span span{seen.begin / DECODE_PANEL * DECODE_PANEL, (seen.end + 1) / 2 * 2};
+        find(first, span.begin, seen.end);
+        const int64_t step = p.k_stride[2] * size;
+        for (int n = span.begin; n < span.end; n += DECODE_PANEL)
+            for (int64_t g = g0; g < g1; g++) {
+                transpose_keys<KIND>(keys + n, g * step, p.K, key_ahead, panel);
+                for (int r = 0; r < rows; r += ROWS)
+                    gemm<SET>(min(ROWS, rows - r), words<Word>(p.K), queries + (g * plan.rows + r) * query_width,
+                              query_width, 1, (const Word *)panel, DECODE_PANEL,
+                              scores + (g * plan.rows + r) * BLOCK_KEYS + n, BLOCK_KEYS, DECODE_PANEL / W);
+            }
         for (int64_t g = g0; g < g1; g++)
-            for (int share = 0; share < row_groups; share++) {
-                const int64_t at = score_offset(g, share);
-                transpose_square((const uint32_t *)products + at, SQUARE, (uint32_t *)scores + at, SQUARE);
-                for (int r = share * ROWS_PER_LOAD; r < min(rows, (share + 1) * ROWS_PER_LOAD); r++)
-                    weights_of(block, s, g, r, scores + at + r % ROWS_PER_LOAD * BLOCK);
-            }
+            for (int r = 0; r < rows; r++)
+                stats[g * plan.rows + r] = row_weights(plan, tiles[g], s, r, first,
+                                                       row_span(tiles[g], s, r, first, last), span,
+                                                       scores + (g * plan.rows + r) * BLOCK_KEYS,
+                                                       weights_of(g, r, 0), dropout);
+        const Span added{seen.begin / 2 * 2, span.end};
+        add_values(added, g0, g1);
+        for (int64_t g = g0; g < g1; g++)
+            if (has_nonfinite_sums(g)) repair(s, g, first, last, added);
+        return true;
     }
 
-    INLINE void weights_of(const Block &block, int s, int64_t g, int r, float *row) {
-        RowTile &tile = tiles[g];
-        bool any = false;
-        for (int i = 0; i < STREAMS; i++) {
-            float *score = row + i * STREAM_KEYS;
-            const Span span = block.visible[r][i];
-            int begin = STREAM_KEYS, end = STREAM_KEYS;  // whole vectors with a visible key
-            if (span.begin < span.end) {
-                any = true;
-                begin = span.begin / W * W;
-                end = (span.end + W - 1) / W * W;
-                row_scores(plan, tile, s, r, block.first[i], span, score, nullptr);
-            }
-            for (int n = 0; n < begin; n++) score[n] = -INF;
-            for (int n = end; n < STREAM_KEYS; n++) score[n] = -INF;
-            if (p.seed) fill_dropout(p, tile, r, block.first[i], STREAM_KEYS, 1, dropout + i * STREAM_KEYS);
-        }
-        if (any)
-            softmax_step<VALUES == PAIRS>(tile, r, score_multiplier(p), 0, BLOCK, row, row, out_row(g, r),
-                                          plan.value_width, p.seed ? dropout : nullptr);
-        else
-            memset(row, 0, BLOCK * 4);
-        if constexpr (VALUES == PAIRS)
-            for (int i = 0; i < STREAMS; i += 2)
-                for (int n = 0; n < STREAM_KEYS; n += W)
-                    store((uint32_t *)row + i / 2 * STREAM_KEYS + n,
-                          join_bf16(load(row + i * STREAM_KEYS + n), load(row + (i + 1) * STREAM_KEYS + n)));
-    }
-
-    // Whether rows r and other see the same keys of the block, and their values may be added together.
-    INLINE bool see_alike(const Block &block, const RowTile &tile, int r, int other) const {
-        if (memcmp(block.visible[r], block.visible[other], sizeof block.visible[r])) return false;
-        return !p.mask || dense_row(*p.mask, tile, r) == dense_row(*p.mask, tile, other);
-    }
-
-    // Adds the values of keys n to n + KEYS_PER_PASS - 1 of each stream, times their weights.
-    INLINE void add(const Block &block, int n, int64_t g0, int64_t g1) {
-        const int64_t stride = p.v_stride[2] * size;
-        const bool by_group = p.mask && p.mask->stride[1] != 0;  // ranges are the same for every group
-        for (int64_t first_group = g0, last_group; first_group < g1; first_group = last_group) {
-            last_group = by_group ? first_group + 1 : g1;
-            const RowTile &tile = tiles[first_group];
-            for (int r = 0, alike; r < rows; r += alike) {
-                alike = 1;
-                while (r + alike < rows && (r + alike) % ROWS_PER_LOAD != 0 && see_alike(block, tile, r, r + alike))
-                    alike++;
-                // A hidden value may be NaN, so it is not read even with weight 0.
-                const char *seen[KEYS_PER_PASS * STREAMS];
-                for (int i = 0; i < KEYS_PER_PASS * STREAMS; i++) {
-                    const int stream = i % STREAMS, key = n + i / STREAMS;
-                    const Span span = block.visible[r][stream];
-                    bool visible = key >= span.begin && key < span.end;
-                    if (visible && p.mask) visible = mask_bit(*p.mask, tile, r, block.first[stream] + key);
-                    seen[i] = visible ? block.values[key][stream] : nullptr;
+    // The block's result joins the rows', or is kept for `combine`.
+    void finish_block(bool any, float *to, int64_t g0, int64_t g1) {
+        const float multiplier = score_multiplier(p);
+        for (int64_t g = g0; g < g1; g++)
+            for (int r = 0; r < rows; r++) {
+                const int64_t row = g * plan.rows + r, width = plan.value_width;
+                const BlockStats &block = stats[row];
+                if (!to) {
+                    if (any) merge_row(out + row * width, sums + row * width, merge_block(tiles[g], r, multiplier, block), width);
+                    continue;
                 }
-                GroupRows<KEYS_PER_PASS * STREAMS> values(seen, first_group * stride, stride);
-                for (int64_t g = first_group; g < last_group; g++, values.step()) {
-                    const float *first = scores + score_offset(g, r / ROWS_PER_LOAD) + r % ROWS_PER_LOAD * BLOCK + n;
-#define KEYSPAN_ACCUMULATE(R) \
-    accumulate_values<R, VALUES>(p.V, first, values.at, value_prefetch, out_row(g, r), plan.value_width)
-                    KEYSPAN_DISPATCH_ROWS(alike, KEYSPAN_ACCUMULATE)
-                }
+                float *part = to + row * (width + 3);
+                part[0] = any ? block.max : -INF;
+                if (!any) continue;
+                part[1] = block.sum;
+                part[2] = block.weight_sum;
+                memcpy(part + 3, sums + row * width, (size_t)width * 4);
             }
-        }
     }
 
-    // Keys [first, last) within range s of the rows.
-    void run(int s, int64_t first, int64_t last) {
-        int64_t begin, end;
-        tile_span(tiles[0], s, begin, end);
-        begin = max(begin / PANEL * PANEL, first);
-        end = min(end, last);
-        if (begin >= end) return;
-        const int64_t length = (end - begin + BLOCK - 1) / BLOCK * STREAM_KEYS;  // keys of a stream
+    void compute() {
         // Groups that lie side by side in memory are read together, others one after the other.
         const int64_t together = p.k_stride[1] > p.k_stride[2] ? p.G : 1;
-        Block block;
-        for (int64_t g = 0; g < p.G; g += together)
-            for (int64_t at = 0; at < length; at += STREAM_KEYS) {
-                find(begin + at, length, end, block);
-                const int longest = block.count[0];
-                for (int n = 0; n < longest; n++) compute_scores(block, n, g, g + together);
-                weights(block, s, g, g + together);
-                for (int n = 0; n < longest; n += KEYS_PER_PASS) add(block, n, g, g + together);
-            }
+        for (int64_t g = 0; g < p.G; g += together) {
+            float *part = run.partial < 0 ? nullptr : plan.partial + run.partial * partial_size;
+            for (int64_t i = run.first_block; i < run.last_block; i++)
+                for (int s = 0; s < p.S; s++) {
+                    const int64_t first = tiles[0].origin + i * plan.block_keys;
+                    const bool any = block(s, first, first + plan.block_keys, g, g + together);
+                    finish_block(any, part, g, g + together);
+                    if (part) part += partial_size;
+                }
+        }
+        if (run.partial >= 0) return;
+        for (int64_t g = 0; g < p.G; g++)
+            for (int r = 0; r < rows; r++) write(plan, tiles[g], r, row_of(out, g) + r * plan.value_width);
+    }
+
+    static void write(const Plan &plan, const RowTile &tile, int r, float *row) {
+        if (KIND == PAIRS) unpermute_columns(row, plan.params->V);
+        write_row(*plan.params, tile, r, row);
     }
 };
 
-template <int KIND, int VALUES>
-void decode_kind(const Plan &plan, int64_t b, int64_t query_tile, int64_t split, char *scratch) {
-    const Params &p = *plan.params;
-    DecodeUnit<KIND, VALUES> unit(plan, b, query_tile, split == 0, scratch);  // a sink counts in one split only
-    const int64_t first = plan.first_key + split * SPLIT_KEYS;
-    for (int s = 0; s < p.S; s++) unit.run(s, first, first + SPLIT_KEYS);
-    for (int64_t g = 0; g < p.G; g++) {
-        const RowTile &tile = unit.tiles[g];
-        for (int r = 0; r < tile.rows; r++) {
-            float *sums = unit.out_row(g, r);
-            if constexpr (VALUES == PAIRS) unpermute_columns(sums, p.V);
-            if (plan.splits == 1) {
-                write_row(p, tile, r, sums);
-                continue;
-            }
-            const int64_t part = ((b * plan.query_tiles + query_tile) * plan.splits + split) * p.G + g;
-            float *to = plan.partial + (part * plan.rows + r) * (plan.value_width + 3);
-            to[0] = tile.row_max[r];
-            to[1] = tile.row_sum[r];
-            to[2] = tile.weight_sum[r];
-            memcpy(to + 3, sums, (size_t)plan.value_width * 4);
-        }
-    }
-}
-
-void decode(const Plan &plan, int64_t b, int64_t query_tile, int64_t split, char *scratch) {
-    const Params &p = *plan.params;
-    if (p.dtype == F32) return decode_kind<F32, F32>(plan, b, query_tile, split, scratch);
-    if (p.dtype == F16) return decode_kind<F16, F16>(plan, b, query_tile, split, scratch);
-    if constexpr (HAS_PAIRS) return decode_kind<PAIRS, PAIRS>(plan, b, query_tile, split, scratch);
-    return decode_kind<BF16, BF16>(plan, b, query_tile, split, scratch);
-}
-
-// Merges the splits of each row in their order.
-void combine(const Plan &plan, int64_t b, int64_t query_tile, char *scratch) {
+// Merges the blocks of each row in their order.
+template <int KIND>
+void combine_kind(const Plan &plan, const Run &run, char *scratch) {
     const Params &p = *plan.params;
     Arena arena{scratch};
     RowTile &tile = *arena.reserve<RowTile>(1);
-    float *out = arena.reserve<float>(plan.value_width);
+    const int64_t width = plan.value_width, step = p.G * plan.rows * (width + 3);
+    float *out = arena.reserve<float>(plan.rows * width);
     for (int64_t g = 0; g < p.G; g++) {
-        load_tile(plan, b, g, 0, query_tile, tile);
+        load_tile(plan, run.batch, g, plan.tiles[run.tile], tile);
+        init_softmax(p, tile, out, width);
         for (int r = 0; r < tile.rows; r++) {
-            const int64_t stride = p.G * plan.rows * (plan.value_width + 3);
-            const float *part = plan.partial + (b * plan.query_tiles + query_tile) * plan.splits * stride +
-                                (g * plan.rows + r) * (plan.value_width + 3);
-            float row_max = -INF, row_sum = 0, weight_sum = 0;
-            for (int64_t i = 0; i < plan.splits; i++) row_max = max(row_max, part[i * stride]);
-            const float pivot = row_max == -INF ? 0 : row_max;
-            memset(out, 0, (size_t)plan.value_width * 4);
-            for (int64_t i = 0; i < plan.splits; i++) {
-                const float *split = part + i * stride;
-                if (split[1] == 0) continue;
-                const float factor = exp2<5>(broadcast((split[0] - pivot) * score_multiplier(p)))[0];
-                row_sum += factor * split[1];
-                weight_sum += factor * split[2];
-                for (int64_t v = 0; v < plan.value_width; v += W)
-                    store(out + v, load(out + v) + factor * load(split + 3 + v));
+            const float *part = plan.partial + run.partial * step + (g * plan.rows + r) * (width + 3);
+            for (int64_t i = 0; i < (run.last_block - run.first_block) * p.S; i++, part += step) {
+                if (part[0] == -INF) continue;
+                const Merge how = merge_block(tile, r, score_multiplier(p), {part[0], part[1], part[2]});
+                merge_row(out + r * width, part + 3, how, width);
             }
-            tile.row_max[r] = row_max;
-            tile.row_sum[r] = row_sum;
-            tile.weight_sum[r] = weight_sum;
-            write_row(p, tile, r, out);
+            Decoder<KIND>::write(plan, tile, r, out + r * width);
         }
     }
+}
+
+#define KEYSPAN_DISPATCH_KIND(call)                             \
+    const int64_t dtype = plan.params->dtype;                   \
+    if (dtype == F32) return call(F32);                         \
+    if (dtype == F16) return call(F16);                         \
+    if constexpr (HAS_PAIRS) return call(PAIRS);                \
+    return call(BF16);
+
+void decode(const Plan &plan, const Run &run, char *scratch) {
+#define KEYSPAN_DECODE(KIND) Decoder<KIND>(plan, run, scratch).compute()
+    KEYSPAN_DISPATCH_KIND(KEYSPAN_DECODE)
+}
+
+void combine(const Plan &plan, const Run &run, char *scratch) {
+#define KEYSPAN_COMBINE(KIND) combine_kind<KIND>(plan, run, scratch)
+    KEYSPAN_DISPATCH_KIND(KEYSPAN_COMBINE)
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
-// Forward over packed keys, and the online softmax that decode.h shares. One call computes one RowTile.
+// Forward over packed keys, and the softmax that decode.h and backward.h share. One call computes one RowTile.
+//
+// A row's result is merged from blocks, in the order of their keys and, within a block, of the ranges: see plan.h.
 #pragma once
 #include "gemm.h"
 #include "rows.h"
@@ -20,100 +22,126 @@ struct Arena {
     }
 };
 
-INLINE void init_softmax(const Params &p, RowTile &tile, bool with_sinks, float *out, int64_t width) {
+INLINE void init_softmax(const Params &p, RowTile &tile, float *out, int64_t width) {
     for (int r = 0; r < tile.rows; r++) {
-        // A sink acts as a key with this score and a value of zero.
-        tile.row_max[r] = p.sinks && with_sinks ? sink_score(p, head_index(p, tile, r)) : -INF;
+        // A sink acts as a key with this score and a value of zero, before all others.
+        tile.row_max[r] = p.sinks ? sink_score(p, head_index(p, tile, r)) : -INF;
         tile.row_sum[r] = tile.weight_sum[r] = tile.row_max[r] > -INF ? 1 : 0;
     }
     memset(out, 0, (size_t)(tile.rows * width * 4));
 }
 
-// Lazy rescaling, where weights stay in fp32: sums are rescaled only when a score exceeds the current maximum by this
-// many powers of two. Weights that are rounded to bf16 are always relative to the maximum: then the largest weight, on
-// which the result depends most, is 1 and not rounded.
-constexpr float SLACK = 8;
+// ---- the softmax of a block -------------------------------------------------------------------------------------------
+//
+// Weights of a block are 2^((score − maximum of the block) · multiplier), so that they depend on nothing outside of it;
+// where they are rounded to bf16, the largest is 1 and not rounded. Functions that make bits of a row are compiled once
+// and serve the tile kernel and decoding alike.
 
-// One step of online softmax for a row: scores [begin, end), whole vectors, become weights, in place or as bf16;
-// row_max and the sums are updated and `out` [width] is rescaled. `dropout` [end − begin] or null. ROUNDED: the weights
-// will be multiplied as bf16.
-template <bool ROUNDED, class T>
-INLINE void softmax_step(RowTile &tile, int r, float multiplier, int begin, int end, const float *score, T *weight,
-                         float *out, int64_t width, const float *dropout) {
-    vf vector_max = load(score + begin);
-    for (int n = begin + W; n < end; n += W) vector_max = maximum(vector_max, load(score + n));
-    const float block_max = reduce_max(vector_max), old_max = tile.row_max[r];
-    const bool rescale = ROUNDED ? block_max > old_max : (block_max - old_max) * multiplier > SLACK;
-    const float row_max = rescale ? block_max : old_max;
-    // Finite for rows without a visible key so far: −inf − −inf is NaN.
-    const float pivot = row_max == -INF ? 0 : row_max;
-    if (rescale) {
-        const float factor = exp2<5>(broadcast((old_max - pivot) * multiplier))[0];
-        tile.row_sum[r] *= factor;
-        tile.weight_sum[r] *= factor;
-        for (int64_t v = 0; v < width; v += W) store(out + v, load(out + v) * factor);
-        tile.row_max[r] = row_max;
+struct BlockStats {
+    float max, sum, weight_sum;  // of the weights, and of the weights as they are multiplied
+};
+
+// Scores [begin, end) of a row, within which all others are −inf, become weights, in place or as bf16. `begin` and `end`
+// are multiples of SUM_KEYS. `dropout` [end − begin] or null. T is uint32_t where weights are multiplied as bf16.
+template <class T>
+__attribute__((noinline)) BlockStats block_softmax(float multiplier, int begin, int end, const float *score, T *weight,
+                                                   const float *dropout) {
+    constexpr bool ROUNDED = PER_WORD<T> == 2;
+    vf max0 = load(score + begin), max1 = load(score + begin + W);
+    for (int n = begin + SUM_KEYS; n < end; n += SUM_KEYS) {
+        max0 = maximum(max0, load(score + n));
+        max1 = maximum(max1, load(score + n + W));
     }
+    const float block_max = reduce_max(maximum(max0, max1));
+    // Finite where all keys are hidden: −inf − −inf is NaN.
+    const vf m = broadcast(multiplier), pivot = broadcast(block_max == -INF ? 0 : block_max);
     vf sums{}, rounded_sums{};
-    const vf m = broadcast(multiplier), p = broadcast(pivot);
     constexpr int DEGREE = ROUNDED ? 4 : 5;
-    int n = begin;
-    if constexpr (PER_WORD<T> == 2) {
-        for (; !dropout && n + 2 * W <= end; n += 2 * W) {
-            const vf x = exp2<DEGREE>((load(score + n) - p) * m), y = exp2<DEGREE>((load(score + n + W) - p) * m);
-            sums += x;
-            sums += y;
-            store_bf16((uint16_t *)weight + n, x, y, rounded_sums);
+    for (int n = begin; n < end; n += SUM_KEYS) {
+        vf x = exp2<DEGREE>((load(score + n) - pivot) * m), y = exp2<DEGREE>((load(score + n + W) - pivot) * m);
+        sums += x;
+        sums += y;
+        if constexpr (ROUNDED) {
+            if (!dropout) {
+                store_bf16((uint16_t *)weight + n, x, y, rounded_sums);
+                continue;
+            }
+            x = round_to_bf16(x);
+            y = round_to_bf16(y);
+            rounded_sums += x;
+            rounded_sums += y;
+        }
+        if (dropout) {  // 0 or 1: the sums are those of all weights
+            x *= load(dropout + n - begin);
+            y *= load(dropout + n + W - begin);
+        }
+        if constexpr (ROUNDED) {
+            store((uint16_t *)weight + n, narrow_bf16(x));
+            store((uint16_t *)weight + n + W, narrow_bf16(y));
+        } else {
+            store(weight + n, x);
+            store(weight + n + W, y);
         }
     }
-    for (; n < end; n += W) {
-        vf x = exp2<DEGREE>((load(score + n) - p) * m);
-        sums += x;
-        if constexpr (ROUNDED) x = round_to_bf16(x), rounded_sums += x;
-        if (dropout) x *= load(dropout + n - begin);  // 0 or 1: the sums are those of all weights
-        if constexpr (PER_WORD<T> == 1)
-            store(weight + n, x);
-        else
-            store((uint16_t *)weight + n, narrow_bf16(x));
-    }
-    float sum, rounded_sum;
+    BlockStats stats{block_max, 0, 0};
     if constexpr (ROUNDED)
-        reduce_add(sums, rounded_sums, sum, rounded_sum);
+        reduce_add(sums, rounded_sums, stats.sum, stats.weight_sum);
     else
-        sum = rounded_sum = reduce_add(sums);
-    tile.row_sum[r] += sum;
-    tile.weight_sum[r] += rounded_sum;
+        stats.sum = stats.weight_sum = reduce_add(sums);
+    return stats;
 }
 
-// Scores and softmax step of one row. Weights are written over the whole vectors of `group_span`, zero where the row
-// does not see the key.
+// Joins a block's sums to those of a row; how its sum of values joins.
+__attribute__((noinline)) Merge merge_block(RowTile &tile, int r, float multiplier, BlockStats block) {
+    if (block.max == -INF) return {1, 1};  // nothing is visible: weights are zero
+    const float before = tile.row_max[r];
+    if (block.max <= before) {
+        const float take = exp2<5>(broadcast((block.max - before) * multiplier))[0];
+        tile.row_sum[r] += block.sum * take;
+        tile.weight_sum[r] += block.weight_sum * take;
+        return {1, take};
+    }
+    const float keep = exp2<5>(broadcast((before - block.max) * multiplier))[0];
+    tile.row_sum[r] = tile.row_sum[r] * keep + block.sum;
+    tile.weight_sum[r] = tile.weight_sum[r] * keep + block.weight_sum;
+    tile.row_max[r] = block.max;
+    return {keep, 1};
+}
+
+INLINE void merge_row(float *sum, const float *more, Merge how, int64_t width) {
+    for (int64_t v = 0; v < width; v += W) store(sum + v, merge(load(sum + v), load(more + v), how));
+}
+
+// Products of a row in `span` of a block become weights, zero in the rest of `all`.
 template <class T>
-INLINE void softmax_row(const Plan &plan, RowTile &tile, int s, int r, int64_t first, Span span, Span group_span,
-                        float *score, T *weight, float *out, float *dropout) {
+INLINE BlockStats row_weights(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, Span all,
+                         float *score, T *weight, float *dropout) {
     const Params &p = *plan.params;
-    const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
+    uint16_t *const bytes = (uint16_t *)weight;  // as half words
+    constexpr int HALVES = 2 / PER_WORD<T>;
+    const auto clear = [&](int from, int to) {
+        if (from < to) memset(bytes + from * HALVES, 0, (size_t)(to - from) * HALVES * 2);
+    };
+    if (span.begin >= span.end) {
+        clear(all.begin, all.end);
+        return {-INF, 0, 0};
+    }
+    const int begin = span.begin / SUM_KEYS * SUM_KEYS, end = (span.end + SUM_KEYS - 1) / SUM_KEYS * SUM_KEYS;
     row_scores(plan, tile, s, r, first, span, score, nullptr);
     if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, 1, dropout);
-    softmax_step<PER_WORD<T> == 2>(tile, r, score_multiplier(p), begin, end, score, weight, out, plan.value_width,
-                                   p.seed ? dropout : nullptr);
-    for (int n = group_span.begin; n < begin; n += W)
-        memset((char *)weight + n * 4 / PER_WORD<T>, 0, W * 4 / PER_WORD<T>);
-    for (int n = end; n < group_span.end; n += W) memset((char *)weight + n * 4 / PER_WORD<T>, 0, W * 4 / PER_WORD<T>);
+    clear(all.begin, begin);
+    clear(end, all.end);
+    return block_softmax<T>(score_multiplier(p), begin, end, score, weight, p.seed ? dropout : nullptr);
 }
 
-template <class T>
-INLINE void zero_row(Span group_span, T *weight) {
-    if (group_span.begin < group_span.end)
-        memset((char *)weight + group_span.begin * 4 / PER_WORD<T>, 0,
-               (size_t)(group_span.end - group_span.begin) * 4 / PER_WORD<T>);
-}
+// ---- results -----------------------------------------------------------------------------------------------------------
 
 INLINE float natural_lse(const Params &p, const RowTile &tile, int r) {
     return (float)(tile.row_max[r] * (double)natural_multiplier(p) + __builtin_log((double)tile.row_sum[r]));
 }
 
 // `out` [V] sums weighted values, of which dropout has removed some and scaled none.
-INLINE void write_row(const Params &p, const RowTile &tile, int r, const float *out) {
+__attribute__((noinline)) void write_row(const Params &p, const RowTile &tile, int r, const float *out) {
     const bool empty = tile.row_sum[r] == 0;
     narrow(p.out_dtype, out, p.V, empty ? 0 : dropout_scale(p) / tile.weight_sum[r],
            p.out + out_row(p, tile, r) * p.V * dtype_size(p.out_dtype));
@@ -143,85 +171,103 @@ INLINE void block_scores(const RowTile &tile, const Span *spans, const T *rows, 
         for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
             const int64_t begin = max<int64_t>(spans[i].begin, n), end = min<int64_t>(spans[i].end, n + PANEL);
             if (begin >= end) continue;
-            gemm(min(ROWS, tile.rows - r0), words<T>(dims), rows + r0 * (width / PER_WORD<T>), width / PER_WORD<T>, 1,
-                 panel + begin - n, PANEL, scores + r0 * BLOCK_KEYS + begin, BLOCK_KEYS, (end - begin) / W, false);
+            gemm<SET>(min(ROWS, tile.rows - r0), words<T>(dims), rows + r0 * (width / PER_WORD<T>), width / PER_WORD<T>, 1,
+                 panel + begin - n, PANEL, scores + r0 * BLOCK_KEYS + begin, BLOCK_KEYS, (end - begin) / W);
         }
     }
 }
 
-// NaN repair of `add_weighted_rows`: key by key, without hidden keys.
+// NaN repair of `add_weighted_rows` with ADD.
 template <class T>
-INLINE void add_weighted_rows_nan_repair(const Plan &plan, const RowTile &tile, int s, const T *weights,
-                                         const T *by_row, int64_t width, int64_t dims, int64_t first, int64_t last,
-                                         float *out) {
-    for (int r = 0; r < tile.rows; r++) {
-        const Span span = row_span(tile, s, r, first, last);
-        for (int n = span.begin; n < span.end; n++) {
+__attribute__((noinline)) void add_rows_nan_repair(const Plan &plan, const RowTile &tile, int s, int r0, int rows,
+                                                   Span span, const T *weights, const T *by_row, int64_t width,
+                                                   int64_t dims, int64_t first, int64_t last, float *out) {
+    constexpr int KEYS = 16;
+    constexpr int64_t row = BLOCK_KEYS / PER_WORD<T>;
+    alignas(64) T clean[KEYS / PER_WORD<T> * MAX_HEAD_DIM];
+    for (int n = span.begin; n < span.end; n += KEYS) {
+        const int keys = min(KEYS, span.end - n);
+        for (int i = 0; i < keys; i++)
+            for (int64_t v = 0; v < width; v++) {
+                const float x = packed_element(by_row, width, first + n + i, v);
+                set_packed_element(clean, width, i, v, x - x == 0 ? x : 0);
+            }
+        gemm<ADD>(rows, keys / PER_WORD<T>, weights + r0 * row + n / PER_WORD<T>, row, 1, clean, width,
+                  out + r0 * width, width, width / W);
+    }
+    for (int r = r0; r < r0 + rows; r++) {
+        const Span seen = row_span(tile, s, r, first, last);
+        for (int n = seen.begin; n < seen.end; n++) {
             if (!is_visible(*plan.params, tile, s, r, first + n)) continue;
-            const float weight = weight_element(weights + r * (BLOCK_KEYS / PER_WORD<T>), n);
-            for (int64_t v = 0; v < dims; v++)
-                out[r * width + v] += multiply_unless_nonfinite(weight, packed_element(by_row, width, first + n, v));
+            for (int64_t v = 0; v < dims; v++) {
+                const float x = packed_element(by_row, width, first + n, v);
+                if (!(x - x == 0)) out[r * width + v] += x;
+            }
         }
     }
 }
 
-// out[r] += Σ_n weights[r][n] · by_row[n] for the keys in the span of each group of ROWS rows.
-template <class T>
+// out[r] = Σ_n weights[r][n] · by_row[n] for the keys in the span of each group of ROWS rows, added or merged to what
+// `out` holds. `scratch` [ROWS][width] is for NaN repair.
+template <Into INTO, class T>
 INLINE void add_weighted_rows(const Plan &plan, const RowTile &tile, int s, const Span *spans, const T *weights,
                               const T *by_row, int64_t width, int64_t dims, int64_t first, int64_t last, float *out,
-                              bool nonfinite) {
-    if (nonfinite) return add_weighted_rows_nan_repair(plan, tile, s, weights, by_row, width, dims, first, last, out);
+                              bool nonfinite, const Merge *how = nullptr) {
     constexpr int64_t row = BLOCK_KEYS / PER_WORD<T>;
     for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
         const Span span = spans[i];
+        const int rows = min(ROWS, tile.rows - r0);
         if (span.begin >= span.end) continue;
-        gemm(min(ROWS, tile.rows - r0), (span.end - span.begin) / PER_WORD<T>,
-             weights + r0 * row + span.begin / PER_WORD<T>, row, 1, by_row + (first + span.begin) / PER_WORD<T> * width,
-             width, out + r0 * width, width, width / W, true);
+        if (!nonfinite) {
+            gemm<INTO>(rows, (span.end - span.begin) / PER_WORD<T>, weights + r0 * row + span.begin / PER_WORD<T>, row,
+                       1, by_row + (first + span.begin) / PER_WORD<T> * width, width, out + r0 * width, width,
+                       width / W, INTO == MERGE ? how + r0 : nullptr);
+        } else if (INTO == ADD) {
+            add_rows_nan_repair(plan, tile, s, r0, rows, span, weights, by_row, width, dims, first, last, out);
+        } else {
+            alignas(64) float sums[ROWS * MAX_HEAD_DIM];
+            memset(sums, 0, (size_t)(rows * width * 4));
+            add_rows_nan_repair(plan, tile, s, r0, rows, span, weights, by_row, width, dims, first, last,
+                                sums - r0 * width);
+            for (int r = 0; r < rows; r++) merge_row(out + (r0 + r) * width, sums + r * width, how[r0 + r], width);
+        }
     }
 }
 
 template <class T>
-void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile,
-             char *scratch) {
+void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Tile &of, char *scratch) {
     const Params &p = *plan.params;
     Arena arena{scratch};
     RowTile &tile = *arena.reserve<RowTile>(1);
-    load_tile(plan, b, g, head_tile, query_tile, tile);
+    load_tile(plan, b, g, of, tile);
     T *queries = arena.reserve<T>(plan.rows * plan.key_width);
     float *scores = arena.reserve<float>(plan.rows * BLOCK_KEYS);
     // bf16 weights are shorter than the scores and get memory of their own.
     T *weights = PER_WORD<T> == 1 ? (T *)scores : arena.reserve<T>(plan.rows * BLOCK_KEYS / PER_WORD<T>);
     float *out = arena.reserve<float>(plan.rows * plan.value_width);
     float *dropout = arena.reserve<float>(BLOCK_KEYS);
+    Merge *how = arena.reserve<Merge>(plan.rows);
     Span spans[TILE_ROWS / ROWS];
+    const float multiplier = score_multiplier(p);
 
     load_queries(plan, tile, queries);
-    init_softmax(p, tile, true, out, plan.value_width);
+    init_softmax(p, tile, out, plan.value_width);
     const T *by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *by_row = (const T *)(plan.value_rows + slot * plan.value_rows_stride);
-    const bool nonfinite = plan.nonfinite_values[slot].load(std::memory_order_relaxed);
-    for (int s = 0; s < p.S; s++) {
-        int64_t begin, end;
-        tile_span(tile, s, begin, end);
-        for (int64_t first = begin / PANEL * PANEL; first < end; first += plan.block_keys) {
-            const int64_t last = min(first + plan.block_keys, end);
-            for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++)
-                spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
-            block_scores(tile, spans, queries, plan.key_width, p.K, by_dim, first, last - first, scores);
-            for (int r = 0; r < tile.rows; r++) {
-                const Span span = row_span(tile, s, r, first, last);
-                T *weight = weights + r * BLOCK_KEYS / PER_WORD<T>;
-                if (span.begin < span.end)
-                    softmax_row(plan, tile, s, r, first, span, spans[r / ROWS], scores + r * BLOCK_KEYS, weight,
-                                out + r * plan.value_width, dropout);
-                else
-                    zero_row(spans[r / ROWS], weight);
-            }
-            add_weighted_rows(plan, tile, s, spans, weights, by_row, plan.value_width, p.V, first, last, out,
-                              nonfinite);
-        }
-    }
+    const bool nonfinite =
+        plan.nonfinite_values[slot * plan.segment_count + of.segment].load(std::memory_order_relaxed);
+    each_block(plan, tile, [&](int s, int64_t first, int64_t last) {
+        for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++)
+            spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
+        block_scores(tile, spans, queries, plan.key_width, p.K, by_dim, first, last - first, scores);
+        for (int r = 0; r < tile.rows; r++)
+            how[r] = merge_block(tile, r, multiplier,
+                                 row_weights(plan, tile, s, r, first, row_span(tile, s, r, first, last),
+                                             spans[r / ROWS], scores + r * BLOCK_KEYS,
+                                             weights + r * BLOCK_KEYS / PER_WORD<T>, dropout));
+        add_weighted_rows<MERGE>(plan, tile, s, spans, weights, by_row, plan.value_width, p.V, first, last, out,
+                                 nonfinite, how);
+    });
     for (int r = 0; r < tile.rows; r++) write_row(p, tile, r, out + r * plan.value_width);
 }
 

@@ -19,16 +19,28 @@ struct VectorOf<uint32_t> {
     typedef vu type;
 };
 
-// R rows by C vectors of `c`; the accumulators stay in registers while `count` terms are summed.
-template <int R, int C, class T>
+// How a row's sum over one more block joins the sum before: sum · keep + more, or, where keep is 1, sum + more · take.
+struct Merge {
+    float keep, take;
+};
+
+INLINE vf merge(vf sum, vf more, Merge how) {
+    return how.keep == 1 ? multiply_add(sum, more, broadcast(how.take)) : multiply_add(more, sum, broadcast(how.keep));
+}
+
+// What becomes of `c`: it is overwritten, it is where sums begin, or the sums are merged into it.
+enum Into { SET, ADD, MERGE };
+
+// R rows by C vectors of `c`; the accumulators stay in registers while `count` terms are summed, one after the other.
+template <int R, int C, Into INTO, class T>
 INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b, int64_t b_step, float *c,
-                        int64_t c_row, bool add) {
+                        int64_t c_row, const Merge *how) {
     typedef typename VectorOf<T>::type V;
     vf acc[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < C; j++) acc[r][j] = add ? load(c + r * c_row + j * W) : vf{};
+        for (int j = 0; j < C; j++) acc[r][j] = INTO == ADD ? load(c + r * c_row + j * W) : vf{};
     for (int64_t i = 0; i < count; i++) {
         V column[C];
 #pragma GCC unroll 4
@@ -43,31 +55,36 @@ INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < C; j++) store(c + r * c_row + j * W, acc[r][j]);
+        for (int j = 0; j < C; j++) {
+            float *to = c + r * c_row + j * W;
+            store(to, INTO == MERGE ? merge(load(to), acc[r][j], how[r]) : acc[r][j]);
+        }
 }
 
-template <int R, class T>
+template <int R, Into INTO, class T>
 __attribute__((noinline)) void gemm_fixed_rows(int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b,
-                                               int64_t b_step, float *c, int64_t c_row, int vectors, bool add) {
+                                               int64_t b_step, float *c, int64_t c_row, int vectors,
+                                               const Merge *how) {
     for (; vectors >= COLUMNS; vectors -= COLUMNS, b += COLUMNS * W, c += COLUMNS * W)
-        microkernel<R, COLUMNS>(count, a, a_row, a_step, b, b_step, c, c_row, add);
-    if (COLUMNS > 2 && vectors == 3) microkernel<R, 3>(count, a, a_row, a_step, b, b_step, c, c_row, add);
-    if (COLUMNS > 2 && vectors == 2) microkernel<R, 2>(count, a, a_row, a_step, b, b_step, c, c_row, add);
-    if (vectors == 1) microkernel<R, 1>(count, a, a_row, a_step, b, b_step, c, c_row, add);
+        microkernel<R, COLUMNS, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, how);
+    if (COLUMNS > 2 && vectors == 3) microkernel<R, 3, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, how);
+    if (COLUMNS > 2 && vectors == 2) microkernel<R, 2, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, how);
+    if (vectors == 1) microkernel<R, 1, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, how);
 }
 
-// c[r, j] (+)= Σ_i a[r · a_row + i · a_step] · b[i · b_step + j] for 1 to ROWS rows r and `vectors` · W columns j.
-template <class T>
+// c[r, j] (+)= Σ_i a[r · a_row + i · a_step] · b[i · b_step + j] for 1 to ROWS rows r and `vectors` · W columns j. How
+// many rows there are does not change the bits of one. `how` [rows] for MERGE.
+template <Into INTO, class T>
 INLINE void gemm(int rows, int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b, int64_t b_step,
-                 float *c, int64_t c_row, int64_t vectors, bool add) {
+                 float *c, int64_t c_row, int64_t vectors, const Merge *how = nullptr) {
     const int v = (int)vectors;
     switch (rows) {
-    case 1: return gemm_fixed_rows<1>(count, a, a_row, a_step, b, b_step, c, c_row, v, add);
-    case 2: return gemm_fixed_rows<2>(count, a, a_row, a_step, b, b_step, c, c_row, v, add);
-    case 3: return gemm_fixed_rows<3>(count, a, a_row, a_step, b, b_step, c, c_row, v, add);
-    case 4: return gemm_fixed_rows<4>(count, a, a_row, a_step, b, b_step, c, c_row, v, add);
-    case 5: return gemm_fixed_rows<5>(count, a, a_row, a_step, b, b_step, c, c_row, v, add);
-    default: return gemm_fixed_rows<6>(count, a, a_row, a_step, b, b_step, c, c_row, v, add);
+    case 1: return gemm_fixed_rows<1, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, v, how);
+    case 2: return gemm_fixed_rows<2, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, v, how);
+    case 3: return gemm_fixed_rows<3, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, v, how);
+    case 4: return gemm_fixed_rows<4, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, v, how);
+    case 5: return gemm_fixed_rows<5, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, v, how);
+    default: return gemm_fixed_rows<6, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, v, how);
     }
 }
 

@@ -16,11 +16,10 @@ void pack_dispatch(const Plan &plan, bool with_gradients, int64_t slot, int64_t 
     pack_keys<float>(plan, with_gradients, slot, b, g, panel);
 }
 
-void forward_dispatch(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile,
-                      char *scratch) {
+void forward_dispatch(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Tile &tile, char *scratch) {
     if constexpr (HAS_PAIRS)
-        if (plan.pairs) return forward<uint32_t>(plan, slot, b, g, head_tile, query_tile, scratch);
-    forward<float>(plan, slot, b, g, head_tile, query_tile, scratch);
+        if (plan.pairs) return forward<uint32_t>(plan, slot, b, g, tile, scratch);
+    forward<float>(plan, slot, b, g, tile, scratch);
 }
 
 void backward_dispatch(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chunk, float *grad_keys,

@@ -11,8 +11,6 @@ namespace keyspan {
 namespace KEYSPAN_NAMESPACE {
 namespace {
 
-constexpr int MAX_HEAD_DIM = 256;
-
 // Elements in a word that gemm multiplies, and the words of a sum over `dims` elements.
 template <class T>
 constexpr int PER_WORD = 1;
@@ -103,14 +101,14 @@ INLINE void interleave_rows(const uint16_t *a, const uint16_t *b, int64_t width,
     for (int64_t i = 0; i < width; i++) to[i] = (uint32_t)a[i] | (uint32_t)b[i] << 16;
 }
 
-constexpr int SQUARE = 16;
+constexpr int SQUARE = W;
 
-// Transposes a square of words: [SQUARE][from_width] to [SQUARE][to_width].
-INLINE void transpose_square(const uint32_t *from, int64_t from_width, uint32_t *to, int64_t to_width) {
+// Transposes W vectors of words and stores them as [W][to_width].
+INLINE void store_transposed(const vu *from, uint32_t *to, int64_t to_width) {
 #if KEYSPAN_VECTOR == 64
     // Four rounds of exchanges between rows 1, 2, 4 and 8 apart.
     __m512i x[SQUARE], y[SQUARE];
-    for (int i = 0; i < SQUARE; i++) x[i] = _mm512_loadu_si512(from + i * from_width);
+    for (int i = 0; i < SQUARE; i++) x[i] = (__m512i)from[i];
     for (int i = 0; i < SQUARE; i += 2) {
         y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
         y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
@@ -133,10 +131,34 @@ INLINE void transpose_square(const uint32_t *from, int64_t from_width, uint32_t 
         _mm512_storeu_si512(to + (i + 4) * to_width, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88));
         _mm512_storeu_si512(to + (i + 12) * to_width, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd));
     }
+#elif KEYSPAN_VECTOR == 32
+    __m256 x[SQUARE], y[SQUARE];
+    for (int i = 0; i < SQUARE; i++) x[i] = (__m256)from[i];
+    for (int i = 0; i < SQUARE; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < SQUARE; i += 4) {
+        x[i] = _mm256_shuffle_ps(y[i], y[i + 2], 0x44);
+        x[i + 1] = _mm256_shuffle_ps(y[i], y[i + 2], 0xee);
+        x[i + 2] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+        x[i + 3] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        store((float *)to + i * to_width, (vf)_mm256_permute2f128_ps(x[i], x[i + 4], 0x20));
+        store((float *)to + (i + 4) * to_width, (vf)_mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+    }
 #else
     for (int k = 0; k < SQUARE; k++)
-        for (int i = 0; i < SQUARE; i++) to[k * to_width + i] = from[i * from_width + k];
+        for (int i = 0; i < SQUARE; i++) to[k * to_width + i] = from[i][k];
 #endif
+}
+
+// Transposes a square of words: [SQUARE][from_width] to [SQUARE][to_width].
+INLINE void transpose_square(const uint32_t *from, int64_t from_width, uint32_t *to, int64_t to_width) {
+    vu rows[SQUARE];
+    for (int i = 0; i < SQUARE; i++) rows[i] = load(from + i * from_width);
+    store_transposed(rows, to, to_width);
 }
 
 // [PANEL][width] words to [count][PANEL].
@@ -181,26 +203,27 @@ INLINE bool pack_panel(int64_t dtype, const char *const *rows, int count, int64_
     return found;
 }
 
-// Physical row of logical key `j` of sequence `s`. Entries of block_table are clamped to the keys there are.
+// Row of logical key `j` of sequence `s`, before it is clamped to the keys there are: the block table may hold any
+// numbers.
 INLINE int64_t physical_key(const Params &p, int64_t s, int64_t j) {
     if (!p.sequence) return j;
-    const int64_t slot = (int64_t)p.block_table[s * p.pages + j / p.page_size] * p.page_size + j % p.page_size;
-    return max<int64_t>(0, min(slot, p.N - 1));
+    return (int64_t)p.block_table[s * p.pages + j / p.page_size] * p.page_size + j % p.page_size;
 }
+
+INLINE int64_t clamped_key(const Params &p, int64_t s, int64_t j) { return clamp(physical_key(p, s, j), 0, p.N - 1); }
 
 template <class T>
 void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t g, int64_t panel) {
     const Params &p = *plan.params;
     const int64_t first = panel * PANEL;
-    int64_t s = p.sequence || p.RB == 1 ? 0 : b;
-    while (p.sequence && s + 1 < plan.segment_count && plan.segments[s + 1].offset <= first) s++;
+    const int64_t s = plan.segment_of_panel[(p.RB == 1 ? 0 : b * (plan.packed_keys / PANEL)) + panel];
+    if (s < 0) return;
     const Segment &segment = plan.segments[s];
     const int count = (int)min<int64_t>(PANEL, segment.offset + segment.length - first);
-    if (count <= 0) return;
 
     const char *k_rows[PANEL], *v_rows[PANEL];
     for (int n = 0; n < count; n++) {
-        const int64_t row = physical_key(p, s, segment.begin + first - segment.offset + n);
+        const int64_t row = clamped_key(p, segment.sequence, segment.begin + first - segment.offset + n);
         k_rows[n] = p.k + (b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2]) * dtype_size(p.dtype);
         v_rows[n] = p.v + (b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2]) * dtype_size(p.dtype);
     }
@@ -215,10 +238,10 @@ void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t
     }
     if (pack_panel(p.dtype, k_rows, count, p.K, p.k_stride[3], plan.key_width, k_by_dim + first * words<T>(p.K),
                    k_by_row))
-        plan.nonfinite_keys[slot].store(1, std::memory_order_relaxed);
+        plan.nonfinite_keys[slot * plan.segment_count + s].store(1, std::memory_order_relaxed);
     if (pack_panel(p.dtype, v_rows, count, p.V, p.v_stride[3], plan.value_width, v_by_dim,
                    v_by_row + first / per_word * plan.value_width))
-        plan.nonfinite_values[slot].store(1, std::memory_order_relaxed);
+        plan.nonfinite_values[slot * plan.segment_count + s].store(1, std::memory_order_relaxed);
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
 // Fields that change from call to call come first: for a repeated call Python packs those up to `threads` and reuses
 // the bytes of all that follow.
 //   lo, hi, diagonal    [S, RB, M], RB = 1 or B; all null: row i sees every key and stands at key i
+//   origin              [RB, M], first key of the row's document; null: 0
 //   sequence            [M], row of block_table that a query reads; block_table [sequences, pages]; null: not paged
 //   mask, biases        one Dense, bias_count of them; null for none
 //   slopes              [B or 1, G, H]; table [G, H, 2 reach + 1]; sinks [G, H]
@@ -40,7 +41,7 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
 //   fold_batch, fold_groups   one unit of work computes all batch entries, or all groups: they share a bias gradient
 #define KEYSPAN_PARAMS_FIELDS(POINTER, INT, FLOAT)                                                                  \
     POINTER(const char *, q) POINTER(const char *, k) POINTER(const char *, v)                                     \
-    POINTER(const int32_t *, lo) POINTER(const int32_t *, hi) POINTER(const int32_t *, diagonal)                   \
+    POINTER(const int32_t *, lo) POINTER(const int32_t *, hi) POINTER(const int32_t *, diagonal) POINTER(const int32_t *, origin) \
     POINTER(const int32_t *, sequence) POINTER(const int32_t *, block_table)                                       \
     POINTER(const Dense *, mask) POINTER(const Dense *, biases)                                                    \
     POINTER(const float *, slopes) POINTER(const float *, table) POINTER(const float *, sinks)                     \

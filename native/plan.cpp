@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "threads.h"
@@ -43,9 +44,11 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 struct PlanStorage : Plan {
     std::vector<Segment> segment_list;
-    std::vector<int64_t> chunk_list;
+    std::vector<int64_t> segment_begins, panel_list, segment_of_row;
+    std::vector<Tile> tile_list;
+    std::vector<int64_t> tile_begins, chunk_list;
+    std::vector<Run> runs, shared;  // decoding: units of work, and tiles that several of them compute
     std::vector<std::atomic<int>> nonfinite_list;
-    std::vector<int64_t> visible_pairs;  // [RB, query_tiles], of one head
     int64_t bytes = 0;
 
     // Reserves a part of the workspace. In the first pass there is no workspace and only sizes are added up.
@@ -58,70 +61,200 @@ struct PlanStorage : Plan {
     }
 };
 
-// Finds the visible span of every segment and its packed position. Returns the number of visible pairs.
-int64_t find_segments(const Params &p, PlanStorage &plan) {
-    const int64_t count = p.sequence ? std::max<int64_t>(p.sequences, 1) : p.RB;
-    std::vector<int64_t> begin(count, INT64_MAX), end(count, 0);
-    int64_t pairs = 0;
-    if (!p.lo) {
-        begin[0] = 0;
-        end[0] = plan.logical_keys;
-        pairs = p.M * plan.logical_keys;
-    } else {
-        for (int64_t s = 0; s < p.S; s++)
-            for (int64_t b = 0; b < p.RB; b++)
-                for (int64_t m = 0; m < p.M; m++) {
-                    const KeyRange range = key_range(p, plan.logical_keys, s, b, m);
-                    if (range.lo >= range.hi) continue;
-                    const int64_t segment = p.sequence ? sequence_of(p, m) : b;
-                    begin[segment] = std::min(begin[segment], range.lo);
-                    end[segment] = std::max(end[segment], range.hi);
-                    pairs += range.hi - range.lo;
-                }
+// The keys that query m of batch row b sees in any range; empty where it sees none.
+KeyRange row_hull(const Params &p, const Plan &plan, int64_t b, int64_t m) {
+    KeyRange hull{INT64_MAX, 0};
+    for (int64_t s = 0; s < (p.lo ? p.S : 1); s++) {
+        const KeyRange range = key_range(p, plan.logical_keys, s, b, m);
+        if (range.lo >= range.hi) continue;
+        hull.lo = std::min(hull.lo, range.lo);
+        hull.hi = std::max(hull.hi, range.hi);
     }
-    int64_t offset = 0, widest = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t from = end[i] ? begin[i] / PANEL * PANEL : 0, length = std::max<int64_t>(end[i] - from, 0);
-        plan.segment_list.push_back({from, p.sequence ? offset : 0, length});
-        offset += round_up(length, PANEL);
-        widest = std::max(widest, round_up(length, PANEL));
-    }
-    plan.segments = plan.segment_list.data();
-    plan.segment_count = count;
-    plan.packed_keys = p.sequence ? offset : widest;
-    return pairs;
+    return hull;
 }
 
-void count_visible_pairs(const Params &p, PlanStorage &plan) {
-    plan.visible_pairs.assign(p.RB * plan.query_tiles, 0);
+// Gathers the rows of batch row b into segments, by the sequence or the document's first key. A row without a key goes
+// with the row before it.
+void gather_segments(const Params &p, PlanStorage &plan, int64_t b) {
+    const int64_t first = (int64_t)plan.segment_list.size();
+    std::unordered_map<int64_t, int64_t> known;  // index of the segment of a sequence or an origin
+    int64_t last_key = -1, segment = -1;
+    for (int64_t m = 0; m < p.M; m++) {
+        const KeyRange hull = row_hull(p, plan, b, m);
+        if (hull.lo < hull.hi || segment < 0) {
+            const int64_t origin = origin_of(p, plan.logical_keys, b, m), key = p.sequence ? sequence_of(p, m) : origin;
+            if (segment < 0 || key != last_key) {
+                segment = known.emplace(key, (int64_t)plan.segment_list.size()).first->second;
+                if (segment == (int64_t)plan.segment_list.size())
+                    plan.segment_list.push_back({origin, INT64_MAX, 0, 0, sequence_of(p, m)});  // `length` is the end for now
+                last_key = key;
+            }
+            Segment &to = plan.segment_list[segment];
+            to.begin = std::min(to.begin, hull.lo);
+            to.length = std::max(to.length, hull.hi);
+        }
+        plan.segment_of_row[b * p.M + m] = segment;
+    }
+    for (auto to = plan.segment_list.begin() + first; to != plan.segment_list.end(); to++) {
+        to->begin = std::min(to->begin, to->length);
+        to->origin = std::min(to->origin, to->begin);  // any number in a malformed mask
+        to->begin = to->origin + (to->begin - to->origin) / PANEL * PANEL;
+        if (!to->length) to->begin = 0;
+    }
+    if (p.sequence) return;
+    // Segments that share keys are made one where keys must have one place, or where they would take much memory (the
+    // origins may be any numbers).
+    std::vector<Segment> sorted(plan.segment_list.begin() + first, plan.segment_list.end());
+    std::stable_sort(sorted.begin(), sorted.end(),
+                     [](const Segment &x, const Segment &y) { return x.begin < y.begin; });
+    int64_t reach = 0, keys = 0;
+    bool shared = false;
+    for (const Segment &x : sorted) {
+        if (x.begin >= x.length) continue;
+        shared |= x.begin < reach;
+        reach = std::max(reach, x.length);
+        keys += x.length - x.begin;
+    }
+    if (!shared || (!plan.backward && keys <= 4 * plan.logical_keys)) return;
+    plan.segment_list.resize(first);
+    const auto lowest = std::find_if(sorted.begin(), sorted.end(), [](const Segment &x) { return x.length > 0; });
+    plan.segment_list.push_back({0, lowest->begin / PANEL * PANEL, 0, reach, 0});
+    std::fill_n(plan.segment_of_row.begin() + b * p.M, p.M, first);
+}
+
+// Finds the visible span of every segment and its packed position.
+void find_segments(const Params &p, PlanStorage &plan) {
+    plan.segment_begins.assign(1, 0);
+    plan.segment_of_row.assign(p.RB * p.M, 0);
+    plan.packed_keys = 0;
+    for (int64_t b = 0; b < p.RB; b++) {
+        if (p.lo)
+            gather_segments(p, plan, b);
+        else
+            plan.segment_list.push_back({0, 0, 0, plan.logical_keys, 0});
+        int64_t offset = 0;
+        for (int64_t i = plan.segment_begins.back(); i < (int64_t)plan.segment_list.size(); i++) {
+            Segment &segment = plan.segment_list[i];
+            segment.length -= segment.begin;
+            segment.offset = offset;
+            offset += round_up(segment.length, PANEL);
+        }
+        plan.packed_keys = std::max(plan.packed_keys, offset);
+        plan.segment_begins.push_back((int64_t)plan.segment_list.size());
+    }
+    const int64_t panels = plan.packed_keys / PANEL;
+    plan.panel_list.assign(p.RB * panels, -1);
     for (int64_t b = 0; b < p.RB; b++)
-        for (int64_t tile = 0; tile < plan.query_tiles; tile++) {
-            const int64_t m0 = tile * plan.tile_queries, m1 = std::min(m0 + plan.tile_queries, p.M);
-            int64_t pairs = (m1 - m0) * PANEL;  // a tile's fixed cost
+        for (int64_t i = plan.segment_begins[b]; i < plan.segment_begins[b + 1]; i++) {
+            const Segment &segment = plan.segment_list[i];
+            std::fill_n(plan.panel_list.begin() + b * panels + segment.offset / PANEL,
+                        round_up(segment.length, PANEL) / PANEL, i);
+        }
+    plan.segments = plan.segment_list.data();
+    plan.first_segment = plan.segment_begins.data();
+    plan.segment_of_panel = plan.panel_list.data();
+    plan.segment_count = (int64_t)plan.segment_list.size();
+}
+
+// Cuts the rows of each segment into tiles of at most `limit` rows.
+void cut_tiles(const Params &p, PlanStorage &plan, int64_t limit) {
+    plan.tile_list.clear();
+    plan.tile_begins.assign(1, 0);
+    plan.rows = 1;
+    for (int64_t b = 0; b < p.RB; b++) {
+        for (int64_t m = 0, end; m < p.M; m = end) {
+            const int64_t segment = plan.segment_of_row[b * p.M + m];
+            for (end = m + 1; end < p.M && plan.segment_of_row[b * p.M + end] == segment;) end++;
+            const int64_t fit = plan.decode ? std::max<int64_t>(1, limit / p.H) : limit;
+            const int64_t pieces = (end - m + fit - 1) / fit;
+            int64_t queries = (end - m + pieces - 1) / pieces;
+            if (pieces > 1 && !plan.decode) queries = std::min(round_up(queries, 6), limit);
+            const int64_t heads = plan.decode ? p.H : std::min<int64_t>(p.H, std::max<int64_t>(1, limit / queries));
+            for (int64_t h = 0; h < p.H; h += heads)
+                for (int64_t q = m; q < end; q += queries)
+                    plan.tile_list.push_back(
+                        {q, std::min(q + queries, end), h, std::min(h + heads, p.H), segment, 0});
+            plan.rows = std::max(plan.rows, queries * heads);
+        }
+        plan.tile_begins.push_back((int64_t)plan.tile_list.size());
+    }
+    plan.tiles = plan.tile_list.data();
+    plan.first_tile = plan.tile_begins.data();
+}
+
+// Returns the number of visible pairs of all heads of a group.
+int64_t count_visible_pairs(const Params &p, PlanStorage &plan) {
+    int64_t all = 0;
+    for (int64_t b = 0; b < p.RB; b++)
+        for (int64_t t = plan.first_tile[b]; t < plan.first_tile[b + 1]; t++) {
+            Tile &tile = plan.tile_list[t];
+            int64_t pairs = 0;
             for (int64_t s = 0; s < (p.lo ? p.S : 1); s++)
-                for (int64_t m = m0; m < m1; m++) {
+                for (int64_t m = tile.first_query; m < tile.last_query; m++) {
                     const KeyRange range = key_range(p, plan.logical_keys, s, b, m);
                     pairs += std::max<int64_t>(range.hi - range.lo, 0);
                 }
-            plan.visible_pairs[b * plan.query_tiles + tile] = pairs;
+            all += pairs * (tile.last_head - tile.first_head);
+            tile.visible_pairs = pairs + (tile.last_query - tile.first_query) * PANEL;
         }
+    return all;
 }
 
-// Splits the query tiles into chunks of about the same number of visible pairs.
+// Splits each batch entry's tiles into chunks of about the same number of visible pairs.
 void split_chunks(const Params &p, PlanStorage &plan, int64_t chunks) {
-    std::vector<int64_t> sums(plan.query_tiles + 1, 0);
-    for (int64_t tile = 0; tile < plan.query_tiles; tile++) {
-        sums[tile + 1] = sums[tile];
-        for (int64_t b = 0; b < p.RB; b++) sums[tile + 1] += plan.visible_pairs[b * plan.query_tiles + tile];
+    plan.chunk_list.clear();
+    for (int64_t b = 0; b < p.RB; b++) {
+        const int64_t first = plan.first_tile[b], count = plan.first_tile[b + 1] - first;
+        std::vector<int64_t> sums(count + 1, 0);
+        for (int64_t i = 0; i < count; i++) sums[i + 1] = sums[i] + plan.tiles[first + i].visible_pairs;
+        int64_t last = 0;
+        plan.chunk_list.push_back(first);
+        for (int64_t chunk = 1; chunk <= chunks; chunk++) {
+            const int64_t upto = sums.back() * chunk / chunks;
+            last = std::max<int64_t>(last, std::lower_bound(sums.begin(), sums.end(), upto) - sums.begin());
+            plan.chunk_list.push_back(first + (chunk == chunks ? count : last));
+        }
     }
-    plan.chunk_list.assign(1, 0);
-    for (int64_t chunk = 1; chunk <= chunks; chunk++) {
-        const int64_t upto = sums.back() * chunk / chunks;
-        const auto tile = std::lower_bound(sums.begin(), sums.end(), upto) - sums.begin();
-        plan.chunk_list.push_back(std::max<int64_t>(tile, plan.chunk_list.back()));
-    }
-    plan.chunk_list.back() = plan.query_tiles;
     plan.chunk_tiles = plan.chunk_list.data();
+}
+
+// Cuts the tiles' keys into runs of blocks: one for each tile, or of SPLIT_BLOCKS where threads have too few tiles.
+void cut_runs(const Params &p, PlanStorage &plan) {
+    const int64_t tiles = (int64_t)plan.tile_list.size() * (p.RB == 1 ? p.B : 1);
+    const bool split = p.threads > 1 && tiles < 4 * p.threads;
+    int64_t partial = 0;
+    for (int64_t b = 0; b < p.B; b++) {
+        const int64_t row = p.RB == 1 ? 0 : b;
+        for (int64_t t = plan.first_tile[row]; t < plan.first_tile[row + 1]; t++) {
+            const Tile &tile = plan.tiles[t];
+            KeyRange hull{INT64_MAX, 0};
+            for (int64_t m = tile.first_query; m < tile.last_query; m++) {
+                const KeyRange one = row_hull(p, plan, row, m);
+                hull = {std::min(hull.lo, one.lo), std::max(hull.hi, one.hi)};
+            }
+            int64_t first = 0, last = 0;
+            if (hull.lo < hull.hi) {
+                const int64_t origin = plan.segments[tile.segment].origin;
+                first = (hull.lo - origin) / plan.block_keys;
+                last = (hull.hi - origin + plan.block_keys - 1) / plan.block_keys;
+            }
+            if (!split || last - first <= SPLIT_BLOCKS) {
+                plan.runs.push_back({b, t, first, last, -1});
+                continue;
+            }
+            plan.shared.push_back({b, t, first, last, partial});
+            for (int64_t block = first; block < last; block += SPLIT_BLOCKS) {
+                const int64_t end = std::min(block + SPLIT_BLOCKS, last);
+                plan.runs.push_back({b, t, block, end, partial});
+                partial += (end - block) * p.S;
+            }
+        }
+    }
+    // Longest first, so that threads finish at about the same time.
+    std::stable_sort(plan.runs.begin(), plan.runs.end(), [](const Run &x, const Run &y) {
+        return x.last_block - x.first_block > y.last_block - y.first_block;
+    });
+    if (partial) plan.partial = plan.reserve<float>(partial * p.G * plan.rows * (plan.value_width + 3) * 4);
 }
 
 int64_t backward_units(const Params &p) { return (p.fold_batch ? 1 : p.B) * (p.fold_groups ? 1 : p.G); }
@@ -129,7 +262,7 @@ int64_t backward_units(const Params &p) { return (p.fold_batch ? 1 : p.B) * (p.f
 int64_t backward_chunks(const Params &p, const PlanStorage &plan) {
     const int64_t units = backward_units(p);
     if (p.threads <= 1 || units % p.threads == 0 || units >= 4 * p.threads) return 1;
-    return std::max<int64_t>(1, std::min((2 * p.threads + units - 1) / units, plan.query_tiles));
+    return std::max<int64_t>(1, std::min((2 * p.threads + units - 1) / units, (int64_t)plan.tile_list.size() / p.RB));
 }
 
 // Whether keys are read from where they lie, by few rows, instead of being packed for many: where rows are few, or
@@ -137,61 +270,37 @@ int64_t backward_chunks(const Params &p, const PlanStorage &plan) {
 bool decodes(const Params &p, double queries_a_key, double keys_a_query) {
     const double rows = queries_a_key * (double)p.H;
     if (p.k_stride[3] != 1 || p.v_stride[3] != 1 || p.H > TILE_ROWS) return false;
-    const double most = keys_a_query >= SPLIT_KEYS ? DECODE_ROWS : DECODE_ROWS / 3;  // short caches pack fast
+    const double most = keys_a_query >= LONG_KEYS ? DECODE_ROWS : DECODE_ROWS / 3;  // short caches pack fast
     return rows <= 6 || (rows <= most && keys_a_query >= 4 * queries_a_key);
-}
-
-// Whether the queries of each tile read the same sequence of paged keys.
-bool tiles_keep_to_sequences(const Params &p, int64_t tile_queries) {
-    for (int64_t m = 1; p.sequence && m < p.M; m++)
-        if (m % tile_queries && sequence_of(p, m) != sequence_of(p, m - 1)) return false;
-    return true;
 }
 
 void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     plan.params = &p;
+    plan.backward = backward;
     plan.logical_keys = logical_keys(p);
     plan.key_width = round_up(p.K, 16);
     plan.value_width = round_up(p.V, 16);
     plan.block_keys = std::max(p.K, p.V) > 128 ? BLOCK_KEYS / 2 : BLOCK_KEYS;
     plan.pairs = p.dtype == BF16 && kernels_of(p.isa)->has_pairs;
-    const int64_t pairs = find_segments(p, plan);
-    int64_t keys = 0, span_begin = INT64_MAX, span_end = 0;
-    for (const Segment &segment : plan.segment_list) {
-        keys += segment.length;
-        if (!segment.length) continue;
-        span_begin = std::min(span_begin, segment.begin);
-        span_end = std::max(span_end, segment.begin + segment.length);
-    }
+    find_segments(p, plan);
+    int64_t keys = 0, pairs = 0;
+    for (const Segment &segment : plan.segment_list) keys += segment.length;
+    for (int64_t b = 0; !backward && b < p.RB; b++)
+        for (int64_t m = 0; m < p.M; m++)
+            for (int64_t s = 0; s < (p.lo ? p.S : 1); s++) {
+                const KeyRange range = key_range(p, plan.logical_keys, s, b, m);
+                pairs += std::max<int64_t>(range.hi - range.lo, 0);
+            }
     const double queries_a_key = keys ? (double)pairs / (double)keys : 0;
     plan.decode = !backward && decodes(p, queries_a_key, (double)pairs / (double)std::max<int64_t>(p.M * p.RB, 1));
-    if (plan.decode) {
-        if (plan.pairs) plan.key_width = round_up(p.K, 32), plan.value_width = round_up(p.V, 32);
-        plan.tile_heads = p.H;
-        plan.tile_queries = std::max<int64_t>(1, std::min((int64_t)(queries_a_key + 0.5), TILE_ROWS / p.H));
-        if (!tiles_keep_to_sequences(p, plan.tile_queries)) plan.tile_queries = 1;
-        plan.first_key = span_end ? span_begin : 0;
-        plan.splits = std::max<int64_t>(1, (span_end - plan.first_key + SPLIT_KEYS - 1) / SPLIT_KEYS);
-    } else {
-        plan.tile_queries = std::min<int64_t>(p.M, TILE_ROWS);
-        plan.tile_heads = std::min<int64_t>(p.H, TILE_ROWS / plan.tile_queries);
-        plan.splits = 1;
-    }
+    if (plan.decode && plan.pairs) plan.key_width = round_up(p.K, 32), plan.value_width = round_up(p.V, 32);
+    int64_t limit = TILE_ROWS;
+    cut_tiles(p, plan, limit);
     // Smaller tiles where the threads would have too few of them.
-    const auto tiles = [&] {
-        return p.B * p.G * ((p.H + plan.tile_heads - 1) / plan.tile_heads) *
-               ((p.M + plan.tile_queries - 1) / plan.tile_queries);
-    };
-    while (!plan.decode && !backward && tiles() < 2 * p.threads && plan.tile_queries * plan.tile_heads > 12) {
-        if (plan.tile_heads > 1)
-            plan.tile_heads = (plan.tile_heads + 1) / 2;
-        else
-            plan.tile_queries = round_up((plan.tile_queries + 1) / 2, 6);
-    }
-    plan.rows = plan.tile_queries * plan.tile_heads;
-    plan.query_tiles = (p.M + plan.tile_queries - 1) / plan.tile_queries;
-    plan.head_tiles = (p.H + plan.tile_heads - 1) / plan.tile_heads;
-    count_visible_pairs(p, plan);
+    while (!plan.decode && !backward && limit > 12 &&
+           (int64_t)plan.tile_list.size() * (p.RB == 1 ? p.B : 1) * p.G < 2 * p.threads)
+        cut_tiles(p, plan, limit = round_up((limit + 1) / 2, 6));
+    plan.visible_pairs = count_visible_pairs(p, plan) * (p.RB == 1 ? p.B : 1) * p.G;
 
     const int64_t word = plan.pairs ? 2 : 4, rows = plan.rows + 1;
     if (!plan.decode) {
@@ -199,12 +308,14 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
         // for each thread, or all where threads share one.
         const int64_t widths = (round_up(p.K, 2) + plan.value_width) * (backward ? 2 : 1);
         const int64_t fit = PACKED_CACHE_BYTES / std::max<int64_t>(plan.packed_keys * widths * word, 1);
-        const int64_t busy = 4 * p.threads / (plan.query_tiles * plan.head_tiles) + 1;
+        const int64_t tiles = (int64_t)plan.tile_list.size() / std::max<int64_t>(p.RB, 1);
+        const int64_t busy = 4 * p.threads / std::max<int64_t>(tiles, 1) + 1;
         plan.slots = std::min(p.B * p.G, std::max({fit, busy, (int64_t)1}));
         if (backward) plan.slots = p.chunks == 1 ? p.threads : p.B * p.G;
-        plan.nonfinite_list = std::vector<std::atomic<int>>((size_t)(2 * plan.slots));
+        const int64_t flags = plan.slots * plan.segment_count;
+        plan.nonfinite_list = std::vector<std::atomic<int>>((size_t)(2 * flags));
         plan.nonfinite_keys = plan.nonfinite_list.data();
-        plan.nonfinite_values = plan.nonfinite_keys + plan.slots;
+        plan.nonfinite_values = plan.nonfinite_keys + flags;
         for (auto &nonfinite : plan.nonfinite_list) nonfinite = 0;
         const auto take = [&](char *&at, int64_t &stride, int64_t width) {
             stride = round_up(plan.packed_keys * width * word, 64);
@@ -219,18 +330,16 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     }
     int64_t scratch = 64 * 32 + 8 * BLOCK_KEYS * 4;
     if (plan.decode)
-        scratch += p.G * (sizeof(RowTile) + 64 + rows * (plan.key_width + plan.value_width) * 4 +
-                          rows * 2 * STREAM_KEYS * STREAM_KEYS * 4);
+        scratch += (DECODE_PANEL * MAX_HEAD_DIM + 3 * BLOCK_KEYS) * 8 +
+                   p.G * (sizeof(RowTile) + 64 * 8 + rows * (plan.key_width + 2 * plan.value_width + 2 * BLOCK_KEYS + 4) * 4);
     else
         scratch += sizeof(RowTile) + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
-                   rows * BLOCK_KEYS * (backward ? 16 : 6);
+                   rows * BLOCK_KEYS * (backward ? 16 : 6) + rows * 8;
     plan.scratch_stride = round_up(scratch, GUARD ? 64 : 4096) + GUARD;
     plan.scratch = plan.reserve<char>(p.threads * plan.scratch_stride);
     for (int64_t thread = 1; p.workspace && thread <= p.threads; thread++)
         KEYSPAN_GUARD(plan.scratch + thread * plan.scratch_stride - GUARD, 0);
-    if (plan.decode && plan.splits > 1)
-        plan.partial =
-            plan.reserve<float>(p.B * plan.query_tiles * plan.splits * p.G * plan.rows * (plan.value_width + 3) * 4);
+    if (plan.decode) cut_runs(p, plan);
     if (backward) {
         const int64_t sums = p.chunks == 1 ? p.threads : p.chunks * p.B * p.G;
         split_chunks(p, plan, p.chunks);
@@ -241,52 +350,47 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
 
 // A parallel region costs some microseconds: small problems use one thread.
 int64_t useful_threads(const Params &p, const PlanStorage &plan) {
-    int64_t pairs = 0;
-    for (const int64_t visible_pairs : plan.visible_pairs) pairs += visible_pairs;
-    const double work = (double)pairs * (double)(p.RB == 1 ? p.B : 1) * (double)(p.G * p.H * (p.K + p.V));
-    return work < 2e6 ? 1 : p.threads;
+    return (double)plan.visible_pairs * (double)(p.K + p.V) < 2e6 ? 1 : p.threads;
 }
 
-void run_decode(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
-    const int64_t tiles = p.B * plan.query_tiles;
-    parallel_for(threads, tiles * plan.splits, [&](int64_t unit, int64_t thread) {
-        const int64_t tile = unit / plan.splits;
-        kernels.decode(plan, tile / plan.query_tiles, tile % plan.query_tiles, unit % plan.splits,
-                       plan.scratch + thread * plan.scratch_stride);
+void run_decode(const Params &, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
+    parallel_for(threads, (int64_t)plan.runs.size(), [&](int64_t unit, int64_t thread) {
+        kernels.decode(plan, plan.runs[unit], plan.scratch + thread * plan.scratch_stride);
     });
-    if (plan.splits == 1) return;
-    parallel_for(tiles > 16 ? threads : 1, tiles, [&](int64_t tile, int64_t thread) {
-        kernels.combine(plan, tile / plan.query_tiles, tile % plan.query_tiles,
-                        plan.scratch + thread * plan.scratch_stride);
+    parallel_for(threads, (int64_t)plan.shared.size(), [&](int64_t unit, int64_t thread) {
+        kernels.combine(plan, plan.shared[unit], plan.scratch + thread * plan.scratch_stride);
     });
 }
 
 void run_forward(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
     struct Unit {
-        int64_t slot, batch, group, tile, visible_pairs;
+        int64_t slot, batch, group;
+        const Tile *tile;
     };
-    const int64_t panels = plan.packed_keys / PANEL, heads = plan.head_tiles;
+    const int64_t panels = plan.packed_keys / PANEL;
     std::vector<Unit> units;
     for (int64_t first = 0; first < p.B * p.G; first += plan.slots) {
         const int64_t slots = std::min(plan.slots, p.B * p.G - first);
-        for (int64_t slot = 0; slot < slots; slot++) plan.nonfinite_keys[slot] = plan.nonfinite_values[slot] = 0;
+        for (int64_t i = 0; first && i < slots * plan.segment_count; i++)
+            plan.nonfinite_keys[i] = plan.nonfinite_values[i] = 0;
         parallel_for(threads, slots * panels, [&](int64_t unit, int64_t) {
             const int64_t slot = unit / panels, index = first + slot;
             kernels.pack(plan, false, slot, index / p.G, index % p.G, unit % panels);
         });
         units.clear();
         for (int64_t slot = 0; slot < slots; slot++) {
-            const int64_t batch = (first + slot) / p.G, group = (first + slot) % p.G;
-            for (int64_t tile = 0; tile < plan.query_tiles; tile++)
-                units.push_back(
-                    {slot, batch, group, tile, plan.visible_pairs[(p.RB == 1 ? 0 : batch) * plan.query_tiles + tile]});
+            const int64_t batch = (first + slot) / p.G, group = (first + slot) % p.G, row = p.RB == 1 ? 0 : batch;
+            for (int64_t tile = plan.first_tile[row]; tile < plan.first_tile[row + 1]; tile++)
+                units.push_back({slot, batch, group, plan.tiles + tile});
         }
         // Largest first, so that threads finish at about the same time.
-        std::stable_sort(units.begin(), units.end(),
-                         [](const Unit &a, const Unit &b) { return a.visible_pairs > b.visible_pairs; });
-        parallel_for(threads, (int64_t)units.size() * heads, [&](int64_t i, int64_t thread) {
-            const Unit &unit = units[i / heads];
-            kernels.forward(plan, unit.slot, unit.batch, unit.group, i % heads, unit.tile,
+        if (threads > 1)
+            std::stable_sort(units.begin(), units.end(), [](const Unit &a, const Unit &b) {
+                return a.tile->visible_pairs > b.tile->visible_pairs;
+            });
+        parallel_for(threads, (int64_t)units.size(), [&](int64_t i, int64_t thread) {
+            const Unit &unit = units[i];
+            kernels.forward(plan, unit.slot, unit.batch, unit.group, *unit.tile,
                             plan.scratch + thread * plan.scratch_stride);
         });
     }
@@ -306,8 +410,8 @@ void run_backward(const Params &p, const PlanStorage &plan, const Kernels &kerne
     for (int64_t b = 0; b < batches; b++) {
         order[b] = b;
         if (p.RB > 1 && !p.fold_batch)
-            for (int64_t tile = 0; tile < plan.query_tiles; tile++)
-                cost[b] += plan.visible_pairs[b * plan.query_tiles + tile];
+            for (int64_t tile = plan.first_tile[b]; tile < plan.first_tile[b + 1]; tile++)
+                cost[b] += plan.tiles[tile].visible_pairs;
     }
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
     parallel_for(threads, batches * groups * p.chunks, [&](int64_t unit, int64_t thread) {
@@ -317,7 +421,8 @@ void run_backward(const Params &p, const PlanStorage &plan, const Kernels &kerne
                 const int64_t slot = single_chunk ? thread : b * p.G + g,
                               sums = single_chunk ? thread : slot * p.chunks + chunk;
                 if (single_chunk) {
-                    plan.nonfinite_keys[slot] = plan.nonfinite_values[slot] = 0;
+                    for (int64_t i = slot * plan.segment_count; i < (slot + 1) * plan.segment_count; i++)
+                        plan.nonfinite_keys[i] = plan.nonfinite_values[i] = 0;
                     for (int64_t panel = 0; panel < panels; panel++) kernels.pack(plan, true, slot, b, g, panel);
                 }
                 float *grad_keys = plan.grad_keys + sums * key_size,

@@ -1,9 +1,13 @@
 // How a problem is cut into tiles, units of work and buffers: shared by the planner and the kernels of every
 // instruction set.
 //
-// Kernels count keys in packed positions: the visible span of each batch entry, or of each sequence of paged keys, is
-// one segment, packed from a multiple of PANEL on. Row `r` of a tile sees packed keys lo[r] to hi[r] - 1; packed key
-// `n` is the logical key `n + logical_offset[r]`.
+// The visible span of each document (of each batch entry, of each sequence of paged keys) is one segment. Kernels count
+// keys in packed positions: a segment is packed from a multiple of PANEL on. Row `r` of a tile sees packed keys lo[r] to
+// hi[r] - 1; packed key `n` is the logical key `n + logical_offset`.
+//
+// The bits of a row do not depend on its tile, its batch entry or the rest of a pack. Scores and weights are computed in
+// blocks of `block_keys` keys, counted from the document's first key; each block has its own softmax, relative to its
+// own maximum, and its own sum of values, key by key; the blocks are merged in their order (forward.h).
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -31,11 +35,12 @@ constexpr int PANEL = 64;                        // keys packed side by side
 constexpr int TILE_ROWS = 96;                    // most rows of a RowTile; a multiple of 6 and of 2
 constexpr int BLOCK_KEYS = 256;                  // most keys whose scores a tile holds; a multiple of PANEL
 constexpr int64_t PACKED_CACHE_BYTES = 8 << 20;  // packed keys held at a time, so that they stay in cache
+constexpr int MAX_HEAD_DIM = 256;                // of keys and values
 constexpr int MAX_RANGES = 4;                    // key ranges of a row
-constexpr int SPLIT_KEYS = 1024;                 // keys of one unit of work in decoding
-constexpr int DECODE_ROWS = 48;  // most query rows for each key for which keys of a long cache are not packed
-constexpr int STREAMS = 4;       // runs of keys that such a unit reads side by side
-constexpr int STREAM_KEYS = 16;  // keys of each run that are scored before their values are added
+constexpr int SPLIT_BLOCKS = 4;                  // blocks of one unit of work in decoding, where threads share a row
+constexpr int LONG_KEYS = 1024;                  // keys of a long cache
+constexpr int DECODE_ROWS = 48;   // most query rows for each key for which keys of a long cache are not packed
+constexpr int DECODE_PANEL = 32;  // keys that are transposed at a time in decoding
 
 // ---- clamps
 // ----------------------------------------------------------------------------------------------------------
@@ -50,6 +55,11 @@ static inline int64_t logical_keys(const Params &p) {
     if (!p.sequence) return clamp(p.N, 0, INT32_MAX);
     if (!p.N || !p.sequences || !p.pages) return 0;
     return p.pages > INT32_MAX / p.page_size ? INT32_MAX : p.pages * p.page_size;
+}
+
+// First key of the document of query m in row b of [RB, M].
+static inline int64_t origin_of(const Params &p, int64_t keys, int64_t b, int64_t m) {
+    return p.origin && !p.sequence ? clamp(p.origin[b * p.M + m], 0, keys) : 0;
 }
 
 struct KeyRange {
@@ -69,47 +79,64 @@ static inline int64_t sequence_of(const Params &p, int64_t m) {
 }
 
 struct Segment {
-    int64_t begin;   // first logical key, a multiple of PANEL
-    int64_t offset;  // its packed position
+    int64_t origin;  // the document's first key: blocks are counted from it
+    int64_t begin;   // first logical key that is packed, a multiple of PANEL behind the origin
+    int64_t offset;  // its packed position, a multiple of PANEL
     int64_t length;  // keys
+    int64_t sequence;  // of paged keys, the row of block_table
+};
+
+// Queries of one segment for some heads of a group: those of a RowTile.
+struct Tile {
+    int64_t first_query, last_query, first_head, last_head, segment;
+    int64_t visible_pairs;  // of one head, and a tile's fixed cost
+};
+
+// Blocks first_block to last_block - 1 of a tile and all groups: a unit of work in decoding.
+struct Run {
+    int64_t batch, tile, first_block, last_block;
+    int64_t partial;  // index of the first block's partial result; -1: the unit holds all blocks and writes results
 };
 
 struct Plan {
     const Params *params;
     int64_t logical_keys;  // keys that a query can address
+    bool backward;
     bool decode;           // few query rows for each key: keys are read from where they lie, unpacked
     bool pairs;            // keys are packed as pairs of bf16
     int64_t block_keys;    // keys of a block of scores
-    int64_t tile_queries, tile_heads, query_tiles, head_tiles;
-    int64_t rows;                    // of a full tile
+    int64_t visible_pairs;           // of all heads and batch entries
+    int64_t rows;                    // of the largest tile
     int64_t packed_keys;             // of one batch entry and group, a multiple of PANEL
     int64_t key_width, value_width;  // K and V padded to whole vectors
-    int64_t splits;                  // decoding: runs of SPLIT_KEYS keys
-    int64_t first_key;               // decoding: where the first split begins
-    const Segment *segments;         // one for each batch entry, or sequence
+    const Segment *segments;
+    const int64_t *segment_of_panel;  // [RB][packed_keys / PANEL], -1 behind the last
+    const int64_t *first_segment;     // [RB + 1], where each batch entry's segments begin
     int64_t segment_count;
-    const int64_t *chunk_tiles;  // backward: chunks + 1 boundaries of query tiles
+    const Tile *tiles;
+    const int64_t *first_tile;  // [RB + 1], where each batch entry's tiles begin
+    const int64_t *chunk_tiles;  // backward: [RB][chunks + 1] boundaries of tiles
     // A slot holds the packed keys and values of one (batch, group), the last two forms for backward only. The strides
     // are those between slots, in bytes.
     int64_t slots;
     char *keys_by_dim, *value_rows, *key_rows, *values_by_dim;
     int64_t keys_by_dim_stride, value_rows_stride, key_rows_stride, values_by_dim_stride;
     float *grad_keys, *grad_values;  // fp32 sums, [packed_keys][width] for each thread, or each (batch, group, chunk)
-    float *partial;                  // decoding: [b, query tile, split, g, rows, value_width + 3]
+    float *partial;                  // decoding: [block, range, g, rows, value_width + 3] of each run of a shared tile
     char *scratch;                   // [threads][scratch_stride]
     int64_t scratch_stride;
-    std::atomic<int> *nonfinite_keys, *nonfinite_values;  // [slots], 1 where some element is infinite or NaN
+    std::atomic<int> *nonfinite_keys, *nonfinite_values;  // [slots][segments], 1 where an element is infinite or NaN
 };
 
-// A row is one query of one head. A RowTile holds the rows of one query tile and one head tile: head by head, and in
-// each head query by query.
+// A row is one query of one head. A RowTile holds the rows of one Tile: head by head, and in each head query by query.
 struct RowTile {
-    int64_t batch, group;
+    int64_t batch, group, segment;
+    int64_t logical_offset;  // packed key + this = logical key; 0 in decoding, which counts logical keys
+    int64_t origin;          // packed position of the document's first key; may lie before the packed keys
     int rows;
     int32_t query[TILE_ROWS], head[TILE_ROWS];
     int64_t lo[MAX_RANGES][TILE_ROWS], hi[MAX_RANGES][TILE_ROWS];  // packed keys
     int64_t distance_offset[MAX_RANGES][TILE_ROWS];  // packed key + this = key position minus query position
-    int64_t logical_offset[TILE_ROWS];               // packed key + this = logical key
     // A weight is 2^((score − row_max) · multiplier). Forward: row_max is the running maximum of the scores; row_sum
     // sums the weights for lse, and weight_sum sums them as they are multiplied, rounded to bf16 where values are.
     float row_max[TILE_ROWS], row_sum[TILE_ROWS], weight_sum[TILE_ROWS];
@@ -121,14 +148,13 @@ struct RowTile {
 };
 
 // One table for each instruction set. `pack` fills one panel of a slot; `forward`, `decode` and `backward` compute one
-// unit of work; `combine` merges the splits of a decoded tile; `write_key_grads` adds `sums` partial sums and writes
-// dk and dv.
+// unit of work; `combine` merges the blocks of a tile that several runs have decoded; `write_key_grads` adds `sums`
+// partial sums and writes dk and dv.
 struct Kernels {
     void (*pack)(const Plan &, bool backward, int64_t slot, int64_t batch, int64_t group, int64_t panel);
-    void (*forward)(const Plan &, int64_t slot, int64_t batch, int64_t group, int64_t head_tile, int64_t query_tile,
-                    char *scratch);
-    void (*decode)(const Plan &, int64_t batch, int64_t query_tile, int64_t split, char *scratch);
-    void (*combine)(const Plan &, int64_t batch, int64_t query_tile, char *scratch);
+    void (*forward)(const Plan &, int64_t slot, int64_t batch, int64_t group, const Tile &, char *scratch);
+    void (*decode)(const Plan &, const Run &, char *scratch);
+    void (*combine)(const Plan &, const Run &, char *scratch);
     void (*backward)(const Plan &, int64_t slot, int64_t batch, int64_t group, int64_t chunk, float *grad_keys,
                      float *grad_values, char *scratch);
     void (*write_key_grads)(const Plan &, int64_t batch, int64_t group, const float *grad_keys,

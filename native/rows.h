@@ -10,38 +10,42 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr float INF = __builtin_inff();
 
+constexpr int SUM_KEYS = 2 * W;  // weights are summed by steps of so many keys, counted from the block's first
+
 struct Span {
     int begin, end;  // keys of a block; empty where begin >= end
 };
 
-// Fills `tile` with the queries of `query_tile` for the heads of `head_tile`.
-INLINE void load_tile(const Plan &plan, int64_t b, int64_t g, int64_t head_tile, int64_t query_tile, RowTile &tile) {
+// Fills `tile` with the rows of a Tile. Decoding counts logical keys.
+INLINE void load_tile(const Plan &plan, int64_t b, int64_t g, const Tile &from, RowTile &tile) {
     const Params &p = *plan.params;
-    const int64_t m0 = query_tile * plan.tile_queries, m1 = min(m0 + plan.tile_queries, p.M);
-    const int64_t h0 = head_tile * plan.tile_heads, h1 = min(h0 + plan.tile_heads, p.H);
+    const Segment &segment = plan.segments[from.segment];
+    const int64_t row = p.RB == 1 ? 0 : b;  // of lo, hi and diagonal
     tile.batch = b;
     tile.group = g;
+    tile.segment = from.segment;
+    tile.logical_offset = plan.decode ? 0 : segment.begin - segment.offset;
+    tile.origin = segment.origin - tile.logical_offset;
     tile.rows = 0;
-    for (int64_t h = h0; h < h1; h++) {
-        for (int64_t m = m0; m < m1; m++) {
+    for (int64_t h = from.first_head; h < from.last_head; h++) {
+        for (int64_t m = from.first_query; m < from.last_query; m++) {
             const int r = tile.rows++;
             tile.query[r] = (int32_t)m;
             tile.head[r] = (int32_t)h;
-            const int64_t row = p.RB == 1 ? 0 : b;  // of lo, hi and diagonal
-            int64_t logical_offset = 0;
-            if (!plan.decode) {
-                const Segment &segment = plan.segments[p.sequence ? sequence_of(p, m) : row];
-                logical_offset = segment.begin - segment.offset;
-            }
-            tile.logical_offset[r] = logical_offset;
             for (int64_t s = 0; s < p.S; s++) {
                 const KeyRange range = key_range(p, plan.logical_keys, s, row, m);
-                tile.lo[s][r] = range.lo - logical_offset;
-                tile.hi[s][r] = range.hi - logical_offset;
-                tile.distance_offset[s][r] = logical_offset - (p.lo ? p.diagonal[(s * p.RB + row) * p.M + m] : m);
+                tile.lo[s][r] = range.lo - tile.logical_offset;
+                tile.hi[s][r] = range.hi - tile.logical_offset;
+                tile.distance_offset[s][r] =
+                    tile.logical_offset - (p.lo ? p.diagonal[(s * p.RB + row) * p.M + m] : m);
             }
         }
     }
+}
+
+// The last block boundary at or before packed key n.
+INLINE int64_t block_begin(const Plan &plan, const RowTile &tile, int64_t n) {
+    return tile.origin + (n - tile.origin) / plan.block_keys * plan.block_keys;
 }
 
 // The smallest packed interval that holds the keys of range s of every row.
@@ -71,6 +75,25 @@ INLINE Span rows_span(const RowTile &tile, int s, int r0, int r1, int64_t first,
         whole.end = max(whole.end, (one.end + W - 1) / W * W);
     }
     return whole;
+}
+
+// Calls work(s, first, last) for keys first to last - 1 of every block and range that some row of the tile may see, block
+// by block. `first` is the block's first key, which may lie before those that are packed.
+template <class Work>
+INLINE void each_block(const Plan &plan, const RowTile &tile, const Work &work) {
+    const int ranges = (int)plan.params->S;
+    int64_t begin[MAX_RANGES], end[MAX_RANGES], first = INT64_MAX, last = 0;
+    for (int s = 0; s < ranges; s++) {
+        tile_span(tile, s, begin[s], end[s]);
+        if (begin[s] >= end[s]) continue;
+        first = min(first, begin[s]);
+        last = max(last, end[s]);
+    }
+    if (first >= last) return;
+    for (first = block_begin(plan, tile, first); first < last; first += plan.block_keys)
+        for (int s = 0; s < ranges; s++)
+            if (begin[s] < first + plan.block_keys && end[s] > first && begin[s] < end[s])
+                work(s, first, min(first + plan.block_keys, end[s]));
 }
 
 INLINE const char *query_row(const Params &p, const RowTile &tile, int r) {
@@ -163,7 +186,7 @@ void apply_score_terms(const Plan &plan, const RowTile &tile, int s, int r, int6
     const float *table = p.table ? p.table + head * (2 * p.reach + 1) : nullptr;
     for (int n = span.begin / W * W; n < span.end; n += W) {
         const int begin = max(0, span.begin - n), end = min(W, span.end - n);
-        const int64_t packed = first + n, j = packed + tile.logical_offset[r];
+        const int64_t packed = first + n, j = packed + tile.logical_offset;
         const int64_t distance = packed + tile.distance_offset[s][r];
         vf x = load(score + n) * scale;
         if (p.softcap != 0) {
@@ -180,19 +203,18 @@ void apply_score_terms(const Plan &plan, const RowTile &tile, int s, int r, int6
     }
 }
 
-// Products to scores, hidden ones −inf, in the whole vectors around `span`.
-INLINE void row_scores(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, float *score,
-                       float *softcap_grad) {
+// Products to scores, hidden ones −inf, in the whole steps of SUM_KEYS around `span`.
+__attribute__((noinline)) void row_scores(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span,
+                                          float *score, float *softcap_grad) {
     if (has_score_terms(*plan.params)) apply_score_terms(plan, tile, s, r, first, span, score, softcap_grad);
-    for (int n = span.begin / W * W; n < span.begin; n++) score[n] = -INF;
-    for (int n = span.end; n % W; n++) score[n] = -INF;
+    for (int n = span.begin / SUM_KEYS * SUM_KEYS; n < span.begin; n++) score[n] = -INF;
+    for (int n = span.end; n % SUM_KEYS; n++) score[n] = -INF;
 }
 
 // ---- dropout -------------------------------------------------------------------------------------------------------
 
 // Dropout factors of packed keys first … first + count − 1: 0 or `kept`. Word `key % 4` of Philox 4x32-10 (Salmon
-// et al. 2011) at counter (logical key / 4, query, head, batch) decides. Segments begin at multiples of PANEL, so four
-// neighbouring keys share a counter.
+// et al. 2011) at counter (logical key / 4, query, head, batch) decides.
 // What dropout multiplies the weights by that it keeps.
 INLINE float dropout_scale(const Params &p) { return p.seed ? (float)(1 / (1 - p.dropout_p)) : 1; }
 
@@ -202,10 +224,11 @@ void fill_dropout(const Params &p, const RowTile &tile, int r, int64_t first, in
     const bool drop_all = threshold >= 4294967296.0;  // p rounds to 1: drop every weight
     const uint32_t first_kept = drop_all ? 0 : (uint32_t)threshold;
     const float scale = drop_all ? 0 : kept;
-    constexpr int COUNTERS = BLOCK_KEYS / 4;
+    constexpr int COUNTERS = BLOCK_KEYS / 4 + 1;
     uint32_t c0[COUNTERS], c1[COUNTERS], c2[COUNTERS], c3[COUNTERS];
-    const uint32_t block = (uint32_t)((first + tile.logical_offset[r]) / 4);
-    const int counters = (count + 3) / 4;
+    const int64_t key = first + tile.logical_offset;
+    const uint32_t block = (uint32_t)(key / 4);
+    const int skipped = (int)(key % 4), counters = (skipped + count + 3) / 4;
     for (int i = 0; i < counters; i++) {
         c0[i] = block + (uint32_t)i;
         c1[i] = (uint32_t)tile.query[r];
@@ -224,23 +247,20 @@ void fill_dropout(const Params &p, const RowTile &tile, int r, int64_t first, in
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    for (int i = 0; i < counters; i++) {
-        dropout[4 * i] = c0[i] >= first_kept ? scale : 0;
-        dropout[4 * i + 1] = c1[i] >= first_kept ? scale : 0;
-        dropout[4 * i + 2] = c2[i] >= first_kept ? scale : 0;
-        dropout[4 * i + 3] = c3[i] >= first_kept ? scale : 0;
-    }
+    const uint32_t *const words[4] = {c0, c1, c2, c3};
+    for (int n = 0; n < count; n++) dropout[n] = words[(skipped + n) % 4][(skipped + n) / 4] >= first_kept ? scale : 0;
 }
 
 // ---- NaN repair ----------------------------------------------------------------------------------------------------
 //
 // A gemm adds weight · value for whole blocks, hidden keys with weight 0. Where a hidden key or value holds NaN or inf,
-// 0 · NaN = NaN would reach rows that do not see it: such a product goes key by key instead and skips hidden keys.
+// 0 · NaN = NaN would reach rows that do not see it: such a product reads a copy with zeros in their place, which gives
+// all other rows the same bits, and what a row sees of them is added afterwards.
 
 // Whether row r sees packed key n in range s.
 INLINE bool is_visible(const Params &p, const RowTile &tile, int s, int r, int64_t n) {
     if (n < tile.lo[s][r] || n >= tile.hi[s][r]) return false;
-    return !p.mask || mask_bit(*p.mask, tile, r, n + tile.logical_offset[r]);
+    return !p.mask || mask_bit(*p.mask, tile, r, n + tile.logical_offset);
 }
 
 // weight · x, or x itself where it is infinite or NaN: a visible non-finite element is not hidden by a weight of 0.
@@ -253,9 +273,10 @@ INLINE float packed_element(const uint32_t *rows, int64_t width, int64_t row, in
     return from_bf16((uint16_t)(row % 2 ? pair >> 16 : pair));
 }
 
-// Element `i` of a row of weights in the form that gemm broadcasts.
-INLINE float weight_element(const float *row, int64_t i) { return row[i]; }
-INLINE float weight_element(const uint32_t *row, int64_t i) { return from_bf16(((const uint16_t *)row)[i]); }
+INLINE void set_packed_element(float *rows, int64_t width, int64_t row, int64_t i, float x) { rows[row * width + i] = x; }
+INLINE void set_packed_element(uint32_t *rows, int64_t width, int64_t row, int64_t i, float x) {
+    ((uint16_t *)(rows + row / 2 * width + i))[row % 2] = to_bf16(x);  // x is a bf16 number
+}
 
 }  // namespace
 }  // namespace KEYSPAN_NAMESPACE

@@ -62,6 +62,8 @@ class Problem(NamedTuple):
     """First visible key, int32 `[S, B or 1, M]`; `None` (with `hi` and `diagonal`): every key is visible."""
     hi: Tensor | None
     diagonal: Tensor | None
+    origin: Tensor | None
+    """First key of the document of each query, int32 `[B or 1, M]`: blocks of keys are counted from it; `None`: 0."""
     sequence: Tensor | None
     """Row of `block_table` of each query, int32 `[M]`, or `None`."""
     block_table: Tensor | None
@@ -247,6 +249,7 @@ def make_problem(
         None if ranges is None else ranges.lo,
         None if ranges is None else ranges.hi,
         None if ranges is None else ranges.diagonal,
+        None if ranges is None else ranges.origin,
         None if ranges is None else ranges.sequence,
         None if ranges is None else ranges.block_table,
         dense,

@@ -27,6 +27,9 @@ class KeyRanges:
         page_size: keys per page; 0 where keys are not paged.
         dense: bool, broadcastable to `[B, H, M, N]`, true = visible; for masks that ranges cannot express.
         keys: the N that the ranges were made for, which calls check; `None`: ranges are cut off at N.
+        origin: int32 `[B or 1, M]`, the first key of the document that query `i` reads, whether or not it sees that
+            key; `None`: 0. Backends count blocks of keys from it, so that a result does not depend on where its
+            document lies. It hides nothing.
 
     Shapes, dtypes and devices are checked at construction; values are not read.
 
@@ -42,6 +45,7 @@ class KeyRanges:
     page_size: int = 0
     dense: Tensor | None = None
     keys: int | None = None
+    origin: Tensor | None = None
 
     def __post_init__(self) -> None:
         lo = self.lo
@@ -67,6 +71,10 @@ class KeyRanges:
                 raise ValueError(
                     f"page_size: got {self.page_size} with {table.shape[1]} pages per sequence, want less than 2³¹ keys"
                 )
+        if self.origin is not None:
+            _check("origin", self.origin, torch.int32, lo.device)
+            if self.origin.shape != lo.shape[1:]:
+                raise ValueError(f"origin: got shape {list(self.origin.shape)}, want {list(lo.shape[1:])}, as lo[0]")
         if self.dense is not None:
             _check("dense", self.dense, torch.bool, lo.device)
         if self.keys is not None and not 0 <= self.keys < 2**31:
@@ -74,7 +82,7 @@ class KeyRanges:
 
     def tensors(self) -> list[Tensor]:
         """Those of the fields that are tensors, in their order."""
-        fields = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table, self.dense)
+        fields = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table, self.dense, self.origin)
         return [x for x in fields if x is not None]
 
     def to(self, device: torch.device | str) -> KeyRanges:
@@ -91,6 +99,7 @@ class KeyRanges:
             sequence=moved(self.sequence),
             block_table=moved(self.block_table),
             dense=moved(self.dense),
+            origin=moved(self.origin),
         )
 
     def materialize(self, N: int) -> Tensor:

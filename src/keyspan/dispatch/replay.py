@@ -111,7 +111,7 @@ def _lookup(
     masked: Hashable = None
     if type(mask) is KeyRanges:
         tensors += mask.tensors()
-        absent = mask.sequence is None, mask.block_table is None, mask.dense is None
+        absent = mask.sequence is None, mask.block_table is None, mask.dense is None, mask.origin is None
         masked = mask.page_size, mask.keys, absent
     elif mask is not None or bias is not None:
         if not (mask is None or isinstance(mask, Mask)) or not isinstance(query, Tensor):
@@ -225,7 +225,7 @@ def _views(problem: Problem, call: Call) -> Sequence[_Source] | None:
             # Tensors with one address may have different sizes: the one that was given for this field has its own.
             own = [n for n in same if call.fields[n : n + 1] == (name,)]
             views.append(_View((own or same)[0], x.shape, x.stride()))
-        elif x is None or (masked_by_cache and any(x is y for y in (problem.lo, problem.hi, problem.diagonal))):
+        elif x is None or (masked_by_cache and any(x is y for y in (problem.lo, problem.hi, problem.diagonal, problem.origin))):
             views.append(x)
         else:
             return None

@@ -108,7 +108,7 @@ def _picker(
     """Orders addresses of `tensors` as a call has them; None where the call reads a copy or an array of dense terms."""
     if problem.dense is not None or problem.biases or 0 in problem.shapes[1]:
         return None
-    own = [x for x in (problem.lo, problem.hi, problem.diagonal) if x is not None]
+    own = [x for x in (problem.lo, problem.hi, problem.diagonal, problem.origin) if x is not None]
     constants = [0, *(x.data_ptr() for x in own)]
     known = [*(x.data_ptr() for x in tensors), *constants]
     if not set(call_pointers) <= set(known):
@@ -262,6 +262,7 @@ class _NativeCall:
     lo: Tensor | None = None
     hi: Tensor | None = None
     diagonal: Tensor | None = None
+    origin: Tensor | None = None
     sequence: Tensor | None = None
     block_table: Tensor | None = None
     slopes: Tensor | None = None
@@ -271,8 +272,8 @@ class _NativeCall:
     def __init__(self, problem: Problem, out: Tensor, lse: Tensor):
         self.problem, self.out, self.lse = problem, out, lse
         if problem.lo is not None:
-            self.lo, self.hi, self.diagonal = (
-                _contiguous(x, torch.int32) for x in (problem.lo, problem.hi, problem.diagonal)
+            self.lo, self.hi, self.diagonal, self.origin = (
+                _contiguous(x, torch.int32) for x in (problem.lo, problem.hi, problem.diagonal, problem.origin)
             )
             self.sequence = _contiguous(problem.sequence, torch.int32)
             self.block_table = _contiguous(problem.block_table, torch.int32)
@@ -316,7 +317,7 @@ class _NativeCall:
         grads = [None] * len(problem.biases) if dbiases is None else dbiases
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         self.keep_alive.append(grad_lse)
-        tensors = (self.lo, self.hi, self.diagonal, self.sequence, self.block_table)
+        tensors = (self.lo, self.hi, self.diagonal, self.origin, self.sequence, self.block_table)
         return [
             *map(_pointer, (problem.query, problem.key, problem.value, *tensors)),
             0 if problem.dense is None else self._dense([(problem.dense, None)]),

@@ -31,6 +31,8 @@ class Frame(NamedTuple):
     sequence: Tensor | None = None
     block_table: Tensor | None = None
     page_size: int = 0
+    at_zero: bool = False
+    """Whether every document begins at key 0."""
 
 
 class Mask:

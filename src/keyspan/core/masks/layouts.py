@@ -269,7 +269,7 @@ class PagedKeys(Layout):
         frame = document_frame(as_tensor(self.q_lengths, device), k * 0, k, M, table.shape[1] * self.page_size)
         document = document_of_row(as_tensor(self.q_lengths, device), M)
         sequence = document.clamp(max=max(table.shape[0] - 1, 0)).int()
-        return frame._replace(sequence=sequence, block_table=table, page_size=self.page_size)
+        return frame._replace(sequence=sequence, block_table=table, page_size=self.page_size, at_zero=True)
 
     def _check_pages(self, pages: int) -> None:
         lengths = on_host(self.k_lengths)
@@ -357,7 +357,7 @@ class KeyLengths(Layout, keyed=True):
         start = torch.zeros_like(length) if self.starts is None else as_tensor(self.starts, device)
         row = torch.arange(M, device=device, dtype=torch.int32).expand(1, batch, M)
         start, stop = (x.clamp(0, N)[None, :, None].expand(1, batch, M) for x in (start, start + length))
-        return Frame(start, stop, row, stop - M + row)
+        return Frame(start, stop, row, stop - M + row, at_zero=self.starts is None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,6 +65,7 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
         frame.page_size,
         dense,
         N,
+        None if frame.at_zero else frame.start[0].expand(shape[1:]).int(),
     )
 
 
@@ -88,7 +89,7 @@ def _frame(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: torch.de
             return part.frame(batch, M, N, device)
     row = torch.arange(M, device=device, dtype=torch.int32).reshape(1, 1, M)
     start = torch.zeros_like(row)
-    return Frame(start, start + N, row, row + (N - M))
+    return Frame(start, start + N, row, row + (N - M), at_zero=True)
 
 
 def alignment(parts: tuple[Mask, ...]) -> Align:
@@ -149,7 +150,8 @@ def unite(ranges: Sequence[KeyRanges]) -> KeyRanges:
         begins, order = begins.sort(dim=0, descending=True, stable=True)
         most = max(int(begins.sum(0).max()) if begins.numel() else 0, 1)
         lo, hi, diagonal = (x.gather(0, order)[:most] for x in (lo, hi, diagonal))
-    return replace(first, lo=lo, hi=hi, diagonal=diagonal)
+    origin = None if first.origin is None else first.origin.expand(batch, -1)
+    return replace(first, lo=lo, hi=hi, diagonal=diagonal, origin=origin)
 
 
 def united(members: tuple[Mask, ...]) -> tuple[Mask, ...]:
