@@ -1,7 +1,6 @@
 // Backward: recomputes the weights of each RowTile from lse; five products; no atomics.
 //
-// A unit of work is a run of query tiles for one or more (batch, group). Only this unit adds to its sums, so the order
-// of additions is fixed.
+// A unit of work is a Chunk of one or more (batch, group); it has sums of its own, see run_backward.
 #pragma once
 #include "forward.h"
 
@@ -63,38 +62,43 @@ struct Scores {
 };
 
 INLINE void accumulate_bias_grads(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span,
-                                  int64_t chunk, const float *grad) {
+                                  float *grad_biases, const float *grad) {
     const Params &p = *plan.params;
+    float *shared = grad_biases + tile.head[r] * plan.bias_width + 2;  // behind slopes and sinks
+    if (p.dtable) {  // its first and last entry: accumulate_position_grads
+        const int64_t distance = first + tile.distance_offset[s][r];
+        float *table = shared + p.reach;
+        const int n = (int)max<int64_t>(span.begin, min<int64_t>(span.end, 1 - p.reach - distance));
+        const int end = (int)max<int64_t>(n, min<int64_t>(span.end, p.reach - distance));
+        for (int i = n; i < end; i++) table[distance + i] += grad[i];
+        shared += 2 * p.reach + 1;
+    }
     for (int64_t i = 0; i < p.bias_count; i++) {
         const Dense &d = p.biases[i];
         if (!d.grad) continue;
         const int64_t *stride = d.grad_stride;
-        float *to = d.grad + chunk * stride[0] + tile.batch * stride[1] + tile.group * stride[2] +
-                    tile.head[r] * stride[3] + tile.query[r] * stride[4];
-        if (stride[5] == 0) {
+        float *to = shared;
+        if (stride[3])
+            to = d.grad + tile.batch * stride[0] + tile.group * stride[1] + tile.head[r] * stride[2] +
+                 tile.query[r] * stride[3];
+        else
+            shared += d.columns;
+        if (stride[4] == 0) {
             float total = 0;
             for (int n = span.begin; n < span.end; n++) total += grad[n];
             *to += total;
-        } else {  // stride 1: sums of gradients are contiguous
+        } else {  // stride 1
             to += first + tile.logical_offset;
             for (int n = span.begin; n < span.end; n++) to[n] += grad[n];
         }
-    }
-    const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
-    const int64_t distance = first + tile.distance_offset[s][r];
-    if (p.dtable) {  // its first and last entry: accumulate_position_grads
-        float *table = p.dtable + sums * (2 * p.reach + 1) + p.reach;
-        const int n = (int)max<int64_t>(span.begin, min<int64_t>(span.end, 1 - p.reach - distance));
-        const int end = (int)max<int64_t>(n, min<int64_t>(span.end, p.reach - distance));
-        for (int i = n; i < end; i++) table[distance + i] += grad[i];
     }
 }
 
 // Products of a row to weights and score gradients, zero outside its span as far as `block_span`.
 template <int DEGREE>
 INLINE void softmax_backward_row(const Plan &plan, RowTile &tile, int s, int r, int64_t first, Span span,
-                                 Span block_span, int64_t chunk, float *weight, float *grad, float *softcap_grad,
-                                 float *dropout) {
+                                 Span block_span, float *grad_biases, float *weight, float *grad,
+                                 float *softcap_grad, float *dropout) {
     const Params &p = *plan.params;
     const int begin = span.begin / W * W, end = (span.end + W - 1) / W * W;
     row_scores(plan, tile, s, r, first, span, weight, softcap_grad);
@@ -148,7 +152,7 @@ INLINE void softmax_backward_row(const Plan &plan, RowTile &tile, int s, int r, 
             tile.weight_ends[e][r] += reduce_add(weight_ends[e]);
         }
     }
-    accumulate_bias_grads(plan, tile, s, r, first, span, chunk, grad);
+    accumulate_bias_grads(plan, tile, s, r, first, span, grad_biases, grad);
     if (p.softcap != 0)
         for (int n = begin; n < end; n += W) {
             const vf dx = load(grad + n);
@@ -206,11 +210,11 @@ INLINE float sink_weight(const Params &p, const RowTile &tile, int r) {
     return exp2<5>(broadcast(score * score_multiplier(p) - tile.log2_sum[r]))[0];
 }
 
-INLINE void accumulate_sink_grads(const Params &p, const RowTile &tile, int64_t chunk) {
+INLINE void accumulate_sink_grads(const Plan &plan, const RowTile &tile, float *grad_biases) {
+    const Params &p = *plan.params;
     for (int r = 0; r < tile.rows; r++) {
         const float weight = sink_weight(p, tile, r);
-        if (weight > 0)
-            p.dsinks[((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r]] -= weight * tile.delta[r];
+        if (weight > 0) grad_biases[tile.head[r] * plan.bias_width + 1] -= weight * tile.delta[r];
     }
 }
 
@@ -219,7 +223,8 @@ INLINE void accumulate_sink_grads(const Params &p, const RowTile &tile, int64_t 
 // summed over the many keys of a table's first or last entry, this can exceed the gradient, so it is taken out. Not in
 // fp32, whose rounding is that of the sum; and not where weights do not sum to 1: there `out` and lse are those of more
 // keys than these.
-INLINE void accumulate_position_grads(const Params &p, const RowTile &tile, int64_t chunk) {
+INLINE void accumulate_position_grads(const Plan &plan, const RowTile &tile, float *grad_biases) {
+    const Params &p = *plan.params;
     const bool rounded = p.dtype != F32 || p.out_dtype != F32;
     for (int r = 0; r < tile.rows; r++) {
         float grad_sum = tile.grad_sum[r], full_sum = tile.full_sum[r];
@@ -230,11 +235,10 @@ INLINE void accumulate_position_grads(const Params &p, const RowTile &tile, int6
         }
         float excess = grad_sum - (p.grad_lse ? p.grad_lse[lse_row(p, tile, r)] : 0);
         if (!rounded || !(__builtin_fabsf(full_sum - 1) < 2e-5f)) excess = 0;
-        const int64_t sums = ((chunk * p.B + tile.batch) * p.G + tile.group) * p.H + tile.head[r];
-        if (p.dslopes) p.dslopes[sums] -= tile.grad_distance[r] - excess * tile.weight_distance[r];
+        float *sums = grad_biases + tile.head[r] * plan.bias_width;
+        if (p.dslopes) sums[0] -= tile.grad_distance[r] - excess * tile.weight_distance[r];
         for (int64_t e = 0; p.dtable && e < 2; e++)
-            p.dtable[sums * (2 * p.reach + 1) + e * 2 * p.reach] +=
-                tile.grad_ends[e][r] - excess * tile.weight_ends[e][r];
+            sums[2 + e * 2 * p.reach] += tile.grad_ends[e][r] - excess * tile.weight_ends[e][r];
     }
 }
 
@@ -256,20 +260,22 @@ __attribute__((noinline)) void refine_large_lse(const Plan &plan, RowTile &tile,
         tile.row_sum[r] = tile.weight_sum[r] = tile.row_max[r] > -INF ? 1 : 0;
     }
     if (!any) return;
-    Span spans[TILE_ROWS / ROWS];
+    Span spans[TILE_ROWS / ROWS], seen[TILE_ROWS];
+    BlockStats stats;
     each_block(plan, tile, [&](int s, int64_t first, int64_t last) {
-        for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++)
-            spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
+        row_spans(tile, s, first, last, seen, spans);
         block_scores(tile, spans, queries, plan.key_width, p.K, keys_by_dim, first, last - first, scores);
         for (int r = 0; r < tile.rows; r++) {
-            const Span span = row_span(tile, s, r, first, last);
+            const Span span = seen[r];
+            stats.max[r] = -INF;
             if (!large[r] || span.begin >= span.end) continue;
             float *score = scores + r * BLOCK_KEYS;
             row_scores(plan, tile, s, r, first, span, score, nullptr);
             const int begin = span.begin / SUM_KEYS * SUM_KEYS;
             const int end = (span.end + SUM_KEYS - 1) / SUM_KEYS * SUM_KEYS;
-            merge_block(tile, r, multiplier, block_softmax<float>(multiplier, begin, end, score, score, nullptr));
+            block_softmax<float>(multiplier, begin, end, score, score, nullptr, stats, r);
         }
+        merge_block(tile, tile.rows, multiplier, stats);
     });
     for (int r = 0; r < tile.rows; r++) {
         if (!large[r]) continue;
@@ -281,8 +287,8 @@ __attribute__((noinline)) void refine_large_lse(const Plan &plan, RowTile &tile,
 }
 
 template <class T>
-INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t chunk, float *grad_keys,
-                          float *grad_values, Arena arena) {
+INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, float *grad_keys, float *grad_values,
+                          float *grad_biases, Arena arena) {
     const Params &p = *plan.params;
     PackedRows<T> queries = reserve_rows<T>(arena, plan.rows, plan.key_width);
     PackedRows<T> grads = reserve_rows<T>(arena, plan.rows, plan.value_width);
@@ -295,7 +301,7 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
     scores.grad_row = PER_WORD<T> == 1 ? (T *)scores.grad : arena.reserve<T>(score_count / 2 + BLOCK_KEYS);
     float *dq = arena.reserve<float>(plan.rows * plan.key_width);
     float *softcap_grad = arena.reserve<float>(BLOCK_KEYS), *dropout = arena.reserve<float>(BLOCK_KEYS);
-    Span spans[TILE_ROWS / ROWS], rows_seeing[BLOCK_KEYS / W];
+    Span spans[TILE_ROWS / ROWS], seen[TILE_ROWS], rows_seeing[BLOCK_KEYS / W];
 
     const char *query_rows[TILE_ROWS], *grad_rows[TILE_ROWS];
     for (int r = 0; r < tile.rows; r++) {
@@ -330,11 +336,11 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
     const T *key_rows = (const T *)(plan.key_rows + slot * plan.key_rows_stride);
     const bool nonfinite = plan.nonfinite_keys[slot * plan.segment_count + tile.segment].load(std::memory_order_relaxed);
     refine_large_lse(plan, tile, queries.row, keys_by_dim, scores.weight);
-    if (p.dsinks) accumulate_sink_grads(p, tile, chunk);
+    if (p.dsinks) accumulate_sink_grads(plan, tile, grad_biases);
     each_block(plan, tile, [&](int s, int64_t first, int64_t last) {
         Span block_span{BLOCK_KEYS, 0};
+        row_spans(tile, s, first, last, seen, spans);
         for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
-            spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
             if (spans[i].begin >= spans[i].end) continue;
             block_span = Span{min(block_span.begin, spans[i].begin), max(block_span.end, spans[i].end)};
         }
@@ -345,11 +351,11 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
                      scores.grad);
         for (int n = block_span.begin / W; n < block_span.end / W; n++) rows_seeing[n] = Span{TILE_ROWS, 0};
         for (int r = 0; r < tile.rows; r++) {
-            const Span span = row_span(tile, s, r, first, last);
+            const Span span = seen[r];
             float *weight = scores.weight + r * BLOCK_KEYS, *grad = scores.grad + r * BLOCK_KEYS;
             if (span.begin < span.end) {
-                softmax_backward_row<PER_WORD<T> == 1 ? 5 : 4>(plan, tile, s, r, first, span, block_span, chunk,
-                                                               weight, grad, softcap_grad, dropout);
+                softmax_backward_row<PER_WORD<T> == 1 ? 5 : 4>(plan, tile, s, r, first, span, block_span,
+                                                               grad_biases, weight, grad, softcap_grad, dropout);
                 for (int n = span.begin / W; n < (span.end + W - 1) / W; n++)
                     rows_seeing[n] = Span{min(rows_seeing[n].begin, r), r + 1};
             } else {
@@ -374,18 +380,17 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, int64_t
             add_weighted_keys(plan, tile, s, block_span, rows_seeing, scores.weight_pairs, grads, p.V, first,
                               grad_values);
     });
-    if (p.dslopes || p.dtable) accumulate_position_grads(p, tile, chunk);
+    if (p.dslopes || p.dtable) accumulate_position_grads(plan, tile, grad_biases);
     if (p.dq)
         for (int r = 0; r < tile.rows; r++)
             narrow(p.dtype, dq + r * plan.key_width, p.K, (float)p.scale,
                    p.dq + out_row(p, tile, r) * p.K * dtype_size(p.dtype));
 }
 
-// Adds the sums of key or value gradients in a fixed order and writes them to dk or dv.
-INLINE void write_grad_rows(const Plan &plan, int64_t b, int64_t g, const float *from, int64_t sums, int64_t stride,
-                            int64_t width, int64_t dims, float scale, char *to) {
+// Writes the sums of key or value gradients to dk or dv.
+INLINE void write_grad_rows(const Plan &plan, int64_t b, int64_t g, const float *from, int64_t width,
+                            int64_t dims, float scale, char *to) {
     const Params &p = *plan.params;
-    alignas(64) float total[MAX_HEAD_DIM];
     const int64_t row_stride = p.G * dims;
     const int64_t *segments = plan.first_segment + (p.RB == 1 ? 0 : b);
     const auto offset = [&](int64_t row) { return ((b * p.N + row) * row_stride) + g * dims; };
@@ -396,11 +401,7 @@ INLINE void write_grad_rows(const Plan &plan, int64_t b, int64_t g, const float 
     for (int64_t s = segments[0]; s < segments[1]; s++) {
         const Segment &segment = plan.segments[s];
         for (int64_t n = 0; n < segment.length; n++) {
-            const float *sum_of = from + (segment.offset + n) * width;
-            memcpy(total, sum_of, (size_t)width * 4);
-            for (int64_t i = 1; i < sums; i++)
-                for (int64_t v = 0; v < width; v += W)
-                    store(total + v, load(total + v) + load(sum_of + i * stride + v));
+            const float *total = from + (segment.offset + n) * width;
             const int64_t row = clamped_key(p, segment.sequence, segment.begin + n);
             if (p.sequence) {  // pages may be shared: add to fp32 sums, which start as zeros
                 float *shared = (float *)to + offset(row);
@@ -412,24 +413,20 @@ INLINE void write_grad_rows(const Plan &plan, int64_t b, int64_t g, const float 
     }
 }
 
-void write_key_grads(const Plan &plan, int64_t b, int64_t g, const float *grad_keys, const float *grad_values,
-                     int64_t sums, int64_t key_stride, int64_t value_stride) {
+void write_key_grads(const Plan &plan, int64_t b, int64_t g, const float *grad_keys, const float *grad_values) {
     const Params &p = *plan.params;
-    if (p.dk) write_grad_rows(plan, b, g, grad_keys, sums, key_stride, plan.key_width, p.K, (float)p.scale, p.dk);
-    if (p.dv) write_grad_rows(plan, b, g, grad_values, sums, value_stride, plan.value_width, p.V, 1, p.dv);
+    if (p.dk) write_grad_rows(plan, b, g, grad_keys, plan.key_width, p.K, (float)p.scale, p.dk);
+    if (p.dv) write_grad_rows(plan, b, g, grad_values, plan.value_width, p.V, 1, p.dv);
 }
 
 template <class T>
-void backward(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chunk, float *grad_keys, float *grad_values,
-              char *scratch) {
-    memset(grad_keys, 0, (size_t)(plan.packed_keys * plan.key_width * 4));
-    memset(grad_values, 0, (size_t)(plan.packed_keys * plan.value_width * 4));
+void backward(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Chunk &chunk, float *grad_keys,
+              float *grad_values, float *grad_biases, char *scratch) {
     Arena arena{scratch};
     RowTile &tile = *arena.reserve<RowTile>(1);
-    const int64_t *chunks = plan.chunk_tiles + (plan.params->RB == 1 ? 0 : b * (plan.params->chunks + 1)) + chunk;
-    for (int64_t t = chunks[0]; t < chunks[1]; t++) {
+    for (int64_t t = chunk.first_tile; t < chunk.last_tile; t++) {
         load_tile(plan, b, g, plan.tiles[t], tile);
-        backward_tile<T>(plan, slot, tile, chunk, grad_keys, grad_values, arena);
+        backward_tile<T>(plan, slot, tile, grad_keys, grad_values, grad_biases, arena);
     }
 }
 

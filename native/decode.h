@@ -11,7 +11,11 @@ namespace KEYSPAN_NAMESPACE {
 namespace {
 
 constexpr int VALUE_ROWS = W == 16 ? 6 : 4;  // query rows that each loaded value is multiplied by
-constexpr int VALUE_KEYS = 16;               // values that are added before sums go back to memory
+constexpr int VALUE_KEYS = 16;  // most values that are added before sums go back to memory
+// Keys of several groups that lie side by side and have so many bytes are read few at a time, each a stream of its own
+// that is prefetched by itself; of others the next keys are prefetched.
+constexpr int64_t WIDE_BYTES = 2048, PREFETCH_BYTES = 512;
+constexpr int WIDE_VALUE_KEYS = 4;
 static_assert(DECODE_PANEL % W == 0 && BLOCK_KEYS % DECODE_PANEL == 0 && BLOCK_KEYS % VALUE_KEYS == 0, "whole panels");
 
 // How a row of keys or values is loaded: fp32, fp16, bf16 element by element, or bf16 in pairs.
@@ -46,34 +50,40 @@ struct Row<PAIRS> {
 // Into the second level of cache: the first has too few miss buffers.
 INLINE void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 
-// panel[word][key] for the words of DECODE_PANEL keys; prefetches `ahead` bytes ahead of each key. rows [DECODE_PANEL].
-template <int KIND>
-INLINE void transpose_keys(const char *const *rows, int64_t offset, int64_t dims, int64_t ahead, uint32_t *panel) {
+// Rows of keys from `offset` on, and what is prefetched meanwhile: other rows, or the same ones farther on.
+struct KeyRows {
+    const char *const *rows, *const *next;
+    int64_t offset, next_offset;
+};
+
+// panel[word][key] for the words of KEYS keys.
+template <int KIND, int KEYS>
+INLINE void transpose_keys(const KeyRows &from, int64_t dims, uint32_t *panel) {
     typedef Row<KIND> Kind;
-    for (int n = 0; n < DECODE_PANEL; n += W) {
+    for (int n = 0; n < KEYS; n += W) {
         int64_t i = 0;
         for (; i + Kind::STEP <= dims; i += Kind::STEP) {
             vu words[W];
 #pragma GCC unroll 16
             for (int k = 0; k < W; k++) {
-                words[k] = (vu)Kind::read(rows[n + k] + offset, i);
-                prefetch(rows[n + k] + offset + ahead + i * Kind::BYTES);
+                words[k] = (vu)Kind::read(from.rows[n + k] + from.offset, i);
+                prefetch(from.next[n + k] + from.next_offset + i * Kind::BYTES);
             }
-            store_transposed(words, panel + i / Kind::STEP * W * DECODE_PANEL + n, DECODE_PANEL);
+            store_transposed(words, panel + i / Kind::STEP * W * KEYS + n, KEYS);
         }
         if (i < dims) {
             vu words[W];
 #pragma GCC unroll 16
-            for (int k = 0; k < W; k++) words[k] = (vu)Kind::read_last(rows[n + k] + offset, i, dims - i);
-            store_transposed(words, panel + i / Kind::STEP * W * DECODE_PANEL + n, DECODE_PANEL);
+            for (int k = 0; k < W; k++) words[k] = (vu)Kind::read_last(from.rows[n + k] + from.offset, i, dims - i);
+            store_transposed(words, panel + i / Kind::STEP * W * KEYS + n, KEYS);
         }
     }
 }
 
-// out[r] += Σ weight · value over `keys` keys, one after the other, for C vectors of columns. weights [R][BLOCK_KEYS].
-// Prefetches `ahead` bytes ahead of each value.
+// out[r] += Σ weight · value over `keys` keys, one after the other, for C vectors of columns. weights [R][BLOCK_KEYS],
+// values [2 · keys], of which the second half is prefetched.
 template <int R, int C, int KIND>
-INLINE void accumulate_columns(const float *weights, const char *const *values, int keys, int64_t offset, int64_t ahead,
+INLINE void accumulate_columns(const float *weights, const char *const *values, int keys, int64_t offset,
                                int64_t column, int64_t count, float *out, int64_t width) {
     vf acc[R][C];
 #pragma GCC unroll 6
@@ -86,7 +96,7 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             value[c] = C > 1 || count >= W ? Row<KIND>::read(at, column + c * W) : Row<KIND>::read_last(at, column, count);
-            prefetch(at + ahead + (column + c * W) * Row<KIND>::BYTES);
+            prefetch(values[n + keys] + offset + (column + c * W) * Row<KIND>::BYTES);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
@@ -106,7 +116,7 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
 // another order until `unpermute_columns`. weights [R][BLOCK_KEYS / 2] bf16 pairs.
 template <int R, int C>
 INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values, int keys, int64_t offset,
-                             int64_t ahead, int64_t column, int64_t count, float *out, int64_t width) {
+                             int64_t column, int64_t count, float *out, int64_t width) {
     vf acc[R][2 * C];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -121,8 +131,8 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
             const bool whole = C > 1 || count >= 2 * W;
             const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, count));
             const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, count));
-            prefetch((const char *)a + ahead);
-            prefetch((const char *)b + ahead);
+            prefetch(values[n + keys] + at);
+            prefetch(values[n + 1 + keys] + at);
             pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
             pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
         }
@@ -155,30 +165,30 @@ INLINE void unpermute_columns(float *out, int64_t width) {
 
 template <int R, int KIND>
 INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weights, const char *const *values, int keys,
-                              int64_t offset, int64_t ahead, float *out, int64_t width) {
+                              int64_t offset, float *out, int64_t width) {
     int64_t v = 0;
 #if defined(KEYSPAN_AVX512BF16)
     if constexpr (KIND == PAIRS) {
         for (; v + 4 * W <= dims; v += 4 * W)
-            accumulate_pairs<R, 2>(weights, values, keys, offset, ahead, v, 4 * W, out, width);
+            accumulate_pairs<R, 2>(weights, values, keys, offset, v, 4 * W, out, width);
         for (; v < dims; v += 2 * W)
-            accumulate_pairs<R, 1>(weights, values, keys, offset, ahead, v, dims - v, out, width);
+            accumulate_pairs<R, 1>(weights, values, keys, offset, v, dims - v, out, width);
         return;
     }
 #endif
     if constexpr (KIND != PAIRS) {
         for (; v + COLUMNS * W <= dims; v += COLUMNS * W)
-            accumulate_columns<R, COLUMNS, KIND>(weights, values, keys, offset, ahead, v, COLUMNS * W, out, width);
+            accumulate_columns<R, COLUMNS, KIND>(weights, values, keys, offset, v, COLUMNS * W, out, width);
         for (; v < dims; v += W)
-            accumulate_columns<R, 1, KIND>(weights, values, keys, offset, ahead, v, dims - v, out, width);
+            accumulate_columns<R, 1, KIND>(weights, values, keys, offset, v, dims - v, out, width);
     }
 }
 
 template <int KIND>
 __attribute__((noinline)) void accumulate_rows(int rows, int64_t dims, const typename Row<KIND>::Word *weights,
-                                               const char *const *values, int keys, int64_t offset, int64_t ahead,
+                                               const char *const *values, int keys, int64_t offset,
                                                float *out, int64_t width) {
-#define KEYSPAN_ACCUMULATE(R) accumulate_values<R, KIND>(dims, weights, values, keys, offset, ahead, out, width)
+#define KEYSPAN_ACCUMULATE(R) accumulate_values<R, KIND>(dims, weights, values, keys, offset, out, width)
     switch (rows) {
     case 1: return KEYSPAN_ACCUMULATE(1);
     case 2: return KEYSPAN_ACCUMULATE(2);
@@ -197,14 +207,15 @@ struct Decoder {
     const Params &p;
     const Run &run;
     const int64_t size, partial_size;
-    int64_t sequence, query_width, key_ahead, value_ahead;
-    int rows;
+    int64_t sequence, query_width;
+    int64_t together;  // groups that lie side by side in memory are read together, others one after the other
+    int rows, panel_keys, value_keys;
     RowTile *tiles;  // [G]
     Word *queries, *weights;
     uint32_t *panel;
     float *out, *sums, *scores, *dropout;
-    const char **keys, **values;  // [BLOCK_KEYS], of the first group
-    BlockStats *stats;
+    const char **keys, **values;  // [BLOCK_KEYS + DECODE_PANEL], of the first group
+    BlockStats *stats;  // [G]
 
     Decoder(const Plan &plan, const Run &run, char *scratch)
         : plan(plan), p(*plan.params), run(run), size(dtype_size(p.dtype)),
@@ -221,9 +232,9 @@ struct Decoder {
         weights = PER_WORD<Word> == 1 ? (Word *)scores : arena.reserve<Word>(p.G * plan.rows * BLOCK_KEYS / 2);
         panel = arena.reserve<uint32_t>(DECODE_PANEL * round_to_words(p.K));
         dropout = arena.reserve<float>(BLOCK_KEYS);
-        keys = arena.reserve<const char *>(BLOCK_KEYS);
-        values = arena.reserve<const char *>(BLOCK_KEYS);
-        stats = arena.reserve<BlockStats>(p.G * plan.rows);
+        keys = arena.reserve<const char *>(BLOCK_KEYS + DECODE_PANEL);
+        values = arena.reserve<const char *>(BLOCK_KEYS + DECODE_PANEL);
+        stats = arena.reserve<BlockStats>(p.G);
         for (int64_t g = 0; g < p.G; g++) {
             load_tile(plan, run.batch, g, of, tiles[g]);
             load_queries(plan, tiles[g], queries + g * plan.rows * query_width);
@@ -231,49 +242,50 @@ struct Decoder {
         }
         rows = tiles[0].rows;
         sequence = plan.segments[of.segment].sequence;
-        key_ahead = prefetch_distance(p.k_stride[1], DECODE_PANEL);
-        value_ahead = prefetch_distance(p.v_stride[1], DECODE_PANEL);
+        together = p.k_stride[1] > p.k_stride[2] ? p.G : 1;
+        const bool wide = together > 1 && together * p.K * size >= WIDE_BYTES;
+        panel_keys = wide ? DECODE_PANEL / 2 : DECODE_PANEL;
+        value_keys = wide ? WIDE_VALUE_KEYS : VALUE_KEYS;
     }
 
     static int64_t round_to_words(int64_t dims) {
         return (dims + Row<KIND>::STEP - 1) / Row<KIND>::STEP * W;
     }
 
-    // Prefetch distance in bytes: whole keys, so that the address is one that will be read.
-    int64_t prefetch_distance(int64_t stride, int64_t least) const {
-        return max<int64_t>(least, 4096 / max<int64_t>(1, stride * size)) * stride * size;
-    }
-
     float *row_of(float *x, int64_t g) const { return x + g * plan.rows * plan.value_width; }
 
-    // Addresses of keys begin to end - 1 of the block at `first`; a panel's rest repeats the last one.
+    // Addresses of keys begin to end - 1 of the block at `first`; those behind, to prefetch and for the rest of a panel,
+    // as far as there are keys.
     void find(int64_t first, int begin, int end) const {
+        const int most = (int)min<int64_t>((end + DECODE_PANEL - 1) / DECODE_PANEL * DECODE_PANEL + DECODE_PANEL,
+                                           plan.logical_keys - first);
         const char *const k = p.k + run.batch * p.k_stride[0] * size, *const v = p.v + run.batch * p.v_stride[0] * size;
         const int64_t k_step = p.k_stride[1] * size, v_step = p.v_stride[1] * size;
-        for (int n = begin; n < end;) {
+        for (int n = begin; n < most;) {
             const int64_t row = physical_key(p, sequence, first + n);  // one by one behind it, as far as the page goes
-            const int64_t left = p.sequence ? p.page_size - (first + n) % p.page_size : BLOCK_KEYS;
-            for (int64_t i = row; n < end && i < row + left; i++, n++) {
+            const int64_t left = p.sequence ? p.page_size - (first + n) % p.page_size : most;
+            for (int64_t i = row; n < most && i < row + left; i++, n++) {
                 const int64_t there = clamp(i, 0, p.N - 1);
                 keys[n] = k + there * k_step;
                 values[n] = v + there * v_step;
             }
         }
-        for (int n = end; n < (end + DECODE_PANEL - 1) / DECODE_PANEL * DECODE_PANEL; n++) {
-            keys[n] = keys[end - 1];
-            values[n] = values[end - 1];
+        for (int n = most; n < (end + DECODE_PANEL - 1) / DECODE_PANEL * DECODE_PANEL + DECODE_PANEL; n++) {
+            keys[n] = keys[most - 1];
+            values[n] = values[most - 1];
         }
     }
 
     // Sums over the keys of `span`, an even number of them, of groups g0 to g1 - 1.
     void add_values(Span span, int64_t g0, int64_t g1) const {
         for (int64_t g = g0; g < g1; g++) memset(row_of(sums, g), 0, (size_t)(rows * plan.value_width * 4));
-        for (int n = span.begin; n < span.end; n += VALUE_KEYS)
-            for (int64_t g = g0; g < g1; g++)
+        for (int n = span.begin; n < span.end; n += value_keys)
+            for (int64_t g = g0; g < g1; g++) {
                 for (int r = 0; r < rows; r += VALUE_ROWS)
                     accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), values + n,
-                                          min(VALUE_KEYS, span.end - n), g * p.v_stride[2] * size, value_ahead,
+                                          min(value_keys, span.end - n), g * p.v_stride[2] * size,
                                           row_of(sums, g) + r * plan.value_width, plan.value_width);
+            }
     }
 
     Word *weights_of(int64_t g, int r, int n) const {
@@ -283,11 +295,11 @@ struct Decoder {
     // The sums of group g once more, where a value is infinite or NaN: without it, and then with what a row sees of it.
     __attribute__((noinline)) void repair(int s, int64_t g, int64_t first, int64_t last, Span span) const {
         alignas(64) char clean[VALUE_KEYS][MAX_HEAD_DIM * 4];
-        const char *at[VALUE_KEYS];
+        const char *at[2 * VALUE_KEYS];
         float *const to = row_of(sums, g);
         memset(to, 0, (size_t)(rows * plan.value_width * 4));
         const int64_t offset = g * p.v_stride[2] * size;
-        for (int i = 0; i < VALUE_KEYS; i++) at[i] = clean[i];
+        for (int i = 0; i < 2 * VALUE_KEYS; i++) at[i] = clean[i % VALUE_KEYS];
         for (int n = span.begin; n < span.end; n += VALUE_KEYS) {
             const int count = min(VALUE_KEYS, span.end - n);
             for (int i = 0; i < count; i++)
@@ -298,7 +310,7 @@ struct Decoder {
                     if (x - x == 0) memcpy(clean[i] + v * size, from, (size_t)size);
                 }
             for (int r = 0; r < rows; r += VALUE_ROWS)
-                accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, count, 0, 0,
+                accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, count, 0,
                                       to + r * plan.value_width, plan.value_width);
         }
         for (int r = 0; r < rows; r++) {
@@ -339,21 +351,27 @@ struct Decoder {
         if (seen.begin >= seen.end) return false;
         const Span span{seen.begin / DECODE_PANEL * DECODE_PANEL, (seen.end + 1) / 2 * 2};
         find(first, span.begin, seen.end);
-        const int64_t step = p.k_stride[2] * size;
-        for (int n = span.begin; n < span.end; n += DECODE_PANEL)
+        const int64_t step = p.k_stride[2] * size, bytes = together * step;
+        for (int n = span.begin; n < span.end; n += panel_keys)
             for (int64_t g = g0; g < g1; g++) {
-                transpose_keys<KIND>(keys + n, g * step, p.K, key_ahead, panel);
+                KeyRows from{keys + n, keys + n, g * step, g * step + PREFETCH_BYTES};
+                if (panel_keys == DECODE_PANEL || (g - g0) * step + PREFETCH_BYTES >= bytes) {
+                    from.next += panel_keys;
+                    from.next_offset = panel_keys == DECODE_PANEL ? from.offset : from.next_offset - bytes;
+                }
+                if (panel_keys < DECODE_PANEL)
+                    transpose_keys<KIND, DECODE_PANEL / 2>(from, p.K, panel);
+                else
+                    transpose_keys<KIND, DECODE_PANEL>(from, p.K, panel);
                 for (int r = 0; r < rows; r += ROWS)
                     gemm<SET>(min(ROWS, rows - r), words<Word>(p.K), queries + (g * plan.rows + r) * query_width,
-                              query_width, 1, (const Word *)panel, DECODE_PANEL,
-                              scores + (g * plan.rows + r) * BLOCK_KEYS + n, BLOCK_KEYS, DECODE_PANEL / W);
+                              query_width, 1, (const Word *)panel, panel_keys,
+                              scores + (g * plan.rows + r) * BLOCK_KEYS + n, BLOCK_KEYS, panel_keys / W);
             }
         for (int64_t g = g0; g < g1; g++)
             for (int r = 0; r < rows; r++)
-                stats[g * plan.rows + r] = row_weights(plan, tiles[g], s, r, first,
-                                                       row_span(tiles[g], s, r, first, last), span,
-                                                       scores + (g * plan.rows + r) * BLOCK_KEYS,
-                                                       weights_of(g, r, 0), dropout);
+                row_weights(plan, tiles[g], s, r, first, row_span(tiles[g], s, r, first, last), span,
+                            scores + (g * plan.rows + r) * BLOCK_KEYS, weights_of(g, r, 0), dropout, stats[g]);
         const Span added{seen.begin / 2 * 2, span.end};
         add_values(added, g0, g1);
         for (int64_t g = g0; g < g1; g++)
@@ -361,29 +379,28 @@ struct Decoder {
         return true;
     }
 
-    // The block's result joins the rows', or is kept for `combine`.
-    void finish_block(bool any, float *to, int64_t g0, int64_t g1) {
-        const float multiplier = score_multiplier(p);
-        for (int64_t g = g0; g < g1; g++)
+    // The block's result joins the rows' sums, or is kept for `combine`; `any`: whether a row sees one of its keys.
+    void finish_block(bool any, float *part, int64_t g0, int64_t g1) {
+        const int64_t width = plan.value_width;
+        for (int64_t g = g0; g < g1; g++) {
+            if (any && !part) merge_block(tiles[g], rows, score_multiplier(p), stats[g]);
             for (int r = 0; r < rows; r++) {
-                const int64_t row = g * plan.rows + r, width = plan.value_width;
-                const BlockStats &block = stats[row];
-                if (!to) {
-                    if (any) merge_row(out + row * width, sums + row * width, merge_block(tiles[g], r, multiplier, block), width);
-                    continue;
+                const float *from = row_of(sums, g) + r * width;
+                if (part) {
+                    float *to = part + (g * plan.rows + r) * (width + 3);
+                    to[0] = any ? stats[g].max[r] : -INF;
+                    if (!any) continue;
+                    to[1] = stats[g].sum[r];
+                    to[2] = stats[g].weight_sum[r];
+                    memcpy(to + 3, from, (size_t)width * 4);
+                } else if (any) {
+                    merge_row(row_of(out, g) + r * width, from, stats[g].keep[r], stats[g].take[r], width);
                 }
-                float *part = to + row * (width + 3);
-                part[0] = any ? block.max : -INF;
-                if (!any) continue;
-                part[1] = block.sum;
-                part[2] = block.weight_sum;
-                memcpy(part + 3, sums + row * width, (size_t)width * 4);
             }
+        }
     }
 
     void compute() {
-        // Groups that lie side by side in memory are read together, others one after the other.
-        const int64_t together = p.k_stride[1] > p.k_stride[2] ? p.G : 1;
         for (int64_t g = 0; g < p.G; g += together) {
             float *part = run.partial < 0 ? nullptr : plan.partial + run.partial * partial_size;
             for (int64_t i = run.first_block; i < run.last_block; i++)
@@ -413,18 +430,24 @@ void combine_kind(const Plan &plan, const Run &run, char *scratch) {
     RowTile &tile = *arena.reserve<RowTile>(1);
     const int64_t width = plan.value_width, step = p.G * plan.rows * (width + 3);
     float *out = arena.reserve<float>(plan.rows * width);
+    BlockStats &stats = *arena.reserve<BlockStats>(1);
     for (int64_t g = 0; g < p.G; g++) {
         load_tile(plan, run.batch, g, plan.tiles[run.tile], tile);
         init_softmax(p, tile, out, width);
-        for (int r = 0; r < tile.rows; r++) {
-            const float *part = plan.partial + run.partial * step + (g * plan.rows + r) * (width + 3);
-            for (int64_t i = 0; i < (run.last_block - run.first_block) * p.S; i++, part += step) {
-                if (part[0] == -INF) continue;
-                const Merge how = merge_block(tile, r, score_multiplier(p), {part[0], part[1], part[2]});
-                merge_row(out + r * width, part + 3, how, width);
+        const float *part = plan.partial + run.partial * step + g * plan.rows * (width + 3);
+        for (int64_t i = 0; i < (run.last_block - run.first_block) * p.S; i++, part += step) {
+            for (int r = 0; r < tile.rows; r++) {
+                const float *from = part + r * (width + 3);
+                stats.max[r] = from[0];
+                stats.sum[r] = from[1];
+                stats.weight_sum[r] = from[2];
             }
-            Decoder<KIND>::write(plan, tile, r, out + r * width);
+            merge_block(tile, tile.rows, score_multiplier(p), stats);
+            for (int r = 0; r < tile.rows; r++)
+                if (stats.max[r] != -INF)
+                    merge_row(out + r * width, part + r * (width + 3) + 3, stats.keep[r], stats.take[r], width);
         }
+        for (int r = 0; r < tile.rows; r++) Decoder<KIND>::write(plan, tile, r, out + r * width);
     }
 }
 

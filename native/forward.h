@@ -37,15 +37,18 @@ INLINE void init_softmax(const Params &p, RowTile &tile, float *out, int64_t wid
 // where they are rounded to bf16, the largest is 1 and not rounded. Functions that make bits of a row are compiled once
 // and serve the tile kernel and decoding alike.
 
+// Of the rows of a tile in one block: maxima, and sums of the weights, and of the weights as they are multiplied. A row
+// that sees no key has a maximum of −inf.
 struct BlockStats {
-    float max, sum, weight_sum;  // of the weights, and of the weights as they are multiplied
+    float max[TILE_ROWS], sum[TILE_ROWS], weight_sum[TILE_ROWS];
+    float keep[TILE_ROWS], take[TILE_ROWS];  // how the block joins the rows' sums: see Merge
 };
 
 // Scores [begin, end) of a row, within which all others are −inf, become weights, in place or as bf16. `begin` and `end`
 // are multiples of SUM_KEYS. `dropout` [end − begin] or null. T is uint32_t where weights are multiplied as bf16.
 template <class T>
-__attribute__((noinline)) BlockStats block_softmax(float multiplier, int begin, int end, const float *score, T *weight,
-                                                   const float *dropout) {
+__attribute__((noinline)) void block_softmax(float multiplier, int begin, int end, const float *score, T *weight,
+                                             const float *dropout, BlockStats &stats, int r) {
     constexpr bool ROUNDED = PER_WORD<T> == 2;
     vf max0 = load(score + begin), max1 = load(score + begin + W);
     for (int n = begin + SUM_KEYS; n < end; n += SUM_KEYS) {
@@ -83,55 +86,55 @@ __attribute__((noinline)) BlockStats block_softmax(float multiplier, int begin, 
             store(weight + n + W, y);
         }
     }
-    BlockStats stats{block_max, 0, 0};
+    stats.max[r] = block_max;
     if constexpr (ROUNDED)
-        reduce_add(sums, rounded_sums, stats.sum, stats.weight_sum);
+        reduce_add(sums, rounded_sums, stats.sum[r], stats.weight_sum[r]);
     else
-        stats.sum = stats.weight_sum = reduce_add(sums);
-    return stats;
+        stats.sum[r] = stats.weight_sum[r] = reduce_add(sums);
 }
 
-// Joins a block's sums to those of a row; how its sum of values joins.
-__attribute__((noinline)) Merge merge_block(RowTile &tile, int r, float multiplier, BlockStats block) {
-    if (block.max == -INF) return {1, 1};  // nothing is visible: weights are zero
-    const float before = tile.row_max[r];
-    if (block.max <= before) {
-        const float take = exp2<5>(broadcast((block.max - before) * multiplier))[0];
-        tile.row_sum[r] += block.sum * take;
-        tile.weight_sum[r] += block.weight_sum * take;
-        return {1, take};
+// Joins a block's sums to those of its rows, and finds `keep` and `take`.
+__attribute__((noinline)) void merge_block(RowTile &tile, int rows, float multiplier, BlockStats &block) {
+    const vf one = broadcast(1.0f), m = broadcast(multiplier);
+    for (int r = 0; r < rows; r += W) {
+        const vf before = load(tile.row_max + r), here = load(block.max + r);
+        const vi none = here == broadcast(-INF), lower = none | (here <= before);
+        const vf factor = exp2<5>((lower ? here - before : before - here) * m);
+        const vf keep = lower ? one : factor, take = none ? one : lower ? factor : one;
+        store(block.keep + r, keep);
+        store(block.take + r, take);
+        store(tile.row_max + r, lower ? before : here);
+        const auto join = [&](float *sum, const float *more) {
+            const vf x = load(sum + r), y = load(more + r);
+            store(sum + r, none ? x : lower ? multiply_add(x, y, take) : multiply_add(y, x, keep));
+        };
+        join(tile.row_sum, block.sum);
+        join(tile.weight_sum, block.weight_sum);
     }
-    const float keep = exp2<5>(broadcast((before - block.max) * multiplier))[0];
-    tile.row_sum[r] = tile.row_sum[r] * keep + block.sum;
-    tile.weight_sum[r] = tile.weight_sum[r] * keep + block.weight_sum;
-    tile.row_max[r] = block.max;
-    return {keep, 1};
 }
 
-INLINE void merge_row(float *sum, const float *more, Merge how, int64_t width) {
-    for (int64_t v = 0; v < width; v += W) store(sum + v, merge(load(sum + v), load(more + v), how));
-}
-
-// Products of a row in `span` of a block become weights, zero in the rest of `all`.
+// Products of row r in `span` of a block become weights, zero in the rest of `all`, and its part of `stats`.
 template <class T>
-INLINE BlockStats row_weights(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, Span all,
-                         float *score, T *weight, float *dropout) {
+INLINE void row_weights(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, Span all,
+                        float *score, T *weight, float *dropout, BlockStats &stats) {
     const Params &p = *plan.params;
-    uint16_t *const bytes = (uint16_t *)weight;  // as half words
-    constexpr int HALVES = 2 / PER_WORD<T>;
-    const auto clear = [&](int from, int to) {
-        if (from < to) memset(bytes + from * HALVES, 0, (size_t)(to - from) * HALVES * 2);
+    const auto clear = [&](int from, int to) {  // whole vectors
+        for (int n = from; n < to; n += W)
+            if constexpr (PER_WORD<T> == 1)
+                store(weight + n, vf{});
+            else
+                store((uint16_t *)weight + n, vh{});
     };
     if (span.begin >= span.end) {
-        clear(all.begin, all.end);
-        return {-INF, 0, 0};
+        stats.max[r] = -INF;
+        return clear(all.begin, all.end);
     }
     const int begin = span.begin / SUM_KEYS * SUM_KEYS, end = (span.end + SUM_KEYS - 1) / SUM_KEYS * SUM_KEYS;
     row_scores(plan, tile, s, r, first, span, score, nullptr);
     if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, 1, dropout);
     clear(all.begin, begin);
     clear(end, all.end);
-    return block_softmax<T>(score_multiplier(p), begin, end, score, weight, p.seed ? dropout : nullptr);
+    block_softmax<T>(score_multiplier(p), begin, end, score, weight, p.seed ? dropout : nullptr, stats, r);
 }
 
 // ---- results -----------------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ __attribute__((noinline)) void add_rows_nan_repair(const Plan &plan, const RowTi
 template <Into INTO, class T>
 INLINE void add_weighted_rows(const Plan &plan, const RowTile &tile, int s, const Span *spans, const T *weights,
                               const T *by_row, int64_t width, int64_t dims, int64_t first, int64_t last, float *out,
-                              bool nonfinite, const Merge *how = nullptr) {
+                              bool nonfinite, const BlockStats *stats = nullptr) {
     constexpr int64_t row = BLOCK_KEYS / PER_WORD<T>;
     for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
         const Span span = spans[i];
@@ -221,7 +224,8 @@ INLINE void add_weighted_rows(const Plan &plan, const RowTile &tile, int s, cons
         if (!nonfinite) {
             gemm<INTO>(rows, (span.end - span.begin) / PER_WORD<T>, weights + r0 * row + span.begin / PER_WORD<T>, row,
                        1, by_row + (first + span.begin) / PER_WORD<T> * width, width, out + r0 * width, width,
-                       width / W, INTO == MERGE ? how + r0 : nullptr);
+                       width / W,
+                       INTO == MERGE ? Merge{stats->keep + r0, stats->take + r0} : Merge{});
         } else if (INTO == ADD) {
             add_rows_nan_repair(plan, tile, s, r0, rows, span, weights, by_row, width, dims, first, last, out);
         } else {
@@ -229,7 +233,8 @@ INLINE void add_weighted_rows(const Plan &plan, const RowTile &tile, int s, cons
             memset(sums, 0, (size_t)(rows * width * 4));
             add_rows_nan_repair(plan, tile, s, r0, rows, span, weights, by_row, width, dims, first, last,
                                 sums - r0 * width);
-            for (int r = 0; r < rows; r++) merge_row(out + (r0 + r) * width, sums + r * width, how[r0 + r], width);
+            for (int r = 0; r < rows; r++)
+                merge_row(out + (r0 + r) * width, sums + r * width, stats->keep[r0 + r], stats->take[r0 + r], width);
         }
     }
 }
@@ -246,8 +251,8 @@ void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Tile &o
     T *weights = PER_WORD<T> == 1 ? (T *)scores : arena.reserve<T>(plan.rows * BLOCK_KEYS / PER_WORD<T>);
     float *out = arena.reserve<float>(plan.rows * plan.value_width);
     float *dropout = arena.reserve<float>(BLOCK_KEYS);
-    Merge *how = arena.reserve<Merge>(plan.rows);
-    Span spans[TILE_ROWS / ROWS];
+    BlockStats &stats = *arena.reserve<BlockStats>(1);
+    Span spans[TILE_ROWS / ROWS], seen[TILE_ROWS];
     const float multiplier = score_multiplier(p);
 
     load_queries(plan, tile, queries);
@@ -257,16 +262,14 @@ void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Tile &o
     const bool nonfinite =
         plan.nonfinite_values[slot * plan.segment_count + of.segment].load(std::memory_order_relaxed);
     each_block(plan, tile, [&](int s, int64_t first, int64_t last) {
-        for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++)
-            spans[i] = rows_span(tile, s, r0, min(r0 + ROWS, tile.rows), first, last);
+        row_spans(tile, s, first, last, seen, spans);
         block_scores(tile, spans, queries, plan.key_width, p.K, by_dim, first, last - first, scores);
         for (int r = 0; r < tile.rows; r++)
-            how[r] = merge_block(tile, r, multiplier,
-                                 row_weights(plan, tile, s, r, first, row_span(tile, s, r, first, last),
-                                             spans[r / ROWS], scores + r * BLOCK_KEYS,
-                                             weights + r * BLOCK_KEYS / PER_WORD<T>, dropout));
+            row_weights(plan, tile, s, r, first, seen[r], spans[r / ROWS], scores + r * BLOCK_KEYS,
+                        weights + r * BLOCK_KEYS / PER_WORD<T>, dropout, stats);
+        merge_block(tile, tile.rows, multiplier, stats);
         add_weighted_rows<MERGE>(plan, tile, s, spans, weights, by_row, plan.value_width, p.V, first, last, out,
-                                 nonfinite, how);
+                                 nonfinite, &stats);
     });
     for (int r = 0; r < tile.rows; r++) write_row(p, tile, r, out + r * plan.value_width);
 }

@@ -19,13 +19,19 @@ struct VectorOf<uint32_t> {
     typedef vu type;
 };
 
-// How a row's sum over one more block joins the sum before: sum · keep + more, or, where keep is 1, sum + more · take.
+// How the sums of rows over one more block join the sums before: sum · keep + more, or, where keep is 1,
+// sum + more · take. Each array has an entry for each row.
 struct Merge {
-    float keep, take;
+    const float *keep, *take;
 };
 
-INLINE vf merge(vf sum, vf more, Merge how) {
-    return how.keep == 1 ? multiply_add(sum, more, broadcast(how.take)) : multiply_add(more, sum, broadcast(how.keep));
+INLINE void merge_row(float *sum, const float *more, float keep, float take, int64_t width) {
+    if (keep == 1)
+        for (int64_t v = 0; v < width; v += W)
+            store(sum + v, multiply_add(load(sum + v), load(more + v), broadcast(take)));
+    else
+        for (int64_t v = 0; v < width; v += W)
+            store(sum + v, multiply_add(load(more + v), load(sum + v), broadcast(keep)));
 }
 
 // What becomes of `c`: it is overwritten, it is where sums begin, or the sums are merged into it.
@@ -34,7 +40,7 @@ enum Into { SET, ADD, MERGE };
 // R rows by C vectors of `c`; the accumulators stay in registers while `count` terms are summed, one after the other.
 template <int R, int C, Into INTO, class T>
 INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b, int64_t b_step, float *c,
-                        int64_t c_row, const Merge *how) {
+                        int64_t c_row, Merge how) {
     typedef typename VectorOf<T>::type V;
     vf acc[R][C];
 #pragma GCC unroll 8
@@ -53,18 +59,27 @@ INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+        float *to = c + r * c_row;
+        if (INTO != MERGE) {
 #pragma GCC unroll 4
-        for (int j = 0; j < C; j++) {
-            float *to = c + r * c_row + j * W;
-            store(to, INTO == MERGE ? merge(load(to), acc[r][j], how[r]) : acc[r][j]);
+            for (int j = 0; j < C; j++) store(to + j * W, acc[r][j]);
+        } else if (how.keep[r] == 1) {
+            const vf take = broadcast(how.take[r]);
+#pragma GCC unroll 4
+            for (int j = 0; j < C; j++) store(to + j * W, multiply_add(load(to + j * W), acc[r][j], take));
+        } else {
+            const vf keep = broadcast(how.keep[r]);
+#pragma GCC unroll 4
+            for (int j = 0; j < C; j++) store(to + j * W, multiply_add(acc[r][j], load(to + j * W), keep));
         }
+    }
 }
 
 template <int R, Into INTO, class T>
 __attribute__((noinline)) void gemm_fixed_rows(int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b,
                                                int64_t b_step, float *c, int64_t c_row, int vectors,
-                                               const Merge *how) {
+                                               Merge how) {
     for (; vectors >= COLUMNS; vectors -= COLUMNS, b += COLUMNS * W, c += COLUMNS * W)
         microkernel<R, COLUMNS, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, how);
     if (COLUMNS > 2 && vectors == 3) microkernel<R, 3, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, how);
@@ -73,10 +88,10 @@ __attribute__((noinline)) void gemm_fixed_rows(int64_t count, const T *a, int64_
 }
 
 // c[r, j] (+)= Σ_i a[r · a_row + i · a_step] · b[i · b_step + j] for 1 to ROWS rows r and `vectors` · W columns j. How
-// many rows there are does not change the bits of one. `how` [rows] for MERGE.
+// many rows there are does not change the bits of one. `how` is for MERGE.
 template <Into INTO, class T>
 INLINE void gemm(int rows, int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b, int64_t b_step,
-                 float *c, int64_t c_row, int64_t vectors, const Merge *how = nullptr) {
+                 float *c, int64_t c_row, int64_t vectors, Merge how = {}) {
     const int v = (int)vectors;
     switch (rows) {
     case 1: return gemm_fixed_rows<1, INTO>(count, a, a_row, a_step, b, b_step, c, c_row, v, how);

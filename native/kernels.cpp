@@ -22,11 +22,11 @@ void forward_dispatch(const Plan &plan, int64_t slot, int64_t b, int64_t g, cons
     forward<float>(plan, slot, b, g, tile, scratch);
 }
 
-void backward_dispatch(const Plan &plan, int64_t slot, int64_t b, int64_t g, int64_t chunk, float *grad_keys,
-                       float *grad_values, char *scratch) {
+void backward_dispatch(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Chunk &chunk, float *grad_keys,
+                       float *grad_values, float *grad_biases, char *scratch) {
     if constexpr (HAS_PAIRS)
-        if (plan.pairs) return backward<uint32_t>(plan, slot, b, g, chunk, grad_keys, grad_values, scratch);
-    backward<float>(plan, slot, b, g, chunk, grad_keys, grad_values, scratch);
+        if (plan.pairs) return backward<uint32_t>(plan, slot, b, g, chunk, grad_keys, grad_values, grad_biases, scratch);
+    backward<float>(plan, slot, b, g, chunk, grad_keys, grad_values, grad_biases, scratch);
 }
 
 }  // namespace

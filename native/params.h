@@ -15,13 +15,15 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
 
 // POINTER(type, name), INT(name, count) or FLOAT(name); a field of count 1 is a scalar, of others an array.
 // A mask (bytes, 1 = visible) or a dense bias, [B|1, G|1, H|1, M|1, N|1]; a stride is 0 where the tensor broadcasts.
-// `grad`: fp32 sums of gradients [C|1, B|1, G|1, H|1, M|1, N|1] with C row chunks; null where no gradient is wanted.
+// `grad`: fp32 sums of gradients [B|1, G|1, H|1, M|1, columns], columns = N|1; of a dense bias without a row for each
+// query [B, G, H, 1, columns]. Contiguous, zero at first; null where no gradient is wanted.
 #define KEYSPAN_DENSE_FIELDS(POINTER, INT, FLOAT) \
     POINTER(const void *, data)                   \
     INT(dtype, 1)                                 \
     INT(stride, 5)                                \
     POINTER(float *, grad)                        \
-    INT(grad_stride, 6)
+    INT(grad_stride, 5)                           \
+    INT(columns, 1)
 
 // Fields that change from call to call come first: for a repeated call Python packs those up to `threads` and reuses
 // the bytes of all that follow.
@@ -35,9 +37,8 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
 //   lse                 [B, G, H, M], contiguous; forward: null where it is not wanted
 //   grad_out … dsinks   backward only; grad_out is of out_dtype. Results are contiguous, and null where not wanted:
 //                       dq, dk, dv of dtype (dk, dv of paged keys: fp32), dslopes, dtable, dsinks
-//                       [chunks, B, G, H(, 2 reach + 1)]
+//                       [B, G, H(, 2 reach + 1)]
 //   workspace           null: the library uses its own memory where that is large enough
-//   chunks              runs of rows that backward is split into, as `keyspan_backward_chunks` returned
 //   fold_batch, fold_groups   one unit of work computes all batch entries, or all groups: they share a bias gradient
 #define KEYSPAN_PARAMS_FIELDS(POINTER, INT, FLOAT)                                                                  \
     POINTER(const char *, q) POINTER(const char *, k) POINTER(const char *, v)                                     \
@@ -58,7 +59,7 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
     INT(S, 1) INT(RB, 1)                                                                                           \
     INT(sequences, 1) INT(pages, 1) INT(page_size, 1)                                                              \
     INT(bias_count, 1) INT(slopes_by_batch, 1) INT(reach, 1)                                                       \
-    INT(chunks, 1) INT(fold_batch, 1) INT(fold_groups, 1)                                                          \
+    INT(fold_batch, 1) INT(fold_groups, 1)                                                                         \
     FLOAT(scale) FLOAT(softcap) FLOAT(dropout_p)
 
 // A scalar, or an array of `count`.

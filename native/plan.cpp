@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -46,10 +47,31 @@ struct PlanStorage : Plan {
     std::vector<Segment> segment_list;
     std::vector<int64_t> segment_begins, panel_list, segment_of_row;
     std::vector<Tile> tile_list;
-    std::vector<int64_t> tile_begins, chunk_list;
+    std::vector<Chunk> chunk_list;
+    std::vector<int64_t> tile_begins, chunk_begins;
     std::vector<Run> runs, shared;  // decoding: units of work, and tiles that several of them compute
-    std::vector<std::atomic<int>> nonfinite_list;
+    std::unique_ptr<std::atomic<int>[]> flags;
+    int64_t flag_count = 0;
     int64_t bytes = 0;
+
+    // Forgets a problem but for the memory of the lists, which the next problem uses.
+    void reset() {
+        static_cast<Plan &>(*this) = Plan{};
+        segment_list.clear();
+        tile_list.clear();
+        chunk_list.clear();
+        runs.clear();
+        shared.clear();
+        bytes = 0;
+    }
+
+    void clear_flags(int64_t count) {
+        if (count > flag_count) {
+            flags.reset(new std::atomic<int>[(size_t)count]);
+            flag_count = count;
+        }
+        for (int64_t i = 0; i < count; i++) flags[i].store(0, std::memory_order_relaxed);
+    }
 
     // Reserves a part of the workspace. In the first pass there is no workspace and only sizes are added up.
     template <class X>
@@ -84,9 +106,15 @@ void gather_segments(const Params &p, PlanStorage &plan, int64_t b) {
         if (hull.lo < hull.hi || segment < 0) {
             const int64_t origin = origin_of(p, plan.logical_keys, b, m), key = p.sequence ? sequence_of(p, m) : origin;
             if (segment < 0 || key != last_key) {
-                segment = known.emplace(key, (int64_t)plan.segment_list.size()).first->second;
-                if (segment == (int64_t)plan.segment_list.size())
-                    plan.segment_list.push_back({origin, INT64_MAX, 0, 0, sequence_of(p, m)});  // `length` is the end for now
+                const int64_t next = (int64_t)plan.segment_list.size();
+                if (segment < 0)
+                    segment = next;
+                else {
+                    known.emplace(last_key, segment);
+                    segment = known.emplace(key, next).first->second;
+                }
+                if (segment == next)  // `length` is the end for now
+                    plan.segment_list.push_back({origin, INT64_MAX, 0, 0, sequence_of(p, m)});
                 last_key = key;
             }
             Segment &to = plan.segment_list[segment];
@@ -101,7 +129,7 @@ void gather_segments(const Params &p, PlanStorage &plan, int64_t b) {
         to->begin = to->origin + (to->begin - to->origin) / PANEL * PANEL;
         if (!to->length) to->begin = 0;
     }
-    if (p.sequence) return;
+    if (p.sequence || (int64_t)plan.segment_list.size() == first + 1) return;
     // Segments that share keys are made one where keys must have one place, or where they would take much memory (the
     // origins may be any numbers).
     std::vector<Segment> sorted(plan.segment_list.begin() + first, plan.segment_list.end());
@@ -156,10 +184,14 @@ void find_segments(const Params &p, PlanStorage &plan) {
     plan.segment_count = (int64_t)plan.segment_list.size();
 }
 
-// Cuts the rows of each segment into tiles of at most `limit` rows.
+// Cuts the rows of each segment into tiles of at most `limit` rows; for backward also into chunks of tiles. Both depend
+// on how many rows follow one another in the segment, and on nothing else in the problem.
 void cut_tiles(const Params &p, PlanStorage &plan, int64_t limit) {
     plan.tile_list.clear();
     plan.tile_begins.assign(1, 0);
+    plan.chunk_list.clear();
+    plan.chunk_begins.assign(1, 0);
+    std::vector<int64_t> chunks_of(plan.backward ? plan.segment_count : 0, 0);
     plan.rows = 1;
     for (int64_t b = 0; b < p.RB; b++) {
         for (int64_t m = 0, end; m < p.M; m = end) {
@@ -170,14 +202,44 @@ void cut_tiles(const Params &p, PlanStorage &plan, int64_t limit) {
             int64_t queries = (end - m + pieces - 1) / pieces;
             if (pieces > 1 && !plan.decode) queries = std::min(round_up(queries, 6), limit);
             const int64_t heads = plan.decode ? p.H : std::min<int64_t>(p.H, std::max<int64_t>(1, limit / queries));
-            for (int64_t h = 0; h < p.H; h += heads)
-                for (int64_t q = m; q < end; q += queries)
-                    plan.tile_list.push_back(
-                        {q, std::min(q + queries, end), h, std::min(h + heads, p.H), segment, 0});
+            const auto push_tiles = [&](int64_t from, int64_t to) {
+                for (int64_t h = 0; h < p.H; h += heads)
+                    for (int64_t q = from; q < to; q += queries)
+                        plan.tile_list.push_back(
+                            {q, std::min(q + queries, to), h, std::min(h + heads, p.H), segment, 0});
+            };
             plan.rows = std::max(plan.rows, queries * heads);
+            if (!plan.backward) {
+                push_tiles(m, end);
+                continue;
+            }
+            // All heads of some queries, because they may share a row of a bias gradient. The last queries come first:
+            // they see most keys where the mask is causal.
+            const int64_t of_chunk =
+                queries * std::max<int64_t>(1, CHUNK_TILES / std::max<int64_t>(1, (p.H + heads - 1) / heads));
+            for (int64_t from = m + (end - m - 1) / of_chunk * of_chunk; from >= m; from -= of_chunk) {
+                const int64_t first = (int64_t)plan.tile_list.size(), to = std::min(from + of_chunk, end);
+                push_tiles(from, to);
+                KeyRange hull{INT64_MAX, 0};
+                for (int64_t q = from; q < to; q++) {
+                    const KeyRange one = row_hull(p, plan, b, q);
+                    hull = {std::min(hull.lo, one.lo), std::max(hull.hi, one.hi)};
+                }
+                const Segment &of = plan.segment_list[segment];
+                const int64_t shift = of.offset - of.begin;
+                Chunk chunk{first, (int64_t)plan.tile_list.size(), segment, chunks_of[segment]++, 0, 0, 0};
+                if (hull.lo < hull.hi) {
+                    chunk.begin = (hull.lo + shift) / PANEL * PANEL;
+                    chunk.end = round_up(hull.hi + shift, PANEL);
+                }
+                plan.chunk_list.push_back(chunk);
+            }
         }
         plan.tile_begins.push_back((int64_t)plan.tile_list.size());
+        plan.chunk_begins.push_back((int64_t)plan.chunk_list.size());
     }
+    plan.chunks = plan.chunk_list.data();
+    plan.first_chunk = plan.chunk_begins.data();
     plan.tiles = plan.tile_list.data();
     plan.first_tile = plan.tile_begins.data();
 }
@@ -198,24 +260,6 @@ int64_t count_visible_pairs(const Params &p, PlanStorage &plan) {
             tile.visible_pairs = pairs + (tile.last_query - tile.first_query) * PANEL;
         }
     return all;
-}
-
-// Splits each batch entry's tiles into chunks of about the same number of visible pairs.
-void split_chunks(const Params &p, PlanStorage &plan, int64_t chunks) {
-    plan.chunk_list.clear();
-    for (int64_t b = 0; b < p.RB; b++) {
-        const int64_t first = plan.first_tile[b], count = plan.first_tile[b + 1] - first;
-        std::vector<int64_t> sums(count + 1, 0);
-        for (int64_t i = 0; i < count; i++) sums[i + 1] = sums[i] + plan.tiles[first + i].visible_pairs;
-        int64_t last = 0;
-        plan.chunk_list.push_back(first);
-        for (int64_t chunk = 1; chunk <= chunks; chunk++) {
-            const int64_t upto = sums.back() * chunk / chunks;
-            last = std::max<int64_t>(last, std::lower_bound(sums.begin(), sums.end(), upto) - sums.begin());
-            plan.chunk_list.push_back(first + (chunk == chunks ? count : last));
-        }
-    }
-    plan.chunk_tiles = plan.chunk_list.data();
 }
 
 // Cuts the tiles' keys into runs of blocks: one for each tile, or of SPLIT_BLOCKS where threads have too few tiles.
@@ -259,10 +303,11 @@ void cut_runs(const Params &p, PlanStorage &plan) {
 
 int64_t backward_units(const Params &p) { return (p.fold_batch ? 1 : p.B) * (p.fold_groups ? 1 : p.G); }
 
-int64_t backward_chunks(const Params &p, const PlanStorage &plan) {
+// Whether threads share the chunks of a (batch, group); else each unit is computed by one.
+bool shares_chunks(const Params &p) {
     const int64_t units = backward_units(p);
-    if (p.threads <= 1 || units % p.threads == 0 || units >= 4 * p.threads) return 1;
-    return std::max<int64_t>(1, std::min((2 * p.threads + units - 1) / units, (int64_t)plan.tile_list.size() / p.RB));
+    if (p.fold_batch && p.RB > 1) return false;  // entries have chunks of their own, which share rows of a bias gradient
+    return p.threads > 1 && units % p.threads != 0 && units < 4 * p.threads;
 }
 
 // Whether keys are read from where they lie, by few rows, instead of being packed for many: where rows are few, or
@@ -275,6 +320,7 @@ bool decodes(const Params &p, double queries_a_key, double keys_a_query) {
 }
 
 void make_plan(const Params &p, bool backward, PlanStorage &plan) {
+    plan.reset();
     plan.params = &p;
     plan.backward = backward;
     plan.logical_keys = logical_keys(p);
@@ -311,12 +357,12 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
         const int64_t tiles = (int64_t)plan.tile_list.size() / std::max<int64_t>(p.RB, 1);
         const int64_t busy = 4 * p.threads / std::max<int64_t>(tiles, 1) + 1;
         plan.slots = std::min(p.B * p.G, std::max({fit, busy, (int64_t)1}));
-        if (backward) plan.slots = p.chunks == 1 ? p.threads : p.B * p.G;
+        plan.shared_slots = backward && shares_chunks(p);
+        if (backward) plan.slots = plan.shared_slots ? p.B * p.G : p.threads;
         const int64_t flags = plan.slots * plan.segment_count;
-        plan.nonfinite_list = std::vector<std::atomic<int>>((size_t)(2 * flags));
-        plan.nonfinite_keys = plan.nonfinite_list.data();
+        plan.clear_flags(2 * flags);
+        plan.nonfinite_keys = plan.flags.get();
         plan.nonfinite_values = plan.nonfinite_keys + flags;
-        for (auto &nonfinite : plan.nonfinite_list) nonfinite = 0;
         const auto take = [&](char *&at, int64_t &stride, int64_t width) {
             stride = round_up(plan.packed_keys * width * word, 64);
             at = plan.reserve<char>(plan.slots * stride);
@@ -331,9 +377,9 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     int64_t scratch = 64 * 32 + 8 * BLOCK_KEYS * 4;
     if (plan.decode)
         scratch += (DECODE_PANEL * MAX_HEAD_DIM + 3 * BLOCK_KEYS) * 8 +
-                   p.G * (sizeof(RowTile) + 64 * 8 + rows * (plan.key_width + 2 * plan.value_width + 2 * BLOCK_KEYS + 4) * 4);
+                   p.G * (sizeof(RowTile) + STATS_BYTES + 64 * 8 + rows * (plan.key_width + 2 * plan.value_width + 2 * BLOCK_KEYS + 4) * 4);
     else
-        scratch += sizeof(RowTile) + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
+        scratch += sizeof(RowTile) + STATS_BYTES + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
                    rows * BLOCK_KEYS * (backward ? 16 : 6) + rows * 8;
     plan.scratch_stride = round_up(scratch, GUARD ? 64 : 4096) + GUARD;
     plan.scratch = plan.reserve<char>(p.threads * plan.scratch_stride);
@@ -341,10 +387,20 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
         KEYSPAN_GUARD(plan.scratch + thread * plan.scratch_stride - GUARD, 0);
     if (plan.decode) cut_runs(p, plan);
     if (backward) {
-        const int64_t sums = p.chunks == 1 ? p.threads : p.chunks * p.B * p.G;
-        split_chunks(p, plan, p.chunks);
-        plan.grad_keys = plan.reserve<float>(sums * plan.packed_keys * plan.key_width * 4);
-        plan.grad_values = plan.reserve<float>(sums * plan.packed_keys * plan.value_width * 4);
+        bool several = false;
+        for (const Chunk &chunk : plan.chunk_list) several |= chunk.index > 0;
+        const auto sums = [&](int64_t count, int64_t width) {
+            return plan.reserve<float>(count * plan.packed_keys * width * 4);
+        };
+        plan.grad_keys = sums(plan.slots, plan.key_width);
+        plan.grad_values = sums(plan.slots, plan.value_width);
+        plan.chunk_keys = sums(several ? p.threads : 0, plan.key_width);
+        plan.chunk_values = sums(several ? p.threads : 0, plan.value_width);
+        plan.bias_width = 2;
+        BiasSums::each(p, 0, 0, [&](float *, int64_t at, int64_t count) {
+            plan.bias_width = std::max(plan.bias_width, at + count);
+        });
+        plan.chunk_biases = plan.reserve<float>(p.threads * p.H * plan.bias_width * 4);
     }
 }
 
@@ -396,48 +452,118 @@ void run_forward(const Params &p, const PlanStorage &plan, const Kernels &kernel
     }
 }
 
+// Waits until `turn` is `mine`: the thread that will make it so has taken its unit before.
+void wait_for(const std::atomic<int64_t> &turn, int64_t mine) {
+    while (turn.load(std::memory_order_acquire) != mine) std::this_thread::yield();
+}
+
+// The sums of a (batch, group), to which chunks are added in their order.
+struct Turns {
+    std::atomic<int64_t> biases{0};
+    std::unique_ptr<std::atomic<int64_t>[]> segments;
+};
+
+// Computes one chunk of (b, g): the first one of a segment in the slot's sums, others in the thread's, which are added
+// when it is their turn.
+void backward_chunk(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t slot, int64_t b,
+                    int64_t g, int64_t number, int64_t thread, Turns &turns) {
+    const Chunk &chunk = plan.chunks[number];
+    const int64_t widths[] = {plan.key_width, plan.value_width};
+    float *const sums[] = {plan.grad_keys + slot * plan.packed_keys * plan.key_width,
+                           plan.grad_values + slot * plan.packed_keys * plan.value_width};
+    float *into[] = {sums[0], sums[1]};
+    const Segment &segment = plan.segments[chunk.segment];
+    int64_t begin = segment.offset, end = segment.offset + round_up(segment.length, PANEL);
+    if (chunk.index) {
+        into[0] = plan.chunk_keys + thread * plan.packed_keys * plan.key_width;
+        into[1] = plan.chunk_values + thread * plan.packed_keys * plan.value_width;
+        begin = chunk.begin, end = chunk.end;
+    }
+    for (int i = 0; i < 2; i++) std::fill(into[i] + begin * widths[i], into[i] + end * widths[i], 0.0f);
+    float *biases = plan.chunk_biases + thread * p.H * plan.bias_width;
+    std::fill_n(biases, p.H * plan.bias_width, 0.0f);
+    kernels.backward(plan, slot, b, g, chunk, into[0], into[1], biases, plan.scratch + thread * plan.scratch_stride);
+
+    std::atomic<int64_t> &turn = turns.segments[chunk.segment];
+    wait_for(turn, chunk.index);
+    for (int i = 0; chunk.index && i < 2; i++)
+        for (int64_t n = begin * widths[i]; n < end * widths[i]; n++) sums[i][n] += into[i][n];
+    turn.store(chunk.index + 1, std::memory_order_release);
+    bool waited = false;
+    const int64_t mine = number - plan.first_chunk[p.RB == 1 ? 0 : b];
+    BiasSums::each(p, b, g, [&](float *to, int64_t at, int64_t count) {
+        if (!waited) wait_for(turns.biases, mine);
+        waited = true;
+        for (int64_t h = 0; h < p.H; h++)
+            for (int64_t n = 0; n < count; n++) to[h * count + n] += biases[h * plan.bias_width + at + n];
+    });
+    if (waited) turns.biases.store(mine + 1, std::memory_order_release);
+}
+
 void run_backward(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
     const int64_t batches = p.fold_batch ? 1 : p.B, groups = p.fold_groups ? 1 : p.G;
     const int64_t panels = plan.packed_keys / PANEL;
     const int64_t key_size = plan.packed_keys * plan.key_width, value_size = plan.packed_keys * plan.value_width;
-    const bool single_chunk = p.chunks == 1;  // one thread computes a whole (batch, group)
-    if (!single_chunk)
-        parallel_for(threads, p.B * p.G * panels, [&](int64_t unit, int64_t) {
-            const int64_t slot = unit / panels;
-            kernels.pack(plan, true, slot, slot / p.G, slot % p.G, unit % panels);
-        });
-    std::vector<int64_t> order(batches), cost(batches, 0);
-    for (int64_t b = 0; b < batches; b++) {
-        order[b] = b;
-        if (p.RB > 1 && !p.fold_batch)
-            for (int64_t tile = plan.first_tile[b]; tile < plan.first_tile[b + 1]; tile++)
-                cost[b] += plan.tiles[tile].visible_pairs;
-    }
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
-    parallel_for(threads, batches * groups * p.chunks, [&](int64_t unit, int64_t thread) {
-        const int64_t chunk = unit % p.chunks, b0 = order[unit / p.chunks / groups], g0 = unit / p.chunks % groups;
+    std::vector<Turns> turns(plan.slots);
+    for (Turns &of : turns) of.segments.reset(new std::atomic<int64_t>[(size_t)plan.segment_count]);
+    const auto reset = [&](int64_t slot) {
+        turns[slot].biases = 0;
+        for (int64_t i = 0; i < plan.segment_count; i++) {
+            turns[slot].segments[i] = 0;
+            plan.nonfinite_keys[slot * plan.segment_count + i] = 0;
+            plan.nonfinite_values[slot * plan.segment_count + i] = 0;
+        }
+    };
+    const auto write = [&](int64_t slot, int64_t b, int64_t g) {
+        kernels.write_key_grads(plan, b, g, plan.grad_keys + slot * key_size, plan.grad_values + slot * value_size);
+    };
+    // Calls work(b, g) for what unit (b0, g0) computes.
+    const auto each = [&](int64_t b0, int64_t g0, const auto &work) {
         for (int64_t b = p.fold_batch ? 0 : b0; b < (p.fold_batch ? p.B : b0 + 1); b++)
-            for (int64_t g = p.fold_groups ? 0 : g0; g < (p.fold_groups ? p.G : g0 + 1); g++) {
-                const int64_t slot = single_chunk ? thread : b * p.G + g,
-                              sums = single_chunk ? thread : slot * p.chunks + chunk;
-                if (single_chunk) {
-                    for (int64_t i = slot * plan.segment_count; i < (slot + 1) * plan.segment_count; i++)
-                        plan.nonfinite_keys[i] = plan.nonfinite_values[i] = 0;
-                    for (int64_t panel = 0; panel < panels; panel++) kernels.pack(plan, true, slot, b, g, panel);
-                }
-                float *grad_keys = plan.grad_keys + sums * key_size,
-                      *grad_values = plan.grad_values + sums * value_size;
-                kernels.backward(plan, slot, b, g, chunk, grad_keys, grad_values,
-                                 plan.scratch + thread * plan.scratch_stride);
-                if (single_chunk) kernels.write_key_grads(plan, b, g, grad_keys, grad_values, 1, 0, 0);
-            }
+            for (int64_t g = p.fold_groups ? 0 : g0; g < (p.fold_groups ? p.G : g0 + 1); g++) work(b, g);
+    };
+    const auto chunk_count = [&](int64_t b) {
+        const int64_t row = p.RB == 1 ? 0 : b;
+        return plan.first_chunk[row + 1] - plan.first_chunk[row];
+    };
+    if (!plan.shared_slots) {
+        std::vector<int64_t> order(batches), cost(batches, 0);
+        for (int64_t b = 0; b < batches; b++) {
+            order[b] = b;
+            if (p.RB > 1 && !p.fold_batch)
+                for (int64_t tile = plan.first_tile[b]; tile < plan.first_tile[b + 1]; tile++)
+                    cost[b] += plan.tiles[tile].visible_pairs;
+        }
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
+        parallel_for(threads, batches * groups, [&](int64_t unit, int64_t thread) {
+            each(order[unit / groups], unit % groups, [&](int64_t b, int64_t g) {
+                reset(thread);
+                for (int64_t panel = 0; panel < panels; panel++) kernels.pack(plan, true, thread, b, g, panel);
+                for (int64_t i = 0; i < chunk_count(b); i++)
+                    backward_chunk(p, plan, kernels, thread, b, g, plan.first_chunk[p.RB == 1 ? 0 : b] + i, thread,
+                                   turns[thread]);
+                write(thread, b, g);
+            });
+        });
+        return;
+    }
+    for (int64_t slot = 0; slot < plan.slots; slot++) reset(slot);
+    parallel_for(threads, p.B * p.G * panels, [&](int64_t unit, int64_t) {
+        const int64_t slot = unit / panels;
+        kernels.pack(plan, true, slot, slot / p.G, slot % p.G, unit % panels);
     });
-    if (single_chunk) return;
-    parallel_for(threads, p.B * p.G, [&](int64_t unit, int64_t) {
-        const int64_t first = unit * p.chunks;
-        kernels.write_key_grads(plan, unit / p.G, unit % p.G, plan.grad_keys + first * key_size,
-                                plan.grad_values + first * value_size, p.chunks, key_size, value_size);
+    // Chunk by chunk, of each all (batch, group): a chunk then seldom waits for the one before.
+    int64_t most = 0;
+    for (int64_t b = 0; b < p.B; b++) most = std::max(most, chunk_count(b));
+    parallel_for(threads, most * batches * groups, [&](int64_t unit, int64_t thread) {
+        const int64_t i = unit / (batches * groups), rest = unit % (batches * groups);
+        each(rest / groups, rest % groups, [&](int64_t b, int64_t g) {
+            if (i < chunk_count(b))
+                backward_chunk(p, plan, kernels, b * p.G + g, b, g, plan.first_chunk[p.RB == 1 ? 0 : b] + i, thread,
+                               turns[b * p.G + g]);
+        });
     });
+    parallel_for(threads, p.B * p.G, [&](int64_t unit, int64_t) { write(unit, unit / p.G, unit % p.G); });
 }
 
 }  // namespace
@@ -479,7 +605,7 @@ int64_t with_workspace(const Params *p, bool backward, const Run &run) {
     if (own.softcap != 0) own.softcap = std::max(own.softcap, 1e-37);
     if (!own.workspace) own.workspace = cached.get();
     own.workspace = (char *)(((uintptr_t)own.workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-    PlanStorage plan{};
+    thread_local PlanStorage plan;
     make_plan(own, backward, plan);
     if (!p->workspace && plan.bytes > CACHED_BYTES) return plan.bytes + ALIGNMENT;
     run(own, plan, *kernels_of(own.isa), useful_threads(own, plan));
@@ -494,12 +620,3 @@ EXPORT int64_t keyspan_forward(const Params *p) {
 }
 
 EXPORT int64_t keyspan_backward(const Params *p) { return with_workspace(p, true, run_backward); }
-
-// Chunks that backward is split into: the caller allocates sums for each.
-EXPORT int64_t keyspan_backward_chunks(const Params *p) {
-    Params one = *p;
-    one.chunks = 1;
-    PlanStorage plan{};
-    make_plan(one, true, plan);
-    return useful_threads(one, plan) == 1 ? 1 : backward_chunks(one, plan);
-}

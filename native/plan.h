@@ -36,11 +36,13 @@ constexpr int TILE_ROWS = 96;                    // most rows of a RowTile; a mu
 constexpr int BLOCK_KEYS = 256;                  // most keys whose scores a tile holds; a multiple of PANEL
 constexpr int64_t PACKED_CACHE_BYTES = 8 << 20;  // packed keys held at a time, so that they stay in cache
 constexpr int MAX_HEAD_DIM = 256;                // of keys and values
+constexpr int STATS_BYTES = 5 * TILE_ROWS * 4;      // BlockStats of forward.h
 constexpr int MAX_RANGES = 4;                    // key ranges of a row
+constexpr int CHUNK_TILES = 8;                    // tiles of a chunk
 constexpr int SPLIT_BLOCKS = 4;                  // blocks of one unit of work in decoding, where threads share a row
 constexpr int LONG_KEYS = 1024;                  // keys of a long cache
 constexpr int DECODE_ROWS = 48;   // most query rows for each key for which keys of a long cache are not packed
-constexpr int DECODE_PANEL = 32;  // keys that are transposed at a time in decoding
+constexpr int DECODE_PANEL = 32;  // most keys that are transposed at a time in decoding
 
 // ---- clamps
 // ----------------------------------------------------------------------------------------------------------
@@ -92,6 +94,15 @@ struct Tile {
     int64_t visible_pairs;  // of one head, and a tile's fixed cost
 };
 
+// Some tiles of one segment, all heads of a group: what backward sums from zero. Sums of chunks are added up in the order
+// of the chunks, so that they do not depend on which thread computes which chunk.
+struct Chunk {
+    int64_t first_tile, last_tile, segment;
+    int64_t index;              // among the chunks of this segment
+    int64_t begin, end;         // packed keys that its rows see, in whole panels
+    int64_t visible_pairs;
+};
+
 // Blocks first_block to last_block - 1 of a tile and all groups: a unit of work in decoding.
 struct Run {
     int64_t batch, tile, first_block, last_block;
@@ -115,17 +126,45 @@ struct Plan {
     int64_t segment_count;
     const Tile *tiles;
     const int64_t *first_tile;  // [RB + 1], where each batch entry's tiles begin
-    const int64_t *chunk_tiles;  // backward: [RB][chunks + 1] boundaries of tiles
+    const Chunk *chunks;
+    const int64_t *first_chunk;  // [RB + 1], where each batch entry's chunks begin
+    bool shared_slots;           // backward: threads share the work on a (batch, group)
     // A slot holds the packed keys and values of one (batch, group), the last two forms for backward only. The strides
     // are those between slots, in bytes.
     int64_t slots;
     char *keys_by_dim, *value_rows, *key_rows, *values_by_dim;
     int64_t keys_by_dim_stride, value_rows_stride, key_rows_stride, values_by_dim_stride;
-    float *grad_keys, *grad_values;  // fp32 sums, [packed_keys][width] for each thread, or each (batch, group, chunk)
+    float *grad_keys, *grad_values;  // backward: fp32 sums, [slots][packed_keys][width]
+    float *chunk_keys, *chunk_values;  // those of a chunk but for the first of a segment, [threads][packed_keys][width]
+    float *chunk_biases;               // those of what all queries share, [threads][H][bias_width]
+    int64_t bias_width;
     float *partial;                  // decoding: [block, range, g, rows, value_width + 3] of each run of a shared tile
     char *scratch;                   // [threads][scratch_stride]
     int64_t scratch_stride;
     std::atomic<int> *nonfinite_keys, *nonfinite_values;  // [slots][segments], 1 where an element is infinite or NaN
+};
+
+// Sums of gradients of what all queries share: for each head first slopes and sinks, then the table, then each dense bias
+// without a row for each query.
+struct BiasSums {
+    // Calls use(to, offset, count) for each: where its sums of (b, g) and head 0 lie, which heads follow in steps of
+    // `count`, and its offset in the sums of a head.
+    template <class Use>
+    static void each(const Params &p, int64_t b, int64_t g, const Use &use) {
+        const int64_t first = (b * p.G + g) * p.H, width = 2 * p.reach + 1;
+        int64_t at = 2;
+        if (p.dslopes) use(p.dslopes + first, 0, 1);
+        if (p.dsinks) use(p.dsinks + first, 1, 1);
+        if (p.dtable) use(p.dtable + first * width, at, width);
+        if (p.dtable) at += width;
+        for (int64_t i = 0; i < p.bias_count; i++) {
+            const Dense &d = p.biases[i];
+            if (!d.grad || d.grad_stride[3]) continue;  // a row for each query
+            const int64_t count = d.columns;
+            use(d.grad + first * count, at, count);
+            at += count;
+        }
+    }
 };
 
 // A row is one query of one head. A RowTile holds the rows of one Tile: head by head, and in each head query by query.
@@ -148,17 +187,17 @@ struct RowTile {
 };
 
 // One table for each instruction set. `pack` fills one panel of a slot; `forward`, `decode` and `backward` compute one
-// unit of work; `combine` merges the blocks of a tile that several runs have decoded; `write_key_grads` adds `sums`
-// partial sums and writes dk and dv.
+// unit of work; `combine` merges the blocks of a tile that several runs have decoded; `write_key_grads` writes dk and dv.
+// `backward` adds to sums of gradients: of keys, of values, and [H][bias_width] of biases, see BiasSums.
 struct Kernels {
     void (*pack)(const Plan &, bool backward, int64_t slot, int64_t batch, int64_t group, int64_t panel);
     void (*forward)(const Plan &, int64_t slot, int64_t batch, int64_t group, const Tile &, char *scratch);
     void (*decode)(const Plan &, const Run &, char *scratch);
     void (*combine)(const Plan &, const Run &, char *scratch);
-    void (*backward)(const Plan &, int64_t slot, int64_t batch, int64_t group, int64_t chunk, float *grad_keys,
-                     float *grad_values, char *scratch);
+    void (*backward)(const Plan &, int64_t slot, int64_t batch, int64_t group, const Chunk &, float *grad_keys,
+                     float *grad_values, float *grad_biases, char *scratch);
     void (*write_key_grads)(const Plan &, int64_t batch, int64_t group, const float *grad_keys,
-                            const float *grad_values, int64_t sums, int64_t key_stride, int64_t value_stride);
+                            const float *grad_values);
     bool has_pairs;
 };
 

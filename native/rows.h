@@ -65,16 +65,18 @@ INLINE Span row_span(const RowTile &tile, int s, int r, int64_t first, int64_t l
     return begin < end ? Span{(int)(begin - first), (int)(end - first)} : Span{0, 0};
 }
 
-// The union of the spans of rows r0 to r1 - 1, widened to whole vectors.
-INLINE Span rows_span(const RowTile &tile, int s, int r0, int r1, int64_t first, int64_t last) {
-    Span whole{BLOCK_KEYS, 0};
-    for (int r = r0; r < r1; r++) {
-        const Span one = row_span(tile, s, r, first, last);
-        if (one.begin >= one.end) continue;
-        whole.begin = min(whole.begin, one.begin / W * W);
-        whole.end = max(whole.end, (one.end + W - 1) / W * W);
+// The spans of all rows, and their union for each group of ROWS rows, widened to whole vectors.
+INLINE void row_spans(const RowTile &tile, int s, int64_t first, int64_t last, Span *seen, Span *groups) {
+    for (int r0 = 0; r0 < tile.rows; r0 += ROWS, groups++) {
+        int begin = BLOCK_KEYS, end = 0;
+        for (int r = r0; r < min(r0 + ROWS, tile.rows); r++) {
+            seen[r] = row_span(tile, s, r, first, last);
+            if (seen[r].begin >= seen[r].end) continue;
+            begin = min(begin, seen[r].begin);
+            end = max(end, seen[r].end);
+        }
+        *groups = Span{begin / W * W, (end + W - 1) / W * W};
     }
-    return whole;
 }
 
 // Calls work(s, first, last) for keys first to last - 1 of every block and range that some row of the tile may see, block
@@ -207,8 +209,12 @@ void apply_score_terms(const Plan &plan, const RowTile &tile, int s, int r, int6
 __attribute__((noinline)) void row_scores(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span,
                                           float *score, float *softcap_grad) {
     if (has_score_terms(*plan.params)) apply_score_terms(plan, tile, s, r, first, span, score, softcap_grad);
-    for (int n = span.begin / SUM_KEYS * SUM_KEYS; n < span.begin; n++) score[n] = -INF;
-    for (int n = span.end; n % SUM_KEYS; n++) score[n] = -INF;
+    const vf hidden = broadcast(-INF);
+    const vi lane = iota();
+    for (int n = span.begin / SUM_KEYS * SUM_KEYS; n < span.begin; n += W)
+        store(score + n, lane >= broadcast(span.begin - n) ? load(score + n) : hidden);
+    for (int n = span.end / W * W; n % SUM_KEYS || n < span.end; n += W)
+        store(score + n, lane < broadcast(span.end - n) ? load(score + n) : hidden);
 }
 
 // ---- dropout -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """One numerics: the bits of a row do not depend on its pack, chunk, batch, layout of keys or number of threads."""
 
+import contextlib
 import random
 
 import pytest
@@ -46,17 +47,30 @@ class Random:
             S.Causal("bottom_right") & S.Window(70), S.Causal("bottom_right") & S.Window(6) & S.Sinks(3),
             S.Window(300, 0, align="bottom_right") & S.Prefix(5), S.Causal("bottom_right") & S.Prefix(70),
         ])  # fmt: skip
-        heads = self.G * self.H
-        self.q = [self.tensor(m, heads, self.K) for m in self.queries]
-        self.k = [self.tensor(n, self.G, self.K) for n in self.keys]
-        self.v = [self.tensor(n, self.G, self.V) for n in self.keys]
         self.term = rng.choice(["none", "none", "alibi", "table", "bias", "mask"])
         self.options = {"softcap": rng.choice([None, None, 3.0])}
+        heads = self.G * self.H
         if rng.random() < 0.3:
             self.options["sinks"] = self.tensor(heads)
         if rng.random() < 0.3:
             self.options["scale"] = rng.choice([1.5, 0.05, -0.3])
         self.slopes, self.table = self.tensor(heads).abs(), self.tensor(heads, 2 * 7 + 1)
+        self.fill()
+
+    def extend(self, length):
+        """Makes the first document longer; few heads and keys then do."""
+        self.G, self.H = 1, min(self.H, 2)
+        self.queries[0], self.keys[0], self.visible = length, 70, None
+        self.slopes, self.table = self.slopes[: self.H], self.table[: self.H]
+        if "sinks" in self.options:
+            self.options["sinks"] = self.options["sinks"][: self.H]
+        self.fill()
+
+    def fill(self):
+        heads = self.G * self.H
+        self.q = [self.tensor(m, heads, self.K) for m in self.queries]
+        self.k = [self.tensor(n, self.G, self.K) for n in self.keys]
+        self.v = [self.tensor(n, self.G, self.V) for n in self.keys]
         self.dense = [self.tensor(heads, m, n) for m, n in zip(self.queries, self.keys, strict=True)]
         if self.term == "mask":
             self.dense = [x > -0.3 for x in self.dense]
@@ -188,3 +202,60 @@ def test_a_row_has_the_same_bits_in_every_form(backend, dtype):
             check_forms(backend, dtype, seed)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def gradients(case, backend, order, threads):
+    """Gradients of the documents in this order, packed: of all inputs by name, and dq, dk, dv of each document."""
+    name, _, isa = backend.partition(", ")
+    torch.set_num_threads(threads)
+    q, k, v = (torch.cat([x[d] for d in order])[None].requires_grad_() for x in (case.q, case.k, case.v))
+    rows, columns = q.shape[1], k.shape[1]
+    dense = torch.zeros(case.G * case.H, rows, columns, dtype=case.dense[0].dtype)
+    i = j = 0
+    for d in order:
+        dense[:, i : i + case.queries[d], j : j + case.keys[d]] = case.dense[d]
+        i, j = i + case.queries[d], j + case.keys[d]
+    layout = S.Documents([case.queries[d] for d in order], [case.keys[d] for d in order])
+    inputs = {"q": q, "k": k, "v": v, "slopes": case.slopes.detach().requires_grad_(),
+              "table": case.table.detach().requires_grad_()}  # fmt: skip
+    if case.term == "bias":
+        inputs["bias"] = dense.requires_grad_()
+    options = dict(case.options)
+    if "sinks" in options:
+        inputs["sinks"] = options["sinks"] = options["sinks"].detach().requires_grad_()
+    bias = {"alibi": S.Alibi(inputs["slopes"]), "table": S.RelativeBias(inputs["table"]), "bias": dense}.get(case.term)
+    mask = layout if case.visible is None else layout & case.visible
+    problem, _ = make_problem(q, k, v, mask=mask & dense if case.term == "mask" else mask, bias=bias, **options)
+    with use_isa(isa) if isa else contextlib.nullcontext():
+        out, lse = attend(problem, name, cached=False)
+        grads = torch.Generator().manual_seed(1)
+        parts = [torch.randn(case.queries[d], *out.shape[2:], generator=grads) for d in range(len(case.queries))]
+        grad = torch.cat([parts[d] for d in order])[None].to(out.dtype)
+        found = torch.autograd.grad((out * grad).sum(), list(inputs.values()), allow_unused=True)
+    found = {name: x for name, x in zip(inputs, found, strict=True) if x is not None}
+    split = [[case.queries[d] for d in order], *[[case.keys[d] for d in order]] * 2]
+    parts = zip(*(found[x][0].split(lengths) for x, lengths in zip("qkv", split, strict=True)), strict=True)
+    return found, dict(zip(order, parts, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x != "chunked"])
+def test_gradients_do_not_depend_on_threads_or_the_pack(backend, dtype):
+    before = torch.get_num_threads()
+    try:
+        for seed in range(8):
+            case = Random(100 + seed, dtype)
+            if seed % 2:  # several chunks of one document
+                case.extend(1700)
+            order = list(range(len(case.keys)))
+            want, of_document = gradients(case, backend, order, 1)
+            for threads in (2, 3):
+                got, _ = gradients(case, backend, order, threads)
+                for name, x in want.items():
+                    assert torch.equal(got[name], x), f"seed {seed}: d{name} with {threads} threads"
+            for d in order:
+                _, alone = gradients(case, backend, [d], 2)
+                for name, x, y in zip("qkv", alone[d], of_document[d], strict=True):
+                    assert torch.equal(x, y), f"seed {seed}: d{name} of document {d}"
+    finally:
+        torch.set_num_threads(before)

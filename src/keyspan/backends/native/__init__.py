@@ -138,16 +138,14 @@ def record_backward(
     if not lse.numel():
         return _zero_gradients(problem, needs), None
     made, call_pointers, numbers = _backward(problem, grad_out, grad_lse, out, lse, needs)
-    forms, state = _forms(problem), _state()
+    forms = _forms(problem)
     pick = _picker(problem, call_pointers, [*given, *(x for x in made if x is not None)])
     if pick is None:
         return _reduced(made, forms), None
     templates = [None if x is None else template(x, x.shape) for x in made]
     first_sum = 1 if problem.block_table is not None else 3
 
-    def replay(pointers: list[int], tensors: Sequence[Tensor]) -> Gradients | None:
-        if _state() != state:  # the number of chunks depends on it
-            return None
+    def replay(pointers: list[int], tensors: Sequence[Tensor]) -> Gradients:
         made = [None if x is None else empty_like(x) for x in templates]
         for x in made[first_sum:]:  # what the library adds to
             if x is not None:
@@ -169,7 +167,6 @@ def _backward(
     # A bias gradient with a row for each query that several batch entries or groups share is summed by one thread.
     by_row = [x for x, needed in biases if needed and x.shape[3] > 1 and x.shape[4] > 1]
     folds = (any(x.shape[0] < B for x in by_row), any(x.shape[1] < G for x in by_row))
-    chunks = call.chunks(folds)
 
     paged = problem.block_table is not None
     dq = torch.empty_like(query, memory_format=torch.contiguous_format) if needs.query else None
@@ -181,21 +178,21 @@ def _backward(
         else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x, needed in ((key, needs.key), (value, needs.value))
     )
-    heads = (chunks, B, G, H)
+    heads = (B, G, H)
     dslopes = lse.new_zeros(heads) if needs.slopes else None
     dtable = lse.new_zeros((*heads, problem.table.shape[-1])) if needs.table and problem.table is not None else None
     dsinks = lse.new_zeros(heads) if needs.sinks else None
     dbiases = [
-        # A row of one query belongs to one unit of work; a bias without such rows gets a sum for each unit and head.
+        # A bias without a row for each query gets a sum for each head.
         None
         if not needed
-        else lse.new_zeros((1, *(x.shape[:3] if x.shape[4] > 1 else (B, G, H)), M, x.shape[4]))
+        else lse.new_zeros((*(x.shape[:3] if x.shape[4] > 1 else heads), M, x.shape[4]))
         if x.shape[3] > 1
         else lse.new_zeros((*heads, 1, x.shape[4]))
         for x, needed in biases
     ]
     pointers = call.pointers(grad_out, grad_lse, (dq, dk, dv, dslopes, dtable, dsinks), dbiases)
-    numbers = call.numbers(grad_out, chunks, folds)
+    numbers = call.numbers(grad_out, folds)
     _run(binding.BACKWARD, pointers, numbers)
     return [dq, dk, dv, dslopes, dtable, dsinks, *dbiases], pointers, numbers
 
@@ -210,22 +207,22 @@ def _forms(problem: Problem) -> list[_Form]:
 
 
 def _reduced(made: list[Tensor | None], forms: list[_Form]) -> Gradients:
-    """Gradients in shape and dtype of their inputs: summed over chunks, and over what an input broadcasts."""
+    """Gradients in shape and dtype of their inputs: summed over what an input broadcasts."""
     dq, dk, dv, dslopes, dtable, dsinks, *dbiases = made
 
     def cast_like(form: _Form, grad: Tensor | None) -> Tensor | None:
         return grad if form is None or grad is None or grad.dtype == form[1] else grad.to(form[1])
 
     def like(form: _Form, grad: Tensor | None) -> Tensor | None:
-        return None if form is None or grad is None else grad.sum(0).sum_to_size(form[0]).to(form[1])
+        return None if form is None or grad is None else grad.sum_to_size(form[0]).to(form[1])
 
     return Gradients(
         dq,
         cast_like(forms[1], dk),
         cast_like(forms[2], dv),
         like(forms[3], dslopes),
-        like(forms[4], None if dtable is None else dtable.sum(1)),
-        like(forms[5], None if dsinks is None else dsinks.sum(1)),
+        like(forms[4], None if dtable is None else dtable.sum(0)),
+        like(forms[5], None if dsinks is None else dsinks.sum(0)),
         [like(form, grad) for form, grad in zip(forms[6:], dbiases, strict=True)],
     )
 
@@ -291,19 +288,13 @@ class _NativeCall:
                 _DTYPES.get(x.dtype, 0),
                 *_strides(x),
                 _pointer(grad),
-                *((0,) * 6 if grad is None else _strides(grad)),
+                *((0,) * 6 if grad is None else (*_strides(grad), grad.shape[-1])),
             )
             for x, grad in terms
         )
         buffer = ctypes.create_string_buffer(block, len(block))
         self.keep_alive.append(buffer)
         return ctypes.addressof(buffer)
-
-    def chunks(self, folds: tuple[bool, bool]) -> int:
-        """How many chunks of rows backward is split into."""
-        pointers = POINTERS.pack(*self.pointers(), 0, binding.isa_number(), torch.get_num_threads())
-        count: int = binding.LIBRARY.keyspan_backward_chunks(pointers + self.numbers(folds=folds))  # type: ignore[union-attr]
-        return count
 
     def pointers(
         self,
@@ -327,7 +318,7 @@ class _NativeCall:
         ]  # fmt: skip
 
     def numbers(
-        self, grad_out: Tensor | None = None, chunks: int = 1, folds: tuple[bool, bool] = (False, False)
+        self, grad_out: Tensor | None = None, folds: tuple[bool, bool] = (False, False)
     ) -> bytes:
         """The packed values of `NUMBER_FIELDS`."""
         problem = self.problem
@@ -342,7 +333,7 @@ class _NativeCall:
             len(problem.biases),
             0 if self.slopes is None else int(self.slopes.shape[0] > 1),
             0 if self.table is None else self.table.shape[-1] // 2,
-            chunks, *folds,
+            *folds,
             problem.scale, problem.softcap, problem.dropout_p,
         )  # fmt: skip
 

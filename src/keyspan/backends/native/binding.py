@@ -37,7 +37,7 @@ NUMBER_FIELDS = (
     ("k_stride", "int4"),
     ("v_stride", "int4"),
     ("grad_out_stride", "int5"),
-    *_fields("int1", "S RB sequences pages page_size bias_count slopes_by_batch reach chunks fold_batch fold_groups"),
+    *_fields("int1", "S RB sequences pages page_size bias_count slopes_by_batch reach fold_batch fold_groups"),
     *_fields("float", "scale softcap dropout_p"),
 )
 PARAMS_FIELDS: _Fields = (*POINTER_FIELDS, *STATE_FIELDS, *NUMBER_FIELDS)
@@ -47,7 +47,8 @@ DENSE_FIELDS: _Fields = (
     ("dtype", "int1"),
     ("stride", "int5"),
     ("grad", "pointer"),
-    ("grad_stride", "int6"),
+    ("grad_stride", "int5"),
+    ("columns", "int1"),
 )
 """Those of `Dense`."""
 LINEAR_FIELDS: _Fields = (
@@ -120,7 +121,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
                 return None, f"the native library is of another version of keyspan ({name}: {difference}): {_BUILD}"
     except (OSError, AttributeError) as error:
         return None, f"the native library cannot be loaded: {error}"
-    for name in ("forward", "backward", "backward_chunks", "supports"):
+    for name in ("forward", "backward", "supports"):
         getattr(library, f"keyspan_{name}").restype = ctypes.c_int64
     library.keyspan_supports.argtypes = [ctypes.c_int64]
     library.keyspan_threading.restype = ctypes.c_char_p
