@@ -91,6 +91,7 @@ __attribute__((noinline)) void block_softmax(float multiplier, int begin, int en
         reduce_add(sums, rounded_sums, stats.sum[r], stats.weight_sum[r]);
     else
         stats.sum[r] = stats.weight_sum[r] = reduce_add(sums);
+    if (!(stats.sum[r] == stats.sum[r])) stats.max[r] = stats.sum[r];  // a NaN may not be the maximum
 }
 
 // Joins a block's sums to those of its rows, and finds `keep` and `take`.

@@ -107,9 +107,10 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
                 widen_bytes(source, count, vectors, block), b = block;
             else if (!PAIRS && p.dtype != F32)
                 widen_words(p.dtype, source, count, vectors, (float *)block), b = block;
+            const auto product = word ? gemm<ADD, T> : gemm<SET, T>;
             for (int64_t r = 0; r < rows; r += ROWS)
-                gemm((int)min((int64_t)ROWS, rows - r), count * steps, x + r * x_step + word * steps, x_step, (int64_t)1,
-                     b, (int64_t)LINEAR_PANEL, sums + r * LINEAR_PANEL, (int64_t)LINEAR_PANEL, vectors, word > 0);
+                product((int)min((int64_t)ROWS, rows - r), count * steps, x + r * x_step + word * steps, x_step, 1, b,
+                        LINEAR_PANEL, sums + r * LINEAR_PANEL, LINEAR_PANEL, vectors, {});
         }
         if (p.bias) widen(p.dtype, p.bias + first_column * size, 1, columns, bias);
         for (int64_t r = 0; r < rows; r++) {

@@ -358,6 +358,8 @@ def test_key_ranges_are_checked_at_construction():
         ({**paged, "block_table": table[0]}, r"block_table: got shape \[2\]"),
         ({"dense": x}, "dense: got torch.int32, want torch.bool"),
         ({"keys": -1}, "keys: got -1"),
+        ({"origin": x[0].long()}, "origin: got torch.int64, want torch.int32"),
+        ({"origin": x}, r"origin: got shape \[1, 1, 3\], want \[1, 3\]"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             keyspan.KeyRanges(**{"lo": x, "hi": x, "diagonal": x, **changed})

@@ -270,7 +270,7 @@ def test_what_is_hidden_does_not_leak(name, special, dtype):
 
 @pytest.mark.parametrize(("B", "G"), [(1, 1), (1, 3), (3, 1), (2, 2)])
 def test_gradients_of_dense_biases_of_every_shape(B, G):
-    """Broadcast over batch, groups, heads, rows and keys, in each combination; rows in chunks that two threads share."""
+    """Broadcast over batch, groups, heads, rows and keys, in each combination; rows in chunks for two threads."""
     M, N = 900, 7  # several chunks, and worth two threads
     base = Case("biases", B=B, M=M, N=N, heads=2 * G, kv_heads=G, K=32, V=32, mask=lambda: END).problem(torch.float32)
     generator = torch.Generator().manual_seed(0)

@@ -217,6 +217,7 @@ def _views(problem: Problem, call: Call) -> Sequence[_Source] | None:
     if masked_by_cache and problem.lo is not None and problem.lo.numel() > LARGEST_MASK:
         return None
     views: list[_Source] = []
+    ranges = problem.lo, problem.hi, problem.diagonal, problem.origin
     every: list[Any] = [*problem[:_BIASES], *problem[_BIASES + 1 : NUMBERS], *problem.biases]
     names = [*Problem._fields[:_BIASES], *Problem._fields[_BIASES + 1 : NUMBERS], *("biases" for _ in problem.biases)]
     for name, x in zip(names, every, strict=True):
@@ -225,7 +226,7 @@ def _views(problem: Problem, call: Call) -> Sequence[_Source] | None:
             # Tensors with one address may have different sizes: the one that was given for this field has its own.
             own = [n for n in same if call.fields[n : n + 1] == (name,)]
             views.append(_View((own or same)[0], x.shape, x.stride()))
-        elif x is None or (masked_by_cache and any(x is y for y in (problem.lo, problem.hi, problem.diagonal, problem.origin))):
+        elif x is None or (masked_by_cache and any(x is y for y in ranges)):
             views.append(x)
         else:
             return None

@@ -1,4 +1,5 @@
-"""What tests and benchmarks share: peak memory, a textbook attention in any dtype, and tolerances derived from it.
+"""What tests and benchmarks share: peak memory, a textbook attention in any dtype, tolerances derived from it, and a
+check that results do not depend on how they are computed together.
 
 The textbook form is independent of the backends: dense, a line per term, under autograd.
 """
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from keyspan.core.dropout import kept
 from keyspan.core.problem import STORED, Problem
+from keyspan.testing.invariance import check_invariance as check_invariance
 
 
 def peak_memory(function: Callable[[], Any]) -> int:

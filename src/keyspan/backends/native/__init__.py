@@ -317,9 +317,7 @@ class _NativeCall:
             *map(_pointer, (grad_out, grad_lse, *results)),
         ]  # fmt: skip
 
-    def numbers(
-        self, grad_out: Tensor | None = None, folds: tuple[bool, bool] = (False, False)
-    ) -> bytes:
+    def numbers(self, grad_out: Tensor | None = None, folds: tuple[bool, bool] = (False, False)) -> bytes:
         """The packed values of `NUMBER_FIELDS`."""
         problem = self.problem
         query, key, value, lo, pages = problem.query, problem.key, problem.value, self.lo, self.block_table

@@ -27,8 +27,8 @@ def _fields(kind: str, names: str) -> _Fields:
 
 POINTER_FIELDS = _fields(
     "pointer",
-    "q k v lo hi diagonal origin sequence block_table mask biases slopes table sinks seed out lse grad_out grad_lse dq dk dv "
-    "dslopes dtable dsinks workspace",
+    "q k v lo hi diagonal origin sequence block_table mask biases slopes table sinks seed out lse grad_out grad_lse "
+    "dq dk dv dslopes dtable dsinks workspace",
 )
 STATE_FIELDS = _fields("int1", "isa threads")
 NUMBER_FIELDS = (
