@@ -95,7 +95,6 @@ def test_other_models_have_a_reason():
     assert "fp32, bf16 and fp16" in (DecoderProgram.reason_against(make("plain", torch.float64)) or "")
 
 
-@pytest.mark.xfail(strict=False, reason="native attention's rows depend on the chunks of queries")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
