@@ -157,6 +157,21 @@ def test_layers_on_kernels_are_the_plain_layers(name, kernels, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_rotation_in_place_is_seen_by_autograd(kernels, monkeypatch):
+    """What another function saved of the projection is not silently overwritten; a parameter is not at all."""
+    run_layers_on(kernels, monkeypatch)
+    leaf, table = torch.randn(8, 12, requires_grad=True), rotary_table(torch.arange(8), 2)
+    q, *_ = rotate_qkv(torch.tanh(leaf), table, (3, 2, 1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        q.sum().backward()
+    before = leaf.detach().clone()
+    q, *_ = rotate_qkv(leaf, table, (3, 2, 1))
+    q.sum().backward()
+    assert torch.equal(leaf, before)
+    with torch.inference_mode():
+        torch.testing.assert_close(rotate_qkv(leaf * 1, table, (3, 2, 1))[0], q.detach())
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 def test_a_gpt_on_kernels_is_the_plain_gpt(precision, kernels, monkeypatch):
     torch.manual_seed(0)
