@@ -117,7 +117,7 @@ def test_a_target_out_of_range_gives_nan(kernels):
 def run_layers_on(kernels, monkeypatch):
     """Makes the layers run these kernels, or torch's functions for None."""
     for name in ("rmsnorm", "rope", "gated", "cross_entropy"):
-        monkeypatch.setattr(sys.modules[f"keyspan.layers.{name}"], "kernels_for", lambda x: kernels)
+        monkeypatch.setattr(sys.modules[f"keyspan.layers.{name}"], "kernels_for", lambda *tensors: kernels)
 
 
 def gradients(function, inputs):

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from keyspan.backends.native import binding, use_isa
-from keyspan.layers import native_kernels, rotary_table
+from keyspan.layers import native_kernels, rms_norm, rotary_table
 from keyspan.layers.kernels import kernels_for
+from keyspan.layers.rope import rotate, rotate_qkv
 from layer_cases import *  # noqa: F403
 
 if binding.WHY_ABSENT is not None:
@@ -160,3 +161,21 @@ def test_where_they_run():
         assert kernels_for(other) is None, "the kernels read memory as it lies"
     with FlopCounterMode(display=False):
         assert kernels_for(x) is None, "a mode sees every call"
+
+
+def test_what_the_kernels_cannot_read_is_left_to_torch():
+    x, weight, table = torch.randn(4, 12), torch.randn(12), rotary_table(torch.arange(4), 2)
+    for other in (weight.to("meta"), weight.double(), weight.as_subclass(Subclass)):
+        assert kernels_for(x, other) is None
+    assert rms_norm(x, weight, dtype=torch.float64).dtype == torch.float64
+    for short in ([t[:1] for t in table], [t.double() for t in table]):  # torch broadcasts the one, widens by the other
+        wanted = [rotate(part, tuple(short))[0] for part in x.view(1, 4, 6, 2).split((3, 2, 1), 2)[:2]]
+        for got, want in zip(rotate_qkv(x * 1, tuple(short), (3, 2, 1)), wanted, strict=False):
+            torch.testing.assert_close(got[0], want)
+    with pytest.raises(RuntimeError):
+        rotate_qkv(x * 1, tuple(t[:3] for t in table), (3, 2, 1))
+    assert rotate_qkv(x[:0] * 1, tuple(t[:0] for t in table), (3, 2, 1))[0].shape == (1, 0, 3, 2)
+
+
+class Subclass(torch.Tensor):
+    pass

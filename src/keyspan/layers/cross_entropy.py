@@ -116,7 +116,7 @@ def _run(
     dhidden = hidden.new_empty((T, D) if needs[0] else 0, dtype=product)
     dweight = weight.new_zeros(tuple(weight.shape) if needs[1] else 0, dtype=wide)
     dbias = hidden.new_zeros(len(weight) if needs[2] else 0, dtype=wide)
-    kernels = kernels_for(hidden)
+    kernels = kernels_for(hidden, weight, bias, targets)
     with torch.autocast(hidden.device.type, enabled=False):
         w = operand(weight, options.dtype)
         buffer = None

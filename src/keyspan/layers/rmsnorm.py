@@ -97,7 +97,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
     """
     _check(x, weight)
     dtype = dtype or x.dtype
-    kernels = kernels_for(x)
+    kernels = kernels_for(x, weight) if dtype != torch.float64 else None
     if kernels is not None:
         result: Tensor = _Fused.apply(x, None, weight, eps, dtype, kernels)  # type: ignore[no-untyped-call]
     elif x.is_cuda:  # compiled there: torch's formula is fused with what surrounds it
@@ -117,9 +117,10 @@ def add_rms_norm(
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"residual: got shape {list(residual.shape)}, want {list(x.shape)} as x")
-    kernels = kernels_for(x)
+    dtype = dtype or x.dtype
+    kernels = kernels_for(x, residual, weight) if dtype != torch.float64 else None
     if kernels is not None:
-        normed, total = _Fused.apply(x, residual, weight, eps, dtype or x.dtype, kernels)  # type: ignore[no-untyped-call]
+        normed, total = _Fused.apply(x, residual, weight, eps, dtype, kernels)  # type: ignore[no-untyped-call]
     else:
         total = (x + residual).to(x.dtype)
         normed = rms_norm(total, weight, eps, dtype)

@@ -87,7 +87,7 @@ class _RotateInPlace(torch.autograd.Function):
     ) -> Any:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved, ctx.kernels = interleaved, kernels
-        x = qkv.detach().view(qkv.shape[0], sum(heads), -1)
+        x = qkv.detach().view(qkv.shape[0], sum(heads), qkv.shape[1] // sum(heads))
         kernels.rotate_qkv(x, cos, sin, heads, interleaved=interleaved)
         # Not mark_dirty: a view of the projection would get its gradient through copies of the whole of it.
         torch.autograd.graph.increment_version(qkv)
@@ -116,10 +116,20 @@ def rotate_qkv(
         [1, T, Hq, K], [1, T, G, K], [1, T, G, K], views of one tensor or of two.
     """
     q, k, v = heads
-    kernels = kernels_for(qkv)
-    if kernels is not None and qkv.is_contiguous() and not (qkv.is_leaf and qkv.requires_grad):
+    T, K = qkv.shape[0], qkv.shape[1] // (q + k + v)
+    kernels = kernels_for(qkv, *table)
+    if kernels is not None and _in_place(qkv) and all(_is_angles(t, T, K) for t in table):
         query, key, value = _RotateInPlace.apply(qkv, *table, (q, k, v), interleaved, kernels)  # type: ignore[no-untyped-call]
         return query, key, value
-    turned, value = qkv.view(1, qkv.shape[0], q + k + v, -1).split((q + k, v), dim=2)
+    turned, value = qkv.view(1, T, q + k + v, K).split((q + k, v), dim=2)
     query, key = rotate(turned, table, interleaved).split((q, k), dim=2)
     return query, key, value
+
+
+def _in_place(qkv: Tensor) -> bool:
+    return qkv.is_contiguous() and not (qkv.is_leaf and qkv.requires_grad)
+
+
+def _is_angles(t: Tensor, T: int, K: int) -> bool:
+    """Whether a table is what the kernels read; another may still broadcast."""
+    return t.shape == (T, K / 2) and t.dtype == torch.float32 and t.is_contiguous()
