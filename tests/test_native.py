@@ -559,7 +559,7 @@ def test_a_library_with_other_fields_is_refused(struct, change, monkeypatch):
     field = len(head) + (change == "missing")
     assert binding._load() == (
         None,
-        f"the native library is of another version of keyspan ({struct[:-7].capitalize()}: field {field} is "
+        f"the native library is of another version of keyspan ({struct[:-7].lower()}: field {field} is "
         f"{want}): {binding._BUILD}",
     )
 
