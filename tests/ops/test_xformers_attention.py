@@ -632,13 +632,17 @@ def test_merging_under_compile():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize(("setting", "pairs"), [("0", 3 * 3 + 4 * 4), ("1", 7 * 7)])
-def test_flops_of_the_worst_case(monkeypatch, setting, pairs):
+@pytest.mark.parametrize(
+    ("setting", "causal", "pairs"),
+    [("0", False, 3 * 3 + 4 * 4), ("1", False, 7 * 7), ("0", True, 6 + 10), ("1", True, 7 * 8 // 2)],
+)
+def test_flops_of_the_worst_case(monkeypatch, setting, causal, pairs):
     """xFormers' switch: FLOPs that do not depend on the lengths, so that all ranks recompute the same."""
     monkeypatch.setenv("XFORMERS_FLOP_FORMULA_WORST_CASE", setting)
     x = random(1, 7, 2, 8)
     with FlopCounterMode(display=False) as counter:
-        mea(x, x, x, masks.BlockDiagonalMask.from_seqlens([3, 4]))
+        mask = masks.BlockDiagonalMask.from_seqlens([3, 4])
+        mea(x, x, x, mask.make_causal() if causal else mask)
     assert counter.get_total_flops() == 2 * 2 * pairs * (8 + 8)
 
 

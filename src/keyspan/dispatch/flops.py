@@ -32,12 +32,19 @@ def backward_flops(problem: Problem) -> int:
 def visible_area(problem: Problem) -> int:
     """Visible (query, key) pairs over batch and heads; all pairs where the ranges hold no values (while tracing).
 
-    With `XFORMERS_FLOP_FORMULA_WORST_CASE=1`, xFormers' switch for ranks that must agree, all pairs too.
+    With `XFORMERS_FLOP_FORMULA_WORST_CASE=1`, xFormers' switch for ranks that must agree, what a row of any lengths may
+    have: all pairs, or those of a causal mask where no query sees a key behind its own.
     """
-    worst_case = os.environ.get("XFORMERS_FLOP_FORMULA_WORST_CASE") == "1"
-    if worst_case or (problem.lo is not None and type(problem.lo) is not Tensor):
-        return problem._replace(lo=None, hi=None, diagonal=None, dense=None).visible_pairs()
-    return problem.visible_pairs()
+    known = problem.lo is None or type(problem.lo) is Tensor
+    if known and os.environ.get("XFORMERS_FLOP_FORMULA_WORST_CASE") != "1":
+        return problem.visible_pairs()
+    everything = problem._replace(lo=None, hi=None, diagonal=None, dense=None)
+    if known and problem.hi is not None and problem.diagonal is not None:
+        M, N = problem.query.shape[1], problem.N
+        if bool((problem.hi <= problem.diagonal + 1).all()):
+            pairs = sum(min(max(i + 1 + N - M, 0), N) for i in range(M))
+            return everything.visible_pairs() // max(M * N, 1) * pairs
+    return everything.visible_pairs()
 
 
 def register(counter: ModuleType) -> None:
