@@ -392,6 +392,27 @@ def test_dropout_that_would_be_drawn_again_in_backward_is_refused(setting):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.skipif(not hasattr(torch.autograd.graph, "region_activation_memory_budget"), reason="torch has no regions")
+def test_dropout_in_a_region_with_a_memory_budget_is_refused():
+    q, k, v = (x.requires_grad_() for x in qkv(M=7))
+
+    def within(budget, dropout_p):
+        torch._dynamo.reset()  # otherwise the budget becomes a symbol, which torch does not take
+
+        def f(q):
+            with torch.autograd.graph.region_activation_memory_budget(budget):
+                return keyspan.attention(q, k, v, dropout_p=dropout_p).sin().sum()
+
+        return torch.compile(f, fullgraph=True, backend="aot_eager_decomp_partition")(q)
+
+    (got,) = torch.autograd.grad(within(0.0, 0.0), q)
+    torch.testing.assert_close(got, torch.autograd.grad(keyspan.attention(q, k, v).sin().sum(), q)[0])
+    within(1.0, 0.3)
+    with pytest.raises(Exception, match="draw another dropout pattern in backward"):
+        within(0.0, 0.3)
+    torch._dynamo.reset()
+
+
 def test_activation_checkpointing_with_dropout():
     q, k, v = (x.requires_grad_() for x in qkv(M=7, dtype=torch.float64))
 

@@ -6,6 +6,7 @@ is missing the fallback is slower or more careful, never wrong. `keyspan info` l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -142,7 +143,11 @@ float32_precision: Callable[[], str] = _private(
 def recomputes_in_backward() -> bool:
     """Whether torch's compiler may compute parts of the forward, random ones included, again in backward."""
     config = getattr(torch._functorch, "config", None)
-    return getattr(config, "activation_memory_budget", 1.0) < 1 or getattr(config, "aggressive_recomputation", False)
+    if getattr(config, "activation_memory_budget", 1.0) < 1 or getattr(config, "aggressive_recomputation", False):
+        return True
+    # torch.autograd.graph.region_activation_memory_budget annotates the nodes that are traced.
+    annotations = getattr(sys.modules.get("torch.fx.traceback"), "current_meta", {}).get("custom")
+    return isinstance(annotations, dict) and annotations.get("_region_activation_memory_budget", 1.0) < 1
 
 
 def triton_hooked() -> bool:
