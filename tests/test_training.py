@@ -19,7 +19,7 @@ from keyspan.info import find_device
 from keyspan.training import checkpoint, loop
 from keyspan.training.config import PRESETS, TrainConfig
 from keyspan.training.data import is_held_out
-from keyspan.training.graph import CapturedStep
+from keyspan.training.graph import CapturedStep, check_capture
 from keyspan.training.loop import (
     learning_rate,
     load_run,
@@ -623,6 +623,14 @@ def test_a_cuda_graph_that_cannot_be(change, message):
     _, model, optimizer, _ = parts(config)
     with pytest.raises(ValueError, match=f"cuda_graph: {message}"):
         CapturedStep(model, optimizer, config)
+    with pytest.raises(ValueError, match="cuda_graph: got 2 ranks, want one process"):
+        check_capture(TINY, torch.device("cuda"), 2)
+
+
+def test_a_run_that_cannot_be_captured_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="cuda_graph: got device cpu, want cuda"):
+        train(replace(TINY, cuda_graph=True, out=tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

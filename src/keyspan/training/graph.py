@@ -12,6 +12,18 @@ from keyspan.training.config import TrainConfig
 from keyspan.training.packing import IGNORE, Batch, to_device
 
 
+def check_capture(config: TrainConfig, device: torch.device, ranks: int = 1) -> None:
+    """Raise ValueError where a step cannot be captured, see `CapturedStep`."""
+    for wrong, got, want in (
+        (device.type != "cuda", f"device {device.type}", "cuda, whose graphs these are"),
+        (config.precision == "fp16", "precision fp16", "bf16 or fp32: the host reads the scale of an fp16 loss"),
+        (config.dropout > 0, f"dropout {config.dropout}", "0: a graph would repeat its seed"),
+        (ranks > 1, f"{ranks} ranks", "one process: gradients of several are not summed in a graph"),
+    ):
+        if wrong:
+            raise ValueError(f"cuda_graph: got {got}, want {want}")
+
+
 class CapturedStep:
     """`take_step` as two CUDA graphs: loss and gradients of a micro-batch, then clipping and the optimizer.
 
@@ -37,13 +49,7 @@ class CapturedStep:
         loss_of: Callable[..., Tensor] | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        for wrong, got, want in (
-            (device.type != "cuda", f"device {device.type}", "cuda, whose graphs these are"),
-            (config.precision == "fp16", "precision fp16", "bf16 or fp32: the host reads the scale of an fp16 loss"),
-            (config.dropout > 0, f"dropout {config.dropout}", "0: a graph would repeat its seed"),
-        ):
-            if wrong:
-                raise ValueError(f"cuda_graph: got {got}, want {want}")
+        check_capture(config, device)
         self.model, self.optimizer, self.config = model, optimizer, config
         self.loss_of = loss_of or model.loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]

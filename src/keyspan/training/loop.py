@@ -38,7 +38,7 @@ from keyspan.training.checkpoint import Progress
 from keyspan.training.config import FIXED, TrainConfig
 from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
-from keyspan.training.graph import CapturedStep
+from keyspan.training.graph import CapturedStep, check_capture
 from keyspan.training.packing import Batch, to_device
 from keyspan.training.ranks import ALONE, Ranks, connected, is_cut, setting
 from keyspan.training.report import Report, peak_memory, peak_rate, plot, step_flops
@@ -249,6 +249,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         task = make_task(config)
         model = make_model(config, task.vocab_size).to(device)
         _check_backend(model, config, device)
+        if config.cuda_graph:
+            check_capture(config, device, ranks.world)
         with _run_folder(config, ranks) as run:
             objective = ranks.wrap(model, config)
             optimizer = make_optimizer(model, config)
