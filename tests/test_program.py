@@ -85,6 +85,17 @@ def test_packing_changes_no_bit_but_for_int8():
         assert abs(x.logprobs[0] - y.logprobs[0]) < 0.1
 
 
+def test_a_packed_model_says_what_it_refuses():
+    model = make("plain", torch.float32)
+    model.pack()
+    with pytest.raises(ValueError, match="model: it is packed already"):
+        model.pack()
+    with pytest.raises(ValueError, match=r"x: got torch.bfloat16 of shape \[3, 96\] on cpu, want torch.float32"):
+        model.logits(torch.zeros(3, 96, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="model: the native library multiplies fp32, bf16 and fp16"):
+        make("plain", torch.float64).pack()
+
+
 def test_other_models_have_a_reason():
     model = GPT(GPTConfig(**BASE, qk_norm=True))
     reason = DecoderProgram.reason_against(model)

@@ -163,6 +163,7 @@ def generate(
     seed: int = 0,
     draft: int = 0,
     dtype: str | None = None,
+    weights: str | None = None,
     device: str = "auto",
 ) -> None:
     """Continue a prompt with a model; print both, the answer as it is written.
@@ -179,6 +180,7 @@ def generate(
         seed: Fixes the draws.
         draft: Most tokens guessed in a step from what stood in the text before. It changes the speed alone.
         dtype: fp32, bf16 or fp16. By default as the folder says.
+        weights: int8 rounds the weights to 8 bits. By default as dtype says.
         device: auto (an accelerator where there is one, else the CPU), or a torch device.
     """
     from keyspan.inference.engine import Engine
@@ -189,7 +191,7 @@ def generate(
 
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, want 0 … 2⁶³ − 1")
-    net, tokenizer = load_model(model, dtype, device)
+    net, tokenizer = load_model(model, dtype, device, weights)
     if temperature is None:
         temperature = tokenizer.temperature if isinstance(tokenizer, TaskTokenizer) else 0.0
     sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed)

@@ -39,16 +39,28 @@ class TaskTokenizer:
         return text
 
 
-def load_model(path: Path, dtype: str | None = None, device: str = "auto") -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a folder.
+def load_model(
+    path: Path, dtype: str | None = None, device: str = "auto", weights: str | None = None
+) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a folder, for inference: on a CPU its weights are packed where they can be.
 
     Args:
         path: a folder in Hugging Face's format with a tokenizer.json, a .gguf file, or a run of `keyspan train`.
         dtype: fp32, bf16 or fp16; None for that of the folder's config.
         device: auto, or a torch device.
+        weights: int8 rounds them to 8 bits, with a scale for each output (`GPT.pack`); None keeps them in `dtype`.
 
-    Raises ValueError for a folder that is neither, and for what `keyspan.models.load` refuses.
+    Raises ValueError for a folder that is neither, for what `keyspan.models.load` refuses, and for int8 off the CPU.
     """
+    if weights not in (None, "int8"):
+        raise ValueError(f"weights: got {weights!r}, want int8")
+    model, tokenizer = _load(path, dtype, device)
+    if weights == "int8" or model.reason_against_packing() is None:
+        model.pack(int8=weights == "int8")
+    return model, tokenizer
+
+
+def _load(path: Path, dtype: str | None, device: str) -> tuple[GPT, Tokenizer]:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
     is_gguf = path.suffix == ".gguf" and path.is_file()
@@ -81,6 +93,8 @@ class Serve:
     """Port to listen on."""
     dtype: str | None = None
     """fp32, bf16 or fp16. Default: as the folder says."""
+    weights: str | None = None
+    """int8: round the weights to 8 bits; answers are faster, and differ. Default: as dtype says."""
     device: str = "auto"
     """auto (an accelerator where there is one, else the CPU), or a torch device."""
     memory: float = 1.0
@@ -112,7 +126,7 @@ def serve(options: Serve) -> None:
         keys = tuple(options.api_key_file.read_text(encoding="utf-8").split())
         if not keys:
             raise ValueError(f"api_key_file: {options.api_key_file} holds no key, want one a line")
-    model, tokenizer = load_model(options.model, options.dtype, options.device)
+    model, tokenizer = load_model(options.model, options.dtype, options.device, options.weights)
     engine = Engine(
         model,
         tokenizer,

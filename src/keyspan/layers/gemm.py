@@ -156,6 +156,8 @@ class PackedWeight:
     def reason_against(weight: Tensor, int8: bool = False) -> str | None:
         """Why this weight cannot be packed, or None."""
         numbers = 4 if int8 else 4 // weight.element_size() if weight.dtype in _NATIVE else 0
+        if weight.ndim != 2:
+            return "it is packed already"
         if not weight.is_cpu or _library() is None or not numbers:
             return "the native library multiplies fp32, bf16 and fp16 on CPUs, where it is built"
         if weight.shape[1] % numbers:
@@ -163,7 +165,12 @@ class PackedWeight:
         return None
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., D], bias [C] of the weight's dtype -> [..., C]. Without gradients."""
+        """x [..., D], bias [C] of the weight's dtype -> [..., C]. Without gradients. Raises ValueError for others."""
+        if x.dtype != self.dtype or x.shape[-1] != self.inputs or not x.is_cpu:
+            raise ValueError(
+                f"x: got {x.dtype} of shape {list(x.shape)} on {x.device.type}, "
+                f"want {self.dtype} [..., {self.inputs}] on the CPU, as the packed weight"
+            )
         return _run(x, self.words, self.scale, bias, self.storage, self.outputs)
 
 

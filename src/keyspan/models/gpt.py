@@ -375,16 +375,20 @@ class GPT(nn.Module):
 
         Raises ValueError where a weight cannot be packed: off the CPU, in fp64, without the native library.
         """
+        reason = self.reason_against_packing(int8)
+        if reason is not None:
+            raise ValueError(f"model: {reason}")
         layers = [module for module in self.modules() if isinstance(module, Linear)]
-        weights = [layer.weight for layer in layers] + ([self.embedding.weight] if self.config.tie_embeddings else [])
-        for weight in weights:
-            reason = PackedWeight.reason_against(weight, int8)
-            if reason is not None:
-                raise ValueError(f"model: {reason}")
         for layer in layers:
             layer.pack(int8)
         if self.config.tie_embeddings:
             self._packed_head = PackedWeight(self.embedding.weight, int8)
+
+    def reason_against_packing(self, int8: bool = False) -> str | None:
+        """Why `pack` would refuse, or None."""
+        weights = [module.weight for module in self.modules() if isinstance(module, Linear)]
+        reasons = (PackedWeight.reason_against(weight, int8) for weight in [self.embedding.weight, *weights])
+        return next((reason for reason in reasons if reason is not None), None)
 
     def num_parameters(self) -> int:
         """How many numbers are learned; shared ones count once. A packed weight counts as before."""
