@@ -56,7 +56,47 @@ INLINE void widen_bytes(const uint32_t *from, int64_t count, int64_t vectors, fl
             for (int i = 0; i < 4; i++) store(to + (4 * k + i) * LINEAR_PANEL + j, widen_byte(words, i));
         }
 }
+#if defined(KEYSPAN_AVX512BF16)
+// By tables of the upper and the lower bytes of 0 … 127 as bf16: a third of the time of conversions.
+__attribute__((target("avx512vbmi"), noinline)) void look_up_bytes(const uint32_t *from, int64_t count,
+                                                                   int64_t vectors, uint32_t *to) {
+    struct Tables {
+        alignas(64) uint8_t upper[128], lower[128];
+        Tables() {
+            for (int n = 0; n < 128; n++) {
+                const float number = (float)n;
+                uint32_t bits;
+                memcpy(&bits, &number, 4);
+                upper[n] = (uint8_t)(bits >> 24);
+                lower[n] = (uint8_t)(bits >> 16);
+            }
+        }
+    };
+    static const Tables tables;
+    const __m512i upper0 = _mm512_load_si512(tables.upper), upper1 = _mm512_load_si512(tables.upper + 64);
+    const __m512i lower0 = _mm512_load_si512(tables.lower), lower1 = _mm512_load_si512(tables.lower + 64);
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t j = 0; j < vectors * W; j += W) {
+            const uint32_t *words = from + k * LINEAR_PANEL + j;
+            __builtin_prefetch(words + 16 * LINEAR_PANEL);
+            const __m512i x = _mm512_loadu_si512(words), size = _mm512_abs_epi8(x);
+            const __m512i low = _mm512_permutex2var_epi8(lower0, size, lower1);
+            const __m512i high = _mm512_ternarylogic_epi64(_mm512_permutex2var_epi8(upper0, size, upper1), x, sign, 0xf8);
+            // Each lane of 4 columns: the pairs of columns 0 and 1, then those of columns 2 and 3.
+            const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
+            const __m512 second = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
+            _mm512_storeu_ps(to + 2 * k * LINEAR_PANEL + j, _mm512_shuffle_ps(first, second, 0x88));
+            _mm512_storeu_ps(to + (2 * k + 1) * LINEAR_PANEL + j, _mm512_shuffle_ps(first, second, 0xdd));
+        }
+}
+#endif
+
 INLINE void widen_bytes(const uint32_t *from, int64_t count, int64_t vectors, uint32_t *to) {
+#if defined(KEYSPAN_AVX512BF16)
+    static const bool has_tables = __builtin_cpu_supports("avx512vbmi");
+    if (has_tables) return look_up_bytes(from, count, vectors, to);
+#endif
     for (int64_t k = 0; k < count; k++)
         for (int64_t j = 0; j < vectors * W; j += W) {
             const vi words = (vi)load(from + k * LINEAR_PANEL + j);
@@ -94,8 +134,9 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
         const int64_t end = min(last_column, (panel + 1) * LINEAR_PANEL);
         const int64_t columns = end - first_column, vectors = (columns + W - 1) / W;
         const uint32_t *packed = (const uint32_t *)p.weight + panel * words * LINEAR_PANEL + inside;
-        for (int64_t word = 0; word < words; word += LINEAR_BLOCK) {
-            const int64_t count = min(LINEAR_BLOCK, words - word);
+        const int64_t most = p.storage == PANELS_OF_INT8 ? LINEAR_BLOCK / 4 : LINEAR_BLOCK;  // the first cache holds it
+        for (int64_t word = 0; word < words; word += most) {
+            const int64_t count = min(most, words - word);
             const uint32_t *source = packed + word * LINEAR_PANEL;
             if (p.storage == ROWS_OF_DTYPE) {
                 const char *row = p.weight + (first_column * p.weight_stride + word * per_word) * size;
