@@ -48,7 +48,7 @@ def test_round_trip(tmp_path, steps, fp16):
     torch.manual_seed(99)
     target = make(steps=1, fp16=fp16)
     assert picture(*target) != saved
-    assert checkpoint.load(folder, *target) == (steps, 1.5)
+    assert checkpoint.load(folder, *target) == (steps, 1.5, None)
     assert picture(*target) == saved
     assert sorted(path.name for path in folder.iterdir()) == [MODEL, STATE, TRAINING]
 
@@ -278,7 +278,7 @@ def test_every_flipped_bit_of_the_state_is_found(tmp_path):
         with pytest.raises(ValueError, match=STATE):
             checkpoint.load_model(folder, make()[0])
     (folder / STATE).write_bytes(data)
-    assert checkpoint.load_model(folder, make()[0]) == (400, 12.5)
+    assert checkpoint.load_model(folder, make()[0]) == (400, 12.5, None)
 
 
 def test_a_damaged_newest_checkpoint_names_the_older_one(tmp_path):

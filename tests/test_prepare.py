@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from keyspan import cli
+from keyspan.files import locked
 from keyspan.models import GPT, GPTConfig
 from keyspan.training.config import TrainConfig, preset
-from keyspan.training.corpus import Corpus, Piece, pack_best_fit
+from keyspan.training.corpus import GROUP, Corpus, Piece, pack_best_fit
 from keyspan.training.loop import train
 from keyspan.training.prepare import Prepare, prepare
 
@@ -337,6 +338,37 @@ def test_resumed_training_continues_the_order_of_the_data(tmp_path, corpus):
     )
     tokens = [[record["tokens"] for record in records if "tokens" in record] for records in (whole, parts)]
     assert tokens[0] == tokens[1]
+
+
+def test_a_folder_is_prepared_by_one_process(corpus, tmp_path):
+    options = Prepare((corpus.folder.parent / "a.jsonl",), tmp_path)
+    with locked(tmp_path, "prepares data"), pytest.raises(ValueError, match="another process prepares data in this"):
+        prepare(options)
+    prepare(options)
+
+
+def test_a_plan_goes_on_from_its_position(corpus, monkeypatch):
+    """From any micro-batch, in the second epoch too, at the second resume too, and without planning what lies before its group."""
+    seed, tokens = 3, 2048
+    wanted = [corpus.train_batch(seed, n, tokens) for n in range(200)]
+    fresh = Corpus(corpus.folder, corpus.max_length)
+    epochs = set()
+    planned = []
+    pieces = Corpus._pieces
+    monkeypatch.setattr(Corpus, "_pieces", lambda self, side, n: planned.append(n) or pieces(self, side, n))
+    for n in range(0, 199, 5):
+        fresh.train_batch(seed, n + 1, tokens)  # batches are made ahead
+        position = json.loads(json.dumps(fresh.position(seed, n, tokens)))
+        epochs.add(position["epoch"])
+        fresh = Corpus(corpus.folder, corpus.max_length)
+        fresh.seek(position, seed, tokens)
+        planned.clear()
+        assert torch.equal(fresh.train_batch(seed, n, tokens).tokens, wanted[n].tokens)
+        assert len(planned) <= 2 * GROUP
+    assert epochs == {0, 1}
+    other = Corpus(corpus.folder, corpus.max_length)
+    other.seek(position, seed, 2 * tokens)  # of another size: from the start
+    assert other.train_batch(seed, 0, 2 * tokens).tokens.numel() > tokens
 
 
 def test_training_stays_within_a_tenth_of_the_data(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,27 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, does: str) -> Iterator[None]:
+    """A folder locked against other processes; the system drops the lock when the process ends.
+
+    ValueError where another process holds it, which `does` something, such as "trains in this folder".
+    """
+    with (folder / ".lock").open("a+b") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another process {does}; want another one, or wait") from None
+        yield
 
 
 def flush_folder(folder: Path) -> None:

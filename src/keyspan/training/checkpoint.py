@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000500/
         model.safetensors       weights
         training.safetensors    AdamW's moments and step counts, random number generators' states
-        state.json              step, seconds, loss scale; size and SHA-256 of the two files above, SHA-256 of the rest
+        state.json              step, seconds, loss scale, place in the data; sizes and sums (SHA-256)
 
 A checkpoint is written into a temporary folder, flushed to disk, and gets its name by one rename: a crash at any moment
 leaves the earlier checkpoint as it was, and no name ever stands for a mixture. Loading first verifies everything
@@ -45,6 +45,8 @@ class Progress(NamedTuple):
     """Optimizer steps taken."""
     seconds: float
     """Time spent training."""
+    data: dict[str, Any] | None = None
+    """Where the plan of the data is, see `Corpus.position`."""
 
 
 def save(
@@ -143,11 +145,11 @@ def load_model(checkpoint: Path, model: nn.Module) -> Progress:
 
         verify(checkpoint)
         sharded.load(checkpoint, model, None)
-        return Progress(state["step"], state["seconds"])
+        return Progress(state["step"], state["seconds"], state.get("data"))
     weights = _read_tensors(checkpoint, MODEL, state)
     _check(checkpoint / MODEL, weights, _weights(model))
     model.load_state_dict(weights, strict=False)
-    return Progress(state["step"], state["seconds"])
+    return Progress(state["step"], state["seconds"], state.get("data"))
 
 
 def load(
@@ -171,7 +173,7 @@ def load(
             verify(checkpoint)
         sharded.load(checkpoint, model, optimizer)
         _load_scale(checkpoint, state, scaler)
-        return Progress(state["step"], state["seconds"])
+        return Progress(state["step"], state["seconds"], state.get("data"))
     weights = _read_tensors(checkpoint, MODEL, state)
     training = _read_tensors(checkpoint, TRAINING, state)
     _check(checkpoint / MODEL, weights, _weights(model))
@@ -201,7 +203,7 @@ def load(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
     for key, random_state in random.items():
         modules[key].set_rng_state(random_state)
-    return Progress(state["step"], state["seconds"])
+    return Progress(state["step"], state["seconds"], state.get("data"))
 
 
 def _load_scale(checkpoint: Path, state: dict[str, Any], scaler: torch.amp.GradScaler) -> None:
@@ -266,6 +268,8 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise ValueError(f"{path}: got {key} = {state.get(key)!r}; truncated or not a checkpoint of keyspan")
+    if not isinstance(state.get("data"), (dict, type(None))):
+        raise ValueError(f"{path}: got data = {state['data']!r}; truncated or not a checkpoint of keyspan")
     sha256 = state.pop("sha256", None)
     if sha256 != _sum_of_state(state):
         raise ValueError(f"{path}: damaged: its SHA-256 is not the one that it records")

@@ -113,6 +113,21 @@ class Corpus:
         """Micro-batch `index` of the run `seed`, at most `tokens` tokens; a function of these numbers alone."""
         return self._batch(self._plans.batch(seed, index, tokens))
 
+    def position(self, seed: int, index: int, tokens: int) -> dict[str, Any] | None:
+        """Where the plan is at micro-batch `index`, for `seek`, as JSON holds it; the same on any number of ranks."""
+        start = self._plans.start(index)
+        if start is None or self._plans._of != (seed, tokens):
+            return None
+        return {"seed": seed, "tokens": tokens, "max_length": self.max_length, **start._asdict()}
+
+    def seek(self, position: dict[str, Any], seed: int, tokens: int) -> None:
+        """Plan from there on, not from the first epoch; where it is of another seed or size, plan from the start."""
+        if (position["seed"], position["tokens"], position["max_length"]) != (seed, tokens, self.max_length):
+            return
+        rest = [[Piece(*piece) for piece in part] for part in position["rest"]]
+        start = _Start(position["first"], position["epoch"], position["group"], rest)
+        self._plans.begin(seed, tokens, start)
+
     def held_out(self, tokens: int, limit: int | None = None) -> list[Batch]:
         """The held-out documents in batches of at most `tokens`; with `limit`, as many as come to about that."""
         shards = self._shards("held-out")
@@ -197,6 +212,17 @@ def _tensor(parts: list[NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
+class _Start(NamedTuple):
+    """Where the plan of a group of shards begins."""
+
+    first: int
+    """Number of its first micro-batch."""
+    epoch: int
+    group: int
+    rest: list[list[Piece]]
+    """Batches of the groups before that are not full."""
+
+
 class _Plans:
     """Which pieces a micro-batch holds. Batches are asked for in order, nearly always; the plan goes on from there."""
 
@@ -206,36 +232,51 @@ class _Plans:
         self._next = 0
         self._bins: Iterator[list[Piece]] = iter(())
         self._last: list[Piece] = []
+        self._starts: list[_Start] = []
 
     def batch(self, seed: int, index: int, tokens: int) -> list[Piece]:
         if self._of != (seed, tokens) or index < self._next - 1:
-            self._of, self._next, self._bins = (seed, tokens), 0, self._endless(seed, tokens)
+            self.begin(seed, tokens, _Start(0, 0, 0, []))
         while self._next <= index:
             self._last = next(self._bins)
             self._next += 1
         return self._last
 
-    def _endless(self, seed: int, tokens: int) -> Iterator[list[Piece]]:
+    def begin(self, seed: int, tokens: int, start: _Start) -> None:
+        """Plan from a group on."""
+        self._of, self._next, self._starts = (seed, tokens), start.first, []
+        self._bins = self._endless(seed, tokens, start)
+
+    def start(self, index: int) -> _Start | None:
+        """The group in which the plan is at a micro-batch that was not yet asked for, or lately; None before any."""
+        starts = list(self._starts)  # another thread may be planning
+        found = [start for start in starts if start.first <= index]
+        del self._starts[: max(len(found) - 1, 0)]
+        return found[-1] if found else None
+
+    def _endless(self, seed: int, tokens: int, start: _Start) -> Iterator[list[Piece]]:
         corpus = self._corpus
         shards = len(corpus._shards("train"))
         if corpus.max_length > tokens:
             raise ValueError(
                 f"max_length: got {corpus.max_length}, want at most tokens = {tokens}, which a batch holds"
             )
-        epoch = 0
+        index, epoch, group, rest = start
         while True:
-            random = np.random.default_rng([seed, epoch])
-            order = random.permutation(shards).tolist()
-            rest: list[list[Piece]] = []
-            for first in range(0, shards, GROUP):
-                pieces = [piece for n in order[first : first + GROUP] for piece in corpus._pieces("train", n)]
+            order = np.random.default_rng([seed, epoch]).permutation(shards).tolist()
+            while group * GROUP < shards:
+                self._starts.append(_Start(index, epoch, group, rest))
+                random = np.random.default_rng([seed, epoch, 1 + group])
+                own = order[group * GROUP : (group + 1) * GROUP]
+                pieces = [piece for n in own for piece in corpus._pieces("train", n)]
                 # Batches that are not full are packed again with the next group.
                 pieces += [piece for part in rest for piece in part]
                 pieces = [pieces[n] for n in random.permutation(len(pieces))]
                 full, rest = pack_best_fit(pieces, tokens, 0.99)
                 yield from (full[n] for n in random.permutation(len(full)))
+                index, group = index + len(full), group + 1
             yield from rest
-            epoch += 1
+            index, epoch, group, rest = index + len(rest), epoch + 1, 0, []
 
 
 def pack_best_fit(pieces: Sequence[Piece], capacity: int, least: float) -> tuple[list[list[Piece]], list[list[Piece]]]:

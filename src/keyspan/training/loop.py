@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import Alibi, Causal
-from keyspan.files import write_file
+from keyspan.files import locked, write_file
 from keyspan.info import explain, find_device
 from keyspan.models.gpt import GPT, GPTConfig
 from keyspan.training import checkpoint
@@ -257,16 +256,19 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
             scaler = make_scaler(config, device)
             parts = _Parts(task, model, objective, optimizer, scaler, ranks)
             step, seconds = 0, 0.0
+            data: dict[str, Any] | None = None
             if checkpoint.exists(run):
                 folder = checkpoint.latest(run)
                 with checkpoint.naming_older(run):
                     ranks.agree(lambda: checkpoint.verify(folder))
-                    step, seconds = checkpoint.load(folder, model, optimizer, scaler, verified=True)
+                    step, seconds, data = checkpoint.load(folder, model, optimizer, scaler, verified=True)
+            if data is not None and not isinstance(task, (SyntheticTask, StandardLibrary)):
+                task.seek(data, config.seed, config.tokens)
             if config.steps < step:
                 raise ValueError(f"steps: got {config.steps}, but {run} is at step {step}; want at least that many")
             if ranks.first:
                 write_file(run / "config.json", replace(config, out=None, resume=None).to_json().encode())
-            return _run(config, run, Progress(step, seconds), parts, changes, quiet or not ranks.first)
+            return _run(config, run, Progress(step, seconds, data), parts, changes, quiet or not ranks.first)
 
 
 class _Parts(NamedTuple):
@@ -303,7 +305,7 @@ def _run(
     """All steps from `start` on, evaluations and checkpoints included."""
     task, model, objective, optimizer, scaler, ranks = parts
     device = next(model.parameters()).device
-    step, seconds = start
+    step, seconds, _ = start
     record = Report(run, step, config.steps, quiet=quiet, record=ranks.first)
     with _interruption() as interrupted, record as report, Saver(run, ranks, step) as saver:
 
@@ -329,6 +331,12 @@ def _run(
         pending: list[_Pending] = []
         rate = peak_rate(device, config.precision)
         began = time.perf_counter()
+
+        def progress() -> Progress:
+            data = None
+            if not isinstance(task, (SyntheticTask, StandardLibrary)):
+                data = task.position(config.seed, step * config.accumulation, config.tokens)
+            return Progress(step, seconds, data)
 
         def stopped(step: int, error: FloatingPointError) -> FloatingPointError:
             saver.wait()
@@ -385,13 +393,13 @@ def _run(
                         share = held_out(None)
                         final = share if share >= config.stop_at else None
                 if saves:
-                    saver.save(Progress(step, seconds), model, optimizer, scaler)
+                    saver.save(progress(), model, optimizer, scaler)
                 if evaluates or saves:
                     began = time.perf_counter()
             if pending:
                 read_pending()
         if saver.begun < step:
-            saver.save(Progress(step, seconds), model, optimizer, scaler)
+            saver.save(progress(), model, optimizer, scaler)
         if final is None and not stopping:
             final = held_out(None)
     baselines = task.baselines() if ranks.first else {}
@@ -473,28 +481,10 @@ def _locked_folder(config: TrainConfig) -> Iterator[Path]:
                 break
     assert run is not None
     run.mkdir(parents=True, exist_ok=True)
-    with _locked(run):
+    with locked(run, "trains in this folder"):
         if config.resume is None and checkpoint.exists(run):
             raise ValueError(f"out: {run} holds a run already; want a new folder, or resume to go on with that run")
         yield run
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """The run folder, locked against other processes; the system drops the lock when the process ends."""
-    with (run / ".lock").open("a+b") as file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{run}: another process trains in this folder; want another one, or wait") from None
-        yield
 
 
 @contextmanager

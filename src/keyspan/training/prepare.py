@@ -28,7 +28,7 @@ from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from keyspan.files import write_file
+from keyspan.files import locked, write_file
 from keyspan.models.checkpoints import read_json
 
 BLOCK = 1024
@@ -103,7 +103,8 @@ def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None)
 
     Raises:
         ValueError: for inputs that are not there or of an unknown form, for another input or options than those of an
-            unfinished run in the same folder, and for a bad record where they are to stop it.
+            unfinished run in the same folder, for a folder that another process prepares, and for a bad record where
+            they are to stop it.
     """
     out, files = options.out, _files(options.inputs)
     plan = _plan(options, files)
@@ -113,6 +114,13 @@ def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None)
             raise ValueError(f"out: {out} holds other data, or the same under other options; want a new folder")
         return out
     out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "prepares data in this folder"):
+        return _prepare(options, files, plan, report)
+
+
+def _prepare(options: Prepare, files: list[Path], plan: dict[str, Any], report: Callable[[str], None]) -> Path:
+    out = options.out
+    index = out / "index.json"
     state: dict[str, Any] = {"plan": plan, "records": 0, "shards": [], "counts": asdict(Counts())}
     progress, kept = out / "progress.json", out / "tokenizer.json"
     if progress.is_file():
