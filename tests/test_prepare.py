@@ -348,7 +348,7 @@ def test_a_folder_is_prepared_by_one_process(corpus, tmp_path):
 
 
 def test_a_plan_goes_on_from_its_position(corpus, monkeypatch):
-    """From any micro-batch, in the second epoch and at the second resume too, and nothing before its group is planned."""
+    """From any micro-batch, in the second epoch and at the second resume too; nothing before its group is planned."""
     seed, tokens = 3, 2048
     wanted = [corpus.train_batch(seed, n, tokens) for n in range(200)]
     fresh = Corpus(corpus.folder, corpus.max_length)
