@@ -16,6 +16,7 @@ constexpr int VALUE_KEYS = 16;  // most values that are added before sums go bac
 // that is prefetched by itself; of others the next keys are prefetched.
 constexpr int64_t WIDE_BYTES = 2048, PREFETCH_BYTES = 512;
 constexpr int WIDE_VALUE_KEYS = 4;
+static_assert(2 * VALUE_KEYS <= DECODE_PANEL, "addresses of values are known so far ahead");
 static_assert(DECODE_PANEL % W == 0 && BLOCK_KEYS % DECODE_PANEL == 0 && BLOCK_KEYS % VALUE_KEYS == 0, "whole panels");
 
 // How a row of keys or values is loaded: fp32, fp16, bf16 element by element, or bf16 in pairs.
@@ -81,7 +82,7 @@ INLINE void transpose_keys(const KeyRows &from, int64_t dims, uint32_t *panel) {
 }
 
 // out[r] += Σ weight · value over `keys` keys, one after the other, for C vectors of columns. weights [R][BLOCK_KEYS],
-// values [2 · keys], of which the second half is prefetched.
+// values [3 · keys], of which the last third is prefetched.
 template <int R, int C, int KIND>
 INLINE void accumulate_columns(const float *weights, const char *const *values, int keys, int64_t offset,
                                int64_t column, int64_t count, float *out, int64_t width) {
@@ -96,7 +97,7 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             value[c] = C > 1 || count >= W ? Row<KIND>::read(at, column + c * W) : Row<KIND>::read_last(at, column, count);
-            prefetch(values[n + keys] + offset + (column + c * W) * Row<KIND>::BYTES);
+            prefetch(values[n + 2 * keys] + offset + (column + c * W) * Row<KIND>::BYTES);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
@@ -131,8 +132,8 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
             const bool whole = C > 1 || count >= 2 * W;
             const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, count));
             const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, count));
-            prefetch(values[n + keys] + at);
-            prefetch(values[n + 1 + keys] + at);
+            prefetch(values[n + 2 * keys] + at);
+            prefetch(values[n + 1 + 2 * keys] + at);
             pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
             pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
         }
@@ -295,11 +296,11 @@ struct Decoder {
     // The sums of group g once more, where a value is infinite or NaN: without it, and then with what a row sees of it.
     __attribute__((noinline)) void repair(int s, int64_t g, int64_t first, int64_t last, Span span) const {
         alignas(64) char clean[VALUE_KEYS][MAX_HEAD_DIM * 4];
-        const char *at[2 * VALUE_KEYS];
+        const char *at[3 * VALUE_KEYS];
         float *const to = row_of(sums, g);
         memset(to, 0, (size_t)(rows * plan.value_width * 4));
         const int64_t offset = g * p.v_stride[2] * size;
-        for (int i = 0; i < 2 * VALUE_KEYS; i++) at[i] = clean[i % VALUE_KEYS];
+        for (int i = 0; i < 3 * VALUE_KEYS; i++) at[i] = clean[i % VALUE_KEYS];
         for (int n = span.begin; n < span.end; n += VALUE_KEYS) {
             const int count = min(VALUE_KEYS, span.end - n);
             for (int i = 0; i < count; i++)
