@@ -1,5 +1,6 @@
 """The engine: answers are those of one request alone, whatever is batched, shared, chunked, guessed or preempted."""
 
+import hashlib
 import random
 
 import pytest
@@ -79,6 +80,21 @@ def test_a_common_beginning_is_computed_once():
     alone = Engine(net, memory=pages(64), page_size=4, share=False)
     assert [x.tokens for x in alone.generate(prompts, Sampling(max_tokens=5))] == [x.tokens for x in first + rest]
     assert alone.counters.shared_tokens == 0
+
+
+def test_pages_of_a_waiting_request_are_hashed_once(monkeypatch):
+    hashed = []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(data) or sha256(data))
+    engine = Engine(model(), memory=pages(12), page_size=4)
+    engine.add(draw(0, 8)[0], Sampling(max_tokens=30))
+    engine.add(draw(1, 40)[0], Sampling(max_tokens=2))
+    while engine.load != (1, 1):
+        engine.step()
+    for _ in range(8):
+        engine.step()
+    assert engine.load == (1, 1), "the second has no room"
+    assert len(hashed) == len(set(hashed))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

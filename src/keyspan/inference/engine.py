@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keyspan.inference.pages import Held, PagedCache
+from keyspan.inference.pages import Held, Key, PagedCache
 from keyspan.inference.program import DecoderProgram
 from keyspan.inference.sampling import Chosen, Sampling, choose
 from keyspan.inference.tokenizer import Detokenizer, Tokenizer
@@ -63,15 +63,23 @@ class _Request:
     answer: list[int] = field(default_factory=list)
     held: Held = field(default_factory=Held)
     number: int = 0
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and answer."""
+    keys: list[Key] = field(default_factory=list)
+    """What the prompt's full pages would hold, once it was asked for."""
 
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.answer
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    def append(self, token: int) -> None:
+        """One more token of the answer."""
+        self.answer.append(token)
+        self.tokens.append(token)
 
     @property
     def left(self) -> int:
         """Tokens that are known and not yet stored."""
-        return len(self.prompt) + len(self.answer) - self.held.tokens
+        return len(self.tokens) - self.held.tokens
 
     def draw(self) -> float:
         """A uniform number for the next token, a function of the seed and the token's position."""
@@ -299,7 +307,7 @@ class Engine:
             budget -= count + len(guess)
         while budget > 0 and self._waiting and len(self._running) < self.running_limit:
             request = self._waiting[0]
-            self.cache.adopt(request.held, request.tokens)
+            self.cache.adopt(request.held, request.tokens, request.keys)
             # Admitted only where its whole prompt has room, so that it does not have to leave at once.
             if self.cache.needed(request.held, len(request.tokens) + 1) > self.cache.available():
                 self.cache.truncate(request.held, 0)
@@ -398,7 +406,7 @@ class Engine:
                 chosen = Chosen(best[row + n], None, ())
             else:
                 chosen = choose(logits[row + n], request.sampling, request.prompt, request.answer, request.draw())
-            request.answer.append(chosen.token)
+            request.append(chosen.token)
             self.counters.answer_tokens += 1
             events.append(self._event(request, chosen))
             if events[-1].finished or n == len(guess) or chosen.token != guess[n]:

@@ -135,21 +135,22 @@ class PagedCache:
         """Pages that can be allocated for a sequence, of the kind of which there are fewest."""
         return min(pool.available() for pool in self.pools.values())
 
-    def adopt(self, held: Held, tokens: Sequence[int]) -> None:
+    def adopt(self, held: Held, tokens: Sequence[int], keys: list[Key] | None = None) -> None:
         """Use what others stored of the beginning of these tokens, in full pages, for a sequence that holds nothing.
 
-        At least one token is left to be computed, for its logits are wanted.
+        At least one token is left to be computed, for its logits are wanted. `keys` is extended by what the pages of
+        these tokens hold, and read by a later call for the same tokens.
         """
         if not self.share:
             return
-        size, keys = self.page_size, self._keys(held, tokens, (len(tokens) - 1) // self.page_size)
+        size, keys = self.page_size, [] if keys is None else keys
+        keys = self._extend(keys, tokens, (len(tokens) - 1) // size)
         found = {w: [pool.find(key) for key in keys] for w, pool in self.pools.items()}
         for count in range(len(keys), 0, -1):
             first = {w: 0 if w is None else max(0, (count * size - w + 1) // size) for w in found}
             if all(page is not None for w, pages in found.items() for page in pages[first[w] : count]):
                 break
         else:
-            held.keys.clear()
             return
         for window, pool in self.pools.items():
             table = [-1 if n < first[window] else found[window][n] for n in range(count)]
@@ -158,7 +159,7 @@ class PagedCache:
                     pool.use(page)
             held.tables[window] = [page for page in table if page is not None]
         held.tokens = count * size
-        del held.keys[count:]
+        held.keys = keys[:count]
 
     def reserve(self, held: Held, tokens: int) -> None:
         """Allocate pages until the sequence has room for so many tokens. There must be enough."""
@@ -173,7 +174,7 @@ class PagedCache:
         window are given back."""
         held.tokens = len(tokens)
         known = len(held.keys)
-        for n, key in enumerate(self._keys(held, tokens, len(tokens) // self.page_size)[known:], known):
+        for n, key in enumerate(self._extend(held.keys, tokens, len(tokens) // self.page_size)[known:], known):
             for window, pool in self.pools.items():
                 if self.share and held.tables[window][n] >= 0:
                     pool.publish(held.tables[window][n], key)
@@ -198,12 +199,12 @@ class PagedCache:
         held.tokens = min(held.tokens, tokens)
         del held.keys[tokens // self.page_size :]
 
-    def _keys(self, held: Held, tokens: Sequence[int], count: int) -> list[Key]:
-        """What the first `count` full pages of these tokens hold; computed once for each page of a sequence."""
-        for n in range(len(held.keys), count):
+    def _extend(self, keys: list[Key], tokens: Sequence[int], count: int) -> list[Key]:
+        """What the first `count` full pages of these tokens hold, of which `keys` has a beginning and gets the rest."""
+        for n in range(len(keys), count):
             page = array("q", tokens[n * self.page_size : (n + 1) * self.page_size]).tobytes()
-            held.keys.append(hashlib.sha256((held.keys[-1] if held.keys else b"") + page).digest())
-        return held.keys[:count]
+            keys.append(hashlib.sha256((keys[-1] if keys else b"") + page).digest())
+        return keys[:count]
 
     # What the model asks for
 
