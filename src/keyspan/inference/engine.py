@@ -66,7 +66,7 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer."""
     keys: list[Key] = field(default_factory=list)
-    """What the prompt's full pages would hold, once it was asked for."""
+    """What its full pages hold or would hold, for as many as were asked for."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -390,7 +390,7 @@ class Engine:
         for request, count, guess in batch:
             self.counters.prompt_tokens += max(0, min(len(request.prompt) - request.held.tokens, count))
             if count < request.left:
-                self.cache.stored(request.held, request.tokens[: request.held.tokens + count])
+                self.cache.stored(request.held, request.tokens[: request.held.tokens + count], request.keys)
                 continue
             assert logits is not None
             assert best is not None
@@ -415,7 +415,7 @@ class Engine:
         self.counters.drafted_tokens += len(guess)
         self.counters.accepted_tokens += accepted
         valid = known + accepted
-        self.cache.stored(request.held, request.tokens[:valid])
+        self.cache.stored(request.held, request.tokens[:valid], request.keys)
         self.cache.truncate(request.held, valid)
         if events[-1].finished:
             self._finish(request, events[-1])

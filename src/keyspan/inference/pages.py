@@ -169,15 +169,17 @@ class PagedCache:
             while len(table) < want:
                 table.append(pool.allocate())
 
-    def stored(self, held: Held, tokens: Sequence[int]) -> None:
+    def stored(self, held: Held, tokens: Sequence[int], keys: list[Key] | None = None) -> None:
         """Say that these tokens, all of the sequence's so far, are stored now: full pages are published, pages behind a
-        window are given back."""
+        window are given back. `keys` is as for `adopt`."""
         held.tokens = len(tokens)
         known = len(held.keys)
-        for n, key in enumerate(self._extend(held.keys, tokens, len(tokens) // self.page_size)[known:], known):
+        full = self._extend(list(held.keys) if keys is None else keys, tokens, len(tokens) // self.page_size)
+        for n, key in enumerate(full[known:], known):
             for window, pool in self.pools.items():
                 if self.share and held.tables[window][n] >= 0:
                     pool.publish(held.tables[window][n], key)
+        held.keys = full
         for window, pool in self.pools.items():
             if window is None:
                 continue
