@@ -134,3 +134,21 @@ def test_bits_of_an_answer_do_not_depend_on_anything_else(dtype, data):
     finally:
         torch.set_num_threads(threads)
     assert together == alone
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probabilities_are_those_of_a_training_step(dtype):
+    """Of packed documents with gradients, token by token: what reinforcement learning compares."""
+    model, prompts = make("plain", dtype), draw(2, 5, 19, 1, 8)
+    answers = engine(model, step_tokens=6).generate(prompts, Sampling(9, temperature=1.0, seed=3, logprobs=0))
+    documents = [prompt + answer.tokens for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens = torch.tensor([token for document in documents for token in document])
+    model.train()
+    logits = model.logits(model(tokens, list(map(len, documents)))).float()
+    assert logits.requires_grad
+    start = 0
+    for prompt, answer, document in zip(prompts, answers, documents, strict=True):
+        rows = logits[start + len(prompt) - 1 : start + len(document) - 1].log_softmax(-1)
+        got = rows.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        assert torch.equal(got, torch.tensor(answer.logprobs))
+        start += len(document)
