@@ -46,7 +46,7 @@ def cut(problem, exchange, backend, queries=None, keys=None):
     keys = keys or (queries if M == N else scattered(N, ranks, N + 1))
     ranges = None
     if problem.lo is not None:
-        ranges = KeyRanges(problem.lo, problem.hi, problem.diagonal, dense=problem.dense, keys=N)
+        ranges = KeyRanges(problem.lo, problem.hi, problem.diagonal, origin=problem.origin, dense=problem.dense, keys=N)
     terms: list = [DenseBias(x) for x in problem.biases]
     if problem.slopes is not None:
         terms.append(S.Alibi(problem.slopes if problem.slopes.shape[0] > 1 else problem.slopes[0]))

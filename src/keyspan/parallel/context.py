@@ -155,7 +155,8 @@ class _Plan(NamedTuple):
             if call.part == part:
                 yield call, self.problem._replace(
                     query=tensors.query, key=key, value=value, lo=call.ranges.lo, hi=call.ranges.hi,
-                    diagonal=call.ranges.diagonal, dense=call.dense, biases=tensors.biases[call.biases],
+                    diagonal=call.ranges.diagonal, origin=call.ranges.origin, dense=call.dense,
+                    biases=tensors.biases[call.biases],
                     slopes=tensors.slopes, table=tensors.table, sinks=tensors.sinks if number == 0 else None,
                     seed=None if seed is None else seed + number,
                 )  # fmt: skip

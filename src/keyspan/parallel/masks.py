@@ -180,6 +180,9 @@ class ContextMask:
                 torch.maximum(lo[:, None], first), torch.minimum(hi[:, None], stop), own.diagonal[:, None] - shift
             )
             lo, hi, diagonal = _packed(*(x.flatten(0, 1) for x in (lo, hi, diagonal)))
+        origin = own.origin
+        if origin is not None:
+            origin = torch.searchsorted(keys, origin.long()).int().clamp(max=max(len(keys) - 1, 0))
         dense = own.dense
         if dense is not None and dense.shape[-1] > 1:
             dense = dense.index_select(-1, keys)
@@ -188,7 +191,7 @@ class ContextMask:
             some = slice(s, s + MOST_RANGES)
             # The rank's own keys have a call in any case: it counts the learned sinks.
             if bool((lo[some] < hi[some]).any()) or (transfer is None and s == 0):
-                ranges = KeyRanges(lo[some], hi[some], diagonal[some], dense=dense, keys=len(keys))
+                ranges = KeyRanges(lo[some], hi[some], diagonal[some], origin=origin, dense=dense, keys=len(keys))
                 calls.append(ranges.to(self.device))
         return Part(transfer, keys.to(self.device), calls)
 
@@ -199,7 +202,8 @@ def _rows(ranges: KeyRanges, rows: Tensor) -> KeyRanges:
     dense = ranges.dense
     if dense is not None and dense.dim() > 1 and dense.shape[-2] > 1:
         dense = dense.index_select(-2, rows)
-    return replace(ranges, lo=lo, hi=torch.maximum(lo, hi), diagonal=diagonal, dense=dense)
+    origin = None if ranges.origin is None else ranges.origin.index_select(-1, rows)
+    return replace(ranges, lo=lo, hi=torch.maximum(lo, hi), diagonal=diagonal, origin=origin, dense=dense)
 
 
 def _seen(ranges: KeyRanges, length: int) -> Tensor:
