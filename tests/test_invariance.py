@@ -198,7 +198,9 @@ def check_forms(backend, dtype, seed):
         d = rng.choice(order)
         same(case.batch(backend, d, 3, rng.randint(0, 2)), want[d], f"document {d} in a batch")
         # Chunks of rows see no keys behind them only where the mask is causal.
-        future = case.visible is None or any(name in repr(case.visible) for name in ("left=9", "left=1000000", "Prefix"))
+        future = case.visible is None or any(
+            name in repr(case.visible) for name in ("left=9", "left=1000000", "Prefix")
+        )
         for d, M in enumerate(case.queries):
             cuts = sorted({0, M, *(rng.randint(0, M) for _ in range(3)), *range(max(0, M - 2), M)})
             for first, last in itertools.pairwise(cuts):
