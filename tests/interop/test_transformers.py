@@ -1,5 +1,6 @@
 """`attn_implementation="keyspan"` against transformers' own eager attention, on tiny models with random weights."""
 
+import copy
 import itertools
 
 import pytest
@@ -27,26 +28,39 @@ def run(name, model, implementation, inputs, backward=True, **kwargs):
     out = result(name, model, {**inputs, **kwargs})
     if backward:
         torch.manual_seed(2)
-        out.backward(torch.randn_like(out))
+        out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} if backward else {}
     return out.detach(), grads
 
 
-def close(got, want, tolerance=1e-5):
-    """Equal to `tolerance` of the largest number; gradients of the largest gradient, as some are zero but for noise."""
+def differences(got, want):
+    """Largest difference of the outputs, by the largest output, and of each gradient, by the largest of all gradients:
+    some gradients are zero but for noise."""
     (out, grads), (wanted, wanted_grads) = got, want
     assert torch.isfinite(wanted).all()
-    assert (out - wanted).abs().max() <= tolerance * wanted.abs().max()
     assert grads.keys() == wanted_grads.keys()
     largest = max((g.abs().max() for g in wanted_grads.values()), default=0)
-    for name, grad in grads.items():
-        assert (grad - wanted_grads[name]).abs().max() <= tolerance * largest, name
+    found = {n: float((g - wanted_grads[n]).abs().max() / largest) for n, g in grads.items()}
+    return {"output": float((out - wanted).abs().max() / wanted.abs().max()), **found}
+
+
+def close(got, want, tolerance=1e-5):
+    found = differences(got, want)
+    assert max(found.values()) <= tolerance, found
+
+
+def tolerance(name, model, inputs):
+    """1e-5; for T5, whose scores are not scaled, twice eager's own error if that is more."""
+    if name != "t5":
+        return 1e-5
+    exact = run(name, copy.deepcopy(model).double(), "eager", inputs)
+    return max(1e-5, 2 * max(differences(run(name, model, "eager", inputs), exact).values()))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_output_and_gradients(name):
     model, inputs = build(name), batch(name)
-    close(run(name, model, "keyspan", inputs), run(name, model, "eager", inputs))
+    close(run(name, model, "keyspan", inputs), run(name, model, "eager", inputs), tolerance(name, model, inputs))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -92,13 +106,13 @@ def test_a_training_step(name):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5"])
 def test_gradient_checkpointing(name):
     model, inputs = build(name), batch(name)
-    want = run(name, model, "eager", inputs)
+    want, allowed = run(name, model, "eager", inputs), tolerance(name, model, inputs)
     model.activation_checkpointing_enable()
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    close(run(name, model, "keyspan", inputs), want)
+    close(run(name, model, "keyspan", inputs), want, allowed)
 
 
 class TestGeneration:
@@ -155,13 +169,13 @@ class TestLinears:
     @pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5"])
     def test_output_and_gradients(self, name):
         model, inputs = build(name), batch(name)
-        want = run(name, model, "eager", inputs)
+        want, allowed = run(name, model, "eager", inputs), tolerance(name, model, inputs)
         state, heard = list(model.state_dict()), []
         model.get_submodule(next(n for n, m in model.named_modules() if type(m) is torch.nn.Linear)) \
             .register_forward_hook(lambda *_: heard.append(1))  # fmt: skip
         assert door.replace_linears(model) is model
         assert not any(type(m) is torch.nn.Linear for m in model.modules())
-        close(run(name, model, "keyspan", inputs), want)
+        close(run(name, model, "keyspan", inputs), want, allowed)
         assert heard
         assert list(model.state_dict()) == state
 
