@@ -333,6 +333,18 @@ def test_pool_evicts_what_is_longest_unused():
     assert pool.find(b"a") == a
 
 
+def test_a_model_whose_weights_were_changed_is_refused():
+    net = model()
+    engine = Engine(net, memory=pages(16))
+    engine.generate([[1, 2]], Sampling(max_tokens=2))
+    with torch.no_grad():
+        net.blocks[1].mlp.w3.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="make a new Engine"):
+        engine.add([1, 2])
+    assert not engine.busy()
+    assert Engine(net, memory=pages(16)).generate([[1, 2]], Sampling(max_tokens=2))
+
+
 def test_a_full_queue_and_wrong_requests_are_refused():
     net = model()
     engine = Engine(net, memory=pages(4), page_size=4, waiting=2)

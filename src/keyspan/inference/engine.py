@@ -162,6 +162,7 @@ class Engine:
         self._cancelled: set[str] = set()
         self._numbers = itertools.count()
         self._ids: set[str] = set()
+        self._weights = _versions(model)
 
     # Requests
 
@@ -172,7 +173,13 @@ class Engine:
             ValueError: for an empty prompt, a token outside the vocabulary, a request that memory cannot hold, text
                 without a tokenizer, an id that is in use.
             QueueFullError: where too many requests wait.
+            RuntimeError: where a weight of the model was changed since the engine was made.
         """
+        if _versions(self.model) != self._weights:
+            raise RuntimeError(
+                "the model's weights have changed since this engine was made, whose cached keys and packed weights are "
+                "those of the old ones: make a new Engine"
+            )
         sampling = sampling or Sampling()
         tokens = self._tokens(prompt)
         room = self.cache.pages * self.cache.page_size
@@ -456,3 +463,8 @@ def _note(answer: Answer, event: Event) -> None:
         answer.logprobs.append(event.logprob)
     answer.text += event.text
     answer.finished = event.finished or answer.finished
+
+
+def _versions(model: GPT) -> list[tuple[int, int]]:
+    """Address of each weight, and how often it was written to."""
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in model.parameters()]
