@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
@@ -203,16 +204,21 @@ def make_transformers(folder: Path, options: Bench, device: torch.device) -> Run
 
 
 def make_continuous(folder: Path, options: Bench, device: torch.device) -> Run:
-    """transformers' continuous batching."""
+    """transformers' continuous batching. Its thread, which takes a core while it waits too, ends with each run."""
     transformers: Any = import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).to(device).eval()
     config = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-
     batching = transformers.ContinuousBatchingConfig(num_blocks=512, max_batch_tokens=512)
-    manager = model.init_continuous_batching(config, batching)
-    manager.start()
 
     def run(requests: Sequence[Request]) -> Served:
+        manager = model.init_continuous_batching(config, batching)
+        manager.start()
+        try:
+            return answers(manager, requests)
+        finally:
+            manager.stop(hard_stop=True, timeout=10)
+
+    def answers(manager: Any, requests: Sequence[Request]) -> Served:
         begin = time.perf_counter()
         ids = [manager.add_request(x.prompt, max_new_tokens=x.tokens, record_timestamps=True) for x in requests]
         found: dict[str, Any] = {}
@@ -345,34 +351,35 @@ def measure(
 ) -> list[Row]:
     """Each provider runs a few tokens first; then all run the trace, and one request alone, in turns."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    rows, runs = [Row(name) for name in makers], {}
-    for row in rows:
-        make = makers[row.provider]
-        if make is None:
-            row.note = "not installed here"
-            continue
-        try:
-            run = make(folder, options, device)
-            run([Request(x.prompt[-8:], 2) for x in repeats[0][:2]])
-        except Exception as error:  # a provider that fails here is a result
-            row.note = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-            print(f"{row.provider}: {row.note}", flush=True)
-        else:
-            runs[row.provider] = run
-    served: dict[str, list[Served]] = {name: [] for name in runs}
-    single: dict[str, list[float]] = {name: [] for name in runs}
+    rows = [Row(name) for name in makers]
+    runs: dict[str, Run] = {}
+    served: dict[str, list[Served]] = {}
+    single: dict[str, list[float]] = {}
     reads: list[float] = []
-    for requests in repeats:
-        for name, run in runs.items():
-            served[name].append(run(requests))
-            found = run([Request(requests[-1].prompt[-32:], max(2, options.answer))])
-            times = found.times[0]
-            single[name].append((len(times) - 1) / (times[-1] - times[0]))
-        if device.type == "cpu":
-            reads.append(_read_rate())
-    for run in runs.values():
-        if isinstance(run, Peer):
-            run.close()
+    with ExitStack() as stack:
+        for row in rows:
+            make = makers[row.provider]
+            if make is None:
+                row.note = "not installed here"
+                continue
+            try:
+                run = make(folder, options, device)
+                if isinstance(run, Peer):
+                    stack.callback(run.close)
+                run([Request(x.prompt[-8:], 2) for x in repeats[0][:2]])
+            except Exception as error:  # a provider that fails here is a result
+                row.note = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+                print(f"{row.provider}: {row.note}", flush=True)
+            else:
+                runs[row.provider], served[row.provider], single[row.provider] = run, [], []
+        for requests in repeats:
+            for name, run in runs.items():
+                served[name].append(run(requests))
+                found = run([Request(requests[-1].prompt[-32:], max(2, options.answer))])
+                times = found.times[0]
+                single[name].append((len(times) - 1) / (times[-1] - times[0]))
+            if device.type == "cpu":
+                reads.append(_read_rate())
     want = served[next(iter(runs))][0].tokens if runs else []
     size = _weight_bytes(folder, DTYPES[options.dtype])
     for row in rows:
