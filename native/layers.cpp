@@ -46,12 +46,6 @@ struct Scratch {
 }  // namespace
 }  // namespace keyspan
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 using namespace keyspan;
 
 EXPORT const char *keyspan_rms_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_RMS_NORM_FIELDS); }

@@ -54,12 +54,6 @@ void run(const Linear &p) {
 }  // namespace
 }  // namespace keyspan
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 EXPORT const char *keyspan_linear_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_LINEAR_FIELDS); }
 
 EXPORT void keyspan_linear(const keyspan::Linear *p) {

@@ -7,6 +7,13 @@
 #pragma once
 #include <cstdint>
 
+// A function that Python calls.
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace keyspan {
 
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };

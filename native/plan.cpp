@@ -569,12 +569,6 @@ void run_backward(const Params &p, const PlanStorage &plan, const Kernels &kerne
 }  // namespace
 }  // namespace keyspan
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 using namespace keyspan;
 
 // The fields of Params and Dense in their order, e.g. "q:pointer … B:int1 … q_stride:int5 … scale:float ".

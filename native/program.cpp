@@ -7,12 +7,6 @@
 #include "linear.h"
 #include "threads.h"
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 using namespace keyspan;
 
 EXPORT void keyspan_linear(const Linear *);
