@@ -1,12 +1,25 @@
-"""Writing files: atomically, and with the file's name in every error."""
+"""Reading JSON, and writing files: atomically, and with the file's name in every error."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for anything else, OSError where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; want JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got {type(found).__name__}, want a JSON object")
+    return found
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from keyspan.core.problem import make_problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.inference.pages import PagedCache
-from keyspan.layers import RMSNorm
+from keyspan.layers import RMSNorm, SwiGLU
 from keyspan.layers.gemm import Linear, PackedWeight
 from keyspan.models.gpt import GPT, Attention, Block, Step
 
@@ -88,8 +88,8 @@ class DecoderProgram:
     def reason_against(model: GPT) -> str | None:
         """Why a model runs through `GPT.forward` instead, or None."""
         c = model.config
-        if c.qk_norm or c.post_norms or c.activation != "silu" or c.embedding_scale != 1:
-            return "norms of heads, norms behind layers, GELU and scaled embeddings are not part of a program"
+        if c.qk_norm or c.post_norms or c.activation != "silu" or c.embedding_scale != 1 or c.experts:
+            return "norms of heads, norms behind layers, GELU, scaled embeddings and experts are not part of a program"
         if model.backend not in (None, "native") or type(model) is not GPT:
             return "a subclass of GPT, and one with another backend for attention, run as they say"
         plain = [x.weight for x in model.modules() if isinstance(x, Linear) and x.packed is None]
@@ -132,9 +132,10 @@ class DecoderProgram:
             layers.own.append([x.data_ptr() for x in storage] + [0 if sinks is None else sinks.data_ptr()])
             self._linear(self._attended, block.attention.out, added)
             self._norm(added, block.mlp_norm, normed)
-            self._linear(normed, block.mlp.w12, x12)
+            mlp = cast(SwiGLU, block.mlp)
+            self._linear(normed, mlp.w12, x12)
             self._call("gate", x12=x12, out=gated, dtype=dtype, D=c.hidden)
-            self._linear(gated, block.mlp.w3, added)
+            self._linear(gated, mlp.w3, added)
         self._norm(added, self._model.norm, self._h)
 
     def _fields(self, name: str) -> tuple[tuple[str, str], ...]:

@@ -10,8 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from keyspan.files import write_file
-from keyspan.models.checkpoints import read_json
+from keyspan.files import read_json, write_file
 from keyspan.models.gguf import GgufFile
 
 

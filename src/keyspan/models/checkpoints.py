@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from keyspan.files import write_file
+from keyspan.files import read_json, write_file
 from keyspan.models.gguf import GgufFile
 from keyspan.models.gpt import GPT, GPTConfig, RopeScaling
+from keyspan.models.tensors import FolderTensors, Source, Tensors, check_tensors, fill
 
 Raw = dict[str, Any]
 """A parsed config.json."""
@@ -32,7 +33,7 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
     Args:
         path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json; or a file
             whose name ends in .gguf, which takes the package `gguf`. Architectures: Llama 2 and 3 (SmolLM among them),
-            Mistral, Qwen 2 and 3, Gemma 2, Gemma 3 (text).
+            Mistral, Qwen 2 and 3, Gemma 2, Gemma 3 (text), GPT-OSS.
         dtype: of the weights; None for that of the config (fp32 where it names none, as GGUF files do). Norms stay in
             fp32. Quantized weights of a GGUF file are widened.
         device: where the weights go.
@@ -44,7 +45,7 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
     """
     path = Path(path)
     with ExitStack() as stack:
-        stored: _Tensors
+        stored: Tensors
         if path.suffix == ".gguf":
             stored = gguf = GgufFile(path)
             raw, where = gguf.config(), path
@@ -54,35 +55,18 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
         if path.suffix == ".gguf":
             family = replace(family, norms_less_one=False)
         else:
-            stored = _Stored(path, stack)
+            stored = FolderTensors(path, stack)
         if config.layers > len(stored.names()):
             raise ValueError(f"{path}: the weights do not fit {where.name}: fewer tensors than {config.layers} layers")
         sources = list(_sources(config, family))
-        _check(where, stored, sources, config)
+        # Old checkpoints store what follows from the configuration, and a tied head beside the embedding.
+        ignored = {name for name in stored.names() if name.endswith("rotary_emb.inv_freq")}
+        check_tensors(where, stored, sources, ignored | ({"lm_head.weight"} if config.tie_embeddings else set()))
         with torch.device("meta"):  # of sizes that the files are known to hold
             model = GPT(config)
-        wanted = {name: list(p.shape) for name, p in model.named_parameters()}
-        for name, shape in wanted.items():
-            kept = torch.float32 if _is_norm(name) or name.endswith("sinks") else dtype or _dtype(raw)
-            _replace(model, name, nn.Parameter(torch.empty(shape, dtype=kept, device=device)))
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for source in sources:
-                parts = [stored.tensor(name) for name in source.names]
-                x = parts[0] if len(parts) == 1 else torch.cat(parts)
-                parameters[source.ours].copy_(x if source.read is None else source.read(x))
+        wanted = dtype or read_dtype(raw)
+        fill(model, stored, sources, lambda name: torch.float32 if _stays_fp32(name) else wanted, device)
     return model.eval()
-
-
-def read_json(path: Path) -> Raw:
-    """A JSON object. Raises ValueError for anything else, OSError where there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}; want JSON") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: got {type(found).__name__}, want a JSON object")
-    return found
 
 
 # Configurations
@@ -100,6 +84,8 @@ class Family:
     """Embeddings are scaled by sqrt(dim), blocks have four norms."""
     norms_less_one: bool = False
     """Whether norms' weights are stored less 1."""
+    gpt_oss: bool = False
+    """Heads have sinks, feed-forward layers are mixtures of experts."""
 
 
 FAMILIES = {
@@ -109,6 +95,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True),
     "Gemma2ForCausalLM": Family(gemma=True, norms_less_one=True),
     "Gemma3ForCausalLM": Family(gemma=True, norms_less_one=True, qk_norm=True),
+    "GptOssForCausalLM": Family(gpt_oss=True),
 }
 """By the name in config.json's `architectures`."""
 
@@ -145,7 +132,7 @@ def _read_config(raw: Raw, where: str) -> tuple[Family, GPTConfig]:
         raise ValueError(f"{where}: got activation {activation!r}, want one of {', '.join(known)}")
     if raw.get("quantization_config") is not None:
         raise ValueError(f"{where}: quantized weights are not supported, want fp32, bf16 or fp16")
-    if raw.get("num_experts") or raw.get("num_local_experts"):
+    if not family.gpt_oss and (raw.get("num_experts") or raw.get("num_local_experts")):
         raise ValueError(f"{where}: a mixture of experts is not supported, want a dense model")
     if family.gemma and raw.get("use_bidirectional_attention"):
         raise ValueError(f"{where}: use_bidirectional_attention is not supported")
@@ -176,6 +163,11 @@ def _read_config(raw: Raw, where: str) -> tuple[Family, GPTConfig]:
         embedding_scale=math.sqrt(dim) if family.gemma else 1.0,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", family.gemma)),
+        sinks=family.gpt_oss,
+        experts=get("num_local_experts") if family.gpt_oss else 0,
+        experts_per_token=get("num_experts_per_tok") if family.gpt_oss else 0,
+        expert_limit=float(raw.get("swiglu_limit", 7.0)),
+        expert_alpha=float(raw.get("swiglu_alpha", 1.702)),
     )
     return family, config
 
@@ -206,11 +198,28 @@ def _rope(raw: Raw, where: str) -> tuple[tuple[float, RopeScaling | None], float
             float(found["low_freq_factor"]),
             float(found["high_freq_factor"]),
         )
+    elif kind == "yarn":
+        scaling = _yarn(found, raw)
     else:
-        raise ValueError(f"{where}: got rope_type {kind!r}, want default, linear or llama3")
+        raise ValueError(f"{where}: got rope_type {kind!r}, want default, linear, llama3 or yarn")
     if local is not None and float(local) == theta and scaling is None:
         local = None
     return (theta, scaling), None if local is None else float(local)
+
+
+def _yarn(found: Raw, raw: Raw) -> RopeScaling:
+    original = int(found["original_max_position_embeddings"])
+    factor = float(found.get("factor") or raw["max_position_embeddings"] / original)
+    magnitude = found.get("attention_factor")
+    if magnitude is None:
+        more, all_of = found.get("mscale"), found.get("mscale_all_dim")
+        scales = (more, all_of) if more and all_of else (1.0, 0.0)
+        above, below = (0.1 * scale * math.log(max(factor, 1.0)) + 1 for scale in scales)
+        magnitude = above / below
+    slow, fast = float(found.get("beta_slow") or 1), float(found.get("beta_fast") or 32)
+    return RopeScaling(
+        "yarn", factor, original, slow, fast, whole=found.get("truncate", True), magnitude=float(magnitude)
+    )
 
 
 def _windows(raw: Raw, family: Family, layers: int, where: str) -> tuple[int | None, ...] | None:
@@ -221,7 +230,7 @@ def _windows(raw: Raw, family: Family, layers: int, where: str) -> tuple[int | N
         if family.gemma and "sliding_window_pattern" in raw:
             pattern = raw["sliding_window_pattern"]
             types = ["sliding_attention" if (n + 1) % pattern else "full_attention" for n in range(layers)]
-        elif family.gemma:
+        elif family.gemma or family.gpt_oss:
             types = ["full_attention" if n % 2 else "sliding_attention" for n in range(layers)]
         elif family.windowed:
             types = ["sliding_attention"] * layers
@@ -236,7 +245,8 @@ def _windows(raw: Raw, family: Family, layers: int, where: str) -> tuple[int | N
     return found if any(found) else None
 
 
-def _dtype(raw: Raw) -> torch.dtype:
+def read_dtype(raw: Raw) -> torch.dtype:
+    """The dtype that a config.json names; fp32 where it names none."""
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if not isinstance(name, str) or name not in dtypes:
@@ -247,40 +257,35 @@ def _dtype(raw: Raw) -> torch.dtype:
 # Tensors
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a parameter comes from: tensors laid one behind the other, and what makes ours of them."""
-
-    ours: str
-    names: tuple[str, ...]
-    rows: tuple[int, ...]
-    """Of each tensor."""
-    columns: int | None
-    """None for a vector."""
-    read: Callable[[Tensor], Tensor] | None = None
-
-
-def _sources(config: GPTConfig, family: Family) -> Iterator[_Source]:
+def _sources(config: GPTConfig, family: Family) -> Iterator[Source]:
     """The tensors of a checkpoint, parameter by parameter."""
     c = config
     norm = _plus_one if family.norms_less_one else None
-    yield _Source("embedding.weight", ("model.embed_tokens.weight",), (c.vocab_size,), c.dim)
-    yield _Source("norm.weight", ("model.norm.weight",), (c.dim,), None, norm)
+    yield Source("embedding.weight", ("model.embed_tokens.weight",), ((c.vocab_size, c.dim),))
+    yield Source("norm.weight", ("model.norm.weight",), ((c.dim,),), norm)
     if not c.tie_embeddings:
-        yield _Source("head.weight", ("lm_head.weight",), (c.vocab_size,), c.dim)
+        yield Source("head.weight", ("lm_head.weight",), ((c.vocab_size, c.dim),))
     query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
     for n in range(c.layers):
         ours, theirs = f"blocks.{n}.", f"model.layers.{n}."
         linears = [
             ("attention.qkv", [f"self_attn.{x}_proj" for x in "qkv"], (query, key, key), c.dim, c.qkv_bias),
             ("attention.out", ["self_attn.o_proj"], (c.dim,), query, c.out_bias),
-            ("mlp.w12", ["mlp.gate_proj", "mlp.up_proj"], (c.hidden, c.hidden), c.dim, c.mlp_bias),
-            ("mlp.w3", ["mlp.down_proj"], (c.dim,), c.hidden, c.mlp_bias),
         ]
+        if c.experts:
+            linears.append(("mlp.router", ["mlp.router"], (c.experts,), c.dim, True))
+            yield from _expert_sources(c, f"{ours}mlp.", f"{theirs}mlp.experts.")
+        else:
+            linears.append(("mlp.w12", ["mlp.gate_proj", "mlp.up_proj"], (c.hidden, c.hidden), c.dim, c.mlp_bias))
+            linears.append(("mlp.w3", ["mlp.down_proj"], (c.dim,), c.hidden, c.mlp_bias))
         for name, parts, rows, columns, bias in linears:
-            yield _Source(f"{ours}{name}.weight", tuple(f"{theirs}{x}.weight" for x in parts), rows, columns)
+            shapes = tuple((count, columns) for count in rows)
+            yield Source(f"{ours}{name}.weight", tuple(f"{theirs}{x}.weight" for x in parts), shapes)
             if bias:
-                yield _Source(f"{ours}{name}.bias", tuple(f"{theirs}{x}.bias" for x in parts), rows, None)
+                shapes_of_bias = tuple((count,) for count in rows)
+                yield Source(f"{ours}{name}.bias", tuple(f"{theirs}{x}.bias" for x in parts), shapes_of_bias)
+        if c.sinks:
+            yield Source(f"{ours}attention.sinks", (f"{theirs}self_attn.sinks",), ((c.heads,),))
         before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
         norms = [("attention_norm", "input_layernorm", c.dim), ("mlp_norm", before_mlp, c.dim)]
         if c.post_norms:
@@ -289,86 +294,29 @@ def _sources(config: GPTConfig, family: Family) -> Iterator[_Source]:
         if c.qk_norm:
             norms += [(f"attention.{x}_norm", f"self_attn.{x}_norm", c.head_dim) for x in "qk"]
         for name, part, size in norms:
-            yield _Source(f"{ours}{name}.weight", (f"{theirs}{part}.weight",), (size,), None, norm)
+            yield Source(f"{ours}{name}.weight", (f"{theirs}{part}.weight",), ((size,),), norm)
+
+
+def _expert_sources(c: GPTConfig, ours: str, theirs: str) -> Iterator[Source]:
+    """GPT-OSS stores an expert's matrices as [inputs, outputs], gate and up in turns."""
+
+    def halves(x: Tensor) -> Tensor:
+        y: Tensor = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return y
+
+    E = c.experts
+    yield Source(f"{ours}w12", (f"{theirs}gate_up_proj",), ((E, c.dim, 2 * c.hidden),), lambda x: halves(x).mT)
+    yield Source(f"{ours}w12_bias", (f"{theirs}gate_up_proj_bias",), ((E, 2 * c.hidden),), halves)
+    yield Source(f"{ours}w3", (f"{theirs}down_proj",), ((E, c.hidden, c.dim),), lambda x: x.mT)
+    yield Source(f"{ours}w3_bias", (f"{theirs}down_proj_bias",), ((E, c.dim),))
 
 
 def _plus_one(x: Tensor) -> Tensor:
     return x.float() + 1
 
 
-def _is_norm(name: str) -> bool:
-    return name.endswith("norm.weight")
-
-
-class _Tensors(Protocol):
-    """The tensors of a file or folder, by Hugging Face's names."""
-
-    def names(self) -> set[str]: ...
-
-    def shape(self, name: str) -> list[int]: ...
-
-    def tensor(self, name: str) -> Tensor: ...
-
-
-class _Stored:
-    """The tensors of a folder's safetensors files, memory-mapped."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        files = [single.name]
-        if index.exists() and not single.exists():  # as transformers: an index may be left of weights before these
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
-                raise ValueError(f"{index}: got weight_map {shards!r:.100}, want the file of each tensor")
-            files = sorted(set(shards.values()))
-        self._by_name: dict[str, Any] = {}
-        for file in files:
-            path = folder / file
-            if path.parent != folder or not path.is_file():
-                raise ValueError(f"{folder}: holds no {file}; want model.safetensors, or its shards and their index")
-            try:
-                opened = stack.enter_context(safe_open(str(path), framework="pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{path}: {error}; the file is damaged or cut off") from None
-            self._by_name |= dict.fromkeys(opened.keys(), opened)
-
-    def names(self) -> set[str]:
-        return set(self._by_name)
-
-    def shape(self, name: str) -> list[int]:
-        return list(self._by_name[name].get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        found: Tensor = self._by_name[name].get_tensor(name)
-        return found
-
-
-def _check(config_file: Path, stored: _Tensors, sources: list[_Source], config: GPTConfig) -> None:
-    """Whether every tensor is there in its shape, and no other."""
-    wanted = {
-        name: [rows] if source.columns is None else [rows, source.columns]
-        for source in sources
-        for name, rows in zip(source.names, source.rows, strict=True)
-    }
-    names = stored.names()
-    # Old checkpoints store what follows from the configuration, and a tied head beside the embedding.
-    ignored = {name for name in names if name.endswith("rotary_emb.inv_freq")}
-    ignored |= {"lm_head.weight"} if config.tie_embeddings else set()
-    wrong = [f"{name} is missing" for name in sorted(set(wanted) - names)]
-    wrong += [f"{name} is not part of this architecture" for name in sorted(names - set(wanted) - ignored)]
-    for name, shape in wanted.items():
-        if name in names and stored.shape(name) != shape:
-            wrong.append(f"{name}: got shape {stored.shape(name)}, want {shape}")
-    if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise ValueError(f"{config_file}: the weights do not fit: {'; '.join(wrong[:5])}{more}")
-
-
-def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, parameter)
+def _stays_fp32(name: str) -> bool:
+    return name.endswith(("norm.weight", "sinks"))
 
 
 # Writing
@@ -425,7 +373,7 @@ def save(model: GPT, folder: Path | str) -> None:
     tensors: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     for source in _sources(config, FAMILIES["LlamaForCausalLM"]):
-        parts = parameters[source.ours].detach().split(source.rows)
+        parts = parameters[source.ours].detach().split([shape[0] for shape in source.shapes])
         tensors |= {name: part.contiguous() for name, part in zip(source.names, parts, strict=True)}
     # The weights first: a folder with a config.json is whole.
     temporary = folder / "model.safetensors.new"

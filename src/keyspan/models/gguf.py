@@ -133,7 +133,7 @@ class GgufFile:
         theta = float(self.entry(f"{a}.rope.freq_base", 10_000.0))
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         scaling = RopeScaling("llama3", float(divisors.max()), 8192, 1.0, 4.0)
-        if not torch.allclose(scaling.frequencies(frequencies), frequencies / divisors, rtol=1e-4):
+        if not torch.allclose(scaling.frequencies(frequencies, theta), frequencies / divisors, rtol=1e-4):
             raise ValueError(f"{self.path}: the scaling in rope_freqs.weight is not Llama 3's")
         return {
             "rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": 8192,

@@ -1,7 +1,7 @@
 """A decoder-only transformer on packed documents; its configuration covers the dense families of Hugging Face.
 
 Pre-norm blocks (RMSNorm), grouped-query attention, a gated feed-forward layer; positions by RoPE, ALiBi or none at all.
-`keyspan.models.checkpoints` loads Llama, Mistral, Qwen and Gemma weights into it.
+`keyspan.models.checkpoints` loads Llama, Mistral, Qwen, Gemma and GPT-OSS weights into it.
 Letters: T packed tokens, D width, H query heads, G key/value heads, K head dim, C vocabulary.
 """
 
@@ -20,6 +20,7 @@ from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
 from keyspan.core.masks import Layout, Mask
 from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate, rotate_qkv
 from keyspan.layers.gemm import PackedWeight, gemm_dtype
+from keyspan.models.experts import Experts
 from keyspan.parallel import Context, ContextMask, context_attention
 
 Positions = Literal["rope", "alibi", "none"]
@@ -30,27 +31,48 @@ Activation = Literal["silu", "gelu_tanh"]
 class RopeScaling:
     """How RoPE's angles are changed so that a model reads longer texts than it was trained on first."""
 
-    kind: Literal["linear", "llama3"]
-    """linear: all angles are divided by `factor` (Chen et al., 2023). llama3: those of low frequencies (Llama 3.1)."""
+    kind: Literal["linear", "llama3", "yarn"]
+    """linear: all angles are divided by `factor` (Chen et al., 2023). llama3: those of low frequencies (Llama 3.1).
+    yarn: those of low frequencies, less and less from pair to pair (Peng et al., 2023)."""
     factor: float
     original_length: int = 8192
-    """llama3: tokens of the first training; a frequency is judged by its turns in so many."""
+    """llama3, yarn: tokens of the first training; a frequency is judged by its turns in so many."""
     low_turns: float = 1.0
-    """llama3: angles of fewer turns are divided by `factor`; between `low_turns` and `high_turns` in part."""
+    """llama3, yarn: angles of fewer turns are divided by `factor`; between `low_turns` and `high_turns` in part."""
     high_turns: float = 4.0
+    whole: bool = True
+    """yarn: whether the pairs between which angles change in part are rounded outwards to whole ones."""
+    magnitude: float = 1.0
+    """yarn: factor on cosines and sines; a score has its square."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"kind: got {self.kind!r}, want 'linear' or 'llama3'")
-        if not self.factor > 0 or self.original_length < 1 or not self.low_turns < self.high_turns:
-            raise ValueError(f"rope_scaling: got {self}, want factor > 0, original_length ≥ 1, low_turns < high_turns")
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"kind: got {self.kind!r}, want 'linear', 'llama3' or 'yarn'")
+        if not self.factor > 0 or self.original_length < 1 or not 0 < self.low_turns < self.high_turns:
+            raise ValueError(
+                f"rope_scaling: got {self}, want factor > 0, original_length ≥ 1, 0 < low_turns < high_turns"
+            )
+        if not 0 < self.magnitude < math.inf:
+            raise ValueError(f"magnitude: got {self.magnitude}, want a positive number")
 
-    def frequencies(self, frequencies: Tensor) -> Tensor:
-        """Radians per token of each pair, scaled."""
+    def frequencies(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Radians per token of each pair, `theta ** (-pair / pairs)`, scaled."""
         if self.kind == "linear":
             return frequencies / self.factor
-        turns = self.original_length * frequencies / (2 * math.pi)
-        kept = ((turns - self.low_turns) / (self.high_turns - self.low_turns)).clamp(0, 1)
+        if self.kind == "llama3":
+            turns = self.original_length * frequencies / (2 * math.pi)
+            kept = ((turns - self.low_turns) / (self.high_turns - self.low_turns)).clamp(0, 1)
+        else:
+            pairs = len(frequencies)
+            first, last = (
+                pairs * math.log(self.original_length / (2 * math.pi * turns)) / math.log(theta)
+                for turns in (self.high_turns, self.low_turns)
+            )
+            if self.whole:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, 2 * pairs - 1)
+            pair = torch.arange(pairs, dtype=frequencies.dtype, device=frequencies.device)
+            kept = 1 - ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
@@ -89,6 +111,12 @@ class GPTConfig:
     """Whether outputs of attention and feed-forward layers are normed too (Gemma 2 and 3)."""
     sinks: bool = False
     """Whether each query head has a learned sink (GPT-OSS)."""
+    experts: int = 0
+    """Feed-forward layers are mixtures of so many experts, each `hidden` wide (GPT-OSS); 0: no mixture."""
+    experts_per_token: int = 0
+    expert_limit: float = 7.0
+    """Bound on the halves of an expert's gated layer; `expert_alpha` is the factor in its sigmoid."""
+    expert_alpha: float = 1.702
     attention_scale: float | None = None
     """Factor on query · key; None: head_dim ** -0.5."""
     attention_softcap: float | None = None
@@ -104,8 +132,9 @@ class GPTConfig:
     """Probability of dropping attention weights, outputs of attention and SwiGLU, and embeddings, in training."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden", "head_dim"):
-            value, least = getattr(self, name), int(name in ("vocab_size", "dim", "layers", "heads"))
+        least_one = ("vocab_size", "dim", "layers", "heads")
+        for name in (*least_one, "kv_heads", "hidden", "head_dim", "experts", "experts_per_token"):
+            value, least = getattr(self, name), int(name in least_one)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, want an int ≥ {least}")
         if not self.head_dim and self.dim % self.heads:
@@ -123,11 +152,15 @@ class GPTConfig:
             len(self.windows) != self.layers or any(w is not None and w < 1 for w in self.windows)
         ):
             raise ValueError(f"windows: got {self.windows}, want {self.layers} of None or an int ≥ 1, one a layer")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token: got {self.experts_per_token}, want 1 … experts = {self.experts}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}, want a probability in [0, 1)")
-        for name in ("rope_theta", "norm_eps", "embedding_std", "embedding_scale"):
+        for name in ("rope_theta", "norm_eps", "embedding_std", "embedding_scale", "expert_limit", "expert_alpha"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a positive number")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta: got {self.rope_theta}, want more than 1 with yarn")
         for name in ("attention_scale", "attention_softcap", "logit_softcap", "local_rope_theta"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -219,6 +252,12 @@ class GeGLU(SwiGLU):
         return y
 
 
+def _feed_forward(c: GPTConfig) -> SwiGLU | Experts:
+    if c.experts:
+        return Experts(c.dim, c.hidden, c.experts, c.experts_per_token, c.expert_limit, c.expert_alpha)
+    return (SwiGLU if c.activation == "silu" else GeGLU)(c.dim, c.hidden, bias=c.mlp_bias)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): x [T, D] -> [T, D]."""
 
@@ -227,8 +266,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        gated = SwiGLU if config.activation == "silu" else GeGLU
-        self.mlp = gated(config.dim, config.hidden, bias=config.mlp_bias)
+        self.mlp = _feed_forward(config)
         self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
         self.mlp_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
@@ -333,7 +371,10 @@ class GPT(nn.Module):
         return Step(masks, turns, bias, cache, self.backend)
 
     def _turn(self, positions: Tensor, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
-        return rotary_table(positions, self.config.head_dim, theta, None if scaling is None else scaling.frequencies)
+        if scaling is None:
+            return rotary_table(positions, self.config.head_dim, theta)
+        cosine, sine = rotary_table(positions, self.config.head_dim, theta, lambda x: scaling.frequencies(x, theta))
+        return (cosine, sine) if scaling.magnitude == 1 else (cosine * scaling.magnitude, sine * scaling.magnitude)
 
     @property
     def head_weight(self) -> Tensor:
@@ -418,7 +459,7 @@ def initialize(model: GPT) -> None:
             nn.init.normal_(p, std=model.config.embedding_std)
         elif name == "head.weight":
             nn.init.normal_(p, std=0.02)
-        elif name.endswith(("attention.out.weight", "mlp.w3.weight")):
+        elif name.endswith(("attention.out.weight", "mlp.w3.weight", "mlp.w3")):
             nn.init.normal_(p, std=std / math.sqrt(2 * model.config.layers))
         else:
             nn.init.normal_(p, std=std)

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keyspan.models.checkpoints import read_json
+from keyspan.files import read_json
 from keyspan.training.packing import Batch
 
 GROUP = 8

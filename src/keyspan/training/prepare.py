@@ -28,8 +28,7 @@ from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from keyspan.files import locked, write_file
-from keyspan.models.checkpoints import read_json
+from keyspan.files import locked, read_json, write_file
 
 BLOCK = 1024
 """Most documents that are tokenized together, in parallel; a shard ends between blocks."""
