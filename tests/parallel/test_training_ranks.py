@@ -48,7 +48,7 @@ def arrangements(*options: str) -> None:
                 halve(Path(values["from"]), run)
             del values["from"]
             dist.barrier()
-            config = replace(read_config(run), resume=run, **{"fsdp": False, "context": 1, **values})
+            config = replace(read_config(run), resume=run, **{"fsdp": False, "context": 1, "tensor": 1, **values})
         else:
             config = TrainConfig.from_json(text)
         train(config, quiet=True)
@@ -83,6 +83,42 @@ def test_every_arrangement_has_the_losses_of_one_process(tmp_path):
     train(replace(read_config(tmp_path / "alone"), fsdp=False, context=1, resume=tmp_path / "alone"), quiet=True)
     assert curve(tmp_path / "alone")[0] == pytest.approx(losses, abs=1e-5)
     assert evaluated(tmp_path / "fsdp") == pytest.approx(evaluated(tmp_path / "one"), abs=1e-5)
+
+
+WIDE = {"heads": 4, "kv_heads": 2}
+TENSOR = {
+    "data × tensor": {"tensor": 2}, "fsdp × tensor": {"fsdp": True, "tensor": 2},
+    "context × tensor": {"context": 2, "tensor": 2},
+    "context × fsdp × tensor": {"fsdp": True, "context": 2, "tensor": 2},
+}  # fmt: skip
+"""On four ranks; on two the first one is tensor parallelism alone."""
+
+
+def test_tensor_parallelism_has_the_losses_of_one_process(tmp_path):
+    """Alone and beside all other kinds, on meshes of one to three dimensions, and from others' checkpoints."""
+    train(replace(CONFIG, **WIDE, out=tmp_path / "one"), quiet=True)
+    losses, held_out = curve(tmp_path / "one")
+    alibi = {**WIDE, "positions": "alibi", "tie_embeddings": False}
+    train(replace(CONFIG, **alibi, out=tmp_path / "alibi"), quiet=True)
+    two = [as_json(**WIDE, out=str(tmp_path / "tensor"), tensor=2)]
+    run_ranks(arrangements, 2, *two, as_json(**alibi, out=str(tmp_path / "alibi of two"), tensor=2))
+    assert curve(tmp_path / "alibi of two")[0] == pytest.approx(curve(tmp_path / "alibi")[0], abs=1e-5)
+    options = [as_json(**WIDE, out=str(tmp_path / name), **changes) for name, changes in TENSOR.items()]
+    again = {"fsdp × tensor": "one", "context × tensor": "fsdp × tensor", "data × tensor": "tensor"}
+    for name, before in again.items():
+        places = {"from": str(tmp_path / before), "to": str(tmp_path / f"again {name}")}
+        options.append(json.dumps(places | TENSOR[name]))
+    options.append(json.dumps({"from": str(tmp_path / "tensor"), "to": str(tmp_path / "again data"), "context": 2}))
+    run_ranks(arrangements, 4, *options)
+    for run in ["tensor", *TENSOR, *(f"again {name}" for name in (*again, "data"))]:
+        got = curve(tmp_path / run)
+        assert got[0] == pytest.approx(losses, abs=1e-5), run
+        assert got[1] == held_out, run
+    halve(tmp_path / "context × fsdp × tensor", tmp_path / "alone")
+    changes = {"fsdp": False, "context": 1, "tensor": 1, "resume": tmp_path / "alone"}
+    train(replace(read_config(tmp_path / "alone"), **changes), quiet=True)
+    assert curve(tmp_path / "alone")[0] == pytest.approx(losses, abs=1e-5)
+    assert evaluated(tmp_path / "fsdp × tensor") == pytest.approx(evaluated(tmp_path / "one"), abs=1e-5)
 
 
 def evaluated(run):

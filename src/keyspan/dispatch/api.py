@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -12,6 +13,7 @@ from keyspan.core.problem import DTYPES, BiasLike, HeadLayout, MaskLike, Options
 from keyspan.dispatch import replay
 from keyspan.dispatch.cache import lower
 from keyspan.dispatch.choose import choose
+from keyspan.dispatch.shards import attend_shards, sharded
 from keyspan.dispatch.spelling import refuse
 
 if TYPE_CHECKING:
@@ -94,6 +96,11 @@ def attention(
         backend: a name from `keyspan.BACKENDS`, which is then used or refused, never replaced; `None` takes the
             first that has no reason against the problem. `keyspan.explain` tells which and why.
 
+    Query, key and value may be DTensors sharded alike: on the batch, on heads (key heads of 5-D queries), or both,
+    evenly. Each rank computes its shard and nothing is sent. Biases and sinks are DTensors then, sharded where they
+    have a batch or heads, or plain tensors without gradients that all ranks have, as masks are. Dropout is drawn per
+    rank.
+
     Returns:
         `out` in the query's layout with V in place of K; with `return_lse` also lse, fp32 (fp64 for fp64 inputs), in
         the query's layout without its last dimension and heads before M: `[B, Hq, M]`, `[B, G, H, M]` or `[B, M]`.
@@ -113,6 +120,12 @@ def attention(
     numbers = (scale, softcap, dropout_p, bool(return_lse), output_dtype, backend)
     call = replay.lookup(query, key, value, mask, bias, terms, numbers)
     results = None if call is None else replay.replay(call)
+    if results is None and (sharded(query) or sharded(key) or sharded(value)):
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+        results = attend_shards(
+            query, key, value, mask, bias, sinks, (query_scale, key_scale, value_scale),
+            partial(attention, **options, output_dtype=output_dtype, return_lse=True, backend=backend),
+        )  # fmt: skip
     if results is None:
         problem, heads = _checked_problem(
             layout, *autocast_inputs(query, key, value), mask=mask, bias=bias, scale=scale, softcap=softcap,

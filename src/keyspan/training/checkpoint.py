@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from keyspan.files import flush_folder, write_file
-from keyspan.training.ranks import cut_as
+from keyspan.training.ranks import cut_as, rows_of
 
 FORMAT, SHARDED = "keyspan checkpoint 2", "keyspan sharded checkpoint 1"
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
@@ -191,10 +191,11 @@ def load(
     random = {key: training[key] for key in modules if key in training}
     _check(checkpoint / TRAINING, random, {key: modules[key].get_rng_state() for key in {"rng.cpu", *random}})
     _load_scale(checkpoint, state, scaler)
-    model.load_state_dict({name: cut_as(x, model.state_dict()[name]) for name, x in weights.items()}, strict=False)
+    like, rows = model.state_dict(), rows_of(model)
+    model.load_state_dict({name: cut_as(x, like[name], rows.get(name)) for name, x in weights.items()}, strict=False)
     remembered = {
         index: {
-            moment: x if moment == "step" else cut_as(x, model.get_parameter(name))
+            moment: x if moment == "step" else cut_as(x, model.get_parameter(name), rows.get(name))
             for moment in MOMENTS
             for x in (moments[f"{name}.{moment}"],)
         }

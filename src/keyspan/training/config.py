@@ -79,6 +79,9 @@ class TrainConfig:
     context: int = 1
     """With torchrun: ranks that share each micro-batch's rows, which pass one another keys and values; the number of
     ranks is a multiple. Ranks beyond share the micro-batches of a step."""
+    tensor: int = 1
+    """With torchrun: ranks that share each layer (tensor parallel): each computes some heads of its attention and a
+    part of its feed-forward layer. Divides `heads` and `kv_heads`. Neighbouring ranks are chosen."""
     fsdp: bool = False
     """With torchrun: cut weights and optimizer state across all ranks (FSDP2), not a copy on each (DDP)."""
 
@@ -110,8 +113,8 @@ class TrainConfig:
             raise ValueError(f"data: got {self.data} for the task {self.task}, want a folder for the task data alone")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: got {self.precision!r}, want fp32, bf16 or fp16")
-        whole = ("tokens", "accumulation", "steps", "context", "eval_every", "eval_tokens", "checkpoint_every")
-        for name in whole:
+        sizes = ("tokens", "accumulation", "steps", "context", "tensor")
+        for name in (*sizes, "eval_every", "eval_tokens", "checkpoint_every"):
             if not 1 <= (got := getattr(self, name)) < 2**31:
                 raise ValueError(f"{name}: got {got}, want 1 … 2³¹ − 1")
         if self.warmup < 0:

@@ -39,7 +39,7 @@ from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
 from keyspan.training.graph import CapturedStep, check_capture
 from keyspan.training.packing import Batch, to_device
-from keyspan.training.ranks import ALONE, Ranks, connected, is_cut, setting
+from keyspan.training.ranks import ALONE, Ranks, check_model, connected, is_cut, setting
 from keyspan.training.report import Report, peak_memory, peak_rate, plot, step_flops
 from keyspan.training.sharded import Saver
 from keyspan.training.tasks import SyntheticTask
@@ -188,11 +188,11 @@ def take_step(
             on_host = (loss_of is None and device.type == "cpu") or context is not None
             given = lengths if on_host else to_device(torch.tensor(lengths), device)
             further = () if context is None else (context,)
-            # DDP and FSDP give the mean of the ranks' gradients, so each loss counts as often as there are ranks.
-            loss = (loss_of or model.loss)(tokens, targets, given, *further) * (share * ranks.world / total)
+            # DDP and FSDP give the mean of the gradients of such ranks, so each loss counts as often as there are any.
+            loss = (loss_of or model.loss)(tokens, targets, given, *further) * (share * ranks.shared / total)
             scaler.scale(loss).backward()
         losses.append(loss.detach() if share else torch.zeros_like(loss))
-    mean = ranks.sum(torch.stack(losses).sum()) / ranks.world
+    mean = ranks.sum(torch.stack(losses).sum()) / ranks.shared
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     if is_cut(norm):
@@ -248,6 +248,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         task = make_task(config)
         model = make_model(config, task.vocab_size).to(device)
         _check_backend(model, config, device)
+        check_model(model, ranks.tensor)
         if config.cuda_graph:
             check_capture(config, device, ranks.world)
         with _run_folder(config, ranks) as run:
@@ -379,7 +380,7 @@ def _run(
                     raise stopped(step + 1, error) from None
                 step += 1
                 tokens = sum(len(batch.tokens) for batch in batches)
-                flops = step_flops(model, batches) / ranks.context if rate else 0.0
+                flops = step_flops(model, batches) / (ranks.context * ranks.tensor) if rate else 0.0
                 pending.append(_Pending(step, lr, tokens * ranks.data, flops, *found))
                 evaluates = step % config.eval_every == 0 and step < config.steps
                 saves = step % config.checkpoint_every == 0

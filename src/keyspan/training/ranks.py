@@ -1,17 +1,19 @@
 """The processes of a run: which data each has, how they share a model, and how they agree.
 
-`torchrun` starts them. They form a mesh of data × context: ranks that differ in `data` have other micro-batches, ranks
-that differ in `context` share the rows of the same ones. Weights are copies that are kept equal (DDP), or are cut
-across all ranks (FSDP2).
+`torchrun` starts them. They form a mesh of data × context × tensor: ranks that differ in `data` have other
+micro-batches, ranks that differ in `context` share the rows of the same ones, ranks that differ in `tensor` compute a
+part of each layer for the same rows. Over data × context, weights are copies that are kept equal (DDP), or are cut
+(FSDP2).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,15 +27,18 @@ from keyspan.parallel import Context, Partition
 from keyspan.training.config import TrainConfig
 from keyspan.training.packing import Batch
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
 
 
 class Objective(nn.Module):
     """A GPT whose forward is its loss, or what an evaluation asks: the module that DDP and FSDP wrap."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, tensor: DeviceMesh | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.tensor = model, tensor
 
     def forward(
         self, tokens: Tensor, targets: Tensor, lengths: Any, context: Context | None = None, scores: bool = False
@@ -41,6 +46,10 @@ class Objective(nn.Module):
         """The loss, see `GPT.loss`; with `scores`, the logits of all rows."""
         if scores:
             return self.model.logits(self.model(tokens, lengths, context=context))
+        if self.tensor is not None:
+            from keyspan.training.tensor import loss
+
+            return loss(self.model, self.model(tokens, lengths, context=context), targets, self.tensor)
         return self.model.loss(tokens, targets, lengths, context=context)
 
 
@@ -51,22 +60,33 @@ class Ranks:
     rank: int = 0
     world: int = 1
     context: int = 1
-    """Ranks that share the rows of a micro-batch; `world / context` have micro-batches of their own."""
+    """Ranks that share the rows of a micro-batch."""
+    tensor: int = 1
+    """Ranks that share the layers; `world / context / tensor` have micro-batches of their own."""
     device: torch.device | None = None
     context_group: Any = None
+    shared_group: Any = None
+    """The ranks of data × context; None for all ranks."""
+    mesh: DeviceMesh | None = None
+    """Where layers are shared: its last dimension is `tensor`, those before are data × context."""
 
     @property
     def data(self) -> int:
-        """Ranks, or groups of them, with micro-batches of their own."""
-        return self.world // self.context
+        """Groups of ranks with micro-batches of their own."""
+        return self.shared // self.context
+
+    @property
+    def shared(self) -> int:
+        """Ranks of data × context."""
+        return self.world // self.tensor
 
     @property
     def data_rank(self) -> int:
-        return self.rank // self.context
+        return self.rank // self.tensor // self.context
 
     @property
     def context_rank(self) -> int:
-        return self.rank % self.context
+        return self.rank // self.tensor % self.context
 
     @property
     def first(self) -> bool:
@@ -83,9 +103,9 @@ class Ranks:
         return Batch(tokens, targets, batch.lengths), Context(partition, self.context_group)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, on every one of them."""
-        if self.world > 1:
-            dist.all_reduce(x)
+        """The sum over all ranks of data × context, on every rank."""
+        if self.shared > 1:
+            dist.all_reduce(x, group=self.shared_group)
         return x
 
     def any(self, flag: bool) -> bool:
@@ -113,24 +133,38 @@ class Ranks:
         return result[0]
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed torch's generators for a step, each rank's otherwise; not where the process is alone, whose generators
-        run on."""
+        """Seed torch's generators for a step, otherwise for each rank of data × context; not where the process is
+        alone, whose generators run on."""
         if self.world > 1:
-            torch.manual_seed(hash((seed, step, self.rank)) % 2**63)
+            torch.manual_seed(hash((seed, step, self.rank // self.tensor)) % 2**63)
 
     def wrap(self, model: GPT, config: TrainConfig) -> nn.Module:
         """The module whose forward is the loss, and whose backward leaves every rank the gradients of all."""
-        objective = Objective(model)
-        if self.world == 1:
-            return objective
+        objective: nn.Module = Objective(model, None if self.mesh is None else self.mesh["tensor"])
+        if self.mesh is not None:
+            from keyspan.training.tensor import cut_model
+
+            cut_model(model, self.mesh["tensor"])
+        if self.shared > 1:
+            objective = self._share(objective, model, config)
+        if self.mesh is not None:  # hooks run in the order in which they were registered, and FSDP's gather weights
+            from keyspan.training.tensor import localize
+
+            for block in model.blocks:
+                localize(block)
+            localize(objective, model.blocks)
+        return objective
+
+    def _share(self, objective: nn.Module, model: GPT, config: TrainConfig) -> nn.Module:
+        """The objective of the model, whose gradients are the mean of those of the ranks of data × context."""
         device = next(model.parameters()).device
-        if not config.fsdp:
+        if not config.fsdp and self.mesh is None:
             ids = [device.index] if device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(objective, device_ids=ids)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = init_device_mesh(device.type, (self.world,))
+        mesh = init_device_mesh(device.type, (self.world,)) if self.mesh is None else _before_last(self.mesh)
         # The residual stream stays fp32, as on one device: what enters a block is not cast, its weights are.
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if config.precision == "bf16":
@@ -157,14 +191,23 @@ def is_cut(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")
 
 
-def cut_as(x: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, cut as `like` is; nothing is sent."""
+def cut_as(x: Tensor, like: Tensor, rows: Tensor | None = None) -> Tensor:
+    """A whole tensor, which every rank has, cut as `like` is, whose rows are in the order `rows`; nothing is sent."""
     if not is_cut(like):
         return x
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    x = x.to(like.device) if rows is None else x[rows.to(x.device)].to(like.device)
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def rows_of(model: nn.Module) -> dict[str, Tensor]:
+    """By name of a weight that is a DTensor: the numbers of the plain weight's rows, in the order in which it has them.
+
+    Names are missing where the order is the plain one, see `keyspan.training.tensor`.
+    """
+    return {f"{name}.weight": m.rows for name, m in model.named_modules() if isinstance(m.__dict__.get("rows"), Tensor)}
 
 
 def setting(name: str, default: int) -> int:
@@ -179,6 +222,8 @@ def connected(config: TrainConfig) -> Iterator[Ranks]:
 
     Raises ValueError where the numbers of ranks do not fit the configuration.
     """
+    if config.tensor > 1:  # torch advises to flatten the mesh, for the sake of a sum of one number
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     already = dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if already else setting("WORLD_SIZE", 1)
     check_ranks(config, world)
@@ -197,32 +242,76 @@ def connected(config: TrainConfig) -> Iterator[Ranks]:
         on = device if device.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=on)
     try:
-        rank, group = dist.get_rank(), None
-        for first in range(0, world if config.context > 1 else 0, config.context):
-            members = list(range(first, first + config.context))
-            made = dist.new_group(members)
-            group = made if rank in members else group
-        yield Ranks(rank, world, config.context, device, group)
+        rank = dist.get_rank()
+        yield Ranks(
+            rank, world, config.context, config.tensor, device,
+            _group(rank, world, config.context, config.tensor) if config.context > 1 else None,
+            _group(rank, world, world // config.tensor, config.tensor) if config.tensor > 1 else None,
+            _mesh(device, world, config) if config.tensor > 1 else None,
+        )  # fmt: skip
     finally:
         if not already:
             dist.destroy_process_group()
 
 
+def _group(rank: int, world: int, size: int, stride: int) -> Any:
+    """The group of `size` ranks, `stride` apart, to which this one belongs. All ranks make all groups."""
+    found = None
+    for block in range(0, world, size * stride):
+        for first in range(block, block + stride):
+            members = list(range(first, first + size * stride, stride))
+            made = dist.new_group(members)
+            found = made if rank in members else found
+    return found
+
+
+def _mesh(device: torch.device, world: int, config: TrainConfig) -> DeviceMesh:
+    """Where layers are shared: data × context, across which FSDP2 cuts weights or keeps copies, × tensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shared = world // config.tensor
+    if config.fsdp:
+        return init_device_mesh(device.type, (shared, config.tensor), mesh_dim_names=("shards", "tensor"))
+    # FSDP2 keeps copies where each is cut into one piece.
+    sizes = (shared, 1, config.tensor)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("copies", "shards", "tensor"))
+
+
+def _before_last(mesh: DeviceMesh) -> DeviceMesh:
+    names = mesh.mesh_dim_names
+    assert names is not None
+    return mesh[names[:-1]]
+
+
 def check_ranks(config: TrainConfig, world: int) -> None:
     """Raise ValueError where so many ranks do not fit the configuration."""
-    if world % config.context:
-        raise ValueError(f"context: got {config.context}, want a divisor of the {world} ranks that torchrun started")
-    if config.accumulation % (world // config.context):
+    if world % (config.context * config.tensor):
+        name, got = ("context", config.context) if config.tensor == 1 else ("tensor", config.tensor)
+        times = f" × {config.context} of context" if config.tensor > 1 and config.context > 1 else ""
+        raise ValueError(f"{name}: got {got}{times}, want a divisor of the {world} ranks that torchrun started")
+    data = world // (config.context * config.tensor)
+    if config.accumulation % data:
         raise ValueError(
-            f"accumulation: got {config.accumulation} micro-batches a step for {world // config.context} ranks with "
-            "data of their own, want a multiple of that"
+            f"accumulation: got {config.accumulation} micro-batches a step for {data} ranks with data of their own, "
+            "want a multiple of that"
         )
     if world == 1 and config.fsdp:
         raise ValueError("fsdp: got True with one process, want torchrun with more")
     for name in ("compile", "cuda_graph"):
         if world > 1 and getattr(config, name):
             raise ValueError(f"{name}: got True with {world} ranks, want False")
-    if config.fsdp and config.precision == "fp16":
-        raise ValueError("precision: got fp16 with fsdp, want fp32 or bf16")
+    for name in ("fsdp", "tensor"):
+        if getattr(config, name) > 1 - (name == "fsdp") and config.precision == "fp16":
+            raise ValueError(f"precision: got fp16 with {name}, want fp32 or bf16")
     if setting("TORCHELASTIC_MAX_RESTARTS", 0) and config.out is None and config.resume is None:
         raise ValueError("out: got none with torchrun's --max-restarts, want a folder, where a restart finds the run")
+
+
+def check_model(model: GPT, tensor: int) -> None:
+    """Raise ValueError where so many ranks cannot share the layers of a model."""
+    config = model.config
+    if tensor > 1 and (config.qkv_bias or config.out_bias or config.mlp_bias or config.sinks):
+        raise ValueError(f"tensor: got {tensor} for a model with biases or sinks, want one of matrices and norms")
+    for name in ("heads", "kv_heads", "hidden"):
+        if getattr(config, name) % tensor:
+            raise ValueError(f"tensor: got {tensor} for {name} = {getattr(config, name)}, want a divisor of that")

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from keyspan.training import checkpoint
 from keyspan.training.checkpoint import Progress
-from keyspan.training.ranks import Ranks
+from keyspan.training.ranks import Ranks, cut_as, is_cut, rows_of
 
 
 class Saver:
@@ -109,7 +109,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
     state = _state(model, optimizer)
@@ -119,20 +119,56 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
             read(state, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise ValueError(f"{folder}: not the checkpoint of this model ({_reason(error)})") from None
+    rows = rows_of(model)
+    weights: dict[str, Any] = get_model_state_dict(model)
+    found = {name: _as_cut(x, weights[name], rows.get(name)) for name, x in state["model"].items()}
     if optimizer is not None:
-        whole = _optimizer_state(model, optimizer)
-        set_optimizer_state_dict(model, optimizer, {**whole, "state": state["optimizer"]})
-    model.load_state_dict(state["model"], strict=False)
+        moments: dict[str, Any] = {
+            name: {k: x if k == "step" else _as_cut(x, weights[name], rows.get(name)) for k, x in of.items()}
+            for name, of in state["optimizer"].items()
+        }
+        set_optimizer_state_dict(model, optimizer, {**_optimizer_state(model, optimizer), "state": moments})
+    model.load_state_dict(found, strict=False)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Weights, and AdamW's moments, by the names of parameters."""
+    """Weights, and AdamW's moments, by the names of parameters; rows in the plain order."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    rows = rows_of(model)
+    weights = get_model_state_dict(model)
+    state: dict[str, Any] = {"model": {name: _plain(x, rows.get(name)) for name, x in weights.items()}}
     if optimizer is not None:
-        state["optimizer"] = _optimizer_state(model, optimizer)["state"]
+        state["optimizer"] = {
+            name: {k: _plain(x, rows.get(name)) for k, x in of.items()}
+            for name, of in _optimizer_state(model, optimizer)["state"].items()
+        }
     return state
+
+
+def _plain(x: Any, rows: Tensor | None) -> Any:
+    """A DTensor whose rows are in the order `rows`, put in the plain order and cut by rows; others as they are."""
+    if rows is None or not is_cut(x):
+        return x
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh(x.device.type, (dist.get_world_size(),))
+    return distribute_tensor(_whole(x)[rows.argsort().to(x.device)], mesh, [Shard(0)], src_data_rank=None)
+
+
+def _as_cut(x: Any, like: Tensor, rows: Tensor | None) -> Any:
+    """The inverse of `_plain`."""
+    return x if rows is None else cut_as(_whole(x), like, rows)
+
+
+def _whole(x: Any) -> Tensor:
+    """All of a DTensor on every rank; gathered one dimension of the mesh after the other, the last one last."""
+    from torch.distributed.tensor import Replicate
+
+    *others, last = x.placements
+    found: Tensor = x.detach().redistribute(placements=[*(Replicate() for _ in others), last]).full_tensor()
+    return found
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
