@@ -266,8 +266,8 @@ def _never(x):  # type: ignore[no-untyped-def]
     return False
 
 
-def main(name: str, every: bool, plain: bool) -> None:
-    """Print the results of all works of an architecture.
+def main(name: str, every: bool, plain: bool, part: int, parts: int) -> None:
+    """Print the results of every `parts`-th work of an architecture from the `part`-th on.
 
     Args:
         plain: only forward of works that are `crowded`, compiled without NaN repair. Repair is inlined and has registers
@@ -282,7 +282,7 @@ def main(name: str, every: bool, plain: bool) -> None:
 
         from keyspan.backends.triton import forward_kernels, launch
 
-        todo = works(name, every)
+        todo = works(name, every)[part::parts]
         if plain:
             forward_kernels.has_nan = triton.jit(_never)
             todo = [work for work in todo if crowded(work) and work.dtype != "float32"]
@@ -305,4 +305,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "hopper":
         hopper_main("--all" in sys.argv)
     else:
-        main(sys.argv[1], "--all" in sys.argv, "--plain" in sys.argv)
+        main(sys.argv[1], "--all" in sys.argv, "--plain" in sys.argv, int(sys.argv[2]), int(sys.argv[3]))
