@@ -310,8 +310,8 @@ def check_ranks(config: TrainConfig, world: int) -> None:
 def check_model(model: GPT, tensor: int) -> None:
     """Raise ValueError where so many ranks cannot share the layers of a model."""
     config = model.config
-    if tensor > 1 and (config.qkv_bias or config.out_bias or config.mlp_bias or config.sinks):
-        raise ValueError(f"tensor: got {tensor} for a model with biases or sinks, want one of matrices and norms")
+    if tensor > 1 and (config.qkv_bias or config.out_bias or config.mlp_bias or config.sinks or config.experts):
+        raise ValueError(f"tensor: got {tensor} for a model with biases, sinks or experts, want one without")
     for name in ("heads", "kv_heads", "hidden"):
         if getattr(config, name) % tensor:
             raise ValueError(f"tensor: got {tensor} for {name} = {getattr(config, name)}, want a divisor of that")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from keyspan.layers import linear_cross_entropy
+from keyspan.layers import SwiGLU, linear_cross_entropy
 from keyspan.models.gpt import GPT, Block
 
 
@@ -32,6 +32,7 @@ def cut_model(model: GPT, mesh: DeviceMesh) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         attention, gated = block.attention, block.mlp
+        assert isinstance(gated, SwiGLU)
         sizes = [heads * config.head_dim for heads in attention.heads]
         for owner, parts in ((attention.qkv, sizes), (gated.w12, [config.hidden] * 2)):
             order = _dealt(parts, ranks)
