@@ -1,4 +1,4 @@
-"""transformers' `sdpa` beside `keyspan` and `unpadded(model)`, on a CPU: padded batches, packed rows, decoding.
+"""transformers' `sdpa` beside Keyspan, on a CPU: padded batches, packed rows, decoding.
 
     python benchmarks/transformers_cpu.py            # needs keyspan[transformers]; some minutes
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import transformers as hf
 
-from keyspan.interop.transformers import GrowingCache, register, replace_linears, unpadded
+from keyspan.interop.transformers import GrowingCache, register, replace_linears, unpadded, use_keyspan
 
 V = 4096
 LENGTHS = (512, 410, 300, 205, 100, 60, 40, 20)
 """Real tokens of the rows of a batch of 8 x 512: 40 %."""
-CACHED = 2048
 Ways = dict[str, Callable[[], object]]
 
 
@@ -40,18 +39,16 @@ def llama() -> nn.Module:
 
 
 def by_implementation(build: Callable[[], nn.Module], dtype: torch.dtype, ways: list[str]) -> dict[str, nn.Module]:
-    """The same weights once for each way; `linears` is `keyspan` after `replace_linears`."""
+    """The same weights once for each way: an attention implementation, or what is done to a model with `keyspan`."""
     models: dict[str, nn.Module] = {}
     for way in ways:
         model = build().to(dtype).eval()
         if models:
             model.load_state_dict(next(iter(models.values())).state_dict())
-        if way == "unpadded":
-            unpadded(model)
-        else:
-            model.set_attn_implementation("keyspan" if way == "linears" else way)  # type: ignore[operator]
-        if way == "linears":
-            replace_linears(model)
+        change = {"unpadded": unpadded, "use_keyspan": use_keyspan, "linears": replace_linears}.get(way)
+        model.set_attn_implementation("sdpa" if way == "sdpa" else "keyspan")  # type: ignore[operator]
+        if change is not None:
+            change(model)
         models[way] = model
     return models
 
@@ -96,13 +93,12 @@ def batches(decoder: bool) -> dict[str, dict[str, Tensor]]:
 NO_CACHE = {"use_cache": False}
 
 
-def decoding(model: nn.Module, cache: str) -> Callable[[], object]:
-    """One token more for each of 4 sequences, again and again."""
-    prompt = torch.randint(3, V, (4, CACHED))
-    steps = 64
+def decoding(model: nn.Module, cache: str, cached: int, steps: int) -> Callable[[], object]:
+    """One token more for each of 4 sequences, `steps` times."""
+    prompt = torch.randint(3, V, (4, cached))
     past: hf.Cache
     if cache == "static":
-        past = hf.StaticCache(model.config, max_cache_len=CACHED + steps)
+        past = hf.StaticCache(model.config, max_cache_len=cached + steps)
     else:
         past = (GrowingCache if cache == "growing" else hf.DynamicCache)(config=model.config)
     with torch.no_grad():
@@ -115,41 +111,58 @@ def decoding(model: nn.Module, cache: str) -> Callable[[], object]:
     return step
 
 
-def line(*names: str, times: dict[str, float]) -> None:
+def line(*names: str, times: dict[str, float], columns: Sequence[str]) -> None:
     ratios = {name: f"{times['sdpa'] / t:.2f}x" for name, t in times.items() if name != "sdpa"}
-    ways = [ratios.get(way, "-") for way in ("keyspan", "unpadded", "linears")]
-    cells = [*names, f"{times['sdpa'] * 1e3:.1f}", *ways]
+    cells = [*names, f"{times['sdpa'] * 1e3:.1f}", *(ratios.get(column, "-") for column in columns)]
     print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def head(*names: str) -> None:
+    print("\n| " + " | ".join(names) + " |")
+    print("|---" * names.index("sdpa, CPU ms") + "|--:" * (len(names) - names.index("sdpa, CPU ms")) + "|")
+
+
+def passes(repeats: int) -> None:
+    ways = ["keyspan", "use_keyspan", "unpadded"]
+    head("model", "dtype", "batch", "pass", "sdpa, CPU ms", *ways)
+    for name, build in (("BERT", bert), ("Llama", llama)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for batch, inputs in batches(name == "Llama").items():
+                models = by_implementation(build, dtype, ["sdpa", *ways[: 3 if "attention_mask" in inputs else 2]])
+                for label, function in (("forward", forward), ("forward + backward", train)):
+                    calls: Ways = {w: lambda m=m, f=function, x=inputs: f(m, x) for w, m in models.items()}
+                    line(name, str(dtype)[6:], batch, label, times=seconds(calls, repeats), columns=ways)
+
+
+def tokens(repeats: int) -> None:
+    """One decoded token, by what a user writes: `register` alone, with one more call, with one call for all."""
+    ways = ["keyspan", "linears", "growing", "use_keyspan"]
+    head("Llama, cache", "dtype", "cached keys", "sdpa, CPU ms", *ways)
+    for dtype in (torch.float32, torch.bfloat16):
+        for cached in (64, 2048):
+            for cache in ("dynamic", "static"):
+                names = ["sdpa", *(way for way in ways if (way, cache) != ("growing", "static"))]
+                models = by_implementation(llama, dtype, names)
+                calls = {
+                    way: decoding(model, way if way == "growing" else cache, cached, repeats + 1)
+                    for way, model in models.items()
+                }
+                line(cache, str(dtype)[6:], f"4 x {cached}", times=seconds(calls, repeats), columns=ways)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=["passes", "tokens"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     register()
-    print("| model | dtype | batch | pass | sdpa, CPU ms | keyspan | unpadded | linears |")
-    print("|---|---|---|---|--:|--:|--:|--:|")
-    for name, build in (("BERT", bert), ("Llama", llama)):
-        for dtype in (torch.float32, torch.bfloat16):
-            for batch, inputs in batches(name == "Llama").items():
-                ways = ["sdpa", "keyspan", *(["unpadded"] if "attention_mask" in inputs else [])]
-                models = by_implementation(build, dtype, ways)
-                for label, function in (("forward", forward), ("forward + backward", train)):
-                    calls: Ways = {w: lambda m=m, f=function, x=inputs: f(m, x) for w, m in models.items()}
-                    line(name, str(dtype)[6:], batch, label, times=seconds(calls, options.repeats))
-    for dtype in (torch.float32, torch.bfloat16):
-        for cache in ("dynamic", "growing", "static"):
-            models = by_implementation(llama, dtype, ["sdpa", "keyspan", "linears"])
-            # transformers' own has no growing cache: its dynamic one is what is used.
-            calls = {
-                way: decoding(model, "dynamic" if (way, cache) == ("sdpa", "growing") else cache)
-                for way, model in models.items()
-            }
-            label = f"4 x {CACHED} cached, {cache} cache"
-            line("Llama", str(dtype)[6:], label, "a token", times=seconds(calls, 5 * options.repeats))
+    if options.only != "tokens":
+        passes(options.repeats)
+    if options.only != "passes":
+        tokens(10 * options.repeats)
 
 
 if __name__ == "__main__":

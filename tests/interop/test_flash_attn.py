@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from keyspan.interop import flash_attn as fa
-from keyspan.interop.flash_attn import bert_padding, flash_attn_interface
+from keyspan.interop.flash_attn import bert_padding, cute, flash_attn_interface
 
 ROOT = Path(__file__).parents[2]
 
@@ -396,6 +396,55 @@ def test_varlen_says_what_is_missing():
         fa.flash_attn_varlen_func(x, x, x, torch.tensor([0, 5]))
 
 
+class TestVersion4:
+    """`flash_attn.cute`: another order of the arguments, and (out, lse) always."""
+
+    @pytest.mark.parametrize("window", [(None, None), (2, 0), (None, 1)])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_a_batch(self, causal, window):
+        q, k, v, sink = draw(2, 5, 4, 8), draw(2, 7, 2, 8), draw(2, 7, 2, 6), draw(4)
+        out, lse = cute.flash_attn_func(q, k, v, 0.3, causal, window, sink, 5.0)
+        options = dict(causal=causal, window=window, scale=0.3, softcap=5.0, sink=sink)
+        each = [dense(*(x[b] for x in (q, k, v)), **options) for b in range(2)]
+        same(out, torch.stack([o for o, _ in each]), [q, k, v, sink])
+        same(lse, torch.stack([x for _, x in each]), [q, k, sink])
+
+    @pytest.mark.parametrize("given", ["packed", "keys in use", "pages", "a batch"])
+    def test_varlen(self, given):
+        lengths, used = (2, 4, 4), (3, 6, 4)
+        q, k, v = draw(3, 4, 4, 8), draw(3, 6, 2, 8), draw(3, 6, 2, 8)
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        seqused_k = torch.tensor(used, dtype=torch.int32)
+        packed = torch.cat([q[b, : lengths[b]] for b in range(3)])
+        if given == "a batch":  # no cu_seqlens at all
+            out, lse = cute.flash_attn_varlen_func(q, k, v, causal=True)
+            each = [dense(q[b], k[b], v[b], causal=True) for b in range(3)]
+            same(out, torch.stack([o for o, _ in each]), [q, k, v])
+            same(lse, torch.stack([x for _, x in each]), [q, k])
+            return
+        if given == "packed":
+            keys = [torch.cat([x[b, : used[b]] for b in range(3)]) for x in (k, v)]
+            options = {"cu_seqlens_k": torch.tensor([0, *accumulate(used)], dtype=torch.int32)}
+        elif given == "keys in use":
+            keys, options = [k, v], {"seqused_k": seqused_k}
+        else:
+            keys = [x.reshape(9, 2, 2, 8) for x in (k, v)]
+            options = {"seqused_k": seqused_k, "page_table": torch.arange(9, dtype=torch.int32).view(3, 3)}
+        out, lse = cute.flash_attn_varlen_func(packed, *keys, starts, causal=True, max_seqlen_q=4, **options)
+        each = [dense(q[b, : lengths[b]], k[b, : used[b]], v[b, : used[b]], causal=True) for b in range(3)]
+        same(out, torch.cat([o for o, _ in each]), [q, k, v])
+        same(lse, torch.cat([x for _, x in each], -1), [q, k])
+
+    def test_errors(self):
+        x = torch.zeros(1, 4, 1, 8)
+        with pytest.raises(ValueError, match="mask_mod: got function, want None"):
+            cute.flash_attn_func(x, x, x, mask_mod=lambda *_: True)
+        with pytest.raises(ValueError, match="seqused_q: got Tensor, want None"):
+            cute.flash_attn_varlen_func(x, x, x, seqused_q=torch.tensor([2]))
+        with pytest.raises(ValueError, match="cu_seqlens: got None with 3-D inputs"):
+            cute.flash_attn_varlen_func(x[0], x[0], x[0])
+
+
 UNCHANGED = """
 import importlib.metadata
 
@@ -404,7 +453,9 @@ import flash_attn
 from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 from flash_attn.flash_attn_interface import _flash_attn_forward, flash_attn_varlen_qkvpacked_func
-import flash_attn.bert_padding, flash_attn.flash_attn_interface
+import flash_attn.bert_padding, flash_attn.cute.interface, flash_attn.flash_attn_interface
+from flash_attn.cute import flash_attn_func as version_4
+from flash_attn.cute.interface import flash_attn_varlen_func as varlen_version_4
 
 assert flash_attn.__version__ == importlib.metadata.version("flash_attn") == "2.8.3+keyspan"
 assert flash_attn.flash_attn_interface.flash_attn_func is flash_attn_func
@@ -415,6 +466,7 @@ tokens, indices, cu_seqlens, longest, *_ = unpad_input(x, mask)
 out = flash_attn_varlen_func(tokens, tokens, tokens, cu_seqlens, cu_seqlens, longest, longest, causal=True)
 padded = pad_input(out, indices, 2, 6)
 torch.testing.assert_close(padded[1:, :4], flash_attn_func(x[1:, :4], x[1:, :4], x[1:, :4], causal=True))
+torch.testing.assert_close(version_4(x, x, x, None, True)[0], flash_attn_func(x, x, x, causal=True))
 print("done")
 """
 

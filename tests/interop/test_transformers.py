@@ -11,6 +11,8 @@ from transformers import masking_utils
 
 import keyspan
 from keyspan.interop import transformers as door
+from keyspan.interop.transformers import attention, masks
+from keyspan.interop.transformers.cache import GrowingLayer
 
 door.register()
 
@@ -154,6 +156,36 @@ class TestGeneration:
         ours = self.generate(name, "keyspan", batch(name), num_beams=beams, past_key_values=cache)
         assert torch.equal(ours, self.generate(name, "keyspan", batch(name), num_beams=beams))
 
+    @pytest.mark.parametrize("name", [*DECODERS, "t5"])
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_use_keyspan(self, name, beams):
+        """One call: the cache that `generate` makes appends in place, and the tokens are eager's."""
+        model = door.use_keyspan(door.use_keyspan(build(name)))
+        inputs = batch(name) if name != "t5" else {k: x for k, x in batch(name).items() if k != "decoder_input_ids"}
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
+        ours = model.generate(**inputs, **options, return_dict_in_generate=True)
+        assert torch.equal(ours.sequences, self.generate(name, "eager", inputs, num_beams=beams))
+        cache = getattr(ours.past_key_values, "self_attention_cache", ours.past_key_values)
+        kinds = [type(layer) for layer in cache.layers]
+        assert hf.cache_utils.DynamicLayer not in kinds
+        assert GrowingLayer in kinds or name == "mistral"  # whose layers all have a window
+
+    @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
+    def test_continuous_batching(self, name):
+        """Requests of mixed lengths, a prompt longer than a batch among them, give eager's tokens of each alone."""
+        model = build(name)
+        prompts = [torch.randint(3, V, (n,)).tolist() for n in (5, 40, 9, 1)]
+        greedy = hf.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        model.set_attn_implementation("eager")
+        want = [model.generate(torch.tensor([p]), generation_config=greedy)[0, len(p) :].tolist() for p in prompts]
+        sizes = hf.ContinuousBatchingConfig(num_blocks=16, block_size=16, max_batch_tokens=32)
+        with door.continuous_batching(model):
+            found = model.generate_batch(
+                prompts, generation_config=greedy, continuous_batching_config=sizes, progress_bar=False
+            )
+        assert [output.generated_tokens for output in found.values()] == want
+        assert model.config._attn_implementation == "eager"
+
     def test_prefill_in_two_parts(self):
         """Queries in the middle of their keys: neither square nor a single one."""
         model, ids = build("gemma3"), torch.randint(3, V, (2, 14))
@@ -209,7 +241,7 @@ class TestGrowingCache:
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_does_what_a_dynamic_cache_does(self, mode, monkeypatch):
-        monkeypatch.setattr(door._GrowingLayer, "_LEAST", 2)
+        monkeypatch.setattr(GrowingLayer, "_LEAST", 2)
         caches = self.caches()
         with mode():
             for tokens in (5, 1, 1, 1, 7, 1):
@@ -254,8 +286,8 @@ class TestGrowingCache:
     def test_layers_with_a_window(self):
         config = build("gemma3").config
         kinds = [[type(layer) for layer in cache.layers] for cache in self.caches(config)]
-        assert door._GrowingLayer in kinds[0]
-        assert all(a is (door._GrowingLayer if b is hf.cache_utils.DynamicLayer else b)
+        assert GrowingLayer in kinds[0]
+        assert all(a is (GrowingLayer if b is hf.cache_utils.DynamicLayer else b)
                    for a, b in zip(*kinds, strict=True))  # fmt: skip
 
 
@@ -352,13 +384,13 @@ class TestMasks:
         """What a layer that is given this mask sees, bool `[2, M, N]`."""
         if made is None or made.dtype == torch.bool:
             return made if made is None else made[:, 0]
-        return door._decoded(made.clone(), N).materialize(N).expand(2, M, N)
+        return attention._decoded(made.clone(), N).materialize(N).expand(2, M, N)
 
     @pytest.mark.parametrize("padding", PADDINGS)
     @pytest.mark.parametrize("function", FUNCTIONS)
     @pytest.mark.parametrize("pairs", [1, 1 << 22], ids=["row by row", "at once"])
     def test_as_sdpa_has_it(self, function, padding, pairs, monkeypatch):
-        monkeypatch.setattr(door, "_PAIRS", pairs)
+        monkeypatch.setattr(masks, "_PAIRS", pairs)
         given = None if PADDINGS[padding] is None else torch.tensor(PADDINGS[padding], dtype=torch.bool)
         for M, N, q_offset, kv_offset in [(10, 10, 0, 0), (3, 10, 7, 0), (1, 10, 9, 0), (2, 4, 8, 6)]:
             arguments = dict(
@@ -371,31 +403,31 @@ class TestMasks:
                 attention_mask=given,
             )
             want = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)[:, 0]
-            made = door.make_mask(**arguments, allow_is_causal_skip=False)
+            made = masks.make_mask(**arguments, allow_is_causal_skip=False)
             got = self.visible(made, M, N)
             assert torch.equal(got, want), (M, N)
-            at_most_two = door.runs(want)[2].max() <= 2
+            at_most_two = masks.runs(want)[2].max() <= 2
             assert (made.dtype == torch.int32) == at_most_two
-            skipped = door.make_mask(**arguments, allow_is_causal_skip=True)
+            skipped = masks.make_mask(**arguments, allow_is_causal_skip=True)
             if skipped is None:
                 assert torch.equal(want, keyspan.Causal().materialize(M, N).expand_as(want) if M > 1 else want | True)
-            skipped = door.make_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=True)
+            skipped = masks.make_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=True)
             assert skipped is not None or want.all()
 
     def test_known_functions_are_not_evaluated(self, monkeypatch):
-        monkeypatch.setattr(door, "sdpa_mask", None)
+        monkeypatch.setattr(masks, "sdpa_mask", None)
         for name in set(FUNCTIONS) - {"or", "every other"}:
-            made = door.make_mask(2, 10, 10, mask_function=FUNCTIONS[name], allow_is_causal_skip=False)
+            made = masks.make_mask(2, 10, 10, mask_function=FUNCTIONS[name], allow_is_causal_skip=False)
             assert made.shape == (2, 1, 10, 2)
         with pytest.raises(TypeError):
-            door.make_mask(2, 10, 10, mask_function=FUNCTIONS["or"])
+            masks.make_mask(2, 10, 10, mask_function=FUNCTIONS["or"])
 
     def test_a_plain_batch_has_no_mask(self):
-        assert door.make_mask(2, 10, 10) is None
-        assert door.make_mask(2, 1, 10, q_offset=9) is None
-        assert door.make_mask(2, 10, 10, attention_mask=torch.ones(2, 10, dtype=torch.bool)) is None
+        assert masks.make_mask(2, 10, 10) is None
+        assert masks.make_mask(2, 1, 10, q_offset=9) is None
+        assert masks.make_mask(2, 10, 10, attention_mask=torch.ones(2, 10, dtype=torch.bool)) is None
         bidirectional = {"mask_function": FUNCTIONS["bidirectional"], "allow_is_bidirectional_skip": True}
-        assert door.make_mask(2, 10, 10, **bidirectional, allow_is_causal_skip=False) is None
+        assert masks.make_mask(2, 10, 10, **bidirectional, allow_is_causal_skip=False) is None
 
     @pytest.mark.parametrize("floating", [False, True])
     def test_a_mask_of_the_user(self, floating):
@@ -412,17 +444,17 @@ class TestMasks:
         model = build("llama")
         layer = model.model.layers[0].self_attn
         q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
-        made = door.make_mask(1, 6, 6, allow_is_causal_skip=False)
+        made = masks.make_mask(1, 6, 6, allow_is_causal_skip=False)
         with pytest.raises(ValueError, match=r"attention_mask: got ranges of shape \[1, 1, 6, 1\]"):
-            door.attention_forward(layer, q, k, k, made[..., :1])
+            attention.attention_forward(layer, q, k, k, made[..., :1])
         with pytest.raises(ValueError, match=r"attention_mask: got torch\.int64"):
-            door.attention_forward(layer, q, k, k, made.long())
+            attention.attention_forward(layer, q, k, k, made.long())
 
     @pytest.mark.parametrize("wrong", ["output_attentions", "indices"])
     def test_what_is_refused(self, wrong):
         x = torch.randn(1, 4, 6, 8)
         with pytest.raises(ValueError, match=f"{wrong}: got"):
-            door.attention_forward(torch.nn.Module(), x, x, x, None, **{wrong: torch.ones(1, dtype=torch.bool)})
+            attention.attention_forward(torch.nn.Module(), x, x, x, None, **{wrong: torch.ones(1, dtype=torch.bool)})
 
 
 class TestCompile:

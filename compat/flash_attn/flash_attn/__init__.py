@@ -8,6 +8,7 @@ from pathlib import Path
 
 from keyspan.interop.flash_attn import (
     bert_padding,
+    cute,
     flash_attn_func,
     flash_attn_interface,
     flash_attn_kvpacked_func,
@@ -33,11 +34,14 @@ for _entry in sys.path:
         )
 
 sys.modules[f"{__name__}.bert_padding"] = bert_padding
+sys.modules[f"{__name__}.cute"] = cute
+sys.modules[f"{__name__}.cute.interface"] = cute.interface
 sys.modules[f"{__name__}.flash_attn_interface"] = flash_attn_interface
 
 __all__ = [
     "__version__",
     "bert_padding",
+    "cute",
     "flash_attn_interface",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
