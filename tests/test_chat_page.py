@@ -34,7 +34,7 @@ def test_a_message_is_answered_in_the_page(tmp_path):
     net, tokenizer = load_model(tmp_path, device="cpu")
     app = make_app(Engine(net, tokenizer, memory=2**22, page_size=8), "tiny", LIMITS)
     app.add_api_route("/driver", lambda: HTMLResponse(DRIVER))
-    server = Running(app)
+    server = Running(app, LIMITS)
     try:
         words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         words += ["--virtual-time-budget=60000", "--dump-dom", f"{server.url}/driver"]

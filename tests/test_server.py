@@ -13,9 +13,10 @@ import torch
 import uvicorn
 
 from keyspan.inference.engine import Engine
+from keyspan.inference.http import Limits, make_config
 from keyspan.inference.sampling import Sampling
 from keyspan.inference.serve import load_model
-from keyspan.inference.server import Limits, make_app
+from keyspan.inference.server import make_app
 from keyspan.inference.tokenizer import FolderTokenizer, write_byte_tokenizer
 from keyspan.models import GPT, GPTConfig, save
 
@@ -45,8 +46,8 @@ def write_model(folder):
 class Running:
     """A server on a port of this machine, in a thread."""
 
-    def __init__(self, app, **options):
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", **options))
+    def __init__(self, app, limits, connections=2048):
+        self.server = uvicorn.Server(make_config(app, limits, connections, port=0, log_level="critical"))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         while not self.server.started:
@@ -69,7 +70,7 @@ def folder(tmp_path_factory):
 def start(folder, limits=LIMITS, keys=(), **options):
     net, tokenizer = load_model(folder, device="cpu")
     engine = Engine(net, tokenizer, memory=2**22, page_size=8, **options)
-    found = Running(make_app(engine, "tiny", limits, keys))
+    found = Running(make_app(engine, "tiny", limits, keys), limits)
     found.engine = engine
     return found
 

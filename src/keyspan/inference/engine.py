@@ -191,7 +191,7 @@ class Engine:
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: got texts, want none without a tokenizer")
         if len(self._waiting) + len(self._arrived) >= self.waiting_limit:
-            raise QueueFullError(f"{self.waiting_limit} requests wait already; try again later")
+            raise QueueFullError(f"{self.waiting_limit} requests wait already")
         number = next(self._numbers)
         id = f"request-{number}" if id is None else id
         if id in self._ids:

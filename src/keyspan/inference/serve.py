@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +82,11 @@ def _load(path: Path, dtype: str | None, device: str) -> tuple[GPT, Tokenizer]:
 
 @dataclass
 class Serve:
-    """Serve a model over HTTP with OpenAI's interface, and a chat page at /."""
+    """Serve a model over HTTP with OpenAI's interface: a decoder, with a chat page at /, or an encoder's embeddings."""
 
     model: Path
-    """A folder in Hugging Face's format, a .gguf file, or a run of keyspan train."""
+    """A folder in Hugging Face's format, of an encoder too (BERT and its kin), a .gguf file, or a run of keyspan train.
+    For encoders memory, page_size, running and draft mean nothing."""
     name: str | None = None
     """Of the model in requests. Default: the folder's name."""
     host: str = "127.0.0.1"
@@ -106,7 +108,7 @@ class Serve:
     running: int = 64
     """Most requests that run together."""
     waiting: int = 1024
-    """Most requests that wait; more are answered 429."""
+    """Most requests that wait; more are answered 429. Of an encoder: those that are worked on."""
     draft: int = 0
     """Most tokens guessed for each answer in a step, from what stood in the text before."""
     connections: int = 2048
@@ -117,15 +119,42 @@ class Serve:
 
 def serve(options: Serve) -> None:
     """Load the model, then serve until SIGINT or SIGTERM; running answers end then."""
+    import gc
+
     import uvicorn
 
-    from keyspan.inference.server import make_app
+    from keyspan.inference.http import Limits, make_config
 
     keys: tuple[str, ...] = ()
     if options.api_key_file is not None:
         keys = tuple(options.api_key_file.read_text(encoding="utf-8").split())
         if not keys:
             raise ValueError(f"api_key_file: {options.api_key_file} holds no key, want one a line")
+    limits = Limits()
+    app = _app(options, limits, keys)
+    _allow_files(options.connections + 100)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: the collector would look through it again and again while bodies are parsed
+    config = make_config(app, limits, options.connections, host=options.host, port=options.port, log_level="warning")
+    uvicorn.Server(config).run()
+
+
+def _app(options: Serve, limits: Any, keys: tuple[str, ...]) -> Any:
+    """The application for the model that the options name."""
+    from keyspan.models.encoder import is_encoder
+
+    name = options.name or options.model.resolve().name
+    where = f"http://{options.host}:{options.port}"
+    if is_encoder(options.model):
+        from keyspan.inference.embedding import load_embedder
+        from keyspan.inference.embedding_server import make_embedding_app
+
+        embedder = load_embedder(options.model, options.dtype, options.device, options.weights)
+        embedder.step_tokens = options.step_tokens
+        print(f"{name}: {embedder.model.num_parameters():,} parameters, embeddings of {embedder.dim}, {where}")
+        return make_embedding_app(embedder, name, limits, keys, options.waiting)
+    from keyspan.inference.server import make_app
+
     model, tokenizer = load_model(options.model, options.dtype, options.device, options.weights)
     engine = Engine(
         model,
@@ -137,16 +166,18 @@ def serve(options: Serve) -> None:
         waiting=options.waiting,
         draft=options.draft,
     )
-    name = options.name or options.model.resolve().name
     room = engine.cache.pages * options.page_size
-    print(
-        f"{name}: {model.num_parameters():,} parameters, room for {room:,} tokens, http://{options.host}:{options.port}"
-    )
-    uvicorn.run(
-        make_app(engine, name, keys=keys),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        limit_concurrency=options.connections,
-        timeout_graceful_shutdown=5,
-    )
+    print(f"{name}: {model.num_parameters():,} parameters, room for {room:,} tokens, {where}")
+    return make_app(engine, name, limits, keys)
+
+
+def _allow_files(count: int) -> None:
+    """Let the process have so many open files, as far as the system allows: each connection is one."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

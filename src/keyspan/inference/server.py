@@ -1,4 +1,4 @@
-"""An HTTP server with OpenAI's interface over an engine: completions, chat, models, health, metrics.
+"""An HTTP server with OpenAI's interface over an engine: completions, chat, and a page to chat in.
 
 The engine runs in a thread of its own; each request has a queue of events. An option that cannot be honoured is an
 error (400), never ignored.
@@ -7,47 +7,30 @@ error (400), never ignored.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, generate_latest
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as Message_
+from pydantic import BeforeValidator, Field, StringConstraints
+from starlette.types import Receive, Scope, Send
 
-from keyspan.inference.engine import Engine, Event, QueueFullError
+from keyspan.inference.engine import Engine, Event
+from keyspan.inference.http import Body, Limits, Metric, Prompts, Site, as_list, few_keys, make_site, while_connected
 from keyspan.inference.sampling import Sampling
 from keyspan.inference.tokenizer import ChatTokenizer
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may take from the others."""
-
-    body_bytes: int = 2**20
-    """Largest body of a request."""
-    body_seconds: float = 10.0
-    """Longest time in which a body must arrive."""
-    max_tokens: int = 4096
-    """Most new tokens of one answer."""
-    answers: int = 16
-    """Most answers to one request: prompts × n."""
-    seconds: float = 600.0
-    """Longest time of one request; then its answers end with what they have (`length`)."""
+MOST_STOPS = 16
+"""Texts and tokens that may end an answer: each is looked for at each token."""
 
 
 class EngineThread(threading.Thread):
@@ -122,11 +105,16 @@ class EngineThread(threading.Thread):
 
 # Requests
 
+_Stop = Annotated[str, StringConstraints(max_length=256)]
 
-class _Options(BaseModel):
-    """What completions and chat share. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+_StreamOptions = Annotated[dict[Literal["include_usage"], bool], BeforeValidator(few_keys)]
+_Metadata = Annotated[dict[str, str], BeforeValidator(few_keys)]
+_Format = Annotated[dict[Literal["type"], Literal["text"]], BeforeValidator(few_keys)]
+
+
+class _Options(Body):
+    """What completions and chat share."""
 
     model: str
     max_tokens: int | None = Field(default=None, ge=0)
@@ -138,15 +126,15 @@ class _Options(BaseModel):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = []
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: list[int] = Field(default=[], max_length=MOST_STOPS, fail_fast=True)
     ignore_eos: bool = False
     n: int = Field(default=1, ge=1)
     stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
+    stream_options: _StreamOptions | None = None
     user: str | None = None
     """Accepted and not used, as is `metadata`: they change no answer."""
-    metadata: dict[str, str] | None = None
+    metadata: _Metadata | None = None
 
     def sampling(self, limits: Limits, logprobs: int | None, default_tokens: int, index: int) -> Sampling:
         wanted = default_tokens if self.max_tokens is None else self.max_tokens
@@ -173,31 +161,24 @@ class _Options(BaseModel):
 class Completion(_Options):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     suffix: None = None
     logit_bias: None = None
 
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]
-        return cast("list[str | list[int]]", self.prompt)
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Part(Body):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Body):
     """One message of a chat; text only."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
+    content: str | Annotated[list[_Part], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -208,11 +189,11 @@ class Message(BaseModel):
 class Chat(_Options):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: _Format | None = None
     tools: None = None
     tool_choice: None = None
     logit_bias: None = None
@@ -224,13 +205,12 @@ class Chat(_Options):
 @dataclass
 class _Server:
     engine: Engine
-    name: str
-    limits: Limits
-    keys: tuple[str, ...]
     thread: EngineThread
-    started: float = field(default_factory=time.time)
-    open: int = 0
-    """Requests that have not been answered."""
+    site: Site
+
+    @property
+    def limits(self) -> Limits:
+        return self.site.limits
 
 
 def make_app(engine: Engine, name: str, limits: Limits | None = None, keys: tuple[str, ...] = ()) -> FastAPI:
@@ -242,134 +222,55 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None, keys: tupl
         limits: for each request.
         keys: API keys, one of which every request under /v1 must bring as `Authorization: Bearer KEY`; none: open.
     """
-    server = _Server(engine, name, limits or Limits(), keys, EngineThread(engine))
+    thread = EngineThread(engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.thread.start()
+        thread.start()
         yield
-        await asyncio.to_thread(server.thread.close)
+        await asyncio.to_thread(thread.close)
 
-    app = FastAPI(title="keyspan", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Guard, server=server)
-    _routes(app, server)
+    site = Site(
+        name,
+        limits or Limits(),
+        keys,
+        lambda: None if thread.is_alive() else "the engine has stopped",
+        lambda: _metrics(engine),
+        most=engine.running_limit + engine.waiting_limit,
+    )
+    app = make_site(site, lifespan)
+    _routes(app, _Server(engine, thread, site))
     return app
 
 
-class _Guard:
-    """ASGI middleware: checks the key, and takes the whole body within its limits before anything else runs."""
-
-    def __init__(self, app: ASGIApp, server: _Server) -> None:
-        self._app, self._server = app, server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        refusal, body = self._check_key(scope), b""
-        if refusal is None:
-            refusal, body = await self._body(receive)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        first: list[Message_] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message_:
-            return first.pop() if first else await receive()
-
-        await self._app(scope, replay, send)
-
-    def _check_key(self, scope: Scope) -> Response | None:
-        keys = self._server.keys
-        if not keys or not scope["path"].startswith("/v1/"):
-            return None
-        given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-        if sum(hmac.compare_digest(given, key.encode()) for key in keys):  # every key is compared, in constant time
-            return None
-        return _error(401, "a valid API key is missing: Authorization: Bearer KEY", "invalid_api_key")
-
-    async def _body(self, receive: Receive) -> tuple[Response | None, bytes]:
-        limits, body, more = self._server.limits, bytearray(), True
-        deadline = time.monotonic() + limits.body_seconds
-        while more:
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-            except asyncio.TimeoutError:
-                text = f"the body did not arrive within {limits.body_seconds:g} s"
-                return _error(408, text, "timeout", close=True), b""
-            if message["type"] == "http.disconnect":
-                return Response(status_code=499), b""
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > limits.body_bytes:
-                text = f"the body is larger than {limits.body_bytes} bytes"
-                return _error(413, text, "too_large", close=True), b""
-        return None, bytes(body)
-
-
-def _error(status: int, message: str, code: str, close: bool = False) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, status, headers={"connection": "close"} if close else None)
+def _metrics(engine: Engine) -> Iterator[Metric]:
+    for name, value in vars(engine.counters).items():
+        yield CounterMetricFamily, name, value
+    running, waiting = engine.load
+    yield GaugeMetricFamily, "running_requests", running
+    yield GaugeMetricFamily, "waiting_requests", waiting
+    yield GaugeMetricFamily, "pages", engine.cache.pages
+    yield GaugeMetricFamily, "available_pages", engine.cache.available()
 
 
 def _routes(app: FastAPI, server: _Server) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(x) for x in first["loc"][1:])
-        return _error(400, f"{where}: {first['msg']}", "invalid_value")
-
-    @app.exception_handler(ValueError)
-    async def refused(request: Request, error: ValueError) -> JSONResponse:
-        return _error(400, str(error), "invalid_value")
-
-    @app.exception_handler(QueueFullError)
-    async def full(request: Request, error: QueueFullError) -> JSONResponse:
-        response = _error(429, str(error), "too_many_requests")
-        response.headers["retry-after"] = "1"
-        return response
-
-    @app.exception_handler(StarletteHTTPException)  # fastapi's own, and those of unknown paths
-    async def failed(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail), "unavailable")
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        alive = server.thread.is_alive()
-        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        registry = CollectorRegistry()
-        registry.register(_Metrics(server))
-        return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
-
     @app.get("/")
     async def page() -> HTMLResponse:
         text = files("keyspan.inference").joinpath("chat.html").read_text(encoding="utf-8")
-        return HTMLResponse(text.replace("{{model}}", escape(server.name)))
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(server)]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        _check_model(server, name)
-        return _model(server)
+        return HTMLResponse(text.replace("{{model}}", escape(server.site.name)))
 
     @app.post("/v1/completions")
     async def completions(body: Completion, request: Request) -> Response:
-        _check_model(server, body.model)
-        _check_count(server, len(body.prompts()) * body.n)
-        prompts = [prompt for prompt in body.prompts() for _ in range(body.n)]
+        server.site.check_model(body.model)
+        prompts = as_list(body.prompt)
+        _check_count(server, len(prompts) * body.n)
+        prompts = [prompt for prompt in prompts for _ in range(body.n)]
         each = [body.sampling(server.limits, body.logprobs, 16, n % body.n) for n in range(len(prompts))]
         return await _answer(server, request, body, prompts, each, _CompletionForm(server))
 
     @app.post("/v1/chat/completions")
     async def chat(body: Chat, request: Request) -> Response:
-        _check_model(server, body.model)
+        server.site.check_model(body.model)
         tokenizer = server.engine.tokenizer
         if not isinstance(tokenizer, ChatTokenizer):
             raise ValueError("messages: the model has no chat template; use /v1/completions")
@@ -387,40 +288,10 @@ def _routes(app: FastAPI, server: _Server) -> None:
         return await _answer(server, request, body, [tokens] * body.n, each, _ChatForm(server))
 
 
-def _model(server: _Server) -> dict[str, Any]:
-    return {"id": server.name, "object": "model", "created": int(server.started), "owned_by": "keyspan"}
-
-
-def _check_model(server: _Server, name: str) -> None:
-    if name != server.name:
-        raise HTTPException(404, f"model: got {name!r}, want {server.name!r}")
-
-
 def _check_count(server: _Server, answers: int) -> None:
     """Before anything is made for each answer."""
     if not 1 <= answers <= server.limits.answers:
         raise ValueError(f"n: got {answers} answers in all, want 1 … {server.limits.answers}")
-
-
-class _Metrics:
-    """Prometheus' view of an engine."""
-
-    def __init__(self, server: _Server) -> None:
-        self._server = server
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        engine = self._server.engine
-        for name, value in vars(engine.counters).items():
-            yield CounterMetricFamily(f"keyspan_{name}", name.replace("_", " "), value)
-        running, waiting = engine.load
-        for name, value in (
-            ("running_requests", running),
-            ("waiting_requests", waiting),
-            ("open_http_requests", self._server.open),
-            ("pages", engine.cache.pages),
-            ("available_pages", engine.cache.available()),
-        ):
-            yield GaugeMetricFamily(f"keyspan_{name}", name.replace("_", " "), value)
 
 
 # Answers
@@ -548,7 +419,6 @@ async def _merge(
                 return
 
     tasks = [asyncio.create_task(forward(n, queue)) for n, (_, queue) in enumerate(submitted)]
-    server.open += 1
     left = set(range(len(submitted)))
     deadline = time.monotonic() + server.limits.seconds
     try:
@@ -563,7 +433,6 @@ async def _merge(
         for index in sorted(left):
             yield index, Event(submitted[index][0], finished="length")
     finally:
-        server.open -= 1
         for task in tasks:
             task.cancel()
         for index in left:
@@ -580,18 +449,14 @@ async def _whole(
 ) -> Response:
     found: list[list[Event]] = [[] for _ in range(count)]
 
-    async def collect() -> None:
+    async def collect() -> bool:
         async for index, event in events:
             found[index].append(event)
             usage.answer += event.token is not None
+        return True
 
-    task = asyncio.create_task(collect())
-    while not task.done():
-        await asyncio.wait([task], timeout=0.5)
-        if not task.done() and await request.is_disconnected():
-            task.cancel()
-            return Response(status_code=499)
-    await task
+    if await while_connected(request, collect()) is None:
+        return Response(status_code=499)
     choices = [
         form.choice(n, "".join(x.text for x in one), one, one[-1].finished, stream=False) for n, one in enumerate(found)
     ]
@@ -624,4 +489,4 @@ async def _stream(
 
 
 def _head(server: _Server, form: _CompletionForm | _ChatForm, kind: str) -> dict[str, Any]:
-    return {"id": form.id, "object": kind, "created": int(time.time()), "model": server.name}
+    return {"id": form.id, "object": kind, "created": int(time.time()), "model": server.site.name}

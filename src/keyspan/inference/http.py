@@ -1,0 +1,327 @@
+"""What every server of a model shares: limits, keys, errors in OpenAI's form, health, metrics, models.
+
+An option that cannot be honoured is an error (400), never ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from keyspan.inference.engine import QueueFullError
+
+T = TypeVar("T")
+Metric = tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, float]
+"""Its kind, its name without the prefix `keyspan_`, its value."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may take from the others."""
+
+    body_bytes: int = 2**20
+    """Largest body of a request."""
+    body_seconds: float = 10.0
+    """Longest time in which a body must arrive, and in which a connection must begin a request or read its answer."""
+    max_tokens: int = 4096
+    """Most new tokens of one answer."""
+    answers: int = 16
+    """Most answers to one request: prompts × n."""
+    inputs: int = 2048
+    """Most texts of one request for embeddings."""
+    seconds: float = 600.0
+    """Longest time of one request; then its answers end with what they have (`length`), and embeddings with 504."""
+
+
+@dataclass
+class Site:
+    """A server of one model."""
+
+    name: str
+    """Of the model, which requests must give."""
+    limits: Limits
+    keys: tuple[str, ...]
+    failure: Callable[[], str | None]
+    """Why nothing is answered any more, or None."""
+    metrics: Callable[[], Iterable[Metric]]
+    most: int
+    """Requests for the model that are worked on at once; one more is answered 429."""
+    started: float = field(default_factory=time.time)
+    open: int = 0
+    """Requests for the model whose bodies have arrived, and whose answers have not been sent."""
+    statuses: Counter[int] = field(default_factory=Counter)
+    """How many requests were answered with each HTTP status."""
+
+    def model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": int(self.started), "owned_by": "keyspan"}
+
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            raise HTTPException(404, f"model: got {name!r:.200}, want {self.name!r}")
+
+
+def make_site(site: Site, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+    """An application with everything but the paths that ask the model."""
+    app = FastAPI(title="keyspan", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Guard, site=site)
+    _handle_errors(app)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        failure = site.failure()
+        return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        registry = CollectorRegistry()
+        registry.register(_Metrics(site))
+        return PlainTextResponse(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [site.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        site.check_model(name)
+        return site.model()
+
+    return app
+
+
+class _Metrics:
+    """Prometheus' view of a site."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        for kind, name, value in (*self._site.metrics(), (GaugeMetricFamily, "open_http_requests", self._site.open)):
+            yield kind(f"keyspan_{name}", name.replace("_", " "), value)
+        answered = CounterMetricFamily("keyspan_http_responses", "responses by HTTP status", labels=["status"])
+        for status, count in sorted(self._site.statuses.items()):
+            answered.add_metric([str(status)], count)
+        yield answered
+
+
+# Bodies
+
+
+def few_keys(value: Any) -> Any:
+    """Before a JSON object is validated: an error for each of 100,000 unknown keys would hold everybody up."""
+    if isinstance(value, dict) and len(value) > 64:
+        raise ValueError(f"got {len(value)} keys, want at most 64")
+    return value
+
+
+class Body(BaseModel):
+    """An object in a body of a request. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+    _few = model_validator(mode="before")(few_keys)
+
+
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Prompts = str | Annotated[list[str], Field(fail_fast=True)] | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+"""One prompt or several, text or tokens. A long list of wrong entries is refused at the first."""
+
+
+def as_list(prompts: Prompts) -> list[str | list[int]]:
+    """Several prompts."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    return cast("list[str | list[int]]", prompts)
+
+
+# Errors
+
+_CODES = {404: "not_found", 405: "method_not_allowed", 503: "unavailable"}
+
+
+def error_response(status: int, message: str, code: str, close: bool = False) -> JSONResponse:
+    """An error as OpenAI words it. The middle of a long message, which repeats what the client sent, is left out."""
+    if len(message) > 1000:
+        message = f"{message[:500]} … {message[-500:]}"
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(body, status, headers={"connection": "close"} if close else None)
+
+
+def _too_many(message: str) -> JSONResponse:
+    response = error_response(429, f"{message}; try again later", "too_many_requests")
+    response.headers["retry-after"] = "1"
+    return response
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(x) for x in first["loc"][1:])
+        return error_response(400, f"{where:.200}: {first['msg']}", "invalid_value")
+
+    @app.exception_handler(ValueError)
+    async def refused(request: Request, error: ValueError) -> JSONResponse:
+        return error_response(400, str(error), "invalid_value")
+
+    @app.exception_handler(QueueFullError)
+    async def full(request: Request, error: QueueFullError) -> JSONResponse:
+        return _too_many(str(error))
+
+    @app.exception_handler(StarletteHTTPException)  # fastapi's own, and those of unknown paths
+    async def failed(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        code = _CODES.get(error.status_code, "invalid_value")
+        return error_response(error.status_code, str(error.detail), code)
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"an error of the server: {type(error).__name__}", "server_error")
+
+
+# Clients
+
+
+class _Guard:
+    """ASGI middleware: checks the key, and takes the whole body within its limits before anything else runs."""
+
+    def __init__(self, app: ASGIApp, site: Site) -> None:
+        self._app, self._site = app, site
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._site.statuses[message["status"]] += 1
+            await send(message)
+
+        refusal, body = self._check_key(scope), b""
+        if refusal is None:
+            refusal, body = await self._body(receive)
+        if refusal is not None:
+            await refusal(scope, receive, counted)
+            return
+        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return first.pop() if first else await receive()
+
+        if scope["method"] != "POST":
+            await self._app(scope, replay, counted)
+        elif self._site.open >= self._site.most:  # before its text is tokenized
+            await _too_many(f"{self._site.most} requests are worked on already")(scope, receive, counted)
+        else:
+            self._site.open += 1
+            try:
+                await self._app(scope, replay, counted)
+            finally:
+                self._site.open -= 1
+
+    def _check_key(self, scope: Scope) -> Response | None:
+        keys = self._site.keys
+        if not keys or not scope["path"].startswith("/v1/"):
+            return None
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        # Every key is compared, in constant time.
+        if scheme.lower() == b"bearer" and sum(hmac.compare_digest(given, key.encode()) for key in keys):
+            return None
+        text = "a valid API key is missing: Authorization: Bearer KEY"
+        return error_response(401, text, "invalid_api_key", close=True)
+
+    async def _body(self, receive: Receive) -> tuple[Response | None, bytes]:
+        limits, body, more = self._site.limits, bytearray(), True
+        deadline = time.monotonic() + limits.body_seconds
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                text = f"the body did not arrive within {limits.body_seconds:g} s"
+                return error_response(408, text, "timeout", close=True), b""
+            if message["type"] == "http.disconnect":
+                return Response(status_code=499), b""
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > limits.body_bytes:
+                text = f"the body is larger than {limits.body_bytes} bytes"
+                return error_response(413, text, "too_large", close=True), b""
+        return None, bytes(body)
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of some work, which is cancelled where the client leaves; then None."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=0.5)
+            if not task.done() and await request.is_disconnected():
+                return None
+        return await task
+    finally:
+        task.cancel()
+
+
+def make_config(app: ASGIApp, limits: Limits, connections: int, **options: Any) -> Config:
+    """What uvicorn runs an application with, so that silent and slow connections are closed.
+
+    Args:
+        limits: those of the application.
+        connections: most of them; a request on one more is answered 503.
+        options: more of `uvicorn.Config`, such as host and port.
+    """
+    return Config(
+        app, http=_timed(limits), ws="none", limit_concurrency=connections, timeout_graceful_shutdown=5, **options
+    )
+
+
+def _timed(limits: Limits) -> type[asyncio.Protocol]:
+    """uvicorn's protocol with limits on time, which it lacks: for the head of a request, and for reading an answer."""
+    patience, longest = limits.body_seconds, limits.body_seconds + limits.seconds
+    base: Any = AutoHTTPProtocol
+
+    class Timed(base):  # type: ignore[misc]
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self._request: tuple[Any, float] = (None, time.monotonic())
+            """What is being answered (None: nothing), since when."""
+            self._unread: tuple[int, float] = (0, time.monotonic())
+            """Bytes of answers that the client has not taken, since when they are so many."""
+            self._look()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._timer.cancel()
+            super().connection_lost(error)
+
+        def _look(self) -> None:
+            now = time.monotonic()
+            request = None if self.cycle is None or self.cycle.response_complete else self.cycle
+            unread = self.transport.get_write_buffer_size()
+            if request is not self._request[0]:
+                self._request = request, now
+            if unread != self._unread[0]:
+                self._unread = unread, now
+            stalled = unread > 0 and now - self._unread[1] > patience
+            if stalled or now - self._request[1] > (patience if request is None else longest):
+                self.transport.abort()  # close() would wait until the client has read everything
+            else:
+                self._timer = asyncio.get_running_loop().call_later(patience / 4, self._look)
+
+    return Timed
