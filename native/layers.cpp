@@ -17,17 +17,18 @@ const LayerKernels *kernels_of(int64_t isa) {
     return portable::layer_kernels();
 }
 
-constexpr int64_t NUMBERS_PER_UNIT = 1 << 14;  // about so many numbers of a matrix are one unit of work
-constexpr int64_t NUMBERS_PER_THREAD = 1 << 15;  // fewer are not worth another thread
+// About so many numbers of a matrix are one unit of work, and twice as many are worth another thread; of a team, whose
+// threads are awake, fewer.
+int64_t numbers_per_unit() { return in_team() ? 1 << 11 : 1 << 14; }
 
 int64_t useful_threads(int64_t threads, int64_t numbers) {
-    return std::max<int64_t>(1, std::min(threads, numbers / NUMBERS_PER_THREAD));
+    return std::max<int64_t>(1, std::min(threads, numbers / (2 * numbers_per_unit())));
 }
 
 // Calls run(first, last, thread) for runs of rows of `width` numbers.
 template <class Run>
 void for_rows(int64_t threads, int64_t rows, int64_t width, const Run &run) {
-    const int64_t many = std::max<int64_t>(1, NUMBERS_PER_UNIT / std::max<int64_t>(1, width));
+    const int64_t many = std::max<int64_t>(1, numbers_per_unit() / std::max<int64_t>(1, width));
     parallel_for(useful_threads(threads, rows * width), (rows + many - 1) / many, [&](int64_t unit, int64_t thread) {
         run(unit * many, std::min(rows, (unit + 1) * many), thread);
     });

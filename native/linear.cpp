@@ -20,6 +20,7 @@ LinearKernel kernel_of(int64_t isa) {
 constexpr int64_t COLUMN_STEP = 16;   // a cache line of a packed weight
 constexpr int64_t FEW_ROWS = 24;      // of which the time is that of reading the weight, once
 constexpr int64_t SMALL_WORK = 1 << 17;  // multiply-adds that are not worth waking a thread
+constexpr int64_t SMALL_WORK_OF_TEAM = 1 << 14;  // nor one that is awake
 
 // Memory that a thread keeps for its next product.
 char *thread_scratch(int64_t bytes) {
@@ -36,7 +37,7 @@ char *thread_scratch(int64_t bytes) {
 void run(const Linear &p) {
     const LinearKernel kernel = kernel_of(p.isa);
     const int64_t scratch = linear_scratch(p);
-    const int64_t threads = p.rows * p.inputs * p.outputs < SMALL_WORK ? 1 : p.threads;
+    const int64_t threads = p.rows * p.inputs * p.outputs < (in_team() ? SMALL_WORK_OF_TEAM : SMALL_WORK) ? 1 : p.threads;
     // A thread reads one run of columns where rows are few; else it takes a panel's columns of some rows at a time.
     const bool few = p.rows <= FEW_ROWS;
     const int64_t steps = (p.outputs + COLUMN_STEP - 1) / COLUMN_STEP;

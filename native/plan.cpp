@@ -404,9 +404,9 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     }
 }
 
-// A parallel region costs some microseconds: small problems use one thread.
+// A parallel region costs some microseconds, and a team's less than one: small problems use one thread.
 int64_t useful_threads(const Params &p, const PlanStorage &plan) {
-    return (double)plan.visible_pairs * (double)(p.K + p.V) < 2e6 ? 1 : p.threads;
+    return (double)plan.visible_pairs * (double)(p.K + p.V) < (in_team() ? 1e5 : 2e6) ? 1 : p.threads;
 }
 
 void run_decode(const Params &, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {

@@ -1,5 +1,5 @@
 // A program: calls of the library's functions one after the other, such as those of all layers of a decoder's step, so
-// that the caller pays for one call.
+// that the caller pays for one call, and for one parallel region.
 #include <cstring>
 #include <memory>
 
@@ -26,9 +26,21 @@ struct Store {
 
 EXPORT const char *keyspan_store_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_STORE_FIELDS); }
 
+// RMSNorm of each of `heads` heads of D numbers that begin every `stride` numbers in x, where they lie. `inverse`
+// [T, heads].
+#define KEYSPAN_HEAD_NORM_FIELDS(POINTER, INT, FLOAT)                                                        \
+    POINTER(char *, x) POINTER(const float *, weight) POINTER(float *, inverse)                              \
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(T, 1) INT(D, 1) INT(heads, 1) INT(stride, 1) FLOAT(eps)
+
+struct HeadNorm {
+    KEYSPAN_HEAD_NORM_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
+};
+
+EXPORT const char *keyspan_head_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_HEAD_NORM_FIELDS); }
+
 namespace {
 
-enum Function : int64_t { LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, ATTENTION = 5 };
+enum Function : int64_t { LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, ATTENTION = 6 };
 
 struct Call {
     int64_t function;
@@ -37,6 +49,26 @@ struct Call {
 
 void store(const Store &p) {
     for (int64_t t = 0; t < p.T; t++) memcpy(p.to + p.slots[t] * p.to_stride, p.from + t * p.from_stride, p.bytes);
+}
+
+void head_norm(const HeadNorm &p) {
+    constexpr int64_t TOKENS = 16;  // of a unit of work
+    const int64_t size = p.dtype == F32 ? 4 : 2;
+    parallel_for(p.threads, (p.T + TOKENS - 1) / TOKENS, [&](int64_t unit, int64_t) {
+        for (int64_t t = unit * TOKENS; t < std::min(p.T, (unit + 1) * TOKENS); t++) {
+            RmsNorm one{};
+            one.x = one.out = p.x + t * p.stride * size;
+            one.weight = p.weight;
+            one.inverse = p.inverse + t * p.heads;
+            one.isa = p.isa;
+            one.threads = 1;
+            one.total_dtype = one.residual_dtype = one.out_dtype = p.dtype;
+            one.T = p.heads;
+            one.D = p.D;
+            one.eps = p.eps;
+            keyspan_rms_norm(&one);
+        }
+    });
 }
 
 void attend(const Params *p) {
@@ -54,16 +86,23 @@ void attend(const Params *p) {
     keyspan_forward(&own);
 }
 
+void run(const Call &call) {
+    switch (call.function) {
+    case LINEAR: return keyspan_linear((const Linear *)call.arguments);
+    case RMS_NORM: return keyspan_rms_norm((const RmsNorm *)call.arguments);
+    case ROTARY: return keyspan_rotary((const Rotary *)call.arguments);
+    case GATE: return keyspan_gate((const Gate *)call.arguments);
+    case STORE: return store(*(const Store *)call.arguments);
+    case HEAD_NORM: return head_norm(*(const HeadNorm *)call.arguments);
+    case ATTENTION: return attend((const Params *)call.arguments);
+    }
+}
+
 }  // namespace
 
-// Runs `count` calls. Arguments are checked by the caller.
-EXPORT void keyspan_run(const Call *calls, int64_t count) {
-    for (const Call *call = calls; call < calls + count; call++) switch (call->function) {
-        case LINEAR: keyspan_linear((const Linear *)call->arguments); break;
-        case RMS_NORM: keyspan_rms_norm((const RmsNorm *)call->arguments); break;
-        case ROTARY: keyspan_rotary((const Rotary *)call->arguments); break;
-        case GATE: keyspan_gate((const Gate *)call->arguments); break;
-        case STORE: store(*(const Store *)call->arguments); break;
-        case ATTENTION: attend((const Params *)call->arguments); break;
-        }
+// Runs `count` calls on up to `threads` threads. Arguments are checked by the caller.
+EXPORT void keyspan_run(const Call *calls, int64_t count, int64_t threads) {
+    with_team(threads, [&] {
+        for (const Call *call = calls; call < calls + count; call++) run(*call);
+    });
 }

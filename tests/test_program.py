@@ -11,6 +11,7 @@ from keyspan.backends.native import binding
 from keyspan.inference import Engine, Sampling
 from keyspan.inference.pages import PagedCache
 from keyspan.inference.program import DecoderProgram
+from keyspan.layers.gemm import _LargePages
 from keyspan.models import GPT, GPTConfig, RopeScaling
 
 pytestmark = pytest.mark.skipif(binding.LIBRARY is None, reason="the native library is not built")
@@ -26,6 +27,11 @@ CONFIGS = {
     ),
     "scaled rope": GPTConfig(**BASE, rope_scaling=RopeScaling("linear", 2.0), attention_scale=0.2),
     "alibi": GPTConfig(**BASE, positions="alibi"),
+    "norms of heads": GPTConfig(**BASE, qk_norm=True),
+    "norms of heads, no positions": GPTConfig(**BASE, qk_norm=True, positions="none"),
+    "norms behind layers, scaled embeddings": GPTConfig(
+        **BASE, qk_norm=True, post_norms=True, embedding_scale=9.8, windows=(None, 7, None), attention_softcap=15.0
+    ),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -85,6 +91,19 @@ def test_packing_changes_no_bit_but_for_int8():
         assert abs(x.logprobs[0] - y.logprobs[0]) < 0.1
 
 
+def test_packed_weights_share_memory_that_ends_with_them():
+    pages = _LargePages()
+    first, second = pages.empty(1000), pages.empty(3)
+    assert second.data_ptr() - first.data_ptr() == 4032  # the next multiple of a cache line
+    large = pages.empty(pages.REGION // 4 + 1)
+    assert len({x.fill_(n).sum().item() for n, x in enumerate((first, second, large), 1)}) == 3
+    assert torch.equal(first, torch.ones(1000, dtype=torch.int32))
+    region = pages._region
+    del first, second, large
+    assert region() is None
+    assert pages.empty(0).numel() == 0
+
+
 def test_a_packed_model_says_what_it_refuses():
     model = make("plain", torch.float32)
     model.pack()
@@ -97,11 +116,11 @@ def test_a_packed_model_says_what_it_refuses():
 
 
 def test_other_models_have_a_reason():
-    model = GPT(GPTConfig(**BASE, qk_norm=True))
+    model = GPT(GPTConfig(**BASE, experts=4, experts_per_token=2))
     reason = DecoderProgram.reason_against(model)
     assert reason is not None
-    assert "norms of heads" in reason
-    with pytest.raises(ValueError, match="model: norms of heads"):
+    assert "experts" in reason
+    with pytest.raises(ValueError, match="model: mixtures of experts"):
         DecoderProgram(model, PagedCache(model.config, 4), 8)
     assert "fp32, bf16 and fp16" in (DecoderProgram.reason_against(make("plain", torch.float64)) or "")
 

@@ -21,6 +21,7 @@ extern "C" {
 int64_t keyspan_supports(int64_t);
 int64_t keyspan_forward(const Params *);
 int64_t keyspan_backward(const Params *);
+void keyspan_run(const void *calls, int64_t count, int64_t threads);
 }
 
 namespace {
@@ -638,6 +639,22 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
     p.lse = nullptr;
     run(keyspan_forward, p);
     if (alone != out) throw Failure{"out differs where no lse is asked for"};
+    // Three times as calls of one program, whose threads stay awake between them.
+    std::vector<char> results[3];
+    Params calls[3];
+    struct {
+        int64_t function;
+        const void *arguments;
+    } program[3];
+    for (int i = 0; i < 3; i++) {
+        results[i] = blank((int64_t)out.size());
+        calls[i] = p;
+        calls[i].out = results[i].data();
+        program[i] = {6, &calls[i]};  // ATTENTION of native/program.cpp
+    }
+    keyspan_run(program, 3, p.threads);
+    for (const std::vector<char> &result : results)
+        if (result != out) throw Failure{"out differs in a program"};
     p.out = out.data();
     p.lse = lse.data();
 

@@ -85,6 +85,26 @@ class Held:
     """What its full pages hold, for as many as were published."""
 
 
+@dataclass
+class PagedStep:
+    """Where the tokens of a forward pass stand; numbers on the host."""
+
+    lengths: list[int] = field(default_factory=list)
+    """New tokens of each sequence."""
+    totals: list[int] = field(default_factory=list)
+    """Tokens of each sequence, the new ones among them."""
+    owners: list[int] = field(default_factory=list)
+    """Of each new token, its sequence."""
+    positions: list[int] = field(default_factory=list)
+    """Of each new token, its place in its sequence."""
+    pages: int = 0
+    """Entries of a row of a table."""
+    tables: dict[int | None, list[list[int]]] = field(default_factory=dict)
+    """By window, the pages of each sequence in order; 0 for those given back and behind the last."""
+    slots: dict[int | None, list[int]] = field(default_factory=dict)
+    """By window, of each new token, where its keys and values go."""
+
+
 class PagedCache:
     """Keys and values of all layers for `GPT.forward(..., cache=...)`, for inference.
 
@@ -94,7 +114,6 @@ class PagedCache:
         page_size: tokens a page.
         dtype: of keys and values; device: where they are.
         share: whether full pages are shared by content.
-        spare: whether there is one more page, which no sequence gets; its number is then the attribute `spare`.
     """
 
     def __init__(
@@ -106,7 +125,6 @@ class PagedCache:
         device: torch.device | str = "cpu",
         *,
         share: bool = True,
-        spare: bool = False,
     ) -> None:
         for name, value in (("pages", pages), ("page_size", page_size)):
             if value < 1:
@@ -114,13 +132,13 @@ class PagedCache:
         self.pages, self.page_size, self.share = pages, page_size, share
         self._window = [config.window(n) for n in range(config.layers)]
         self.pools = {window: PagePool(pages) for window in dict.fromkeys(self._window)}
-        self.spare = pages if spare else None
-        self._all_slots = (pages + spare) * page_size
-        shape = (1, self._all_slots, config.kv_heads, config.head_dim)
+        shape = (1, pages * page_size, config.kv_heads, config.head_dim)
         self._storage: list[tuple[Tensor, Tensor]] = [
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in self._window
         ]
+        self.step = PagedStep()
+        self._device = torch.device(device)
         self._layouts: dict[int | None, PagedKeys] = {}
         self._slots: dict[int | None, Tensor] = {}
 
@@ -150,14 +168,11 @@ class PagedCache:
         size, keys = self.page_size, [] if keys is None else keys
         keys = self._extend(keys, tokens, (len(tokens) - 1) // size)
         found = {w: [pool.find(key) for key in keys] for w, pool in self.pools.items()}
-        # The most pages of which all that a kind's window still reaches are there: those behind its last missing one.
-        count, first, missing = 0, dict.fromkeys(found, 0), dict.fromkeys(found, -1)
-        for n in range(1, len(keys) + 1):
-            missing |= {w: n - 1 for w, pages in found.items() if pages[n - 1] is None}
-            begins = {w: 0 if w is None else max(0, (n * size - w + 1) // size) for w in found}
-            if all(missing[w] < begin for w, begin in begins.items()):
-                count, first = n, begins
-        if not count:
+        for count in range(len(keys), 0, -1):
+            first = {w: 0 if w is None else max(0, (count * size - w + 1) // size) for w in found}
+            if all(page is not None for w, pages in found.items() for page in pages[first[w] : count]):
+                break
+        else:
             return
         for window, pool in self.pools.items():
             table = [-1 if n < first[window] else found[window][n] for n in range(count)]
@@ -219,34 +234,23 @@ class PagedCache:
 
     def begin(self, sequences: Sequence[Held], lengths: Sequence[int], device: torch.device) -> None:
         """Before a forward pass over `lengths[n]` new tokens of sequence n, for which there is room."""
-        q = torch.tensor(lengths, dtype=torch.int32, device=device)
-        before = torch.tensor([held.tokens for held in sequences], dtype=torch.int32, device=device)
-        tables = {}
-        for window in self.pools:
-            pages = [held.tables[window] for held in sequences]
-            width = max(map(len, pages))
-            rows = [[max(page, 0) for page in table] + [0] * (width - len(table)) for table in pages]
-            tables[window] = torch.tensor(rows, dtype=torch.int32, device=device)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), q, output_size=sum(lengths))
-        ends = q.cumsum(0)
-        at = torch.arange(sum(lengths), device=device) - (ends - q - before)[owner]
-        self._lay_out(q, before, tables, owner, at)
-
-    def begin_from(self, q: Tensor, before: Tensor, tables: dict[int | None, Tensor]) -> None:
-        """`begin` for one new token of each sequence, from tensors that are not read on the host.
-
-        Args:
-            q: ones, int32 [sequences].
-            before: tokens of each sequence that are stored, int32 [sequences].
-            tables: by window, the pages of each sequence, int32 [sequences, width].
-        """
-        self._lay_out(q, before, tables, torch.arange(len(q), device=q.device), before.long())
-
-    def _lay_out(self, q: Tensor, before: Tensor, tables: dict[int | None, Tensor], owner: Tensor, at: Tensor) -> None:
-        """`owner`: whose each new token is; `at`: its position."""
-        for window, table in tables.items():
-            self._layouts[window] = PagedKeys(q, before + q, table, self.page_size)
-            self._slots[window] = table[owner, at // self.page_size].long() * self.page_size + at % self.page_size
+        self._device, size = device, self.page_size
+        ends = [held.tokens + new for held, new in zip(sequences, lengths, strict=True)]
+        owners = [n for n, new in enumerate(lengths) for _ in range(new)]
+        positions = [at for end, new in zip(ends, lengths, strict=True) for at in range(end - new, end)]
+        tables = {window: [held.tables[window] for held in sequences] for window in self.pools}
+        width = max(len(table) for rows in tables.values() for table in rows)
+        padded = {
+            window: [[max(page, 0) for page in table] + [0] * (width - len(table)) for table in rows]
+            for window, rows in tables.items()
+        }
+        slots = {
+            window: [rows[n][at // size] * size + at % size for n, at in zip(owners, positions, strict=True)]
+            for window, rows in padded.items()
+        }
+        self.step = PagedStep(list(lengths), ends, owners, positions, width, padded, slots)
+        self._layouts.clear()
+        self._slots.clear()
 
     def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> None:
         """Nothing: `begin` has made room."""
@@ -254,21 +258,26 @@ class PagedCache:
     def layout(self, window: int | None) -> tuple[PagedKeys, int]:
         """Where the keys of layers with this window lie, and how many slots there are."""
         # Where all layers have a window, the model still asks without one: to learn which token stands where.
-        found = self._layouts.get(window) or next(iter(self._layouts.values()))
-        return found, self._all_slots
+        window = window if window in self.pools else next(iter(self.pools))
+        if window not in self._layouts:
+            lengths, totals, table = (
+                torch.tensor(x, dtype=torch.int32, device=self._device)
+                for x in (self.step.lengths, self.step.totals, self.step.tables[window])
+            )
+            self._layouts[window] = PagedKeys(lengths, totals, table, self.page_size)
+        return self._layouts[window], self.pages * self.page_size
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, [1, slots, G, K]."""
         return self._storage[layer]
 
-    def slots(self, window: int | None) -> Tensor:
-        """Where the keys of the new tokens of layers with this window go, after `begin`: int64 [T]."""
-        return self._slots[window]
-
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""
         keys, values = self._storage[layer]
-        slots = self._slots[self._window[layer]]
+        window = self._window[layer]
+        if window not in self._slots:
+            self._slots[window] = torch.tensor(self.step.slots[window], device=self._device)
+        slots = self._slots[window]
         keys.index_copy_(1, slots, key.to(keys.dtype))
         values.index_copy_(1, slots, value.to(values.dtype))
         return keys, values

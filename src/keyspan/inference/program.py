@@ -1,43 +1,85 @@
 """A step of a decoder on a CPU as one call of the native library, so that a token does not pay for some 400 in Python.
 
-All structs of all calls lie in one tensor of 8-byte words; a step writes the number of its tokens and the addresses
-that changed into it. The results are, bit for bit, those of `GPT.forward`, whose kernels run on the same numbers.
+All structs of all calls lie in one tensor of 8-byte words, and what they point to stays where it is: a step writes its
+tokens' positions and slots there, and numbers that differ from the last step's into the structs. The results are, bit
+for bit, those of `GPT.forward`, whose kernels run on the same numbers.
 """
 
 from __future__ import annotations
 
+import struct
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keyspan.core.problem import make_problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.inference.pages import PagedCache
 from keyspan.layers import RMSNorm, SwiGLU
 from keyspan.layers.gemm import Linear, PackedWeight
-from keyspan.models.gpt import GPT, Attention, Block, Step
+from keyspan.models.gpt import GPT, Attention, Block
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`Dtype` of native/params.h."""
 
 
-@dataclass
-class _Layers:
-    """What changes from step to step in the calls of all layers with one window: indices of words."""
+class _Numbers:
+    """Host numbers at an address that stays until there are more of them than ever before.
 
-    attention: Attention
-    """Of one of them."""
-    keys: tuple[Tensor, Tensor]
-    """Its storage."""
-    params: list[int] = field(default_factory=list)
-    """Where each layer's `Params` begin."""
-    own: list[list[int]] = field(default_factory=list)
-    """What is each layer's own in them: addresses of keys, values and sinks."""
-    cosines: list[int] = field(default_factory=list)
-    sines: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    Args:
+        code: `i` for int32, `q` for int64.
+        count: for how many there is room at first.
+    """
+
+    def __init__(self, code: str, count: int) -> None:
+        self._all = array(code, bytes(array(code).itemsize * count))
+
+    @property
+    def address(self) -> int:
+        return self._all.buffer_info()[0]
+
+    def write(self, numbers: Iterable[int]) -> bool:
+        """Whether the address has changed."""
+        new = array(self._all.typecode, numbers)
+        moved = len(new) > len(self._all)
+        if moved:
+            self._all = array(new.typecode, bytes(2 * len(new) * new.itemsize))
+        self._all[: len(new)] = new
+        return moved
+
+
+class _Turns:
+    """RoPE's cosines and sines for the layers with some windows, of all positions so far."""
+
+    def __init__(self, model: GPT, window: int | None, tokens: int) -> None:
+        self._model, self._window = model, window
+        self._table = model.turn(torch.arange(1), window)
+        self.step = tuple(x.new_empty((tokens, x.shape[1])) for x in self._table)
+        """Of the tokens of a step."""
+
+    def write(self, positions: Tensor, end: int) -> None:
+        """Set `step` for these positions, all below `end`."""
+        if end > len(self._table[0]):
+            self._table = self._model.turn(torch.arange(2 * end), self._window)
+        for to, table in zip(self.step, self._table, strict=True):
+            torch.index_select(table, 0, positions, out=to[: len(positions)])
+
+
+@dataclass
+class _Window:
+    """What is the same in all layers with one window, and changes from step to step."""
+
+    first: _Numbers
+    """Of each token, the first key that it sees."""
+    slots: _Numbers
+    table: _Numbers
+    tables: list[int] = field(default_factory=list)
+    """Words in which the table's address stands."""
 
 
 class DecoderProgram:
@@ -65,31 +107,31 @@ class DecoderProgram:
         """While the program is made: all structs, one behind the other."""
         self._calls: list[tuple[int, int]] = []
         """(function, index of its struct's first word)."""
-        self._token_counts: list[int] = []
-        """Indices of words that are the number of tokens."""
-        self._thread_counts: list[int] = []
-        self._layers: dict[int | None, _Layers] = {}
-        """By window."""
+        self._counts: dict[str, list[int]] = {"tokens": [], "threads": [], "sequences": [], "pages": []}
+        """Indices of words that are these numbers."""
+        self._now = dict.fromkeys(self._counts, 0)
+        """What stands there."""
+        self._ends, self._positions, self._owners = (_Numbers("i", tokens) for _ in range(3))
+        """Of each token of a step: one past the last key that it sees, its position, its sequence."""
+        self._windows: dict[int | None, _Window] = {}
+        self._turns: dict[int | None, _Turns] = {}
+        """By window; windows with the same angles share them."""
         self._make(tokens)
         head = model._packed_head if model.config.tie_embeddings else model.head.packed
         self._head = self._weight(model.head_weight, head)
         self._arena = torch.tensor(self._words, dtype=torch.int64)
         start = self._arena.data_ptr()
         self._list = torch.tensor([(function, start + 8 * at) for function, at in self._calls], dtype=torch.int64)
-        self._own = torch.tensor([self._index("params", name) for name in ("k", "v", "sinks")])
-        size = sum(map(_size, (kind for _, kind in self._fields("params"))))
-        self._params = {
-            window: torch.tensor(layers.params)[:, None] + torch.arange(size) for window, layers in self._layers.items()
-        }
-        """By window, where the words of all layers' `Params` are, a row for each layer."""
-        self._tokens, self._threads = torch.tensor(self._token_counts), torch.tensor(self._thread_counts)
+        self._where = {name: torch.tensor(words, dtype=torch.int64) for name, words in self._counts.items()}
+        scale = model.config.embedding_scale
+        self._scale = None if scale == 1 else torch.tensor(scale, dtype=model.embedding.weight.dtype)
 
     @staticmethod
     def reason_against(model: GPT) -> str | None:
         """Why a model runs through `GPT.forward` instead, or None."""
         c = model.config
-        if c.qk_norm or c.post_norms or c.activation != "silu" or c.embedding_scale != 1 or c.experts:
-            return "norms of heads, norms behind layers, GELU, scaled embeddings and experts are not part of a program"
+        if c.experts or c.activation != "silu":
+            return "mixtures of experts and GELU are not part of a program"
         if model.backend not in (None, "native") or type(model) is not GPT:
             return "a subclass of GPT, and one with another backend for attention, run as they say"
         plain = [x.weight for x in model.modules() if isinstance(x, Linear) and x.packed is None]
@@ -100,43 +142,87 @@ class DecoderProgram:
 
     def _make(self, tokens: int) -> None:
         c, like = self._model.config, self._model.embedding.weight
-        heads, width = c.heads + 2 * c.kv_heads, c.heads * c.head_dim
+        heads, width, K = c.heads + 2 * c.kv_heads, c.heads * c.head_dim, c.head_dim
         self._x, self._h, normed, added = (like.new_empty((tokens, c.dim)) for _ in range(4))
-        self._qkv, self._attended = like.new_empty((tokens, heads * c.head_dim)), like.new_empty((tokens, width))
+        # Two rows at least, of which `_params` makes its pattern.
+        self._qkv, self._attended = (like.new_empty((max(2, tokens), n)) for n in (heads * K, width))
         x12, gated = like.new_empty((tokens, 2 * c.hidden)), like.new_empty((tokens, c.hidden))
-        self._inverse = torch.empty(tokens)
-        size, row, keys = like.element_size(), heads * c.head_dim, c.kv_heads * c.head_dim
+        self._inverse = torch.empty(tokens * (c.heads if c.qk_norm else 1))
+        size, row, keys = like.element_size(), heads * K, c.kv_heads * K
         dtype = _DTYPES[like.dtype]
         for n, module in enumerate(self._model.blocks):
-            block = cast(Block, module)
-            storage = self._cache.storage(n)
-            layers = self._layers.setdefault(c.window(n), _Layers(block.attention, storage))
-            self._norm(added if n else None, block.attention_norm, normed)
-            self._linear(normed, block.attention.qkv, self._qkv)
+            block, window = cast(Block, module), c.window(n)
+            attention, storage = block.attention, self._cache.storage(n)
+            if window not in self._windows:
+                pages = _Numbers("i", self._cache.pages)
+                self._windows[window] = _Window(_Numbers("i", tokens), _Numbers("q", tokens), pages)
+            shared = self._windows[window]
+            self._norm(block.attention_norm, normed, added if n else None)
+            self._linear(normed, attention.qkv, self._qkv)
+            for norm, first, count in ((attention.q_norm, 0, c.heads), (attention.k_norm, width, c.kv_heads)):
+                if norm is not None:
+                    self._call(
+                        "head_norm", x=self._qkv.data_ptr() + first * size, weight=self._float(norm.weight),
+                        inverse=self._inverse, dtype=dtype, D=K, heads=count, stride=row, eps=norm.eps,
+                    )  # fmt: skip
             if c.positions == "rope":
-                at = self._call(
-                    "rotary", q=self._qkv, out=self._qkv, dtype=dtype, K=c.head_dim,
+                cosine, sine = self._turns_of(window, tokens).step
+                self._call(
+                    "rotary", q=self._qkv, cosine=cosine, sine=sine, out=self._qkv, dtype=dtype, K=K,
                     heads=(c.heads + c.kv_heads, 0, 0), stride=(row, 0, 0), out_stride=row,
                 )  # fmt: skip
-                layers.cosines.append(at + self._index("rotary", "cosine"))
-                layers.sines.append(at + self._index("rotary", "sine"))
             for to, first in zip(storage, (width, width + keys), strict=True):
                 source = {"from": self._qkv.data_ptr() + first * size}
-                at = self._call(
-                    "store", **source, to=to, bytes=keys * size, from_stride=row * size, to_stride=keys * size
-                )
-                layers.slots.append(at + self._index("store", "slots"))
-            layers.params.append(self._call("params"))
-            sinks = None if block.attention.sinks is None else block.attention.sinks.detach().float().contiguous()
-            self._kept.append(sinks)
-            layers.own.append([x.data_ptr() for x in storage] + [0 if sinks is None else sinks.data_ptr()])
-            self._linear(self._attended, block.attention.out, added)
-            self._norm(added, block.mlp_norm, normed)
+                self._call(
+                    "store", **source, to=to, slots=shared.slots.address, bytes=keys * size, from_stride=row * size,
+                    to_stride=keys * size,
+                )  # fmt: skip
+            self._attend(attention, storage, window, shared)
+            self._linear(self._attended, attention.out, added)
+            if c.post_norms:
+                self._norm_in_place(block.attention_post_norm, added)
+            self._norm(block.mlp_norm, normed, added)
             mlp = cast(SwiGLU, block.mlp)
             self._linear(normed, mlp.w12, x12)
             self._call("gate", x12=x12, out=gated, dtype=dtype, D=c.hidden)
             self._linear(gated, mlp.w3, added)
-        self._norm(added, self._model.norm, self._h)
+            if c.post_norms:
+                self._norm_in_place(block.mlp_post_norm, added)
+        self._norm(self._model.norm, self._h, added)
+
+    def _turns_of(self, window: int | None, tokens: int) -> _Turns:
+        """Windows of one table of angles share it."""
+        kind = window if self._model.config.local_rope_theta is None else None if window is None else 1
+        if kind not in self._turns:
+            self._turns[kind] = _Turns(self._model, window, tokens)
+        return self._turns[kind]
+
+    def _attend(self, layer: Attention, storage: tuple[Tensor, Tensor], window: int | None, shared: _Window) -> None:
+        """Attention of one layer, as `GPT` calls it: a problem of two tokens, of which the numbers that steps change
+        are written over."""
+        from keyspan.backends.native import pack_forward
+
+        c, two = self._model.config, torch.zeros(2, dtype=torch.int32)
+        rows = two.view(1, 1, 2)
+        mask = KeyRanges(rows, rows, rows, two, two[None], self._cache.page_size)
+        query = self._qkv[:2].view(1, 2, -1, c.head_dim)[:, :, : c.heads]
+        sinks = None if layer.sinks is None else layer.sinks.detach()
+        problem, _ = make_problem(
+            query, *storage, mask=mask, bias=self._model.bias, scale=layer.scale, softcap=layer.softcap, sinks=sinks
+        )
+        packed, kept = pack_forward(problem, self._attended[:2])
+        self._kept.append(kept)
+        values: dict[str, Any] = {}
+        words = struct.unpack(f"{len(packed) // 8}q", packed)
+        for name, kind in self._fields("params"):
+            at = self._index("params", name)
+            values[name] = words[at] if _size(kind) == 1 else words[at : at + _size(kind)]
+        values |= {
+            "lo": shared.first.address, "hi": self._ends.address, "diagonal": self._positions.address,
+            "sequence": self._owners.address, "block_table": shared.table.address,
+        }  # fmt: skip
+        at = self._call("params", **values)
+        shared.tables.append(at + self._index("params", "block_table"))
 
     def _fields(self, name: str) -> tuple[tuple[str, str], ...]:
         """(field, type) of a struct."""
@@ -159,14 +245,13 @@ class DecoderProgram:
             if isinstance(value, Tensor):
                 self._kept.append(value)
                 value = value.data_ptr()
-            if found in ("T", "rows"):
-                self._token_counts.append(len(self._words))
-            elif found == "threads":
-                self._thread_counts.append(len(self._words))
+            count = {"T": "tokens", "rows": "tokens", "M": "tokens"}.get(found, found)
+            if count in self._counts:
+                self._counts[count].append(len(self._words))
             elif found == "isa":
                 value = self._binding.isa_number()
-            elif kind == "float":
-                value = torch.tensor([value], dtype=torch.float64).view(torch.int64).item()
+            elif kind == "float" and isinstance(value, float):
+                (value,) = struct.unpack("q", struct.pack("d", value))
             self._words += value if isinstance(value, tuple) else (value,) + (0,) * (_size(kind) - 1)
         assert not values, values
         self._calls.append((self._binding.PROGRAM_FUNCTIONS.index(name), at))
@@ -184,55 +269,58 @@ class DecoderProgram:
             storage=weight.storage, inputs=weight.inputs, outputs=weight.outputs, x_stride=x.stride(0),
         )  # fmt: skip
 
-    def _norm(self, residual: Tensor | None, norm: RMSNorm, out: Tensor) -> None:
+    def _norm(self, norm: RMSNorm, out: Tensor, residual: Tensor | None) -> None:
         """The residual stream becomes the sum, and `out` its norm."""
         dtype = _DTYPES[out.dtype]
         self._call(
-            "rms_norm", x=self._x, residual=0 if residual is None else residual,
-            weight=norm.weight.detach().float().contiguous(), total=self._x, out=out, inverse=self._inverse,
-            total_dtype=dtype, residual_dtype=dtype, out_dtype=dtype, D=out.shape[1], eps=norm.eps,
+            "rms_norm", x=self._x, residual=0 if residual is None else residual, weight=self._float(norm.weight),
+            total=self._x, out=out, inverse=self._inverse, total_dtype=dtype, residual_dtype=dtype, out_dtype=dtype,
+            D=out.shape[1], eps=norm.eps,
         )  # fmt: skip
+
+    def _norm_in_place(self, norm: nn.Module, x: Tensor) -> None:
+        assert isinstance(norm, RMSNorm)
+        dtype = _DTYPES[x.dtype]
+        self._call(
+            "rms_norm", x=x, weight=self._float(norm.weight), out=x, inverse=self._inverse, total_dtype=dtype,
+            residual_dtype=dtype, out_dtype=dtype, D=x.shape[1], eps=norm.eps,
+        )  # fmt: skip
+
+    @staticmethod
+    def _float(weight: Tensor) -> Tensor:
+        return weight.detach().float().contiguous()
 
     # Running it
 
-    def hidden(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
         """`GPT.forward` after `PagedCache.begin`. The result is overwritten by the next call."""
-        T, most = tokens.numel(), len(self._x)
+        T, most, step = tokens.numel(), len(self._x), self._cache.step
         if most < T:
             raise ValueError(f"tokens: got {T}, want at most the program's {most}")
-        torch.index_select(self._model.embedding.weight, 0, tokens, out=self._x[:T])
-        step = self._model._step(tokens, lengths, self._cache)
-        kept: list[Any] = [step]
-        words = self._arena
-        words[self._tokens] = T
-        words[self._threads] = torch.get_num_threads()
-        for window, layers in self._layers.items():
-            kept.append(self._attend(window, layers, step, T))
-            words[layers.slots] = self._cache.slots(window).data_ptr()
-            if step.turns is not None:
-                cosine, sine = (x.contiguous() for x in step.turns[window])
-                kept += [cosine, sine]
-                words[layers.cosines], words[layers.sines] = cosine.data_ptr(), sine.data_ptr()
-        self._library.keyspan_run(self._list.data_ptr(), len(self._list))
-        del kept
+        x = torch.index_select(self._model.embedding.weight, 0, tokens, out=self._x[:T])
+        if self._scale is not None:
+            x.mul_(self._scale)
+        ends = [at + 1 for at in step.positions]
+        self._ends.write(ends)
+        self._positions.write(step.positions)
+        self._owners.write(step.owners)
+        for window, shared in self._windows.items():
+            shared.first.write([0] * T if window is None else [max(0, end - window) for end in ends])
+            shared.slots.write(step.slots[window])
+            if shared.table.write(chain.from_iterable(step.tables[window])):
+                self._arena[torch.tensor(shared.tables)] = shared.table.address
+        if self._turns:
+            positions, end = torch.tensor(step.positions), max(ends)
+            for turns in self._turns.values():
+                turns.write(positions, end)
+        threads = torch.get_num_threads()
+        now = {"tokens": T, "threads": threads, "sequences": len(step.lengths), "pages": step.pages}
+        for name, number in now.items():
+            if number != self._now[name]:
+                self._arena[self._where[name]] = number
+        self._now = now
+        self._library.keyspan_run(self._list.data_ptr(), len(self._list), threads)
         return self._h[:T]
-
-    def _attend(self, window: int | None, layers: _Layers, step: Step, T: int) -> object:
-        """Write the `Params` of all layers with this window; what must live until they have run."""
-        from keyspan.backends.native import pack_forward
-
-        attention, c = layers.attention, self._model.config
-        mask = step.masks[window]
-        assert isinstance(mask, KeyRanges)  # the engine cuts nothing across ranks
-        query = self._qkv[:T].view(1, T, -1, c.head_dim)[:, :, : c.heads]
-        problem, _ = make_problem(
-            query, *layers.keys, mask=mask, bias=step.bias, scale=attention.scale,
-            softcap=attention.softcap, sinks=None if attention.sinks is None else attention.sinks.detach(),
-        )  # fmt: skip
-        packed, kept = pack_forward(problem, self._attended[:T])
-        self._arena[self._params[window]] = torch.frombuffer(bytearray(packed), dtype=torch.int64)
-        self._arena[self._params[window][:, self._own]] = torch.tensor(layers.own)
-        return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`GPT.logits`."""

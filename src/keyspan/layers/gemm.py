@@ -12,7 +12,11 @@ fp32 there, which gives the same sums at the speed of fp32.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+import mmap
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from types import ModuleType
 from typing import Any
 
@@ -127,6 +131,39 @@ def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, s
     return out.view(*x.shape[:-1], outputs)
 
 
+class _LargePages:
+    """Memory in pages of 2 MiB where Linux has them: it is read up to a fifth faster than in pages of 4 KiB.
+
+    Tensors take parts of a region one after the other, and keep it alive.
+    """
+
+    PAGE, REGION = 2 << 20, 32 << 20
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._region: Callable[[], mmap.mmap | None] = lambda: None
+        self._used = 0
+
+    def empty(self, count: int) -> Tensor:
+        """int32 [count], undefined."""
+        if not hasattr(mmap, "MADV_HUGEPAGE") or not count:
+            return torch.empty(count, dtype=torch.int32, device="cpu")
+        size = -(-4 * count // 64) * 64
+        with self._lock:
+            region, at = self._region(), self._used
+            if region is None or at + size > len(region):
+                length = -(-max(size, self.REGION) // self.PAGE) * self.PAGE
+                region, at = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
+                with suppress(OSError):  # a kernel without them
+                    region.madvise(mmap.MADV_HUGEPAGE)
+                self._region = weakref.ref(region)
+            self._used = at + size
+        return torch.frombuffer(region, dtype=torch.int32, count=count, offset=at)
+
+
+_large_pages = _LargePages()
+
+
 class PackedWeight:
     """A weight for inference on a CPU, copied into the order in which the native library reads it.
 
@@ -150,7 +187,8 @@ class PackedWeight:
             self.scale = torch.where(scale == 0, 1, scale)
             stored = (wide / self.scale[:, None]).round().to(torch.int8)
         words = F.pad(stored.contiguous().view(torch.int32), (0, 0, 0, -C % PANEL))
-        self.words = words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous()
+        panels = words.view(-1, PANEL, words.shape[1]).transpose(1, 2)
+        self.words = _large_pages.empty(panels.numel()).view(panels.shape).copy_(panels)
 
     @staticmethod
     def reason_against(weight: Tensor, int8: bool = False) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
 from keyspan.core.masks import Layout, Mask
-from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate, rotate_qkv
+from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate_qkv
 from keyspan.layers.gemm import PackedWeight, gemm_dtype
 from keyspan.models.experts import Experts
 from keyspan.parallel import Context, ContextMask, context_attention
@@ -237,8 +237,8 @@ class Attention(nn.Module):
         q, k, v = qkv.view(1, len(qkv), sum(self.heads), self.head_dim).split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            if turn is not None:
+                q, k = (rotate_qkv(x.reshape(x.shape[1], -1), turn, (x.shape[2], 0, 0))[0] for x in (q, k))
         return q, k, v
 
 
@@ -355,25 +355,30 @@ class GPT(nn.Module):
                 layout = keys & Causal("bottom_right")
             mask = layout if window is None else layout & Window(left=window - 1)
             masks[window] = mask.lower(1, T, N, tokens.device) if context is None else context.cut(mask, tokens.device)
-        turns = bias = None
+        turns = None
         if config.positions == "rope":
             # A causal row sees its document from the first key (lo) to the one beside it (diagonal).
             whole = masks[None]
             rows = whole.ranges if isinstance(whole, ContextMask) else whole
             positions = (rows.diagonal - rows.lo)[0, 0]
-            turn = self._turn(positions, config.rope_theta, config.rope_scaling)
-            turns = dict.fromkeys(masks, turn)
-            if config.local_rope_theta is not None:
-                local = self._turn(positions, config.local_rope_theta, None)
-                turns = {window: turn if window is None else local for window in masks}
-        elif config.positions == "alibi":
-            bias = Alibi(self.slopes)
-        return Step(masks, turns, bias, cache, self.backend)
+            whole_turn = self.turn(positions, None)
+            local = whole_turn if config.local_rope_theta is None else self.turn(positions, 1)
+            turns = {window: whole_turn if window is None else local for window in masks}
+        return Step(masks, turns, self.bias, cache, self.backend)
 
-    def _turn(self, positions: Tensor, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+    @property
+    def bias(self) -> Alibi | None:
+        """What all layers add to scores."""
+        return Alibi(self.slopes) if self.config.positions == "alibi" else None
+
+    def turn(self, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """RoPE's cosines and sines at these positions for layers with this window, see `rotary_table`."""
+        c, theta, scaling = self.config, self.config.rope_theta, self.config.rope_scaling
+        if window is not None and c.local_rope_theta is not None:
+            theta, scaling = c.local_rope_theta, None
         if scaling is None:
-            return rotary_table(positions, self.config.head_dim, theta)
-        cosine, sine = rotary_table(positions, self.config.head_dim, theta, lambda x: scaling.frequencies(x, theta))
+            return rotary_table(positions, c.head_dim, theta)
+        cosine, sine = rotary_table(positions, c.head_dim, theta, lambda x: scaling.frequencies(x, theta))
         return (cosine, sine) if scaling.magnitude == 1 else (cosine * scaling.magnitude, sine * scaling.magnitude)
 
     @property

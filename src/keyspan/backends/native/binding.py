@@ -75,9 +75,14 @@ LAYER_FIELDS: dict[str, _Fields] = {
         *_fields("float", "softcap z_loss"),
     ),
     "store": (*_fields("pointer", "from to slots"), *_fields("int1", "T bytes from_stride to_stride")),
+    "head_norm": (
+        *_fields("pointer", "x weight inverse"),
+        *_fields("int1", "isa threads dtype T D heads stride"),
+        *_fields("float", "eps"),
+    ),
 }
 """Those of the structs of native/layers.h and native/program.cpp, by the name of the function that takes one."""
-PROGRAM_FUNCTIONS = ("linear", "rms_norm", "rotary", "gate", "store", "params")
+PROGRAM_FUNCTIONS = ("linear", "rms_norm", "rotary", "gate", "store", "head_norm", "params")
 """`Function` of native/program.cpp, each by the name of its struct."""
 
 
@@ -127,7 +132,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.keyspan_threading.restype = ctypes.c_char_p
     library.keyspan_linear.restype = None
     library.keyspan_run.restype = None
-    library.keyspan_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.keyspan_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return library, None
 
 
