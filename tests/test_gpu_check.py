@@ -1,15 +1,17 @@
 """`make gpu-check` as far as no GPU is needed: what it times, what it writes, that its parts fit together."""
 
+import importlib
 import json
 import math
 import pickle
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from keyspan.bench import checks, clock, decoding, gpu_check, measure, works
+from keyspan.bench import checks, clock, decoding, gpu_check, measure, providers, works
 from keyspan.bench.gpu_check import PASSES, bench, ceilings
 from keyspan.bench.overhead import overhead
 from keyspan.bench.report import Report, draw, machine
@@ -109,6 +111,33 @@ def test_every_kind_is_compared_with_its_peers(report, monkeypatch):
     assert report.markdown().count("| keyspan:chunked |") == len(rows) / 2
     draw(found, report.out / "again.png")
     assert (report.out / "again.png").stat().st_size > 10_000
+
+
+def test_one_table_compares_with_the_best_peer():
+    fields = {"row": "x", "dtype": "bf16"}
+    rates = {"keyspan:triton": 500e3, "cudnn": 400e3, "flash_attn.cute": 625e3, "flash_attn.cute deterministic": 250e3}
+    rows = [measure.Row(work="a, bwd", provider=name, passes="bwd", rate=x, **fields) for name, x in rates.items()]
+    rows += [measure.Row(work="b, fwd", provider="keyspan:triton", passes="fwd", rate=1e3, **fields)]
+    rows += [measure.Row(work="c, fwd", provider="cudnn", passes="fwd", rate=1e3, **fields)]
+    lines = gpu_check.comparison(rows).splitlines()
+    assert lines[2:] == [
+        "| a, bwd | 500 | flash_attn.cute 625 | 0.80 | flash_attn.cute deterministic 250 | 2.00 |",
+        "| b, fwd | 1 |  |  |  |  |",
+    ]
+
+
+def test_flash_attention_4_alone_is_no_flash_attention_2(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    backward = replace(small("packed"), passes="bwd")
+    assert providers.installed(backward) == []
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    assert providers.installed(backward) == ["flash_attn.cute", "flash_attn.cute deterministic"]
+    assert providers.installed(small("packed")) == ["flash_attn.cute"]
+    assert providers.installed(replace(small("alibi"), passes="bwd")) == []
 
 
 @pytest.mark.parametrize("page", [None, 8])

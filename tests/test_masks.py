@@ -213,6 +213,32 @@ def test_masks_lower_on_a_device_without_reading_values():
     assert moved.parts[0].q_lengths.device.type == "meta"
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        keyspan.Causal(),
+        keyspan.Causal("bottom_right"),
+        keyspan.Causal() & keyspan.Window(63, 0),
+        keyspan.Window(20, 30) & keyspan.Prefix(9),
+        keyspan.Documents([200, 7, 93], [300, 60, 140]) & keyspan.Causal("bottom_right"),
+        keyspan.Documents([200, 7, 93], [60, 300, 140]),
+        keyspan.GappyKeys(torch.tensor([200, 100]), [0, 100], [100, 300]) & keyspan.Causal(),
+        keyspan.Causal() & keyspan.Window(30, 0) & keyspan.Sinks(4) | keyspan.Causal() & keyspan.Window(63, 0),
+    ],
+    ids=repr,
+)
+def test_the_host_knows_how_many_keys_rows_see(mask):
+    ranges = mask.lower(1, 300, 500)
+    mean = (ranges.hi - ranges.lo).sum() / 300
+    assert ranges.row_keys.bit_count() == 1
+    assert 0.7 < ranges.row_keys / mean < 1.45
+    assert keyspan.Documents(torch.tensor([3]).to("meta")).lower(1, 5, 5, "meta").row_keys == 0
+
+
+def test_keys_of_padded_entries():
+    assert keyspan.KeyLengths([64, 192]).lower(2, 10, 200).row_keys == 128
+
+
 def test_draw_writes_a_picture(tmp_path):
     mask = keyspan.Causal() & keyspan.Window(2, 0) & keyspan.Sinks(1)
     text = mask.draw(6, 6, path=tmp_path / "mask.png")

@@ -350,7 +350,12 @@ def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch)
     assert reason(2, 8192, 16, 128, mask=causal) is None
     assert reason(1, 8192, 16, 128) is None
     assert reason(2, 8192, 16, 64, torch.float16, mask=causal) is None
-    assert "packed documents" in reason(1, 8192, 16, 128, mask=causal)
+    assert reason(1, 8192, 16, 128, mask=causal) is None
+    documents = [keyspan.Documents([n] * (8192 // n)) & causal for n in (2048, 512)]
+    assert reason(1, 8192, 16, 128, mask=documents[0]) is None
+    assert "rows see 256 keys" in reason(1, 8192, 16, 128, mask=documents[1])
+    unknown = dataclasses.replace(documents[0].lower(1, 8192, 8192), row_keys=0)
+    assert "does not know" in reason(1, 8192, 16, 128, mask=unknown)
     assert "blocks of keys" in reason(1, 4096, 8, 128)
     assert "queries" in reason(64, 512, 16, 128)
     assert "at most 128" in reason(2, 8192, 16, 256)

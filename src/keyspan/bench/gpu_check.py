@@ -5,9 +5,9 @@
 Needs the machine's torch and triton and nothing else. In this order and as far as the budget goes: the shared cases
 against the fp64 reference on the CPU, each several times for bitwise equality (in parallel processes: most of the time
 goes into compilation); the machine's ceilings; forward and backward beside SDPA's kernels, compiled flex_attention,
-FlashAttention and xFormers where they are installed; decoding, also with a cache of 8 bits; forward with inputs of 8
-bits; host time of a call; one long sequence. Results are written as they come: check.jsonl and results.json; at the end
-results.md and results.png.
+FlashAttention 2 and 4 and xFormers where they are installed (the others are named); decoding, also with a cache
+of 8 bits; forward with inputs of 8 bits; host time of a call; one long sequence. Results are written as they come:
+check.jsonl and results.json; at the end results.md, which begins with one table against the best peer, and results.png.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch
 
 from keyspan.bench import checks, decoding
 from keyspan.bench.clock import EventClock
-from keyspan.bench.measure import measure, warm, yardstick
+from keyspan.bench.measure import Row, measure, warm, yardstick
 from keyspan.bench.overhead import overhead
-from keyspan.bench.providers import OTHERS, gpu_peers, make
-from keyspan.bench.report import HEADER, Report, machine, plot_rates
+from keyspan.bench.providers import DETERMINISTIC, OTHERS, gpu_peers, is_installed, make
+from keyspan.bench.report import HEADER, Report, machine, markdown_table, plot_rates
 from keyspan.bench.workers import arriving, guarded, guarded_print, processes
 from keyspan.bench.works import Passes, Work, gpu_work, gpu_works
 from keyspan.files import write_file
@@ -59,7 +59,8 @@ def main(words: list[str] | None = None) -> int:
     def left() -> float:
         return float(given.budget - (time.time() - began))
 
-    report = Report(given.out, machine(GPU))
+    absent = ", ".join(name for name in OTHERS if name in peers and not is_installed(name))
+    report = Report(given.out, machine(GPU) | ({"not installed": absent} if absent else {}))
     print(report.machine, flush=True)
     # What is timed later is compiled here beside the checks: for both most of the time is the compilers'.
     todo = [*sorted(shapes, key=lambda work: work.sequence), gpu_work("causal", 2**14, 128, 1)]
@@ -73,7 +74,9 @@ def main(words: list[str] | None = None) -> int:
                 print("BAD", warmed["name"], warmed["error"], flush=True)
     print(f"compiled after {time.time() - began:.0f} s", flush=True)
     time_all(report, shapes, peers, left)
-    write_file(given.out / "results.md", report.markdown().encode())
+    table = comparison(report.rows("gpu"))
+    print(table, flush=True)
+    write_file(given.out / "results.md", f"{table}\n\n{report.markdown()}".encode())
     try:
         plot_rates(report.rows("gpu"), report.machine, given.out / "results.png")
     except ImportError:
@@ -105,6 +108,23 @@ def time_all(report: Report, shapes: list[Work], peers: list[str], left: Callabl
     for B, N in ((1, 131072), (128, 2048)):
         if left() > 14:
             guarded_print(decoding.decode, report, (B, N, 32, 8, 128), None, GPU, "triton", left)
+
+
+def comparison(rows: list[Row]) -> str:
+    """Keyspan beside the fastest peer, and the fastest of those whose backward pass repeats bit by bit, in TFLOP/s."""
+    lines = []
+    for work in dict.fromkeys(row.work for row in rows):
+        timed = {row.provider: row.rate / 1e3 for row in rows if row.work == work and row.rate is not None}
+        ours = timed.pop(OURS, None)
+        if ours is None:
+            continue
+        cells = [work, f"{ours:.0f}"]
+        # FlashAttention 2's and cuDNN's backward passes, as torch calls them, add in no fixed order either.
+        for peers in (timed, {name: x for name, x in timed.items() if name.endswith(DETERMINISTIC)}):
+            best = max(peers, key=lambda name: peers[name], default=None)
+            cells += ["", ""] if best is None else [f"{best} {peers[best]:.0f}", f"{ours / peers[best]:.2f}"]
+        lines.append(cells)
+    return markdown_table(("work", "Keyspan", "best peer", "ratio", "best deterministic peer", "ratio"), lines)
 
 
 def compiled(work: Work, peers: list[str]) -> list[str]:

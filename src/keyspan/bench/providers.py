@@ -21,8 +21,10 @@ from keyspan.bench.works import Inputs, Work
 
 Provider = Callable[[Inputs], Tensor]
 
-OTHERS = ("flash_attn", "flash_attn.cute", "xformers")
-"""Attention libraries that are measured where they are installed; `flash_attn.cute` is FlashAttention 4."""
+DETERMINISTIC = " deterministic"
+OTHERS = ("flash_attn", "flash_attn.cute", "flash_attn.cute" + DETERMINISTIC, "xformers")
+"""Attention libraries that are measured where they are installed; `flash_attn.cute` is FlashAttention 4, whose backward
+pass adds in no fixed order unless told otherwise."""
 
 
 def make(name: str, work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
@@ -43,18 +45,24 @@ def gpu_peers(work: Work) -> list[str]:
 
 def installed(work: Work) -> list[str]:
     """Other attention libraries, where they are installed and can do the work (they need a GPU)."""
+    flash = not work.alibi and work.reach is None and work.queries is None
     able = {
-        "flash_attn": not work.alibi and work.reach is None and work.queries is None,
+        "flash_attn": flash,
+        "flash_attn.cute": flash,
+        "flash_attn.cute" + DETERMINISTIC: flash and work.backward,
         "xformers": work.sequence and work.shape.heads == work.shape.kv_heads,
     }
-    return [name for name in OTHERS if able[name.partition(".")[0]] and _is_installed(name)]
+    return [name for name in OTHERS if able[name] and is_installed(name)]
 
 
-def _is_installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Whether one of `OTHERS` is."""
+    module = name.removesuffix(DETERMINISTIC)
     try:
-        return find_spec(name) is not None
+        spec = find_spec(module)
     except ImportError:  # of its parent
         return False
+    return spec is not None and spec.origin is not None  # FlashAttention 4 alone leaves an empty `flash_attn`
 
 
 def laid_out(name: str, x: Inputs) -> Inputs:
@@ -233,13 +241,15 @@ def _flex(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
     return run
 
 
-def _flash_attn(module: str) -> Callable[[Work, torch.dtype, torch.device], Provider]:
+def _flash_attn(module: str, deterministic: bool = False) -> Callable[[Work, torch.dtype, torch.device], Provider]:
     """FlashAttention 2 (`flash_attn`) or 4 (`flash_attn.cute`); packed documents through its varlen form."""
 
     def make_provider(work: Work, dtype: torch.dtype, device: torch.device) -> Provider:
         library = import_module(module)
         ends = torch.tensor([0, *accumulate(work.lengths)], device=device, dtype=torch.int32)
         options: dict[str, Any] = {"causal": work.causal}
+        if deterministic:
+            options["deterministic"] = True
         if work.window is not None:
             options["window_size"] = (work.window - 1, 0)
 
@@ -280,5 +290,6 @@ _OTHERS: dict[str, Callable[[Work, torch.dtype, torch.device], Provider]] = {
     "flex": _flex,
     "flash_attn": _flash_attn("flash_attn"),
     "flash_attn.cute": _flash_attn("flash_attn.cute"),
+    "flash_attn.cute" + DETERMINISTIC: _flash_attn("flash_attn.cute", deterministic=True),
     "xformers": _xformers,
 }

@@ -85,6 +85,8 @@ class Problem(NamedTuple):
     seed: Tensor | None
     """int64 `[1]` where `dropout_p > 0`."""
     page_size: int
+    row_keys: int
+    """As of `KeyRanges`."""
     scale: float
     softcap: float
     """0 for none."""
@@ -262,6 +264,7 @@ def make_problem(
         v_scale,
         _seed(dropout_p, query.device),
         0 if ranges is None else ranges.page_size,
+        0 if ranges is None else ranges.row_keys,
         _scale(options.get("scale"), K, query.dtype),
         _softcap(options.get("softcap"), query.dtype),
         float(dropout_p),

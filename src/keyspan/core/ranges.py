@@ -30,6 +30,8 @@ class KeyRanges:
         origin: int32 `[B or 1, M]`, the first key of the document that query `i` reads, whether or not it sees that
             key; `None`: 0. Backends count blocks of keys from it, so that a result does not depend on where its
             document lies. It hides nothing.
+        row_keys: keys that a row sees on average, rounded to a power of two, as far as lengths on the host tell; 0:
+            unknown. Backends choose kernels by it, results do not depend on it otherwise.
 
     Shapes, dtypes and devices are checked at construction; values are not read.
 
@@ -46,6 +48,7 @@ class KeyRanges:
     dense: Tensor | None = None
     keys: int | None = None
     origin: Tensor | None = None
+    row_keys: int = 0
 
     def __post_init__(self) -> None:
         lo = self.lo

@@ -112,7 +112,7 @@ def _lookup(
     if type(mask) is KeyRanges:
         tensors += mask.tensors()
         absent = mask.sequence is None, mask.block_table is None, mask.dense is None, mask.origin is None
-        masked = mask.page_size, mask.keys, absent
+        masked = mask.page_size, mask.keys, mask.row_keys, absent
     elif mask is not None or bias is not None:
         if not (mask is None or isinstance(mask, Mask)) or not isinstance(query, Tensor):
             return None

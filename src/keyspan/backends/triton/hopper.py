@@ -82,6 +82,8 @@ _LEAST_BACKWARD = 1024
 """Fewest queries, and fewest keys."""
 _LEAST_BLOCKS = 6
 """Fewest blocks of keys for each multiprocessor: with fewer, blocks of one group wait for each other."""
+_LEAST_ROW_KEYS = 1024
+"""Fewest keys that rows see on average, see `KeyRanges.row_keys`; half of it where four query heads share a key head."""
 
 
 def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
@@ -94,16 +96,19 @@ def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
     dims = problem.query.shape[-1], problem.value.shape[-1]
     if min(dims) < _LEAST_DIM:
         return f"head dimensions are {dims[0]} and {dims[1]}, want at least {_LEAST_DIM}"
-    B, M, G, _, _ = problem.query.shape
+    B, M, G, H, _ = problem.query.shape
     N = problem.key.shape[1]
     if min(M, N) < _LEAST_BACKWARD:
         return f"there are {M} queries and {N} keys, want at least {_LEAST_BACKWARD}"
     blocks, least = B * G * -(-N // backward_tile(problem).BN), _LEAST_BLOCKS * _processors(problem.query.device.index)
     if blocks < least:
         return f"there are {blocks} blocks of keys, want at least {least}, {_LEAST_BLOCKS} for each multiprocessor"
-    if B == 1 and problem.lo is not None:
-        # The host does not know the ranges.
-        return "one batch entry with a mask may be packed documents, and short ones are faster there"
+    if problem.lo is not None:
+        keys, least = problem.row_keys, _LEAST_ROW_KEYS // (1 if H < 4 else 2)
+        if not keys and B == 1:
+            return "one batch entry with a mask whose lengths the host does not know may be short documents"
+        if 0 < keys < least:
+            return f"rows see {keys} keys on average, want at least {least}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from keyspan.core.masks.base import Combined, Dense, Frame, Layout, Mask, Union
 from keyspan.core.masks.checks import Align, check_nonnegative, on_host, readable
-from keyspan.core.masks.layouts import PagedKeys, SharedPrompt
+from keyspan.core.masks.layouts import KeyLengths, PagedKeys, SharedPrompt
 from keyspan.core.masks.visibility import Causal, Prefix, Sinks, Window
 from keyspan.core.ranges import KeyRanges
 
@@ -66,7 +67,41 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
         dense,
         N,
         None if frame.at_zero else frame.start[0].expand(shape[1:]).int(),
+        _row_keys(parts, align, M, N),
     )
+
+
+def _row_keys(parts: tuple[Mask, ...], align: Align, M: int, N: int) -> int:
+    """`KeyRanges.row_keys`. Nothing is read from a device."""
+    if torch.compiler.is_compiling():  # it would be a guard
+        return 0
+    layout = next((part for part in parts if isinstance(part, Layout)), None)
+    if isinstance(layout, KeyLengths):
+        keys = on_host(layout.lengths)
+        queries = None if keys is None else [M] * len(keys)
+    else:
+        queries = [M] if layout is None else on_host(getattr(layout, "q_lengths", None))
+        keys = [N] if layout is None else on_host(getattr(layout, "k_lengths", None)) or queries
+    if queries is None or keys is None or not sum(queries):
+        return 0
+    causal = any(isinstance(part, Causal) for part in parts)
+    width = N
+    for part in parts:
+        if isinstance(part, Window):
+            sides = (N if side is None else side for side in (part.left, 0 if causal else part.right))
+            width = min(width, sum(sides) + 1)
+        elif isinstance(part, (Prefix, Sinks)):
+            width += part.length if isinstance(part, Prefix) else part.count
+    pairs = 0
+    for q, k in zip(queries, keys, strict=True):
+        first = 0 if align == "top_left" else k - q
+        seen = _triangle(q + first) - _triangle(first) - _triangle(q + first - k) + _triangle(first - k)
+        pairs += min(seen if causal else q * k, q * width)
+    return 1 << max(0, round(math.log2(max(1, pairs) / sum(queries))))
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2 if n > 0 else 0
 
 
 def _exempt(parts: tuple[Mask, ...], start: Tensor, stop: Tensor, reach: Tensor, far: int) -> Tensor | None:
@@ -151,7 +186,9 @@ def unite(ranges: Sequence[KeyRanges]) -> KeyRanges:
         most = max(int(begins.sum(0).max()) if begins.numel() else 0, 1)
         lo, hi, diagonal = (x.gather(0, order)[:most] for x in (lo, hi, diagonal))
     origin = None if first.origin is None else first.origin.expand(batch, -1)
-    return replace(first, lo=lo, hi=hi, diagonal=diagonal, origin=origin)
+    known = [x.row_keys for x in ranges]
+    most = max(known) if all(known) else 0  # of sums of powers of two the largest counts
+    return replace(first, lo=lo, hi=hi, diagonal=diagonal, origin=origin, row_keys=most)
 
 
 def united(members: tuple[Mask, ...]) -> tuple[Mask, ...]:
