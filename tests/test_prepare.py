@@ -17,8 +17,9 @@ from keyspan import cli
 from keyspan.files import locked
 from keyspan.models import GPT, GPTConfig
 from keyspan.training.config import TrainConfig, preset
-from keyspan.training.corpus import GROUP, Corpus, Piece, pack_best_fit
+from keyspan.training.corpus import GROUP, Corpus, Piece, pack
 from keyspan.training.loop import train
+from keyspan.training.mixture import Mixture
 from keyspan.training.prepare import Prepare, prepare
 
 
@@ -266,12 +267,39 @@ def test_held_out_batches_hold_all_held_out_documents(corpus):
     assert 200 <= sum(len(batch.tokens) for batch in few) <= 1200
 
 
-def test_best_fit():
-    pieces = [Piece(0, n, length, True) for n, length in enumerate([5, 3, 7, 2, 4, 9])]
-    full, rest = pack_best_fit(pieces, 10, 1.0)
-    assert [[p.length for p in x] for x in full] == [[7, 3]]
-    assert [[p.length for p in x] for x in rest] == [[9], [5, 4], [2]]
-    assert len(pack_best_fit(pieces, 10, 0.9)[0]) == 3
+def pieces_of(lengths) -> list[Piece]:
+    return [Piece(0, n, length, True) for n, length in enumerate(lengths)]
+
+
+def test_packs_by_hand():
+    full, rest = pack(pieces_of([5, 3, 7, 2, 4, 9]), 10, 1.0)  # 30 tokens: into three
+    assert [sorted(p.length for p in x) for x in full] == [[3, 7]]
+    assert [sorted(p.length for p in x) for x in rest] == [[9], [4, 5], [2]]
+    assert len(pack(pieces_of([5, 3, 7, 2, 4, 9]), 10, 0.9)[0]) == 3
+    full, rest = pack(pieces_of([4, 4, 1, 1, 1, 1]), 6, 1.0)  # not [4, 1, 1] twice alone: the costs are equal too
+    assert [[p.length for p in x] for x in full] == [[4, 1, 1]] * 2
+    assert not rest
+
+
+def test_packs_are_full_and_cost_alike():
+    source = random.Random(0)
+    lengths = [min(int(source.lognormvariate(6, 1.3)) + 1, 1024) for _ in range(5000)]
+    for most in (None, 32):
+        full, rest = pack(pieces_of(lengths), 8192, 0.99, most)
+        assert sum(map(len, full)) + sum(map(len, rest)) == len(lengths)
+        assert len(rest) <= (1 if most is None else 8)
+        tokens = [sum(p.length for p in x) for x in full]
+        assert max(tokens) <= 8192
+        assert sum(tokens) >= 0.99 * 8192 * len(full)
+        costs = np.array([sum(p.length**2 for p in x) for x in full])
+        assert costs.max() < 1.02 * costs.mean()
+        assert most is None or max(map(len, full)) <= most
+    # Lengths that fit together in few ways: as full as best fit makes them.
+    coarse = pack(pieces_of([min(int(source.lognormvariate(8, 1)) + 1, 4096) for _ in range(900)]), 8192, 0.99)
+    assert len(coarse.rest) < 0.05 * len(coarse.full)
+    capped = pack(pieces_of([10] * 1000), 1000, 0.99, 16)
+    assert all(len(x) == 16 for x in capped.full)
+    assert sum(map(len, capped.full)) + sum(map(len, capped.rest)) == 1000
 
 
 def test_altered_and_missing_shards_are_refused(corpus, tmp_path):
@@ -325,8 +353,8 @@ def test_train_on_prepared_data_and_on_a_folder_of_text(tmp_path, monkeypatch, c
 
 def test_resumed_training_continues_the_order_of_the_data(tmp_path, corpus):
     options = {
-        "task": "data", "data": corpus.folder, "dim": 16, "layers": 1, "heads": 2, "tokens": 256, "max_length": 100,
-        "steps": 6, "eval_tokens": 256, "checkpoint_every": 3, "device": "cpu",
+        "task": "data", "data": (str(corpus.folder),), "dim": 16, "layers": 1, "heads": 2, "tokens": 256,
+        "max_length": 100, "steps": 6, "eval_tokens": 256, "checkpoint_every": 3, "device": "cpu",
     }  # fmt: skip
     train(TrainConfig(**options, out=tmp_path / "whole"), quiet=True)
     train(TrainConfig(**{**options, "steps": 3}, out=tmp_path / "parts"), quiet=True)
@@ -338,6 +366,35 @@ def test_resumed_training_continues_the_order_of_the_data(tmp_path, corpus):
     )
     tokens = [[record["tokens"] for record in records if "tokens" in record] for records in (whole, parts)]
     assert tokens[0] == tokens[1]
+
+
+def test_sources_are_mixed_by_weights(corpus, tmp_path):
+    """Each has its share of any run of micro-batches, in its own order; a position leads on from anywhere."""
+    folder = tmp_path / "other"
+    other = Corpus(prepare(Prepare((write_lines(tmp_path / "a.jsonl", texts(400, seed=9)),), folder)), 200)
+    mixed = Mixture([corpus, other], [3, 1])
+    own: list[list[torch.Tensor]] = [[], []]
+    for n in range(400):
+        batch = mixed.train_batch(1, n, 512)
+        own[int(batch.names()[0].startswith(folder.name))].append(batch.tokens)
+        assert len({name.split("/")[0] for name in batch.names()}) == 1
+        assert abs(len(own[0]) - 0.75 * (n + 1)) < 3
+    for source, batches in zip((corpus, other), own, strict=True):
+        assert all(torch.equal(source.train_batch(1, n, 512).tokens, x) for n, x in enumerate(batches))
+    for n in (0, 1, 57, 256, 399):
+        mixed.train_batch(1, n + 1, 512)
+        position = json.loads(json.dumps(mixed.position(1, n, 512)))
+        mixed = Mixture([Corpus(x.folder, 200) for x in (corpus, other)], [3, 1])
+        mixed.seek(position, 1, 512)
+        again = Mixture([corpus, other], [3, 1]).train_batch(1, n, 512)
+        assert torch.equal(mixed.train_batch(1, n, 512).tokens, again.tokens)
+    held_out = sum(x["tokens"] for c in (corpus, other) for x in c._shards("held-out"))
+    assert sum(len(batch.tokens) for batch in mixed.held_out(512)) == held_out
+    assert sum(len(batch.tokens) for batch in mixed.held_out(512, limit=800)) < 2000
+    words = Prepare((tmp_path / "a.jsonl",), tmp_path / "bpe", tokenizer="train:300", held_out=0.1)
+    foreign = Corpus(prepare(words), 200)
+    with pytest.raises(ValueError, match="of other tokenizers"):
+        Mixture([corpus, foreign], [1, 1])
 
 
 def test_a_folder_is_prepared_by_one_process(corpus, tmp_path):
@@ -428,7 +485,7 @@ def test_wrong_options(change, message, tmp_path):
 
 
 def test_the_task_needs_its_data():
-    with pytest.raises(ValueError, match=r"data: got None for the task data"):
+    with pytest.raises(ValueError, match=r"data: got none for the task data"):
         preset("data")
     with pytest.raises(ValueError, match=r"data: got x for the task copy"):
-        TrainConfig(task="copy", data=Path("x"))
+        TrainConfig(task="copy", data=("x",))

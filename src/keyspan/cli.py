@@ -99,7 +99,7 @@ class _Choice:
     """The options that choose the defaults of all others."""
 
     task: TaskName = "stdlib"
-    data: Path | None = None
+    data: tuple[str, ...] = ()
     resume: Path | None = None
 
 
@@ -114,12 +114,13 @@ def parse_train(words: list[str], command: str = "train") -> TrainConfig:
 
     choice, _ = tyro.cli(_Choice, args=words, prog=f"keyspan {command}", return_unknown_args=True, add_help=False)
     default = preset(choice.task, choice.data) if choice.resume is None else read_config(choice.resume)
+    shown = choice.resume or " ".join(choice.data) or choice.task
     config: TrainConfig = tyro.cli(
         TrainConfig,
         default=default,
         args=words,
         prog=f"keyspan {command}",
-        description=f"Train a GPT. The defaults shown are those of {choice.resume or choice.data or choice.task}.",
+        description=f"Train a GPT. The defaults shown are those of {shown}.",
     )
     return config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
@@ -25,6 +26,7 @@ from keyspan.training import checkpoint, loop
 from keyspan.training.config import TrainConfig
 from keyspan.training.evaluate import evaluate
 from keyspan.training.loop import load_run, read_config, take_step, train
+from keyspan.training.prepare import Prepare, prepare
 from keyspan.training.report import read_metrics
 
 CONFIG = TrainConfig(
@@ -119,6 +121,32 @@ def test_tensor_parallelism_has_the_losses_of_one_process(tmp_path):
     train(replace(read_config(tmp_path / "alone"), **changes), quiet=True)
     assert curve(tmp_path / "alone")[0] == pytest.approx(losses, abs=1e-5)
     assert evaluated(tmp_path / "fsdp × tensor") == pytest.approx(evaluated(tmp_path / "one"), abs=1e-5)
+
+
+def test_a_mixed_run_goes_on_on_another_number_of_ranks(tmp_path):
+    """Two sources by weight: one process, then two ranks, then one process again have the losses of one process."""
+    folders = []
+    for n, words in enumerate((("red", "green", "blue"), ("one", "two", "three", "four"))):
+        source = random.Random(n)
+        lines = [" ".join(source.choices(words, k=source.randint(3, 40))) for _ in range(400)]
+        (tmp_path / f"{n}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        folders.append(prepare(Prepare((tmp_path / f"{n}.jsonl",), tmp_path / f"source{n}", held_out=0.1)))
+    data = tuple(f"{folder}:{weight}" for folder, weight in zip(folders, (0.7, 0.3), strict=True))
+    config = replace(CONFIG, task="data", data=data, max_length=64, max_documents=4, steps=6, checkpoint_every=3)
+    assert TrainConfig.from_json(config.to_json()) == config
+    train(replace(config, out=tmp_path / "whole"), quiet=True)
+    places = {"from": str(tmp_path / "whole"), "to": str(tmp_path / "parts")}  # goes on behind step 3
+    run_ranks(arrangements, 2, json.dumps({**places, "checkpoint_every": 1}))
+    halve(tmp_path / "parts", tmp_path / "last")  # behind step 5
+    train(replace(config, checkpoint_every=1, resume=tmp_path / "last"), quiet=True)
+    whole, parts, last = (read_metrics(tmp_path / name) for name in ("whole", "parts", "last"))
+    for records in (parts, last):
+        assert [r["loss"] for r in records if "loss" in r] == pytest.approx(
+            [r["loss"] for r in whole if "loss" in r], abs=1e-5
+        )
+    bits = [[r["bits_per_byte"] for r in records if "bits_per_byte" in r] for records in (whole, parts, last)]
+    assert bits[1] == pytest.approx(bits[0], abs=1e-5)
+    assert bits[2] == pytest.approx(bits[0], abs=1e-5)
 
 
 def evaluated(run):

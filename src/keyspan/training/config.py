@@ -15,15 +15,32 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib", "data"]
 
 
+def sources(data: tuple[str, ...]) -> list[tuple[Path, float]]:
+    """(folder, weight) of each source; ValueError for a weight that is none, and for a folder given twice."""
+    found = []
+    for text in data:
+        folder, _, weight = text.rpartition(":")
+        try:
+            found.append((Path(folder), float(weight)) if folder else (Path(text), 1.0))
+        except ValueError:  # a colon that belongs to the path
+            found.append((Path(text), 1.0))
+        if not 0 < found[-1][1] < math.inf:
+            raise ValueError(f"data: got {text}, want a positive weight behind the colon")
+    if len({folder for folder, _ in found}) < len(found):
+        raise ValueError(f"data: got {' '.join(data)}, want each folder once")
+    return found
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The defaults are those of the chosen task's preset."""
 
     task: TaskName = "stdlib"
     """What to learn; chooses the defaults of all else."""
-    data: Path | None = None
-    """What to learn instead: a folder of `keyspan prepare`. Or a folder or file of text, which is prepared first, as
-    bytes, into FOLDER.prepared."""
+    data: tuple[str, ...] = ()
+    """What to learn instead: folders of `keyspan prepare`. Or a folder or file of text, which is prepared first, as
+    bytes, into FOLDER.prepared. Of several, FOLDER:WEIGHT says what share of the micro-batches each has; the weight is
+    1 where none is given."""
     max_length: int = 1024
     """Longest problem in symbols (copy, reverse, sort), pairs (associative-recall) or digits (addition); longest
     document in bytes (stdlib), or in tokens (data), beyond which it is cut."""
@@ -51,6 +68,8 @@ class TrainConfig:
 
     tokens: int = 4096
     """Tokens packed into one micro-batch."""
+    max_documents: int | None = None
+    """Most documents of a micro-batch (data); by default as many as fit. Far above the mean it costs nothing."""
     accumulation: int = 1
     """Micro-batches whose gradients make one step, over all ranks: each of n data ranks computes an n-th of them."""
     steps: int = 1000
@@ -109,8 +128,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.task not in get_args(TaskName):
             raise ValueError(f"task: got {self.task!r}, want one of {', '.join(get_args(TaskName))}")
-        if (self.data is None) == (self.task == "data"):
-            raise ValueError(f"data: got {self.data} for the task {self.task}, want a folder for the task data alone")
+        if bool(self.data) != (self.task == "data"):
+            got = " ".join(self.data) or "none"
+            raise ValueError(f"data: got {got} for the task {self.task}, want a folder for the task data alone")
+        sources(self.data)
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"max_documents: got {self.max_documents}, want at least 1, or none for no limit")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: got {self.precision!r}, want fp32, bf16 or fp16")
         sizes = ("tokens", "accumulation", "steps", "context", "tensor")
@@ -160,6 +183,8 @@ class TrainConfig:
                 raise ValueError(f"{source}: {name}: got {value!r}, want {_words(types[name])}")
             if value is not None and Path in get_args(types[name]):
                 values[name] = Path(value)
+            elif get_origin(types[name]) is tuple:
+                values[name] = tuple(value)
         try:
             return cls(**values)
         except ValueError as error:
@@ -168,7 +193,7 @@ class TrainConfig:
 
 FIXED = (
     *("task", "data", "dim", "layers", "heads", "kv_heads", "hidden", "positions", "rope_theta", "tie_embeddings"),
-    *("embedding_std", "seed"),
+    *("embedding_std", "seed", "max_documents"),
 )
 """Options that a resumed run cannot change: they make the task, the model, its initial weights and the data's order."""
 
@@ -177,6 +202,8 @@ def _is_a(value: object, kind: Any) -> bool:
     """Whether a value read from JSON is of the type that a field is declared with."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is_a(x, get_args(kind)[0]) for x in value)
     if get_args(kind):  # a union
         return any(_is_a(value, one) for one in get_args(kind))
     if isinstance(value, bool):
@@ -189,6 +216,8 @@ def _words(kind: Any) -> str:
     """The same type for a reader."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return f"a list, each {_words(get_args(kind)[0])}"
     if get_args(kind):
         return " or ".join(map(_words, get_args(kind)))
     words: dict[Any, str] = {type(None): "null", Path: "a path"}
@@ -223,9 +252,9 @@ PRESETS: dict[TaskName, TrainConfig] = {
 """The default run of each task but `data`, see `preset`."""
 
 
-def preset(task: TaskName, data: Path | None = None) -> TrainConfig:
-    """The default run of a task; for `data`, of a model of 10 million parameters on that folder."""
-    if data is None and task != "data":
+def preset(task: TaskName, data: tuple[str, ...] = ()) -> TrainConfig:
+    """The default run of a task; for `data`, of a model of 10 million parameters on that folder, or those folders."""
+    if not data and task != "data":
         return PRESETS[task]
     return TrainConfig(
         task="data", data=data, dim=320, layers=7, heads=5, kv_heads=5, tokens=8192, steps=2000, lr=1e-3, warmup=100,

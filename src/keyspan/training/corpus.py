@@ -2,8 +2,8 @@
 
 Shards are memory-mapped: what is in memory is a plan of a few shards, and the batch. A document that is longer than
 `max_length` is cut into consecutive pieces. The order of an epoch is drawn from its seed: the shards, then the pieces
-of a few shards at a time. Pieces of such a group are packed so that batches are full (best fit decreasing, Johnson
-1973); no document sees another.
+of a few shards at a time. Pieces of such a group are packed so that batches are full and cost alike; no document sees
+another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from heapq import heappop, heapreplace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +46,14 @@ class Corpus:
     Args:
         folder: of `keyspan prepare`.
         max_length: most tokens of a piece.
+        max_documents: most pieces of a micro-batch; None: as many as fit.
 
     Raises ValueError where the folder is not prepared, its shards are not those of its index, or one side is empty.
     """
 
     folder: Path
     max_length: int
+    max_documents: int | None = None
 
     name = "data"
     metric = "bits_per_byte"
@@ -89,6 +92,13 @@ class Corpus:
         size: int = self.index["vocab_size"]
         return size
 
+    @cached_property
+    def tokenizer(self) -> tuple[Any, ...]:
+        """What tells tokenizers apart."""
+        name = self.index["tokenizer"]
+        text = b"" if name == "bytes" else (self.folder / name).read_bytes()
+        return self.vocab_size, self.stop, self.dtype, text
+
     @property
     def stop(self) -> int:
         """The end token."""
@@ -118,15 +128,20 @@ class Corpus:
         start = self._plans.start(index)
         if start is None or self._plans._of != (seed, tokens):
             return None
-        return {"seed": seed, "tokens": tokens, "max_length": self.max_length, **start._asdict()}
+        return {**self._form(seed, tokens), **start._asdict()}
 
     def seek(self, position: dict[str, Any], seed: int, tokens: int) -> None:
         """Plan from there on, not from the first epoch; where it is of another seed or size, plan from the start."""
-        if (position["seed"], position["tokens"], position["max_length"]) != (seed, tokens, self.max_length):
+        form = self._form(seed, tokens)
+        if {name: position.get(name) for name in form} != form:
             return
         rest = [[Piece(*piece) for piece in part] for part in position["rest"]]
         start = _Start(position["first"], position["epoch"], position["group"], rest)
         self._plans.begin(seed, tokens, start)
+
+    def _form(self, seed: int, tokens: int) -> dict[str, Any]:
+        """What the plan is a function of, apart from the folder."""
+        return {"seed": seed, "tokens": tokens, "max_length": self.max_length, "max_documents": self.max_documents}
 
     def held_out(self, tokens: int, limit: int | None = None) -> list[Batch]:
         """The held-out documents in batches of at most `tokens`; with `limit`, as many as come to about that."""
@@ -135,9 +150,14 @@ class Corpus:
         if limit is not None:
             tokens = min(tokens, limit)
             pieces = pieces[:: max(1, sum(piece.length for piece in pieces) // limit)]
-        bins, rest = pack_best_fit([x for x in pieces if x.length <= tokens], tokens, 1.0)
+        bins, rest = pack([x for x in pieces if x.length <= tokens], tokens, 1.0)
         cut = [x._replace(length=tokens) for x in pieces if x.length > tokens]
         return [self._batch(x, "held-out") for x in [*bins, *rest, *([x] for x in cut)]]
+
+    def _names(self, pieces: Sequence[Piece], side: str) -> list[str]:
+        """Where each piece stands: folder, shard, and its first token there."""
+        stems = [shard["stem"] for shard in self._shards(side)]
+        return [f"{self.folder.name}/{stems[piece.shard]}:{piece.start}" for piece in pieces]
 
     def filled(self, seed: int, count: int, tokens: int) -> float:
         """Share of the positions of the first `count` micro-batches that hold a token."""
@@ -183,7 +203,9 @@ class Corpus:
             before = self.stop if piece.first else data[piece.start - 1]
             targets.append(data[piece.start : stop].astype(np.int64))
             tokens.append(np.concatenate([[before], targets[-1][:-1]]))
-        return Batch(_tensor(tokens), _tensor(targets), [piece.length for piece in pieces])
+        return Batch(
+            _tensor(tokens), _tensor(targets), [piece.length for piece in pieces], partial(self._names, pieces, side)
+        )
 
     # Text
 
@@ -272,28 +294,74 @@ class _Plans:
                 # Batches that are not full are packed again with the next group.
                 pieces += [piece for part in rest for piece in part]
                 pieces = [pieces[n] for n in random.permutation(len(pieces))]
-                full, rest = pack_best_fit(pieces, tokens, 0.99)
+                full, rest = pack(pieces, tokens, 0.99, corpus.max_documents)
                 yield from (full[n] for n in random.permutation(len(full)))
                 index, group = index + len(full), group + 1
             yield from rest
             index, epoch, group, rest = index + len(rest), epoch + 1, 0, []
 
 
-def pack_best_fit(pieces: Sequence[Piece], capacity: int, least: float) -> tuple[list[list[Piece]], list[list[Piece]]]:
-    """(bins filled to a share of at least `least`, the other bins): the longest piece first, into the bin that it fills
-    best. Pieces of one length keep their order."""
-    bins: list[list[Piece]] = []
-    room: list[tuple[int, int]] = []  # (what is left of a bin, its number), sorted
+class Packed(NamedTuple):
+    """Pieces in bins."""
+
+    full: list[list[Piece]]
+    """Those filled to the share asked for, and those that hold as many pieces as a bin may."""
+    rest: list[list[Piece]]
+
+    def left(self) -> int:
+        """Tokens in bins that are not full."""
+        return sum(piece.length for pieces in self.rest for piece in pieces)
+
+
+def pack(pieces: Sequence[Piece], capacity: int, least: float, most: int | None = None) -> Packed:
+    """Pack pieces so that bins are full to a share of at least `least`, hold at most `most` pieces and cost alike.
+
+    The attention of a bin costs the sum of its squared lengths. The longest piece comes first and goes to the cheapest
+    bin (longest processing time first, Graham 1969); where that has no room, into the bin that it fills best (best fit
+    decreasing, Johnson 1973). Where lengths vary so little that this leaves much, all go where they fit best. Pieces of
+    one length keep their order.
+    """
+    total = sum(piece.length for piece in pieces)
+    alike = max(total // capacity, len(pieces) // most if most else 0, 1)
+    by_cost = _pack(pieces, capacity, least, most, alike)
+    if by_cost.left() <= max(total // 50, capacity):
+        return by_cost
+    by_fit = _pack(pieces, capacity, least, most, 0)
+    return by_fit if by_fit.left() < by_cost.left() else by_cost
+
+
+def _pack(pieces: Sequence[Piece], capacity: int, least: float, most: int | None, alike: int) -> Packed:
+    """Bins, of which so many are to cost alike; further ones are made for what does not fit."""
+    bins: list[list[Piece]] = [[] for _ in range(alike)]
+    left, cost = [capacity] * alike, [0] * alike
+    cheapest = [(0, number) for number in range(alike)]  # a heap; bins leave it where a piece did not fit
+    room = [(capacity, number) for number in range(alike)]  # (what is left of a bin, its number), sorted
     for piece in sorted(pieces, key=lambda x: -x.length):
-        at = bisect_left(room, (piece.length, -1))
-        if at == len(room):
-            bins.append([piece])
-            left, number = capacity - piece.length, len(bins) - 1
+        while cheapest and left[cheapest[0][1]] < piece.length:
+            heappop(cheapest)
+        if cheapest:
+            number = cheapest[0][1]
+            room.pop(bisect_left(room, (left[number], number)))
+        elif (at := bisect_left(room, (piece.length, -1))) < len(room):
+            number = room.pop(at)[1]
         else:
-            left, number = room.pop(at)
-            bins[number].append(piece)
-            left -= piece.length
-        insort(room, (left, number))
-    filled = {number: capacity - left >= least * capacity for left, number in room}
-    full = [x for n, x in enumerate(bins) if filled[n]]
-    return full, [x for n, x in enumerate(bins) if not filled[n]]
+            number = len(bins)
+            bins.append([])
+            left.append(capacity)
+            cost.append(0)
+        bins[number].append(piece)
+        left[number] -= piece.length
+        cost[number] += piece.length**2
+        closed = len(bins[number]) == most
+        if not closed:
+            insort(room, (left[number], number))
+        if cheapest and closed:
+            heappop(cheapest)
+        elif cheapest:
+            heapreplace(cheapest, (cost[number], number))
+    filled = [
+        capacity - left[number] >= least * capacity or (number < alike and len(held) == most)
+        for number, held in enumerate(bins)
+    ]
+    full = [held for held, enough in zip(bins, filled, strict=True) if enough]
+    return Packed(full, [held for held, enough in zip(bins, filled, strict=True) if held and not enough])

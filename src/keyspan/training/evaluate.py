@@ -57,7 +57,7 @@ def evaluate(
         own = first + ranks.data_rank
         batch = batches[min(own, len(batches) - 1)]
         part, context = ranks.part(batch)
-        tokens, targets, lengths = part.to(device)
+        tokens, targets, lengths, _ = part.to(device)
         rows = targets != IGNORE
         if objective is None:
             logits = model.logits(model(tokens, lengths)[rows]).float()

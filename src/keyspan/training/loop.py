@@ -34,7 +34,7 @@ from keyspan.info import explain, find_device
 from keyspan.models.gpt import GPT, GPTConfig
 from keyspan.training import checkpoint
 from keyspan.training.checkpoint import Progress
-from keyspan.training.config import FIXED, TrainConfig
+from keyspan.training.config import FIXED, TrainConfig, sources
 from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
 from keyspan.training.graph import CapturedStep, check_capture
@@ -46,8 +46,9 @@ from keyspan.training.tasks import SyntheticTask
 
 if TYPE_CHECKING:
     from keyspan.training.corpus import Corpus
+    from keyspan.training.mixture import Mixture
 
-Task: TypeAlias = "SyntheticTask | StandardLibrary | Corpus"
+Task: TypeAlias = "SyntheticTask | StandardLibrary | Corpus | Mixture"
 READ_EVERY = {"cpu": 1}
 """By type of device, 10 for others: steps between readings of loss and norm, which wait for the device."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -78,10 +79,13 @@ def make_task(config: TrainConfig) -> Task:
     """The task of a configuration: its data and its alphabet."""
     if config.task == "stdlib":
         return StandardLibrary(config.max_length)
-    if config.data is not None:
+    if config.data:
         from keyspan.training.corpus import Corpus
+        from keyspan.training.mixture import Mixture
 
-        return Corpus(_prepared(config.data), config.max_length)
+        folders, weights = zip(*sources(config.data), strict=True)
+        corpora = [Corpus(_prepared(path), config.max_length, config.max_documents) for path in folders]
+        return corpora[0] if len(corpora) == 1 else Mixture(corpora, weights)
     return SyntheticTask(config.task, config.max_length)
 
 
@@ -182,7 +186,7 @@ def take_step(
     for index, ((part, context), share) in enumerate(zip(parts, scored, strict=True)):
         if not share and ranks.world == 1:
             continue  # its mean loss is 0 / 0
-        tokens, targets, lengths = part.to(device)
+        tokens, targets, lengths, _ = part.to(device)
         with autocast(config, device), ranks.synchronised(loss_of, index == len(parts) - 1):
             # As a tensor, lengths are data to the compiler, and copied to a GPU without waiting for it.
             on_host = (loss_of is None and device.type == "cpu") or context is not None
@@ -356,6 +360,7 @@ def _run(
                 seconds += elapsed
                 figures = {"loss": loss, "lr": done.lr, "grad_norm": norm, "tokens": done.tokens}
                 figures["tokens_per_second"] = done.tokens / elapsed
+                figures["filled"] = done.tokens / (config.tokens * config.accumulation)
                 if rate:
                     figures["mfu"] = done.flops / elapsed / rate
                 report.step(done.step, **figures, seconds=seconds, **peak_memory(device))

@@ -5,7 +5,7 @@ Letters: T packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,10 +24,12 @@ class Batch(NamedTuple):
     """[T] int64."""
     lengths: list[int]
     """Tokens of each document; they sum to T."""
+    names: Callable[[], list[str]] = list
+    """Makes what the task calls each document; an empty list where it has no names for them."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; the lengths stay with Python."""
-        return Batch(to_device(self.tokens, device), to_device(self.targets, device), self.lengths)
+        """The same batch on `device`; what is not a tensor stays with Python."""
+        return self._replace(tokens=to_device(self.tokens, device), targets=to_device(self.targets, device))
 
     def scored(self) -> int:
         """How many targets count in the loss."""

@@ -100,7 +100,7 @@ class Ranks:
         T = len(batch.tokens)
         partition = Partition.balanced(Documents(batch.lengths) & Causal(), T, self.context)
         tokens, targets = (partition.take(x, self.context_rank, 0) for x in (batch.tokens, batch.targets))
-        return Batch(tokens, targets, batch.lengths), Context(partition, self.context_group)
+        return batch._replace(tokens=tokens, targets=targets), Context(partition, self.context_group)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks of data × context, on every rank."""
