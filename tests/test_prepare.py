@@ -397,6 +397,22 @@ def test_sources_are_mixed_by_weights(corpus, tmp_path):
         Mixture([corpus, foreign], [1, 1])
 
 
+def test_a_step_that_is_not_taken_names_its_documents(tmp_path, corpus, monkeypatch):
+    options = {
+        "task": "data", "data": (str(corpus.folder),), "dim": 16, "layers": 1, "heads": 2, "tokens": 256,
+        "max_length": 100, "steps": 3, "eval_tokens": 256, "accumulation": 2, "device": "cpu",
+    }  # fmt: skip
+    config = TrainConfig(**options, out=tmp_path / "run")
+    monkeypatch.setattr(GPT, "loss", lambda *_: torch.tensor(torch.nan, requires_grad=True))
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan.*; documents .*/train-0\d+:\d+, .* more"):
+        train(config, quiet=True)
+    (record,) = records(tmp_path / "run")
+    own = Corpus(corpus.folder, 100)
+    names = [name for n in range(2) for name in own.train_batch(0, n, 256).names()]
+    assert record["documents"] == names
+    assert len(names) == sum(len(own.train_batch(0, n, 256).lengths) for n in range(2))
+
+
 def test_a_folder_is_prepared_by_one_process(corpus, tmp_path):
     options = Prepare((corpus.folder.parent / "a.jsonl",), tmp_path)
     with locked(tmp_path, "prepares data"), pytest.raises(ValueError, match="another process prepares data in this"):

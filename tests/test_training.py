@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,15 +12,18 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from keyspan import cli
 from keyspan.info import find_device
 from keyspan.training import checkpoint, loop
 from keyspan.training.config import PRESETS, TrainConfig
 from keyspan.training.data import is_held_out
 from keyspan.training.graph import CapturedStep, check_capture
+from keyspan.training.guard import Guard
 from keyspan.training.loop import (
     learning_rate,
     load_run,
@@ -289,6 +293,97 @@ def test_steps_are_read_together_on_an_accelerator(tmp_path, monkeypatch):
     model = [(checkpoint.latest(tmp_path / name) / checkpoint.MODEL).read_bytes() for name in ("each", "four")]
     assert model[0] == model[1]
     assert not checkpoint.exists(tmp_path / "bad")
+
+
+def test_a_guard_judges_by_the_losses_that_were_taken():
+    config = replace(TINY, spike=3.0, spike_window=4, on_spike="skip")
+    guard, norm = Guard(config, CPU), torch.tensor(1.0)
+
+    def judge(loss, norm=norm):
+        return float(guard.judge(torch.tensor(loss), norm))
+
+    assert [judge(x) for x in (9.0, 2.0, math.nan, 2.2, 1.9, 1.8)] == [0, 0, 1, 0, 0, 0]  # too few to tell until here
+    assert judge(30.0) == 1
+    mean, std = np.mean([2.0, 2.2, 1.9, 1.8]), np.std([2.0, 2.2, 1.9, 1.8], ddof=1)
+    assert float(guard.limit) == pytest.approx(mean + 3 * std)
+    assert judge(mean + 3.01 * std) == 1
+    assert judge(mean + 2.99 * std) == 0
+    assert judge(1.0, torch.tensor(math.inf)) == 1
+    assert judge(1.0, None) == 0
+    stops = Guard(replace(config, on_spike="stop"), CPU, [5.0, 2.0, 2.2, 1.9, 1.8])
+    assert [float(stops.judge(torch.tensor(x), norm)) for x in (2.0, 30.0, 2.0)] == [0, 1, 1]
+    silent = Guard(replace(TINY, on_spike="skip"), CPU)
+    assert [float(silent.judge(torch.tensor(x), norm)) for x in (1.0, 1e9, math.inf)] == [0, 0, 1]
+
+
+def spoil(monkeypatch, step, factor, seen):
+    """The loss of a step, counted from 1, is multiplied; `seen` gets what the weights were before and after it."""
+    calls = iter(range(1, 1000))
+
+    def take(model, *arguments):
+        if next(calls) != step:
+            return take_step(model, *arguments)
+        before = [p.detach().clone() for p in model.parameters()]
+        arguments = [*arguments[:4], lambda *x: model.loss(*x) * factor, *arguments[5:]]
+        found = take_step(model, *arguments)
+        seen.extend(zip(before, [p.detach().clone() for p in model.parameters()], strict=True))
+        return found
+
+    monkeypatch.setattr(loop, "take_step", take)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("factor", [50.0, math.nan])
+def test_a_spike_is_skipped_or_stops_the_run(tmp_path, monkeypatch, precision, factor):
+    config = replace(TINY, steps=9, spike=20.0, spike_window=4, precision=precision, checkpoint_every=3, eval_every=100)
+    seen: list = []
+    spoil(monkeypatch, 7, factor, seen)
+    train(replace(config, on_spike="skip", out=tmp_path / "skipped"), quiet=True)
+    assert seen
+    assert all(torch.equal(a, b) for a, b in seen)
+    records = read_metrics(tmp_path / "skipped")
+    (refused,) = [r for r in records if "refused" in r]
+    assert refused["step"] == 7
+    assert re.match(
+        "the loss is nan" if math.isnan(factor) else "the loss is .*, a spike: 20 stand", refused["refused"]
+    )
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6, 8, 9]
+    spoil(monkeypatch, 7, factor, [])
+    with pytest.raises(FloatingPointError, match=r"step 7: the loss is .* holds the run up to step 6"):
+        train(replace(config, out=tmp_path / "stopped"), quiet=True)
+    assert checkpoint.latest(tmp_path / "stopped").name == "step-00000006"
+    # A resumed run judges by the losses before.
+    spoil(monkeypatch, 1, factor, [])
+    with pytest.raises(FloatingPointError, match="step 7: the loss is"):
+        train(replace(config, resume=tmp_path / "stopped"), quiet=True)
+
+
+def test_a_run_that_skips_all_steps_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "IN_A_ROW", 3)
+    config = replace(TINY, on_spike="skip", lr=1e30, warmup=0, weight_decay=0.0, steps=50, eval_every=100)
+    with pytest.raises(FloatingPointError, match=r"step \d: the .*; 3 steps in a row were skipped; .* up to step 0"):
+        train(replace(config, out=tmp_path / "run"), quiet=True)
+
+
+def test_figures_for_tensorboard(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(replace(TINY, steps=3, tensorboard=True, out=tmp_path / "run"), quiet=True)
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    records = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
+    assert [(x.step, x.value) for x in found.Scalars("loss")] == [
+        (r["step"], pytest.approx(r["loss"])) for r in records
+    ]
+    assert {"grad_norm", "lr", "tokens_per_second", "exact_match"} <= set(found.Tags()["scalars"])
+
+
+def test_tensorboard_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert cli.main(["train", "--task", "copy", "--tensorboard", "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "keyspan: train needs tensorboard: pip install tensorboard\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path):

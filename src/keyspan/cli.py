@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from keyspan.training.loop import Result
 
 EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "tyro")
+BOARD_EXTRAS = ("tensorboard",)
 DATA_EXTRAS = ("pyarrow", "zstandard")
 SERVE_EXTRAS = ("fastapi", "jinja2", "prometheus_client", "tokenizers", "uvicorn")
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ModuleNotFoundError as error:
-        extras = next((x for x in (EXTRAS, DATA_EXTRAS, SERVE_EXTRAS) if error.name in x), None)
+        extras = next((x for x in (EXTRAS, BOARD_EXTRAS, DATA_EXTRAS, SERVE_EXTRAS) if error.name in x), None)
         if extras is None:
             raise
         return _fail(f"{known[0]} needs {error.name}: pip install {' '.join(extras)}")

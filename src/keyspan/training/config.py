@@ -86,6 +86,15 @@ class TrainConfig:
     """AdamW's weight decay; on matrices only."""
     clip: float = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it."""
+    spike: float | None = None
+    """Standard deviations above the mean of the losses before, beyond which a loss is a spike; by default none is."""
+    spike_window: int = 100
+    """How many losses before."""
+    on_spike: Literal["stop", "skip"] = "stop"
+    """At a spike, or a loss or gradient that is not finite: stop the run, or skip the step and go on. Its documents are
+    named either way."""
+    tensorboard: bool = False
+    """Write the figures for TensorBoard too, into the run's folder; needs the extra tensorboard."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Computation under autocast (weights stay fp32); fp16 scales its loss."""
 
@@ -140,6 +149,14 @@ class TrainConfig:
         for name in (*sizes, "eval_every", "eval_tokens", "checkpoint_every"):
             if not 1 <= (got := getattr(self, name)) < 2**31:
                 raise ValueError(f"{name}: got {got}, want 1 … 2³¹ − 1")
+        if self.spike is not None and not 0 < self.spike < math.inf:
+            raise ValueError(f"spike: got {self.spike}, want a positive number of standard deviations, or none")
+        if not 2 <= self.spike_window <= 100_000:
+            raise ValueError(f"spike_window: got {self.spike_window}, want 2 to 100 000 losses")
+        if self.on_spike not in ("stop", "skip"):
+            raise ValueError(f"on_spike: got {self.on_spike!r}, want stop or skip")
+        if self.cuda_graph and (self.spike is not None or self.on_spike == "skip"):
+            raise ValueError("cuda_graph: got True with spike or on_spike skip, want False: a graph stops at NaN alone")
         if self.warmup < 0:
             raise ValueError(f"warmup: got {self.warmup}, want 0 or more")
         if not (self.lr > 0 and math.isfinite(self.lr)):

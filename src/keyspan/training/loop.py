@@ -38,9 +38,10 @@ from keyspan.training.config import FIXED, TrainConfig, sources
 from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
 from keyspan.training.graph import CapturedStep, check_capture
+from keyspan.training.guard import IN_A_ROW, Guard
 from keyspan.training.packing import Batch, to_device
 from keyspan.training.ranks import ALONE, Ranks, check_model, connected, is_cut, setting
-from keyspan.training.report import Report, peak_memory, peak_rate, plot, step_flops
+from keyspan.training.report import Report, in_words, peak_memory, peak_rate, plot, read_metrics, step_flops
 from keyspan.training.sharded import Saver
 from keyspan.training.tasks import SyntheticTask
 
@@ -160,6 +161,7 @@ def take_step(
     config: TrainConfig,
     loss_of: Callable[..., Tensor] | None = None,
     ranks: Ranks = ALONE,
+    guard: Guard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on micro-batches, weighted so that it is the step of one batch that holds them all.
 
@@ -173,6 +175,7 @@ def take_step(
         batches: of this rank.
         loss_of: what computes the loss, such as a compiled `model.loss`, which then gets lengths as a tensor; of
             several ranks, what `ranks.wrap` returned.
+        guard: judges in its way whether the step is taken.
     """
     device = next(model.parameters()).device
     parts = [ranks.part(batch) for batch in batches]
@@ -201,7 +204,14 @@ def take_step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     if is_cut(norm):
         norm = norm.full_tensor()  # type: ignore[attr-defined]
-    if scaler.is_enabled():
+    overflows = scaler.is_enabled() and scaler.get_scale() > 1
+    if guard is not None:
+        optimizer.found_inf = guard.judge(mean, None if overflows else norm)  # type: ignore[attr-defined]
+        if scaler.is_enabled() and guard.refused:  # the scaler has a found_inf of its own
+            optimizer.zero_grad()
+            scaler.update()
+            return mean, norm
+    elif scaler.is_enabled():
         check_finite(float(mean), float(norm), config, scaler)
     else:
         bad = (~(mean.isfinite() & norm.isfinite())).float()
@@ -239,9 +249,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         ValueError: for bad options, options that contradict the run to resume, damaged checkpoints, and a folder that
             another process trains in.
         NotImplementedError: where `config.backend` cannot compute the model's attention.
-        FloatingPointError: for a loss or gradient that is not finite.
+        FloatingPointError: for a loss or gradient that is not finite, and a loss that jumps; see `on_spike`.
     """
-    for extra in ("matplotlib", "rich", "safetensors"):  # better missed now than when the work is done
+    extras = ("matplotlib", "rich", "safetensors", *(("tensorboard",) if config.tensorboard else ()))
+    for extra in extras:  # better missed now than when the work is done
         import_module(extra)
     with connected(config) as ranks:
         config = _restarted(config)
@@ -297,6 +308,10 @@ class _Pending(NamedTuple):
     flops: float
     loss: Tensor
     norm: Tensor
+    refused: Tensor
+    limit: Tensor
+    names: list[Callable[[], list[str]]]
+    """Of the documents of its micro-batches."""
 
 
 def _run(
@@ -311,7 +326,10 @@ def _run(
     task, model, objective, optimizer, scaler, ranks = parts
     device = next(model.parameters()).device
     step, seconds, _ = start
-    record = Report(run, step, config.steps, quiet=quiet, record=ranks.first)
+    board = config.tensorboard and ranks.first
+    record = Report(run, step, config.steps, quiet=quiet, record=ranks.first, tensorboard=board)
+    recent = ranks.agree(lambda: [r["loss"] for r in read_metrics(run) if "loss" in r and r["step"] <= step])
+    guard = Guard(config, device, recent)
     with _interruption() as interrupted, record as report, Saver(run, ranks, step) as saver:
 
         def held_out(limit: int | None) -> float:
@@ -334,6 +352,7 @@ def _run(
             loss_of = objective
         captured = CapturedStep(model, optimizer, config, loss_of) if config.cuda_graph else None
         pending: list[_Pending] = []
+        in_a_row = 0  # steps refused
         rate = peak_rate(device, config.precision)
         began = time.perf_counter()
 
@@ -347,16 +366,30 @@ def _run(
             saver.wait()
             return FloatingPointError(f"step {step}: {error}; {run} holds the run up to step {saver.saved}")
 
+        def wrong(loss: float, norm: float, refused: float, limit: float) -> str | None:
+            """Why a step was not taken."""
+            try:
+                check_finite(loss, norm, config, scaler)
+            except FloatingPointError as error:
+                return str(error)
+            return guard.words(loss, limit) if refused else None
+
         def read_pending() -> None:
             """Wait for the device; check and record the steps since the last call."""
-            nonlocal seconds, began
-            numbers = torch.stack([x for done in pending for x in (done.loss, done.norm)]).double().tolist()
+            nonlocal seconds, began, in_a_row
+            figures_of = [(done.loss, done.norm, done.refused, done.limit) for done in pending]
+            numbers = torch.stack([x.float() for of in figures_of for x in of]).double().view(-1, 4).tolist()
             elapsed = (time.perf_counter() - began) / len(pending)
-            for done, loss, norm in zip(pending, numbers[::2], numbers[1::2], strict=True):
-                try:
-                    check_finite(loss, norm, config, scaler)
-                except FloatingPointError as error:
-                    raise stopped(done.step, error) from None
+            for done, (loss, norm, refused, limit) in zip(pending, numbers, strict=True):
+                reason = wrong(loss, norm, refused, limit)
+                in_a_row = 0 if reason is None else in_a_row + 1
+                if reason is not None:
+                    names = ranks.gather([name for make in done.names for name in make()])
+                    report.refused(done.step, reason, names)
+                    if config.on_spike == "stop" or in_a_row == IN_A_ROW:
+                        times = f"; {in_a_row} steps in a row were skipped" if in_a_row > 1 else ""
+                        raise stopped(done.step, FloatingPointError(reason + in_words(names) + times))
+                    continue
                 seconds += elapsed
                 figures = {"loss": loss, "lr": done.lr, "grad_norm": norm, "tokens": done.tokens}
                 figures["tokens_per_second"] = done.tokens / elapsed
@@ -380,13 +413,15 @@ def _run(
                     if captured is not None:
                         found = captured(batches, lr)
                     else:
-                        found = take_step(model, optimizer, scaler, batches, config, loss_of, ranks)
+                        found = take_step(model, optimizer, scaler, batches, config, loss_of, ranks, guard)
                 except FloatingPointError as error:
                     raise stopped(step + 1, error) from None
                 step += 1
                 tokens = sum(len(batch.tokens) for batch in batches)
                 flops = step_flops(model, batches) / (ranks.context * ranks.tensor) if rate else 0.0
-                pending.append(_Pending(step, lr, tokens * ranks.data, flops, *found))
+                names = [batch.names for batch in batches]
+                judged = guard.refused, guard.limit
+                pending.append(_Pending(step, lr, tokens * ranks.data, flops, *found, *judged, names))
                 evaluates = step % config.eval_every == 0 and step < config.steps
                 saves = step % config.checkpoint_every == 0
                 stopping = ranks.world == 1 and interrupted.is_set()

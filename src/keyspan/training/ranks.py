@@ -132,6 +132,14 @@ class Ranks:
             raise result[1]
         return result[0]
 
+    def gather(self, names: list[str]) -> list[str]:
+        """The names that any rank has, on every rank, each once."""
+        if self.world == 1:
+            return names
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, names)
+        return list(dict.fromkeys(name for of in found for name in of))
+
     def seed(self, seed: int, step: int) -> None:
         """Seed torch's generators for a step, otherwise for each rank of data × context; not where the process is
         alone, whose generators run on."""

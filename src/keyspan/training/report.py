@@ -24,10 +24,12 @@ class Report:
     """A context manager that shows and records a run's steps.
 
     A run that goes on from `step` keeps the records up to there and appends to them. Without `record` nothing is
-    written: of several ranks one does.
+    written: of several ranks one does. With `tensorboard` every figure is written for TensorBoard too.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, *, quiet: bool = False, record: bool = True) -> None:
+    def __init__(
+        self, run: Path, step: int, steps: int, *, quiet: bool = False, record: bool = True, tensorboard: bool = False
+    ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
@@ -37,6 +39,11 @@ class Report:
             kept = [line for line, found in _records(self._path) if found["step"] <= step] if step else []
             write_file(self._path, "".join(kept).encode())
             self._file = self._path.open("a", buffering=1)
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._tokens = sum(found.get("tokens", 0) for found in read_metrics(run)) if record and step else 0
         console = Console()
         bar = (
@@ -62,6 +69,8 @@ class Report:
         self._progress.stop()
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def step(self, step: int, **figures: float) -> None:
         """Record a step and move the bar."""
@@ -77,16 +86,33 @@ class Report:
         self._write(step, figures)
         self.say(f"step {step:>6}  {text}")
 
+    def refused(self, step: int, reason: str, documents: Sequence[str]) -> None:
+        """Record and print that a step was not taken, and on which documents."""
+        self._write(step, {"refused": reason, "documents": list(documents)})
+        self.say(f"step {step:>6}  not taken: {reason}{in_words(documents)}")
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._progress.disable:
             self._progress.console.print(text, highlight=False, markup=False)
 
-    def _write(self, step: int, figures: Mapping[str, float]) -> None:
+    def _write(self, step: int, figures: Mapping[str, Any]) -> None:
         if self._file is None:
             return
+        if self._board is not None:
+            for name, figure in figures.items():
+                if isinstance(figure, float | int):
+                    self._board.add_scalar(name, figure, step)
+                else:
+                    self._board.add_text(name, str(figure), step)
         with named_errors(self._path):
             self._file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def in_words(documents: Sequence[str]) -> str:
+    """The end of a sentence that names documents; of many the first few, metrics.jsonl has all."""
+    shown, count = ", ".join(documents[:4]), len(documents)
+    return f"; documents {shown}{f' and {count - 4} more' if count > 4 else ''}" if documents else ""
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
