@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from keyspan.inference.graphs import DecodeGraphs
 from keyspan.inference.pages import Held, Key, PagedCache
 from keyspan.inference.program import DecoderProgram
 from keyspan.inference.sampling import Chosen, Sampling, choose
@@ -120,6 +121,8 @@ class Engine:
             the last `ngram` tokens where they stood before ("prompt lookup decoding", Saxena, 2023). The tokens of an
             answer are those of `draft=0`.
         ngram: how many tokens must agree for a guess.
+        graphs: on a GPU, whether steps that add one token to each request are captured as CUDA graphs; a page is set
+            apart for them.
 
     Not safe for use by several threads, but that `add` and `cancel` may be called while another thread steps.
     """
@@ -137,6 +140,7 @@ class Engine:
         share: bool = True,
         draft: int = 0,
         ngram: int = 3,
+        graphs: bool = True,
     ) -> None:
         for name, value, least in (
             ("page_size", page_size, 1), ("step_tokens", step_tokens, 1), ("running", running, 1),
@@ -149,9 +153,15 @@ class Engine:
         self.draft, self.ngram = draft, ngram
         weight = model.embedding.weight
         per_page = PagedCache.bytes_per_page(model.config, page_size, weight.dtype)
-        if memory < per_page:
-            raise ValueError(f"memory: got {memory} bytes, want at least {per_page}, one page of {page_size} tokens")
-        self.cache = PagedCache(model.config, memory // per_page, page_size, weight.dtype, weight.device, share=share)
+        spare = graphs and DecodeGraphs.reason_against(model) is None
+        pages = memory // per_page - spare
+        if pages < 1:
+            raise ValueError(
+                f"memory: got {memory} bytes, want at least {per_page * (1 + spare)}: "
+                f"{1 + spare} pages of {page_size} tokens"
+            )
+        self.cache = PagedCache(model.config, pages, page_size, weight.dtype, weight.device, share=share, spare=spare)
+        self._graphs = DecodeGraphs(model, self.cache, running) if spare else None
         self._program: DecoderProgram | None = None
         if DecoderProgram.reason_against(model) is None:
             self._program = DecoderProgram(model, self.cache, step_tokens)
@@ -381,17 +391,22 @@ class Engine:
                 rows += range(last, last + 1 + len(guess))
             fed += new
             lengths.append(len(new))
-        self.cache.begin([request.held for request, _, _ in batch], lengths, device)
-        tokens = torch.tensor(fed, device=device)
-        if self._program is None:
-            hidden = self.model(tokens, lengths, cache=self.cache)
+        held = [request.held for request, _, _ in batch]
+        logits = best = None
+        if self._graphs is not None and len(rows) == len(fed) == len(batch):
+            logits, likeliest = self._graphs.step(held, fed)
+            best = likeliest.tolist()
         else:
-            hidden = self._program.hidden(tokens)
-        logits = None
-        if rows:
-            last = hidden if len(rows) == len(fed) else hidden[torch.tensor(rows, device=device)]
-            logits = (self.model if self._program is None else self._program).logits(last).float()
-        best = None if logits is None else logits.argmax(-1).tolist()
+            self.cache.begin(held, lengths, device)
+            tokens = torch.tensor(fed, device=device)
+            if self._program is None:
+                hidden = self.model(tokens, lengths, cache=self.cache)
+            else:
+                hidden = self._program.hidden(tokens)
+            if rows:
+                last = hidden if len(rows) == len(fed) else hidden[torch.tensor(rows, device=device)]
+                logits = (self.model if self._program is None else self._program).logits(last).float()
+                best = logits.argmax(-1).tolist()
         events: list[Event] = []
         starts = iter(ends)
         for request, count, guess in batch:

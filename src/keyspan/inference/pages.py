@@ -114,6 +114,7 @@ class PagedCache:
         page_size: tokens a page.
         dtype: of keys and values; device: where they are.
         share: whether full pages are shared by content.
+        spare: whether there is one more page, which no sequence gets; its number is then the attribute `spare`.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class PagedCache:
         device: torch.device | str = "cpu",
         *,
         share: bool = True,
+        spare: bool = False,
     ) -> None:
         for name, value in (("pages", pages), ("page_size", page_size)):
             if value < 1:
@@ -132,7 +134,9 @@ class PagedCache:
         self.pages, self.page_size, self.share = pages, page_size, share
         self._window = [config.window(n) for n in range(config.layers)]
         self.pools = {window: PagePool(pages) for window in dict.fromkeys(self._window)}
-        shape = (1, pages * page_size, config.kv_heads, config.head_dim)
+        self.spare = pages if spare else None
+        self._all_slots = (pages + spare) * page_size
+        shape = (1, self._all_slots, config.kv_heads, config.head_dim)
         self._storage: list[tuple[Tensor, Tensor]] = [
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in self._window
@@ -168,11 +172,14 @@ class PagedCache:
         size, keys = self.page_size, [] if keys is None else keys
         keys = self._extend(keys, tokens, (len(tokens) - 1) // size)
         found = {w: [pool.find(key) for key in keys] for w, pool in self.pools.items()}
-        for count in range(len(keys), 0, -1):
-            first = {w: 0 if w is None else max(0, (count * size - w + 1) // size) for w in found}
-            if all(page is not None for w, pages in found.items() for page in pages[first[w] : count]):
-                break
-        else:
+        # The most pages of which all that a kind's window still reaches are there: those behind its last missing one.
+        count, first, missing = 0, dict.fromkeys(found, 0), dict.fromkeys(found, -1)
+        for n in range(1, len(keys) + 1):
+            missing |= {w: n - 1 for w, pages in found.items() if pages[n - 1] is None}
+            begins = {w: 0 if w is None else max(0, (n * size - w + 1) // size) for w in found}
+            if all(missing[w] < begin for w, begin in begins.items()):
+                count, first = n, begins
+        if not count:
             return
         for window, pool in self.pools.items():
             table = [-1 if n < first[window] else found[window][n] for n in range(count)]
@@ -252,6 +259,19 @@ class PagedCache:
         self._layouts.clear()
         self._slots.clear()
 
+    def begin_from(self, q: Tensor, before: Tensor, tables: dict[int | None, Tensor]) -> None:
+        """`begin` for one new token of each sequence, from tensors that are not read on the host.
+
+        Args:
+            q: ones, int32 [sequences].
+            before: tokens of each sequence that are stored, int32 [sequences].
+            tables: by window, the pages of each sequence, int32 [sequences, width].
+        """
+        rows, before = torch.arange(len(q), device=q.device), before.long()
+        for window, table in tables.items():
+            self._layouts[window] = PagedKeys(q, (before + q).int(), table, self.page_size)
+            self._slots[window] = table[rows, before // self.page_size].long() * self.page_size + before % self.page_size
+
     def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> None:
         """Nothing: `begin` has made room."""
 
@@ -265,7 +285,7 @@ class PagedCache:
                 for x in (self.step.lengths, self.step.totals, self.step.tables[window])
             )
             self._layouts[window] = PagedKeys(lengths, totals, table, self.page_size)
-        return self._layouts[window], self.pages * self.page_size
+        return self._layouts[window], self._all_slots
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, [1, slots, G, K]."""
