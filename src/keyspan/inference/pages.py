@@ -270,7 +270,9 @@ class PagedCache:
         rows, before = torch.arange(len(q), device=q.device), before.long()
         for window, table in tables.items():
             self._layouts[window] = PagedKeys(q, (before + q).int(), table, self.page_size)
-            self._slots[window] = table[rows, before // self.page_size].long() * self.page_size + before % self.page_size
+            self._slots[window] = (
+                table[rows, before // self.page_size].long() * self.page_size + before % self.page_size
+            )
 
     def extend(self, lengths: list[int] | Tensor, tokens: int, device: torch.device) -> None:
         """Nothing: `begin` has made room."""
