@@ -14,8 +14,9 @@ from keyspan.dispatch.op import attend
 from keyspan.testing import check_invariance
 
 S = keyspan
-BACKENDS = [f"native, {isa}" for isa in binding.SUPPORTED]
+BACKENDS = [*(f"native, {isa}" for isa in binding.SUPPORTED), "chunked"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = [*itertools.product(BACKENDS, DTYPES), ("chunked", torch.float64)]
 
 
 def run(backend, q, k, v, mask, bias=None, **options):
@@ -212,8 +213,7 @@ def check_forms(backend, dtype, seed):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), FORMS, ids=str)
 def test_a_row_has_the_same_bits_in_every_form(backend, dtype):
     for seed in range(12):
         try:
@@ -256,8 +256,7 @@ def gradients(case, backend, order, threads):
     return found, dict(zip(order, parts, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", [x for x in BACKENDS if x.startswith("native")])
+@pytest.mark.parametrize(("backend", "dtype"), FORMS, ids=str)
 def test_gradients_do_not_depend_on_threads_or_the_pack(backend, dtype):
     before = torch.get_num_threads()
     try:

@@ -181,10 +181,9 @@ def explain(
     V, N = problem.value.shape[-1], problem.N
     lo, hi, _ = problem.ranges
     side = 256
-    # With an infinite price per tile the scheduler merges all it can: plain runs of rows.
     visited = sum(
         len({n for span in tile.spans for n in range(span.first // side, -(-span.last // side))})
-        for tile in row_blocks(lo, hi, side, overhead=float("inf"))
+        for tile in row_blocks(lo, hi, None, side)
     )
     copies = lo.shape[1]
     total = copies * -(-M // side) * -(-problem.row_length // side)

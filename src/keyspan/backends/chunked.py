@@ -1,7 +1,11 @@
-"""Online-softmax attention over chunks of keys, in plain torch: every problem on every device, in O(M) memory.
+"""Online-softmax attention over blocks of keys, in plain torch: every problem on every device, in O(M) memory.
 
 Derivation: docs/development/algorithm.md. Forward: Milakov & Gimelshein 2018, Rabe & Staats 2021; backward:
 recomputation from lse, Dao et al. 2022.
+
+Bits of a row do not depend on what else a call computes (docs/guides/invariance.md). Blocks of keys are counted from
+the document's first key and joined in their order, and all matrix products are batches of products of one shape: torch's
+libraries round differently for other shapes, and where threads share one product; see `_product`.
 """
 
 from __future__ import annotations
@@ -12,19 +16,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from keyspan.backends import Gradients, Needs
 from keyspan.backends.common import dequantized, visible_matmul
-from keyspan.backends.schedule import RowBlock, Span, row_blocks, uniform_row_blocks
+from keyspan.backends.schedule import RowBlock, row_blocks, uniform_row_blocks
 from keyspan.core.dropout import kept
 from keyspan.core.problem import Problem
 
 ROWS = 256
-"""Largest number of query rows in a task; a power of two."""
+"""Query rows times heads of a group in a task; more where a group has more heads."""
+BLOCK = 128
+"""Keys of a block."""
+MULTIPLE = 16
+"""Rows of products and head dimensions are padded to multiples of this."""
 ELEMENTS = 2**19
 """Scores held at a time, over all heads of a task: 2 MiB in fp32, which fits a CPU's L2 or L3 cache."""
-OVERHEAD = 80_000
-"""Fixed cost of a task, in elements: dozens of torch calls of a few µs, at about 1 ns per element."""
 LARGE_LSE = 64
 """Rows with an lse of a larger magnitude have their weights normalised again in backward.
 
@@ -47,28 +54,30 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     for task in _tasks(problem):
         query = task.query()
         peak, total, acc = task.start(V)
+        spread = query[:, :, None]
         for chunk in task.chunks():
-            score, visible, _ = task.scores(query, chunk)
-            highest = torch.maximum(peak, score.amax(-1, keepdim=True))
+            spread = _spread(query, chunk, spread)
+            padded, visible, _ = task.scores(spread, chunk)
+            score = task.real_rows(padded)
+            highest = torch.cat([peak[:, :, None], score.amax(-1)], 2).cummax(2).values
             # The pivot stays finite for rows that have seen no key yet: −inf − −inf would be NaN.
-            pivot = highest.masked_fill(highest == -torch.inf, 0)
-            weight = score.sub_(pivot).exp_()
-            shrink = torch.exp(peak - pivot)
-            total = total * shrink + weight.sum(-1, keepdim=True)
+            pivot = highest.masked_fill(highest == -torch.inf, 0)[:, :, 1:]
+            weight = score.sub_(pivot[..., None]).exp_()
+            shrink = torch.exp(highest[:, :, :-1] - pivot)
+            sums = weight.sum(-1)
             keep = task.keep(chunk)
             if keep is not None:
-                weight = weight * keep
+                weight.mul_(keep)
             value = task.load_keys(problem.value, chunk, problem.value_scale)
-            acc.mul_(shrink)
-            if visible is None:
-                _add_product(acc, weight, value)
-            else:
-                acc += _grouped(visible_matmul, weight, value, visible)
-            peak = highest
+            product = task.real_rows(task.visible_product(padded, value, visible))
+            for n in range(chunk.blocks):
+                total = torch.addcmul(sums[:, :, n], total, shrink[:, :, n])
+                acc = torch.addcmul(product[:, :, n], acc, shrink[:, :, n, ..., None])
+            peak = highest[:, :, -1]
         empty = total == 0  # not where it is NaN
-        total.masked_fill_(empty, 1)
-        out[task.rows] = task.unpermute(acc.div_(total)).to(out.dtype)
-        lse[task.stats] = torch.where(empty, -torch.inf, peak + total.log())[..., 0]
+        total = total.masked_fill(empty, 1)
+        out[task.rows] = task.unpermute((acc / total[..., None])[..., :V]).to(out.dtype)
+        lse[task.stats] = torch.where(empty, -torch.inf, peak + total.log())
     return out, lse
 
 
@@ -90,38 +99,43 @@ def backward(
 
     for task in _tasks(problem):
         query = task.query()
-        grad = task.load_rows(grad_out)
-        row_lse = lse[task.stats][..., None]
-        delta = (grad * task.load_rows(out)).sum(-1, keepdim=True)
+        rows = task.load_rows(grad_out)
+        row_lse = lse[task.stats]
+        delta = (rows * task.load_rows(out)).sum(-1)
         if grad_lse is not None:
-            delta -= grad_lse[task.stats][..., None]
+            delta -= grad_lse[task.stats]
+        grad = _padded(rows.flatten(2, 3))
         # An empty row has lse −inf. With +inf instead its weights are 0.
         row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
         has_nan = bool(torch.isnan(row_lse).any())
         lost = task.lost_in_lse(query, row_lse)
         sink_weight = None
         if problem.sinks is not None:
-            sink_weight = torch.exp(task.heads(problem.sinks.to(dtype))[..., None, None] - row_lse - lost)
+            sink_weight = torch.exp(task.heads(problem.sinks.to(dtype))[..., None] - row_lse - lost)
             if dsinks is not None:
-                dsinks[task.groups] -= torch.where(sink_weight > 0, sink_weight * delta, 0).sum((0, 3, 4))
+                dsinks[task.groups] -= torch.where(sink_weight > 0, sink_weight * delta, 0).sum((0, 3))
         dquery = torch.zeros_like(query) if dq is not None else None
-        sums = _PositionSums.zeros(row_lse[..., 0], dslopes, dtable)
+        sums = _PositionSums.zeros(row_lse, dslopes, dtable)
+        spread, spread_grad = query[:, :, None], grad[:, :, None]
         for chunk in task.chunks():
-            score, visible, slope = task.scores(query, chunk)
-            weight = score.sub_(row_lse).sub_(lost).exp_()
+            spread, spread_grad = _spread(query, chunk, spread), _spread(grad, chunk, spread_grad)
+            padded, visible, slope = task.scores(spread, chunk)
+            weight = task.real_rows(padded)
+            weight.sub_(_by_block(row_lse)).sub_(_by_block(lost)).exp_()
             if visible is not None and has_nan:
                 weight.masked_fill_(~visible, 0)  # −inf less an lse of NaN
             keep = task.keep(chunk)
             if dv is not None:
-                dropped = weight if keep is None else weight * keep
-                task.accumulate(dv, chunk, _transposed_product(dropped, grad, visible))
+                dropped = padded if keep is None else _padded((weight * keep).flatten(3, 4))
+                task.accumulate(dv, chunk, task.visible_transposed_product(dropped, spread_grad, visible))
             if not scores_needed:
                 continue
             value = task.load_keys(problem.value, chunk)
-            dscore = _grouped(torch.matmul, grad, value.transpose(-1, -2))
+            padded = task.without_padding_rows(_product(spread_grad, value.transpose(-1, -2)))
+            dscore = task.real_rows(padded)
             if keep is not None:
                 dscore.mul_(keep)
-            dscore = dscore.sub_(delta).mul_(weight)
+            dscore.sub_(_by_block(delta)).mul_(weight)
             if visible is not None:
                 dscore.masked_fill_(~visible, 0)
             for dbias in dbiases:
@@ -133,16 +147,13 @@ def backward(
                 dscore.mul_(slope)
             if dquery is not None:
                 key = task.load_keys(problem.key, chunk)
-                if visible is None:
-                    _add_product(dquery, dscore, key)
-                else:
-                    dquery += _grouped(visible_matmul, dscore, key, visible)
+                _add_blocks(dquery, task.visible_product(padded, key, visible))
             if dk is not None:
-                task.accumulate(dk, chunk, _transposed_product(dscore, query, visible))
+                task.accumulate(dk, chunk, task.visible_transposed_product(padded, spread, visible))
         if sums is not None:
             if sink_weight is not None:
-                sums.weight.add_(sink_weight[..., 0])
-                sums.grad.sub_((sink_weight * delta)[..., 0])
+                sums.weight.add_(sink_weight)
+                sums.grad.sub_(sink_weight * delta)
             if out.dtype == dtype:
                 excess = torch.zeros_like(sums.grad)
             else:
@@ -150,7 +161,7 @@ def backward(
                 excess = torch.where((sums.weight - 1).abs() < 2e-5, excess, 0)
             task.add_position_sums(dslopes, dtable, sums, excess)
         if dq is not None and dquery is not None:
-            dq[task.rows] = task.unpermute(dquery.mul_(problem.scale))
+            dq[task.rows] = task.unpermute(task.real_rows(dquery.mul_(problem.scale))[..., : dq.shape[-1]])
 
     def like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
         return None if grad is None or x is None else grad.to(x.dtype)
@@ -167,12 +178,17 @@ def backward(
 
 
 class _Chunk(NamedTuple):
-    """Keys begin … end − 1 of range `range`; `full`: every row of the task sees them all."""
+    """Whole blocks of keys, begin … end − 1, of range `range`, the last of which may reach beyond all keys; `full`: every
+    row of the task sees them all."""
 
     range: int
     begin: int
     end: int
     full: bool
+
+    @property
+    def blocks(self) -> int:
+        return (self.end - self.begin) // BLOCK
 
 
 class _PositionSums(NamedTuple):
@@ -205,7 +221,9 @@ class _PositionSums(NamedTuple):
 class _Task(NamedTuple):
     """One row block for some batch entries and groups: loads its inputs and stores its results.
 
-    Tensors of a task are `[b, g, H, m, ·]` for queries and `[b, g, n, ·]` for keys, in the compute dtype.
+    Tensors of a task are `[b, g, H, m, ·]` for queries; `[b, g, c, n, ·]` for the c blocks of n keys of a chunk; and
+    `[b, g, c, H, m, n]` for scores. Products take rows of heads and queries as one dimension, and that, `·` of queries
+    and `·` of keys padded with zeros: `[b, g, rows, ·]` and `[b, g, c, rows, n]`. All in the compute dtype.
     """
 
     problem: Problem
@@ -238,35 +256,43 @@ class _Task(NamedTuple):
         """`[b, g, H, m, ·]` as `[b, m, g, H, ·]`."""
         return x.permute(0, 3, 1, 2, 4)
 
+    def real_rows(self, x: Tensor) -> Tensor:
+        """A view of `[…, rows, ·]` as `[…, H, m, ·]`."""
+        sizes = self.problem.query.shape[3], self.block.end - self.block.begin
+        return x[..., : math.prod(sizes), :].unflatten(-2, sizes)
+
+    def without_padding_rows(self, x: Tensor) -> Tensor:
+        """`[…, rows, ·]` with zeros in the rows that pad it, in place: a product with NaN is NaN there."""
+        x[..., self.problem.query.shape[3] * (self.block.end - self.block.begin) :, :] = 0
+        return x
+
     def heads(self, x: Tensor) -> Tensor:
         """This task's groups of `[G, H, …]`."""
         return x[self.groups]
 
     def query(self) -> Tensor:
-        return self.load_rows(self.problem.query, self.problem.query_scale) * self.problem.scale
+        """`[b, g, rows, ·]`, times the scale."""
+        query = self.load_rows(self.problem.query, self.problem.query_scale) * self.problem.scale
+        return _padded(query.flatten(2, 3))
 
     def start(self, V: int) -> tuple[Tensor, Tensor, Tensor]:
         """Initial maximum, sum of weights and accumulator; a sink is a key with this score and a value of 0."""
         problem = self.problem
-        b = len(range(*self.batches.indices(problem.query.shape[0])))
-        g = len(range(*self.groups.indices(problem.query.shape[2])))
-        shape = (b, g, problem.query.shape[3], self.block.end - self.block.begin)
-        acc = problem.query.new_zeros((*shape, V), dtype=problem.compute_dtype)
-        peak = acc.new_full((*shape, 1), -torch.inf)
+        shape = (*self.group_shape, problem.query.shape[3], self.block.end - self.block.begin)
+        acc = problem.query.new_zeros((*shape, V + -V % MULTIPLE), dtype=problem.compute_dtype)
+        peak = acc.new_full(shape, -torch.inf)
         if problem.sinks is not None:
-            peak = self.heads(problem.sinks).to(peak.dtype)[..., None, None].expand(peak.shape)
+            peak = self.heads(problem.sinks).to(peak.dtype)[..., None].expand(shape)
         return peak, (peak > -torch.inf).to(peak.dtype), acc
 
     def chunks(self) -> Iterator[_Chunk]:
         problem = self.problem
-        per_key = math.prod(self.group_shape) * problem.query.shape[3] * (self.block.end - self.block.begin)
-        if problem.quantized:
-            # With few rows a chunk would be long, and dequantized keys would take more memory than its scores.
-            widest = max(problem.query.shape[-1], problem.value.shape[-1])
-            per_key = max(per_key, math.prod(self.group_shape) * widest)
-        size = max(64, ELEMENTS // max(per_key, 1) // 64 * 64)
+        rows = problem.query.shape[3] * (self.block.end - self.block.begin)
+        # With few rows, keys take more memory than their scores.
+        widest = max(rows, problem.query.shape[-1], problem.value.shape[-1])
+        most = max(1, ELEMENTS // (math.prod(self.group_shape) * widest * BLOCK))
         for span in self.block.spans:
-            for begin, end, full in span.chunks(size):
+            for begin, end, full in span.chunks(self.block.origin, BLOCK, most):
                 yield _Chunk(span.range, begin, end, full)
 
     @property
@@ -275,81 +301,118 @@ class _Task(NamedTuple):
         return len(range(*self.batches.indices(B))), len(range(*self.groups.indices(G)))
 
     def load_keys(self, x: Tensor, chunk: _Chunk, scale: Tensor | None = None) -> Tensor:
-        """Keys or values of a chunk, times their scale, `[b, g, n, ·]`."""
-        slots = self.problem.keys_in_row(chunk.begin, chunk.end)
-        rows = slice(chunk.begin, chunk.end) if slots is None else slots
-        return self.scaled(x, scale, rows).permute(0, 2, 1, 3).contiguous()
+        """Keys or values of a chunk, times their scale, `[b, g, c, n, ·]`; zeros behind the last key."""
+        end = min(chunk.end, self.problem.row_length)
+        slots = self.problem.keys_in_row(chunk.begin, end)
+        part = self.scaled(x, scale, slice(chunk.begin, end) if slots is None else slots).permute(0, 2, 1, 3)
+        size = x.shape[-1]
+        part = pad(part, (0, -size % MULTIPLE, 0, chunk.end - end)).contiguous()
+        return part.unflatten(2, (chunk.blocks, BLOCK))
 
     def accumulate(self, total: Tensor, chunk: _Chunk, grad: Tensor) -> None:
-        """Add a gradient `[b, g, n, ·]` of the keys or values that `load_keys` returned."""
-        slots = self.problem.keys_in_row(chunk.begin, chunk.end)
+        """Add a gradient `[b, g, c, n, ·]` of the keys or values that `load_keys` returned."""
+        end = min(chunk.end, self.problem.row_length)
+        slots = self.problem.keys_in_row(chunk.begin, end)
+        grad = grad.flatten(2, 3)[:, :, : end - chunk.begin, : total.shape[-1]]
         part = total[self.batches, :, self.groups]
         if slots is None:
-            part[:, chunk.begin : chunk.end] += grad.permute(0, 2, 1, 3)
+            part[:, chunk.begin : end] += grad.permute(0, 2, 1, 3)
         else:
             # Sequences may share a page. index_put sums in a fixed order; index_add on a GPU does not.
             part.transpose(0, 1).index_put_((slots,), grad.permute(2, 0, 1, 3), accumulate=True)
 
+    def visible_product(self, weight: Tensor, keys: Tensor, visible: Tensor | None) -> Tensor:
+        """weight `[b, g, c, rows, n]` @ keys `[b, g, c, n, ·]`; what is not finite does not reach rows it is hidden from."""
+        if visible is None or bool(torch.isfinite(keys).all()):
+            return _product(weight, keys)
+        return visible_matmul(weight, keys, self.padded_visible(visible, weight), _product)
+
+    def visible_transposed_product(self, weight: Tensor, rows: Tensor, visible: Tensor | None) -> Tensor:
+        """weightᵀ @ rows `[b, g, c, rows, ·]`: the sum over heads and queries, `[b, g, c, n, ·]`; likewise."""
+        transposed = weight.transpose(-1, -2)
+        if visible is None or bool(torch.isfinite(rows).all()):
+            return _product(transposed, rows)
+        return visible_matmul(transposed, rows, self.padded_visible(visible, weight).transpose(-1, -2), _product)
+
+    def padded_visible(self, visible: Tensor, weight: Tensor) -> Tensor:
+        """Visible keys as `weight` `[b, g, c, rows, n]`."""
+        found = torch.zeros_like(weight, dtype=torch.bool)
+        self.real_rows(found).copy_(visible)
+        return found
+
     def scores(self, query: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores `[b, g, H, m, n]`, −inf where hidden; the visible keys (None: all of them); the softcap's slope.
+        """Scores `[b, g, c, rows, n]`, −inf where hidden; the visible keys (None: all of them); the softcap's slope. Both
+        of these have the scores' real rows.
 
         The slope is the derivative of the capped score by the one before softcap; None without a softcap.
+
+        Args:
+            query: `[b, g, c, rows, ·]`.
         """
         problem = self.problem
         key = self.load_keys(problem.key, chunk, problem.key_scale)
-        score = _grouped(torch.matmul, query, key.transpose(-1, -2))
+        padded = self.without_padding_rows(_product(query, key.transpose(-1, -2)))
+        score = self.real_rows(padded)
         slope = None
         if problem.softcap:
             unit = score.div_(problem.softcap).tanh_()
             slope = 1 - unit * unit
-            score = unit * problem.softcap
+            score.mul_(problem.softcap)
         for bias in problem.biases:
             score += self.load_bias(bias, chunk).to(score.dtype)
         if problem.slopes is not None:
             slopes = problem.slopes.to(score.dtype)
             slopes = slopes[self.batches if slopes.shape[0] > 1 else slice(None), self.groups]
-            score -= slopes[..., None, None] * self.distance(chunk).abs()
+            score -= slopes[:, :, None, :, None, None] * self.distance(chunk).abs()
         if problem.table is not None:
             reach = problem.table.shape[-1] // 2
             table = self.heads(problem.table).to(score.dtype)
-            score += table[:, :, self.distance(chunk)[:, 0, 0].clamp(-reach, reach) + reach].movedim(2, 0)
+            index = self.distance(chunk)[:, 0, :, 0].clamp(-reach, reach) + reach  # [b or 1, c, m, n]
+            score += table[:, :, index].permute(2, 0, 3, 1, 4, 5)
         visible = self.visible(chunk)
         if visible is not None:
             score.masked_fill_(~visible, -torch.inf)
             slope = None if slope is None else slope.masked_fill(~visible, 0)  # may be NaN there
-        return score, visible, slope
+        return padded, visible, slope
 
-    def lost_in_lse(self, query: Tensor, lse: Tensor) -> Tensor | float:
-        """What rounding took from lse `[b, g, H, m, 1]`, so that weights exp(score − lse − lost) sum to 1; see
+    def lost_in_lse(self, query: Tensor, lse: Tensor) -> Tensor:
+        """What rounding took from lse `[b, g, H, m]`, so that weights exp(score − lse − lost) sum to 1; see
         `LARGE_LSE`."""
         large = (lse.abs() > LARGE_LSE) & torch.isfinite(lse)
         if not bool(large.any()):
-            return 0.0
+            return lse.new_zeros(())
         total = torch.zeros_like(lse)
         if self.problem.sinks is not None:
-            total += torch.exp(self.heads(self.problem.sinks.to(lse.dtype))[..., None, None] - lse)
+            total += torch.exp(self.heads(self.problem.sinks.to(lse.dtype))[..., None] - lse)
+        spread = query[:, :, None]
         for chunk in self.chunks():
-            score, _, _ = self.scores(query, chunk)
-            total += score.sub_(lse).exp_().sum(-1, keepdim=True)
+            spread = _spread(query, chunk, spread)
+            score = self.real_rows(self.scores(spread, chunk)[0])
+            _add_blocks(total, score.sub_(_by_block(lse)).exp_().sum(-1))
         lost = total.log()
         # An lse that was merged with that of other keys differs by more than a rounding, and is right as it is.
         rounding = 4 * torch.finfo(lse.dtype).eps * lse.abs()
         return torch.where(large & (lost.abs() <= rounding), lost, 0)
 
     def bounds(self, x: Tensor, chunk: _Chunk) -> Tensor:
-        """`lo`, `hi` or `diagonal` for this task's rows and a chunk's range, `[b or 1, 1, 1, m, 1]`."""
+        """`lo`, `hi` or `diagonal` for this task's rows and a chunk's range, `[b or 1, 1, 1, 1, m, 1]`."""
         batches = self.batches if x.shape[1] > 1 else slice(None)
-        return x[chunk.range, batches, self.block.begin : self.block.end][:, None, None, :, None]
+        return x[chunk.range, batches, self.block.begin : self.block.end][:, None, None, None, :, None]
+
+    def positions(self, chunk: _Chunk) -> Tensor:
+        """Keys of a chunk, `[c, 1, 1, n]`, to meet `bounds`."""
+        x = self.ranges[0]
+        return torch.arange(chunk.begin, chunk.end, device=x.device, dtype=x.dtype).view(-1, 1, 1, BLOCK)
 
     def distance(self, chunk: _Chunk) -> Tensor:
-        """Key position minus query position, int `[b or 1, 1, 1, m, n]`."""
-        j = torch.arange(chunk.begin, chunk.end, device=self.ranges[2].device, dtype=self.ranges[2].dtype)
-        return j - self.bounds(self.ranges[2], chunk)
+        """Key position minus query position, int `[b or 1, 1, c, 1, m, n]`."""
+        return self.positions(chunk) - self.bounds(self.ranges[2], chunk)
 
     def visible(self, chunk: _Chunk) -> Tensor | None:
+        """Which keys of a chunk rows see, as scores with 1 where it broadcasts; None: all of them."""
         visible = None
         if not chunk.full:
-            j = torch.arange(chunk.begin, chunk.end, device=self.ranges[0].device, dtype=self.ranges[0].dtype)
+            j = self.positions(chunk)
             lo, hi = (self.bounds(x, chunk) for x in self.ranges[:2])
             visible = (j >= lo) & (j < hi)
         if self.problem.dense is not None:
@@ -359,7 +422,15 @@ class _Task(NamedTuple):
 
     def columns(self, chunk: _Chunk) -> Tensor:
         """Columns of dense terms, and keys as dropout counts them: logical keys where keys are paged."""
-        return torch.arange(chunk.begin, chunk.end, device=self.problem.query.device) % max(self.problem.N, 1)
+        end = min(chunk.end, self.problem.row_length)
+        return torch.arange(chunk.begin, end, device=self.problem.query.device) % max(self.problem.N, 1)
+
+    def by_block(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        """A term of scores `[b, g, H, m, keys of a chunk or 1]` as `[b, g, c, H, m, n]`; 0 behind the last key."""
+        if x.shape[-1] > 1:
+            x = pad(x, (0, chunk.end - chunk.begin - x.shape[-1]))
+            return x.unflatten(-1, (-1, BLOCK)).movedim(-2, 2)
+        return x.unsqueeze(2)
 
     def bias_index(self, x: Tensor) -> tuple[slice, ...]:
         whole = slice(None)
@@ -367,46 +438,48 @@ class _Task(NamedTuple):
         return tuple(whole if size == 1 else index for size, index in zip(x.shape, wanted, strict=False))
 
     def load_bias(self, x: Tensor, chunk: _Chunk) -> Tensor:
-        """The part of a dense term that this task reads, each dimension 1 where it broadcasts."""
+        """The part of a dense term that this task reads, each dimension 1 where it broadcasts, as scores."""
         x = x[self.bias_index(x)]
-        if x.shape[-1] == 1:
-            return x
-        if self.problem.block_table is None:
-            return x[..., chunk.begin : chunk.end]
-        return x[..., self.columns(chunk)]
+        if x.shape[-1] > 1:
+            paged = self.problem.block_table is not None
+            x = x[..., self.columns(chunk)] if paged else x[..., chunk.begin : chunk.end]
+        return self.by_block(x, chunk)
 
     def accumulate_bias(self, total: Tensor, chunk: _Chunk, dscore: Tensor) -> None:
         part = total[self.bias_index(total)]
-        broadcast = [dim for dim in range(5) if part.shape[dim] == 1 and dscore.shape[dim] > 1]
-        grad = dscore.sum(broadcast, keepdim=True) if broadcast else dscore
         if part.shape[-1] == 1:
-            part += grad
-        elif self.problem.block_table is None:
-            part[..., chunk.begin : chunk.end] += grad
+            by_row = dscore.sum(-1)  # [b, g, c, H, m]
+            for n in range(chunk.blocks):
+                part += _summed_like(by_row[:, :, n, ..., None], part)
+            return
+        columns = self.columns(chunk)
+        grad = _summed_like(dscore.movedim(2, -2).flatten(-2), part)[..., : len(columns)]
+        if self.problem.block_table is None:
+            part[..., chunk.begin : chunk.begin + len(columns)] += grad
         else:
             # Two sequences of a chunk have the same columns: index_put adds both.
-            part.movedim(-1, 0).index_put_((self.columns(chunk),), grad.movedim(-1, 0), accumulate=True)
+            part.movedim(-1, 0).index_put_((columns,), grad.movedim(-1, 0), accumulate=True)
 
     def accumulate_by_distance(
         self, dtable: Tensor | None, sums: _PositionSums, chunk: _Chunk, weight: Tensor, dscore: Tensor
     ) -> None:
         """Add a chunk to the row sums, and to the table's entries between its first and last."""
         distance = self.distance(chunk)
-        sums.grad.add_(dscore.sum(-1))
-        sums.weight.add_(weight.sum(-1))
+        _add_blocks(sums.grad, dscore.sum(-1))
+        _add_blocks(sums.weight, weight.sum(-1))
         if sums.by_distance is not None:
             size = distance.abs()
-            sums.by_distance[0].add_((dscore * size).sum(-1))
-            sums.by_distance[1].add_((weight * size).sum(-1))
+            _add_blocks(sums.by_distance[0], (dscore * size).sum(-1))
+            _add_blocks(sums.by_distance[1], (weight * size).sum(-1))
         if dtable is not None and sums.ends is not None:
             reach = dtable.shape[-1] // 2
             # Both are the middle entry where the reach is 0: each key counts in one of them.
             ends = distance <= -reach, distance >= max(reach, 1)
             for end, total in zip(ends, sums.ends, strict=True):
-                total[0].add_((dscore * end).sum(-1))
-                total[1].add_((weight * end).sum(-1))
-            inner = dscore.masked_fill(ends[0] | ends[1], 0)
-            index = (distance.clamp(-reach, reach) + reach).long().expand(dscore.shape[0], 1, 1, -1, -1)
+                _add_blocks(total[0], (dscore * end).sum(-1))
+                _add_blocks(total[1], (weight * end).sum(-1))
+            inner = dscore.masked_fill(ends[0] | ends[1], 0).transpose(2, 3)  # [b, g, H, c, m, n]
+            index = (distance.clamp(-reach, reach) + reach).long()[:, 0, :, 0].expand(dscore.shape[0], -1, -1, -1)
             for entry, at in zip(inner, index, strict=True):
                 self.heads(dtable).view(-1, dtable.shape[-1]).index_add_(
                     1, at.flatten(), entry.flatten(0, 1).flatten(1)
@@ -429,7 +502,7 @@ class _Task(NamedTuple):
                 self.heads(dtable)[..., entry] += (grad - excess * weight).sum((0, -1))
 
     def keep(self, chunk: _Chunk) -> Tensor | None:
-        """Dropout's factor of each weight, 0 or 1 / (1 − p), `[b, g, H, m, n]`; None without dropout."""
+        """Dropout's factor of each weight, 0 or 1 / (1 − p), as scores; None without dropout."""
         problem = self.problem
         if problem.seed is None:
             return None
@@ -444,7 +517,7 @@ class _Task(NamedTuple):
             self.columns(chunk),
         )
         keep = keep.view(keep.shape[0], -1, H, *keep.shape[2:])
-        return keep.to(problem.compute_dtype) / (1 - problem.dropout_p)
+        return self.by_block(keep.to(problem.compute_dtype) / (1 - problem.dropout_p), chunk)
 
 
 def _tasks(problem: Problem) -> Iterator[_Task]:
@@ -452,20 +525,14 @@ def _tasks(problem: Problem) -> Iterator[_Task]:
     if min(B, M, G * H) == 0:
         return
     ranges = problem.ranges
-    rows = min(ROWS, 1 << (M - 1).bit_length())
-    entries = B if ranges[0].shape[1] == 1 else 1
-    overhead = OVERHEAD / (entries * G * H)
+    rows = max(ROWS // H, 1)
     if problem.lo is None:
         blocks = uniform_row_blocks(M, problem.row_length, rows)
-    elif rows >= M and M * problem.row_length <= 2 * overhead:
-        # So few elements cost less than making a schedule, and than waiting for the device to read the ranges.
-        everything = Span(0, 0, 0, 0, problem.row_length)
-        blocks = [RowBlock(None, 0, M, [everything._replace(range=s) for s in range(ranges[0].shape[0])])]
     else:
-        blocks = row_blocks(ranges[0], ranges[1], rows, overhead)
+        blocks = row_blocks(*ranges[:2], problem.origin_in_row, rows)
     for block in blocks:
-        # As many groups, then batch entries, as fit into ELEMENTS with chunks of 64 keys.
-        at_once = max(1, ELEMENTS // ((block.end - block.begin) * H * 64))
+        # As many groups, then batch entries, as fit into ELEMENTS with blocks of keys.
+        at_once = max(1, ELEMENTS // ((block.end - block.begin) * H * BLOCK))
         group_step, batch_step = min(G, at_once), max(1, at_once // G)
         batches = [slice(b, b + batch_step) for b in range(0, B, batch_step)] if block.batch is None else None
         for batch in batches or [slice(block.batch, (block.batch or 0) + 1)]:
@@ -473,23 +540,54 @@ def _tasks(problem: Problem) -> Iterator[_Task]:
                 yield _Task(problem, ranges, block, batch, slice(g, g + group_step))
 
 
-def _grouped(product, left: Tensor, right: Tensor, *visible: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    """product(left, right): [b, g, H, m, x], [b, g, x, y] -> [b, g, H, m, y], as one product per group if it can be."""
-    if left.shape[2] > 1 and not visible:
-        return product(left.flatten(2, 3), right).unflatten(2, left.shape[2:4])  # type: ignore[no-any-return]
-    return product(left, right[:, :, None], *visible)  # type: ignore[no-any-return]
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, `[…, x, y]` and `[…, y, z]` with all sizes x, y and z fixed by the problem but for x, a multiple of
+    MULTIPLE. The leading dimensions are equal.
+
+    Fewer products than threads are repeated: a library that gives several threads one product may divide its sums
+    among them.
+    """
+    leading = left.shape[:-2]
+    left, right = left.flatten(0, -3), right.flatten(0, -3)
+    count = left.shape[0]
+    if left.device.type == "cpu" and count < max(2, torch.get_num_threads()):
+        times = -(-max(2, torch.get_num_threads()) // count)
+        left, right = _repeated(left, times), _repeated(right, times)
+    return torch.bmm(left, right)[:count].unflatten(0, leading)
 
 
-def _add_product(acc: Tensor, left: Tensor, right: Tensor) -> None:
-    """acc [b, g, H, m, y] += left [b, g, H, m, x] @ right [b, g, x, y], in place."""
-    acc.view(-1, acc[0, 0, :, :, 0].numel(), acc.shape[-1]).baddbmm_(
-        left.flatten(2, 3).flatten(0, 1), right.flatten(0, 1)
-    )
+def _repeated(x: Tensor, times: int) -> Tensor:
+    """`[count, y, z]` repeated over `count`, transposed where x is."""
+    return x.repeat(times, 1, 1) if x.stride(-1) == 1 else x.mT.repeat(times, 1, 1).mT
 
 
-def _transposed_product(left: Tensor, right: Tensor, visible: Tensor | None) -> Tensor:
-    """Σ over heads and rows of left [b, g, H, m, n] × right [b, g, H, m, y] -> [b, g, n, y]."""
-    if visible is not None:
-        swapped = visible.transpose(-1, -2)
-        return visible_matmul(left.transpose(-1, -2), right, swapped).sum(2)
-    return left.flatten(2, 3).transpose(-1, -2) @ right.flatten(2, 3)
+def _padded(x: Tensor) -> Tensor:
+    """`[…, rows, ·]` with both padded with zeros to MULTIPLE."""
+    return pad(x, (0, -x.shape[-1] % MULTIPLE, 0, -x.shape[-2] % MULTIPLE))
+
+
+def _spread(x: Tensor, chunk: _Chunk, made: Tensor) -> Tensor:
+    """`[b, g, rows, ·]` for each block of a chunk, `[b, g, c, rows, ·]`; `made`: the result for another chunk."""
+    if made.shape[2] == chunk.blocks:
+        return made
+    return x[:, :, None].expand(-1, -1, chunk.blocks, -1, -1).contiguous()
+
+
+def _by_block(x: Tensor) -> Tensor:
+    """A number of each row `[b, g, H, m]`, or a scalar, as scores."""
+    return x[:, :, None, ..., None] if x.dim() else x
+
+
+def _add_blocks(total: Tensor, x: Tensor) -> None:
+    """Adds `[b, g, c, …]` to `[b, g, …]`, block by block."""
+    for part in x.unbind(2):
+        total += part
+
+
+def _summed_like(x: Tensor, like: Tensor) -> Tensor:
+    """x `[b, g, H, m, n]` summed over the dimensions before the last that are 1 in `like`, one after the other: torch
+    divides a sum to one number among threads."""
+    for dim in (3, 2, 1, 0):
+        if like.shape[dim] == 1 < x.shape[dim]:
+            x = x.sum(dim, keepdim=True)
+    return x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,12 @@ def dequantized(x: Tensor, scale: Tensor | None, rows: slice | Tensor, dtype: to
     return part * scale[:, rows // max(x.shape[1] // scale.shape[1], 1)].to(dtype)[..., None]
 
 
-def visible_matmul(weight: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
+def visible_matmul(
+    weight: Tensor,
+    rows: Tensor,
+    visible: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     """`weight @ rows`; NaN and inf of a hidden row do not reach the result.
 
     A hidden row has weight 0, but 0 · NaN = NaN. So non-finite entries are replaced by 0 in the product, and added
@@ -32,16 +39,17 @@ def visible_matmul(weight: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
         weight: `[..., m, n]`, zero where `visible` is false.
         rows: `[..., n, d]`.
         visible: bool, broadcastable to `[..., m, n]`: result row m sees row n.
+        product: what computes a product.
     """
     finite = torch.isfinite(rows)
     if bool(finite.all()):
-        return weight @ rows
-    out = weight @ torch.where(finite, rows, 0)
+        return product(weight, rows)
+    out = product(weight, torch.where(finite, rows, 0))
     seen = visible.to(rows.dtype).expand(*visible.shape[:-2], *weight.shape[-2:])
     for special, found in (
         (torch.nan, torch.isnan(rows)),
         (torch.inf, rows == torch.inf),
         (-torch.inf, rows == -torch.inf),
     ):
-        out = out + torch.where(seen @ found.to(rows.dtype) > 0, special, 0)
+        out = out + torch.where(product(seen, found.to(rows.dtype)) > 0, special, 0)
     return out

@@ -1,7 +1,7 @@
-"""Tile scheduling from key ranges: query rows in blocks, and the keys that each block visits.
+"""Tile scheduling from key ranges: query rows in blocks, and the blocks of keys that each visits.
 
-A row block has, per range, the span of keys that any of its rows sees (first … last − 1), and the part of it that all
-of them see (full_first … full_last − 1), which needs no mask. Keys outside the spans are skipped.
+A row block belongs to one document, and so do its blocks of keys, which are counted from the document's first key: what
+a row computes does not depend on what is packed beside its document.
 """
 
 from __future__ import annotations
@@ -24,92 +24,76 @@ class Span(NamedTuple):
     full_last: int
     last: int
 
-    def chunks(self, size: int) -> Iterator[tuple[int, int, bool]]:
-        """(begin, end, full) of at most `size` keys each: left edge, full part, right edge."""
-        parts = [(self.first, self.last, False)]
-        if self.full_first < self.full_last:
-            parts = [
-                (self.first, self.full_first, False),
-                (self.full_first, self.full_last, True),
-                (self.full_last, self.last, False),
-            ]
-        for begin, end, full in parts:
-            for at in range(begin, end, size):
-                yield at, min(at + size, end), full
+    def chunks(self, origin: int, size: int, most: int) -> Iterator[tuple[int, int, bool]]:
+        """(begin, end, full) of chunks in the order of their keys, each of at most `most` blocks of `size` keys counted
+        from `origin`; `full`: all rows see all their keys."""
+        first, last = (self.first - origin) // size, -(-(self.last - origin) // size)
+        full_first = min(max(-(-(self.full_first - origin) // size), first), last)
+        full_last = min(max((self.full_last - origin) // size, full_first), last)
+        for begin, end, full in (
+            (first, full_first, False),
+            (full_first, full_last, True),
+            (full_last, last, False),
+        ):
+            for at in range(begin, end, most):
+                yield origin + at * size, origin + min(at + most, end) * size, full
 
 
 class RowBlock(NamedTuple):
-    """Query rows begin … end − 1 of batch entry `batch` (None: of every entry) and the spans of keys they see."""
+    """Query rows begin … end − 1 of batch entry `batch` (None: of every entry), of a document whose first key is
+    `origin`, and the spans of keys they see."""
 
     batch: int | None
     begin: int
     end: int
+    origin: int
     spans: list[Span]
 
 
 def uniform_row_blocks(M: int, N: int, rows: int) -> list[RowBlock]:
     """Blocks of `rows` rows, the last one shorter, that all see all N keys."""
-    return [RowBlock(None, begin, min(begin + rows, M), [Span(0, 0, 0, N, N)]) for begin in range(0, M, rows)]
+    return [RowBlock(None, begin, min(begin + rows, M), 0, [Span(0, 0, 0, N, N)]) for begin in range(0, M, rows)]
 
 
-def row_blocks(lo: Tensor, hi: Tensor, rows: int, overhead: float) -> list[RowBlock]:
-    """Row blocks that cover the visible area at the lowest cost.
-
-    A block costs `overhead` plus one per element of its spans. Starting from single rows, neighbouring blocks are
-    merged in pairs where that is cheaper than keeping both: short documents share a block, a decode batch does not.
+def row_blocks(lo: Tensor, hi: Tensor, origin: Tensor | None, rows: int) -> list[RowBlock]:
+    """Blocks of `rows` rows counted from the first row of each document that sees a key; the last one is shorter.
 
     Args:
-        lo, hi: int32 `[S, B or 1, M]`.
-        rows: largest number of rows in a block, a power of two.
-        overhead: cost of a block, in elements of one head's score matrix.
+        lo, hi: int `[S, B or 1, M]`.
+        origin: int `[B or 1, M]`, the first key of each row's document; None: 0.
     """
-    _, B, M = lo.shape
+    S, B, M = lo.shape
     if M == 0 or B == 0:
         return []
-    pad = -M % rows
+    lo, hi = lo.long().cpu(), hi.long().cpu()
     empty = lo >= hi
     # An empty row widens no span, and its block has no full part.
-    low = torch.where(empty, _NO_KEY, lo.long()).cpu()
-    high = torch.where(empty, 0, hi.long()).cpu()
-    low = torch.nn.functional.pad(low, (0, pad), value=_NO_KEY)
-    high = torch.nn.functional.pad(high, (0, pad), value=0)
+    low, high = torch.where(empty, _NO_KEY, lo).flatten(1), torch.where(empty, 0, hi).flatten(1)
+    at = torch.zeros(B, M, dtype=torch.long) if origin is None else origin.long().cpu()
+    changes = torch.ones(B, M, dtype=torch.bool)
+    changes[:, 1:] = at[:, 1:] != at[:, :-1]
+    # A document without keys has the origin of the one behind it: rows before the first that sees a key are apart.
+    sees = ~empty.all(0)
+    seen = sees.cumsum(1)
+    before = torch.where(changes, seen - sees.long(), 0).cummax(1).values
+    changes |= sees & (seen == before + 1)
+    row = torch.arange(B * M)
+    start = torch.where(changes.flatten(), row, 0).cummax(0).values
+    begins = ((row - start) % rows == 0).nonzero()[:, 0]
+    block = torch.zeros_like(row)
+    block[begins[1:]] = 1
+    block = block.cumsum(0).expand(S, -1)
 
-    # levels[n] describes blocks of 2ⁿ rows: first, full_first, full_last, last, each [S, B, blocks].
-    level = (low, low, high, high)
-    cost = overhead + (high - low).clamp(min=0).sum(0).double()
-    levels, separate = [level], [torch.zeros_like(cost, dtype=torch.bool)]
-    size = 1
-    while size < rows:
-        size *= 2
-        first, full_first, full_last, last = (x.unflatten(-1, (-1, 2)) for x in level)
-        level = (first.amin(-1), full_first.amax(-1), full_last.amin(-1), last.amax(-1))
-        real = (M - torch.arange(level[0].shape[-1]) * size).clamp(0, size)
-        merged = overhead + (level[3] - level[0]).clamp(min=0).sum(0) * real
-        both = cost.unflatten(-1, (-1, 2)).sum(-1)
-        levels.append(level)
-        separate.append(both < merged)
-        cost = torch.minimum(both, merged)
+    def over_blocks(x: Tensor, reduce: str) -> list[list[int]]:
+        return x.new_zeros(S, len(begins)).scatter_reduce_(1, block, x, reduce, include_self=False).tolist()
 
-    split = [x.tolist() if bool(x.any()) else None for x in separate]
-    bounds: dict[int, list[list[list[list[int]]]]] = {}  # by level, made on first use: most levels are not used
-    found: list[RowBlock] = []
-
-    def visit(n: int, b: int, block: int) -> None:
-        begin = block << n
-        if begin >= M:
-            return
-        flags = split[n]
-        if flags is not None and flags[b][block]:
-            visit(n - 1, b, 2 * block)
-            visit(n - 1, b, 2 * block + 1)
-            return
-        if n not in bounds:
-            bounds[n] = torch.stack(levels[n], -1).tolist()  # [S][B][blocks][4]
-        seen = [Span(s, *row[b][block]) for s, row in enumerate(bounds[n])]
-        seen = [span for span in seen if span.first < span.last]
-        found.append(RowBlock(None if B == 1 else b, begin, min(begin + (1 << n), M), seen))
-
-    for b in range(B):
-        for block in range(level[0].shape[-1]):
-            visit(len(levels) - 1, b, block)
+    bounds = [over_blocks(x, reduce) for x, reduce in ((low, "amin"), (low, "amax"), (high, "amin"), (high, "amax"))]
+    origins = at.flatten()[begins].tolist()
+    ends = [*begins[1:].tolist(), B * M]
+    found = []
+    for n, (begin, end) in enumerate(zip(begins.tolist(), ends, strict=True)):
+        spans = [Span(s, *(x[s][n] for x in bounds)) for s in range(S)]
+        spans = [span for span in spans if span.first < span.last]
+        b = begin // M
+        found.append(RowBlock(None if B == 1 else b, begin - b * M, end - b * M, origins[n], spans))
     return found

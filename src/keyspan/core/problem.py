@@ -131,6 +131,16 @@ class Problem(NamedTuple):
         hi = hi if sequences else hi.clamp(max=0)
         return lo + base, hi + base, self.diagonal + base
 
+    @property
+    def origin_in_row(self) -> Tensor:
+        """The first key of the document of each query in the row that `ranges` counts in, int `[B or 1, M]`."""
+        if self.sequence is not None and self.block_table is not None:
+            return self.sequence.long().clamp(0, max(self.block_table.shape[0] - 1, 0))[None] * self.N
+        if self.origin is not None:
+            return self.origin.clamp(0, self.N)
+        entries = 1 if self.lo is None else self.lo.shape[1]
+        return torch.zeros(entries, self.query.shape[1], dtype=torch.int32, device=self.query.device)
+
     def keys_in_row(self, first: int, last: int) -> Tensor | None:
         """Physical slots of keys first … last − 1 of the row that `ranges` counts in, int64; None: the same numbers."""
         if self.block_table is None:
