@@ -4,8 +4,8 @@ Derivation: docs/development/algorithm.md. Forward: Milakov & Gimelshein 2018, R
 recomputation from lse, Dao et al. 2022.
 
 Bits of a row do not depend on what else a call computes (docs/guides/invariance.md). Blocks of keys are counted from
-the document's first key and joined in their order, and all matrix products are batches of products of one shape: torch's
-libraries round differently for other shapes, and where threads share one product; see `_product`.
+the document's first key and joined in their order, and all matrix products are batches of products of one shape:
+torch's libraries round differently for other shapes, and where threads share one product; see `_product`.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def backward(
 
 
 class _Chunk(NamedTuple):
-    """Whole blocks of keys, begin … end − 1, of range `range`, the last of which may reach beyond all keys; `full`: every
-    row of the task sees them all."""
+    """Whole blocks of keys, begin … end − 1, of range `range`; the last may reach beyond all keys. `full`: every row of
+    the task sees them all."""
 
     range: int
     begin: int
@@ -259,7 +259,8 @@ class _Task(NamedTuple):
     def real_rows(self, x: Tensor) -> Tensor:
         """A view of `[…, rows, ·]` as `[…, H, m, ·]`."""
         sizes = self.problem.query.shape[3], self.block.end - self.block.begin
-        return x[..., : math.prod(sizes), :].unflatten(-2, sizes)
+        found: Tensor = x[..., : math.prod(sizes), :].unflatten(-2, sizes)
+        return found
 
     def without_padding_rows(self, x: Tensor) -> Tensor:
         """`[…, rows, ·]` with zeros in the rows that pad it, in place: a product with NaN is NaN there."""
@@ -307,7 +308,8 @@ class _Task(NamedTuple):
         part = self.scaled(x, scale, slice(chunk.begin, end) if slots is None else slots).permute(0, 2, 1, 3)
         size = x.shape[-1]
         part = pad(part, (0, -size % MULTIPLE, 0, chunk.end - end)).contiguous()
-        return part.unflatten(2, (chunk.blocks, BLOCK))
+        found: Tensor = part.unflatten(2, (chunk.blocks, BLOCK))
+        return found
 
     def accumulate(self, total: Tensor, chunk: _Chunk, grad: Tensor) -> None:
         """Add a gradient `[b, g, c, n, ·]` of the keys or values that `load_keys` returned."""
@@ -322,13 +324,13 @@ class _Task(NamedTuple):
             part.transpose(0, 1).index_put_((slots,), grad.permute(2, 0, 1, 3), accumulate=True)
 
     def visible_product(self, weight: Tensor, keys: Tensor, visible: Tensor | None) -> Tensor:
-        """weight `[b, g, c, rows, n]` @ keys `[b, g, c, n, ·]`; what is not finite does not reach rows it is hidden from."""
+        """weight `[b, g, c, rows, n]` @ keys `[b, g, c, n, ·]`, where NaN and inf reach only the rows that see them."""
         if visible is None or bool(torch.isfinite(keys).all()):
             return _product(weight, keys)
         return visible_matmul(weight, keys, self.padded_visible(visible, weight), _product)
 
     def visible_transposed_product(self, weight: Tensor, rows: Tensor, visible: Tensor | None) -> Tensor:
-        """weightᵀ @ rows `[b, g, c, rows, ·]`: the sum over heads and queries, `[b, g, c, n, ·]`; likewise."""
+        """weightᵀ @ rows `[b, g, c, rows, ·]`, the sum over heads and queries, `[b, g, c, n, ·]`; likewise."""
         transposed = weight.transpose(-1, -2)
         if visible is None or bool(torch.isfinite(rows).all()):
             return _product(transposed, rows)
@@ -341,8 +343,8 @@ class _Task(NamedTuple):
         return found
 
     def scores(self, query: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scores `[b, g, c, rows, n]`, −inf where hidden; the visible keys (None: all of them); the softcap's slope. Both
-        of these have the scores' real rows.
+        """Scores `[b, g, c, rows, n]`, −inf where hidden; of their real rows the visible keys (None: all of them) and
+        the softcap's slope.
 
         The slope is the derivative of the capped score by the one before softcap; None without a softcap.
 
@@ -427,10 +429,10 @@ class _Task(NamedTuple):
 
     def by_block(self, x: Tensor, chunk: _Chunk) -> Tensor:
         """A term of scores `[b, g, H, m, keys of a chunk or 1]` as `[b, g, c, H, m, n]`; 0 behind the last key."""
-        if x.shape[-1] > 1:
-            x = pad(x, (0, chunk.end - chunk.begin - x.shape[-1]))
-            return x.unflatten(-1, (-1, BLOCK)).movedim(-2, 2)
-        return x.unsqueeze(2)
+        if x.shape[-1] == 1:
+            return x.unsqueeze(2)
+        found: Tensor = pad(x, (0, chunk.end - chunk.begin - x.shape[-1])).unflatten(-1, (-1, BLOCK)).movedim(-2, 2)
+        return found
 
     def bias_index(self, x: Tensor) -> tuple[slice, ...]:
         whole = slice(None)
@@ -480,10 +482,10 @@ class _Task(NamedTuple):
                 _add_blocks(total[1], (weight * end).sum(-1))
             inner = dscore.masked_fill(ends[0] | ends[1], 0).transpose(2, 3)  # [b, g, H, c, m, n]
             index = (distance.clamp(-reach, reach) + reach).long()[:, 0, :, 0].expand(dscore.shape[0], -1, -1, -1)
+            heads = self.heads(dtable).view(-1, dtable.shape[-1])
             for entry, at in zip(inner, index, strict=True):
-                self.heads(dtable).view(-1, dtable.shape[-1]).index_add_(
-                    1, at.flatten(), entry.flatten(0, 1).flatten(1)
-                )
+                for total, row in zip(heads, entry.flatten(0, 1), strict=True):
+                    total.index_add_(0, at.flatten(), row.flatten())  # many times faster than with two dimensions
 
     def add_position_sums(
         self, dslopes: Tensor | None, dtable: Tensor | None, sums: _PositionSums, excess: Tensor
@@ -553,7 +555,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if left.device.type == "cpu" and count < max(2, torch.get_num_threads()):
         times = -(-max(2, torch.get_num_threads()) // count)
         left, right = _repeated(left, times), _repeated(right, times)
-    return torch.bmm(left, right)[:count].unflatten(0, leading)
+    found: Tensor = torch.bmm(left, right)[:count].unflatten(0, leading)
+    return found
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
