@@ -14,6 +14,7 @@ from keyspan.interop.xformers._cpp_lib import _register_extensions
 from keyspan.interop.xformers.attn_bias_utils import create_attn_bias, pack_kv_cache, ref_attention, ref_attention_bmhk
 from keyspan.interop.xformers.checkpoint import (
     _knapsack,
+    _optimize_runtime_with_given_memory,
     checkpoint,
     get_optimal_checkpoint_policy,
     list_operators,
@@ -118,25 +119,44 @@ def test_bad_budgets_and_policies_raise():
         selective_checkpoint_wrapper(Block())
 
 
-def test_the_knapsack_is_optimal():
-    """Compared with all subsets, on sizes that are multiples of a grain."""
+@pytest.mark.parametrize("largest", [100, 10_000], ids=["to the byte", "in grains"])
+def test_the_knapsack_is_optimal(largest):
+    """Compared with all subsets."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         seconds = torch.rand(7, generator=generator).tolist()
-        weights = torch.randint(0, 200, (7,), generator=generator).tolist()
-        weights[0] += 1000 - sum(weights) if sum(weights) < 1000 else 0
-        memory = [None if i == 3 else w for i, w in enumerate(weights)]
-        total = sum(w for w in memory if w is not None)
-        budget = 0.4
-        keep = _knapsack(seconds, memory, budget)
-        fits = [-(-w * 1000 // total) if w is not None else 10**9 for w in memory]
+        memory = [
+            None if i == 3 else m for i, m in enumerate(torch.randint(0, largest, (7,), generator=generator).tolist())
+        ]
+        total = sum(m for m in memory if m is not None)
+        grain, room = max(1, total // 1000), total * 2 // 5
+        needed = [-(-m // grain) if m is not None else 10**9 for m in memory]
 
-        def value(chosen, fits=fits, seconds=seconds):
-            inside = sum(f for f, c in zip(fits, chosen, strict=True) if c) <= 400
+        def value(chosen, needed=needed, seconds=seconds, most=room // grain):
+            inside = sum(n for n, c in zip(needed, chosen, strict=True) if c) <= most
             return sum(s for s, c in zip(seconds, chosen, strict=True) if c) if inside else -1.0
 
         best = max(value([bool(code >> i & 1) for i in range(7)]) for code in range(2**7))
-        assert value(keep) == pytest.approx(best)
+        assert value(_knapsack(seconds, memory, room)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("force_store_random", [False, True])
+@pytest.mark.parametrize("room", [60, 150, 300, 1000])
+def test_the_private_solver(room, force_store_random):
+    """Compared with all subsets that keep its rules: 0 is written in place first, 5 writes to 2, 3 is a view."""
+    memory, runtimes = (torch.tensor(x, dtype=torch.float64) for x in ([0, 90, 70, 0, 50, 0], [5, 8, 9, 1, 15, 4]))
+
+    def value(chosen):
+        kept = torch.tensor(chosen, dtype=torch.float64)
+        rules = chosen[0] and not chosen[3] and chosen[5] == chosen[2] and chosen[4] == force_store_random
+        return float(kept @ runtimes) if rules and float(kept @ memory) <= room else -1.0
+
+    best = max(value([bool(code >> i & 1) for i in range(6)]) for code in range(2**6))
+    found = _optimize_runtime_with_given_memory(memory, runtimes, room, [3], [(0, 0), (5, 2)], [4], force_store_random)
+    assert found.dtype == torch.float64
+    assert value([bool(x) for x in found]) == best >= 0
+    with pytest.raises(ValueError, match="max_memory: got 40"):
+        _optimize_runtime_with_given_memory(memory, runtimes, 40, [], [(1, 1)], [], False)
 
 
 @pytest.mark.parametrize("fmt", ["BMHK", "BMGHK"])

@@ -114,6 +114,8 @@ def attention(
         raise refuse(positional, unknown)
     if layout != "bmhk":
         query, key, value = _tokens_first(layout, query, key, value)
+    if query is key or key is value or query is value:
+        query, key, value = _apart(query, key, value)
     terms = None
     if not sinks is query_scale is key_scale is value_scale is None:
         terms = (sinks, query_scale, key_scale, value_scale)
@@ -146,6 +148,15 @@ def _tokens_first(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) and not x.is_nested else type(x).__name__
             raise ValueError(f"{name}: got {got}, want [B, H, M, K] with layout='bhmk'")
     return tuple(x.transpose(1, 2) for x in tensors)
+
+
+def _apart(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """One tensor in several arguments as a view for each: autograd then adds up their gradients in the order of the
+    views, whether a call is replayed or not, so that both have the same bits."""
+    x = tensors[1] if tensors[1] is tensors[2] else tensors[0]
+    if not torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.requires_grad or x.is_nested:
+        return tensors
+    return tuple(y.view_as(y) if y is x and x.layout is torch.strided else y for y in tensors)
 
 
 _MOST_HEADS = 256

@@ -268,8 +268,7 @@ class _Recorded:
 
     def differentiable(self, results: Sequence[Tensor], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The results (out, lse) as autograd's function of the call's tensors."""
-        # The query comes last: gradients of one tensor in several arguments then add up as they do without replay.
-        made: Sequence[Tensor] = _Replayed.apply(self, results, *tensors[1:], tensors[0])  # type: ignore[no-untyped-call]
+        made: Sequence[Tensor] = _Replayed.apply(self, results, *tensors)  # type: ignore[no-untyped-call]
         return made
 
     def problem(self, tensors: Sequence[Tensor]) -> Problem:
@@ -288,9 +287,8 @@ class _Recorded:
     def gradients(
         self, saved: Sequence[Tensor], needed: Sequence[bool], grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> list[Tensor | None]:
-        """The gradient of each of the call's tensors, those of the query last, as autograd has them here."""
-        out, lse, *others, query = saved
-        tensors = [query, *others]
+        """The gradient of each of the call's tensors."""
+        out, lse, *tensors = saved
         every = None
         if grad_out is not None and not torch.is_grad_enabled() and shims.unobserved() and not shims.any_autocast():
             given = [*tensors, out, lse, grad_out] if grad_lse is None else [*tensors, out, lse, grad_out, grad_lse]
@@ -314,11 +312,10 @@ class _Recorded:
             )
         else:
             listed = [*every[:-1], *every.biases]
-        shaped = [
+        return [
             None if n is None or (grad := listed[n]) is None else grad if grad.shape == x.shape else grad.view(x.shape)
             for n, x in zip(self.positions, tensors, strict=True)
         ]
-        return [*shaped[1:], shaped[0]]
 
     def _computed(
         self,
@@ -341,7 +338,7 @@ class _Recorded:
 
     def _flags(self, needed: Sequence[bool]) -> list[bool]:
         """Which entries of `flat` are needed."""
-        flags = dict(zip(self.positions, (needed[-1], *needed[:-1]), strict=True))
+        flags = dict(zip(self.positions, needed, strict=True))
         return [flags.get(n, False) for n in range(self.inputs)]
 
     def _arguments(

@@ -133,19 +133,21 @@ def get_optimal_checkpoint_policy(function: Callable[..., Any], *args: Any, memo
         usable = bool(fresh) and not any(_storage(x) in written for x in outputs)
         nbytes = sum(x.untyped_storage().nbytes() for x in fresh if _storage(x) not in outputs_of_all)
         memory.append(nbytes if usable else None)
-    return _OptimalPolicy(_knapsack([call[1] for call in calls], memory, memory_budget))
+    room = int(memory_budget * sum(m for m in memory if m is not None))
+    return _OptimalPolicy(_knapsack([call[1] for call in calls], memory, room))
 
 
 def _storage(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-def _knapsack(seconds: Sequence[float], memory: Sequence[int | None], budget: float) -> list[bool]:
-    """Which items to store for the most seconds within `budget` of the total memory; `None`: cannot be stored."""
+def _knapsack(seconds: Sequence[float], memory: Sequence[int | None], room: int) -> list[bool]:
+    """Which items to store for the most seconds in `room` bytes; `None` in `memory`: cannot be stored."""
     total = sum(m for m in memory if m is not None)
-    capacity = int(budget * GRAINS)
-    # Rounded up so that the budget holds; at budget 1 everything fits.
-    weights = [None if m is None else 0 if budget == 1 else -(-m * GRAINS // max(total, 1)) for m in memory]
+    fits, unit = room >= total, max(1, total // GRAINS)
+    capacity = 0 if fits else room // unit
+    # Rounded up, so that they hold; where everything fits, nothing is rounded.
+    weights = [None if m is None else 0 if fits else -(-m // unit) for m in memory]
     best, chosen = [0.0] * (capacity + 1), []
     for value, weight in zip(seconds, weights, strict=True):
         before = best
@@ -162,6 +164,48 @@ def _knapsack(seconds: Sequence[float], memory: Sequence[int | None], budget: fl
         if weight is not None and chosen[index][room]:
             keep[index], room = True, room - weight
     return keep
+
+
+def _optimize_runtime_with_given_memory(
+    memory: Tensor,
+    runtimes: Tensor,
+    max_memory: float,
+    view_like_ops: Sequence[int],
+    inplace_ops: Sequence[tuple[int, int]],
+    random_ops: Sequence[int],
+    force_store_random: bool,
+) -> Tensor:
+    """xFormers' private solver: 1 for each operator that is stored, 0 for each that is recomputed, fp64 `[operators]`.
+
+    Args:
+        memory: bytes of each operator's result.
+        runtimes: seconds of each operator.
+        max_memory: bytes that may be stored.
+        view_like_ops: operators that are recomputed.
+        inplace_ops: (operator, operator whose result it writes to): both are stored or none; stored, where equal.
+        random_ops: operators that are recomputed, or with `force_store_random` stored.
+    """
+    first = list(range(len(memory)))  # of the operators that are stored together
+    forced, never = set(random_ops) if force_store_random else set(), set(view_like_ops)
+    if not force_store_random:
+        never |= set(random_ops)
+    for op, parent in inplace_ops:
+        first[op] = first[parent]
+        if op == parent:
+            forced.add(op)
+    groups: dict[int, list[int]] = {}
+    for op, of in enumerate(first):
+        groups.setdefault(of, []).append(op)
+    needed = {of: int(sum(memory[op] for op in ops)) for of, ops in groups.items()}
+    always = {of for of, ops in groups.items() if forced & set(ops)}
+    room = int(max_memory) - sum(needed[of] for of in always)
+    if room < 0:
+        raise ValueError(f"max_memory: got {max_memory}, want what the operators need that are always stored")
+    free = [of for of in groups if of not in always]
+    seconds = [float(sum(runtimes[op] for op in groups[of])) for of in free]
+    keep = _knapsack(seconds, [None if never & set(groups[of]) else needed[of] for of in free], room)
+    stored = always | {of for of, chosen in zip(free, keep, strict=True) if chosen}
+    return torch.tensor([float(of in stored) for of in first], dtype=torch.float64)
 
 
 class SelectiveCheckpointWrapper(ActivationWrapper):
