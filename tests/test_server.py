@@ -1,8 +1,10 @@
 """The server: OpenAI's own client is answered as the engine answers, and clients that misbehave harm nobody else."""
 
 import asyncio
+import contextlib
 import json
 import socket
+import struct
 import threading
 import time
 
@@ -24,6 +26,8 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'wrong' %}{{ raise_exception('no such role') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+MARKS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+"""Unicode's noncharacters."""
 LIMITS = Limits(body_bytes=20_000, body_seconds=1.0, max_tokens=64, answers=4)
 
 
@@ -208,13 +212,36 @@ def test_models_health_metrics_and_page(client, server):
         ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 1}, 400,
          "want logprobs = true"),
         ("embeddings", {"model": "tiny", "input": "a"}, 404, "Not Found"),
+        ("completions", "[" * 10_000, 400, "error parsing the body"),
+        ("completions", '{"model": "tiny", "prompt": "a", "seed": ' + "9" * 5000 + "}", 400, "error parsing the body"),
+        ("completions", '{"model": "tiny", "prompt": "a", "top_p": NaN}', 400, "top_p"),
+        ("completions", '{"model": "tiny", "prompt": "a", "presence_penalty": Infinity}', 400, "presence_penalty"),
+        ("completions", b'{"model": "tiny", "prompt": "\xff"}', 400, "error parsing the body"),
+        ("completions", {"model": "tiny", "prompt": "\ud800"}, 400, "prompt"),
+        ("completions", {"model": "tiny", "prompt": "a", "repetition_penalty": 1e-30}, 400, "repetition_penalty"),
+        ("completions", {"model": "tiny", "prompt": [{}] * 4000}, 400, "prompt"),
+        ("completions", {"model": "tiny", "prompt": [[1], [2]], "n": 3}, 400, "n: got 6 answers in all"),
+        ("completions", {"model": "tiny", "prompt": "a", **{f"x{n}": 1 for n in range(99)}}, 400, "got 101 keys"),
+        ("completions", {"model": "tiny", "prompt": "a", "metadata": {f"x{n}": "" for n in range(99)}}, 400,
+         "metadata: Value error, got 99 keys, want at most 64"),
+        ("completions", {"model": "tiny", "prompt": "a", "stop": ["b"] * 17}, 400, "stop"),
+        ("completions", {"model": "tiny", "prompt": "a", "stop": "b" * 257}, 400, "stop"),
+        ("completions", {"model": "tiny", "prompt": "a", "stop": [""]}, 400, "stop"),
+        ("completions", {"model": "tiny", "prompt": "a", "stop_token_ids": [1] * 17}, 400, "stop_token_ids"),
+        ("completions", {"model": "x" * 5000, "prompt": "a"}, 404, "model: got 'xxx"),
+        ("chat/completions", {"model": "tiny", "messages": [{}] * 2000}, 400, "messages.0"),
+        ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": [{}] * 2000}]}, 400, "content"),
+        ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": MARKS}]}, 400,
+         "messages: got 32 of Unicode"),
+        ("chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "\udfff"}]}, 400, "content"),
     ],
 )  # fmt: skip
 def test_wrong_requests_are_refused_in_words(server, path, body, status, message):
-    content = body if isinstance(body, str) else json.dumps(body)
+    content = body if isinstance(body, (str, bytes)) else json.dumps(body)
     got = httpx.post(f"{server.url}/v1/{path}", content=content, headers={"content-type": "application/json"})
     assert got.status_code == status
     assert message in got.json()["error"]["message"]
+    assert len(got.content) < 2500
     assert not server.engine.busy()
 
 
@@ -223,6 +250,9 @@ def test_keys(folder):
     try:
         with pytest.raises(openai.AuthenticationError, match="a valid API key is missing"):
             openai.OpenAI(base_url=f"{found.url}/v1", api_key="wrong", max_retries=0).models.list()
+        for value in ("secret", "Basic secret", "Bearer", "Bearer  secret", "Bearer secret2"):
+            assert httpx.get(f"{found.url}/v1/models", headers={"authorization": value}).status_code == 401
+        assert httpx.get(f"{found.url}/v1/models", headers={"authorization": "bearer secret"}).status_code == 200
         assert openai.OpenAI(base_url=f"{found.url}/v1", api_key="secret").models.list().data[0].id == "tiny"
         assert httpx.get(f"{found.url}/health").status_code == 200
     finally:
@@ -289,6 +319,173 @@ def test_slow_and_silent_clients_do_not_hold_others_up(server, client):
     assert b"408" in slow[1].recv(1000)
     for raw in slow:
         raw.close()
+
+
+def connect(server, data=b"", read_buffer=None):
+    """A raw connection on which some bytes were sent."""
+    raw = socket.socket()
+    if read_buffer is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, read_buffer)
+    raw.settimeout(20)
+    raw.connect(("127.0.0.1", server.port))
+    raw.sendall(data)
+    return raw
+
+
+def request(body, path="completions", more=""):
+    content = json.dumps(body)
+    return (
+        f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{more}"
+        f"content-length: {len(content)}\r\n\r\n{content}"
+    ).encode()
+
+
+def closed(raw, seconds=20.0):
+    """Whether the server has closed a connection, or closes it within a time; what it sent is read."""
+    raw.settimeout(seconds)
+    with raw:
+        try:
+            while raw.recv(65536):
+                pass
+        except ConnectionError:
+            return True
+        except TimeoutError:
+            return False
+    return True
+
+
+def test_connections_that_send_no_request_are_closed(server):
+    silent = [connect(server), connect(server, b"POST /v1/comp"), connect(server, b"GET / HTTP/1.1\r\nhost:")]
+    answered = connect(server, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /he")  # a second request that does not end
+    trickle = connect(server, b"GET / HTTP/1.1\r\n")
+    begin = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - begin < 20:
+            trickle.sendall(b"a: b\r\n")
+            time.sleep(0.1)
+    trickle.close()
+    assert time.monotonic() - begin < 10, "a head that never ends is not waited for"
+    assert all(map(closed, [*silent, answered]))
+
+
+def test_a_client_that_does_not_read_is_closed(folder):
+    found = start(folder, Limits(body_seconds=1.0, max_tokens=4000, seconds=60.0))
+    try:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "ignore_eos": True, "stream": True, "logprobs": 20}
+        raw = connect(found, request(body), read_buffer=4096)
+        deadline = time.monotonic() + 60
+        while len(found.server.server_state.connections) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not found.server.server_state.connections
+        assert not found.engine.busy() or time.monotonic() < deadline
+        raw.close()
+        assert httpx.get(f"{found.url}/health").status_code == 200
+    finally:
+        found.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/1.1\r\n" + b"a: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n{}",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n{\r\n" * 30_000,
+        request({"model": "tiny", "prompt": "a"}, more="upgrade: websocket\r\nconnection: upgrade\r\n"),
+        request({"model": "tiny", "prompt": "a", "max_tokens": 3}) * 50,
+    ],
+    ids=["tls", "head", "length", "lengths", "chunk", "chunks", "upgrade", "pipelined"],
+)
+def test_malformed_http_harms_nobody(server, client, data):
+    raw = connect(server)
+    with contextlib.suppress(ConnectionError):
+        raw.sendall(data)
+    got = client.completions.create(model="tiny", prompt="Hello", max_tokens=4, temperature=0)
+    assert got.usage.completion_tokens == 4
+    assert closed(raw)
+    assert not server.engine.busy()
+
+
+def test_a_thousand_connections(folder):
+    """Of which most say nothing: the others are answered."""
+    found = start(folder, Limits(body_seconds=20.0, max_tokens=64))
+    try:
+        silent = [connect(found) for _ in range(900)]
+        busy = [connect(found, request({"model": "tiny", "prompt": f"{n}", "max_tokens": 3})) for n in range(100)]
+        for raw in busy:
+            assert b"200 OK" in raw.recv(15)
+        for raw in silent:
+            raw.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert all(b"200 OK" in raw.recv(15) for raw in silent)
+        for raw in (*silent, *busy):
+            raw.close()
+    finally:
+        found.close()
+
+
+def test_too_many_connections_are_503_until_some_are_closed(folder):
+    net, tokenizer = load_model(folder, device="cpu")
+    found = Running(make_app(Engine(net, tokenizer, memory=2**22), "tiny", LIMITS), LIMITS, connections=20)
+    try:
+        silent = [connect(found) for _ in range(30)]
+        assert httpx.get(f"{found.url}/health").status_code == 503
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{found.url}/health").status_code != 200 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert httpx.get(f"{found.url}/health").status_code == 200
+        assert all(map(closed, silent))
+    finally:
+        found.close()
+
+
+def test_many_vanish_at_any_time(folder):
+    found = start(folder, running=4)
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 60, "ignore_eos": True}
+    try:
+        for n in range(60):
+            data = request({**body, "stream": n % 2 == 0})
+            raw = connect(found, data[: len(data) - n % 3 * 20])
+            if n % 4 == 0:
+                time.sleep(0.02)
+            reset = struct.pack("ii", 1, 0)  # instead of an orderly end
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            raw.close()
+        deadline = time.monotonic() + 60
+        while (found.engine.busy() or found.server.server_state.tasks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not found.engine.busy()
+        assert found.engine.cache.available() == found.engine.cache.pages
+        assert "keyspan_open_http_requests 0.0" in httpx.get(f"{found.url}/metrics").text
+    finally:
+        found.close()
+
+
+def test_metrics_count_what_was_done(folder):
+    found = start(folder)
+
+    def metrics():
+        lines = httpx.get(f"{found.url}/metrics").text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    try:
+        before = metrics()
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 7, "ignore_eos": True}
+        for n in (1, 2):
+            assert httpx.post(f"{found.url}/v1/completions", json={**body, "n": n}).status_code == 200
+        assert httpx.post(f"{found.url}/v1/completions", json={**body, "n": 99}).status_code == 400
+        after = metrics()
+        assert after["keyspan_requests_total"] - before["keyspan_requests_total"] == 3
+        assert after["keyspan_answer_tokens_total"] == 21
+        assert after["keyspan_prompt_tokens_total"] + after["keyspan_shared_tokens_total"] == 15
+        assert after["keyspan_busy_seconds_total"] > 0
+        assert after["keyspan_running_requests"] == after["keyspan_waiting_requests"] == 0
+        assert after["keyspan_available_pages"] == after["keyspan_pages"] == found.engine.cache.pages
+        assert after['keyspan_http_responses_total{status="400"}'] == 1
+        assert after['keyspan_http_responses_total{status="200"}'] == 3, "two answers, and the metrics before"
+    finally:
+        found.close()
 
 
 def test_many_requests_at_once_are_all_answered_and_too_many_refused(folder):

@@ -341,13 +341,12 @@ class Engine:
         self, request: _Request, count: int, guess: list[int], batch: list[tuple[_Request, int, list[int]]]
     ) -> bool:
         """Pages for a request's new tokens, if need be those of requests that came later; False where it must leave."""
-        if self.cache.needed(request.held, request.held.tokens + count + len(guess)) > self.cache.available():
-            guess.clear()
         total = request.held.tokens + count
-        scheduled = {id(other) for other, _, _ in batch}
+        if self.cache.needed(request.held, total + len(guess)) > self.cache.available():
+            guess.clear()
         while self.cache.needed(request.held, total) > self.cache.available():
-            others = [x for x in self._running if id(x) not in scheduled and x is not request]
-            last = max([*others, request], key=lambda x: x.number)
+            scheduled = {id(other) for other, _, _ in batch}
+            last = max((x for x in self._running if id(x) not in scheduled), key=lambda x: x.number)
             self._preempt(last)
             if last is request:
                 return False

@@ -8,12 +8,15 @@ rounded up to a power of two. Rows that are left over compute one token of a pag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from keyspan import KeyRanges, attention
 from keyspan.inference.pages import Held, PagedCache
-from keyspan.models.gpt import GPT
+from keyspan.layers import Linear, RMSNorm, SwiGLU, rotate_qkv
+from keyspan.models.gpt import GPT, Block
 
 Outputs = tuple[Tensor, Tensor]
 """Logits, fp32 [B, C], and the likeliest tokens, int64 [B]."""
@@ -92,8 +95,69 @@ class DecodeGraphs:
         tokens, before = self._new[:, :B].unbind()
         ones = self._ones[:B]
         self._cache.begin_from(ones, before.int(), {w: x[:B, :P] for w, x in self._on_device.items()})
-        logits = self._model.logits(self._model(tokens, ones, cache=self._cache)).float()
+        c = self._model.config
+        fused = c.positions == "rope" and not c.qk_norm and not c.post_norms and c.embedding_scale == 1
+        hidden = self._hidden(tokens, ones) if fused else self._model(tokens, ones, cache=self._cache)
+        logits = self._model.logits(hidden).float()
         return logits, logits.argmax(-1)
+
+    def _hidden(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """`GPT.forward` in fewer launches: sums are part of what reads them, and one kernel rotates and stores."""
+        model, cache, K = self._model, self._cache, self._model.config.head_dim
+        step = model._step(tokens, lengths, cache)
+        assert step.turns is not None
+        x, h = model.embedding(tokens), None
+        product = _row_product if x.is_cuda and len(x) == 1 and _of_one_row(model) else _product
+        for n, module in enumerate(model.blocks):
+            block = cast(Block, module)
+            layer = block.attention
+            qkv, x = product(x, layer.qkv, block.attention_norm, h)
+            turn, storage = step.turns[layer.window], cache.storage(n)
+            if qkv.is_cuda:
+                from keyspan.inference.decode_kernels import rotate_and_store
+
+                heads = layer.heads[0], layer.heads[1]
+                rotate_and_store(qkv, turn, heads, storage, cache.slots(layer.window))
+                q = qkv.view(1, len(qkv), -1, K)[:, :, : heads[0]]
+            else:
+                q, k, v = rotate_qkv(qkv, turn, layer.heads)
+                cache.append(n, k, v)
+            out = attention(
+                q, *storage, mask=cast(KeyRanges, step.masks[layer.window]), scale=layer.scale, softcap=layer.softcap,
+                sinks=layer.sinks, backend=step.backend,
+            )  # fmt: skip
+            h, _ = product(out.reshape(len(x), -1), layer.out)
+            if product is _row_product:
+                mlp = cast(SwiGLU, block.mlp)
+                gated, x = _row_product(x, mlp.w12, block.mlp_norm, h, gate=True)
+                h, _ = _row_product(gated, mlp.w3)
+            else:
+                normed, x = block.mlp_norm.add(x, h)
+                h = block.mlp(normed)
+        assert h is not None
+        hidden: Tensor = model.norm.add(x, h)[0]
+        return hidden
+
+
+def _of_one_row(model: GPT) -> bool:
+    """Whether a model's layers are those that `row_product` computes."""
+    return model.config.activation == "silu" and model.embedding.weight.dtype != torch.float64
+
+
+def _product(
+    x: Tensor, layer: Linear, norm: RMSNorm | None = None, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`layer(norm(x + residual))`, and the sum."""
+    if norm is None:
+        return layer(x), x
+    normed, x = (norm(x), x) if residual is None else norm.add(x, residual)
+    return layer(normed), x
+
+
+def _row_product(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from keyspan.inference.decode_kernels import row_product
+
+    return row_product(*args, **options)
 
 
 def _rounded(count: int) -> int:

@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
@@ -138,8 +138,10 @@ class Body(BaseModel):
     _few = model_validator(mode="before")(few_keys)
 
 
+Text = Annotated[str, StringConstraints(min_length=0)]
+"""Unicode: a string with a constraint may have no half of a surrogate pair, which no tokenizer reads."""
 Tokens = Annotated[list[int], Field(fail_fast=True)]
-Prompts = str | Annotated[list[str], Field(fail_fast=True)] | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+Prompts = Text | Annotated[list[Text], Field(fail_fast=True)] | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
 """One prompt or several, text or tokens. A long list of wrong entries is refused at the first."""
 
 

@@ -25,7 +25,18 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from starlette.types import Receive, Scope, Send
 
 from keyspan.inference.engine import Engine, Event
-from keyspan.inference.http import Body, Limits, Metric, Prompts, Site, as_list, few_keys, make_site, while_connected
+from keyspan.inference.http import (
+    Body,
+    Limits,
+    Metric,
+    Prompts,
+    Site,
+    Text,
+    as_list,
+    few_keys,
+    make_site,
+    while_connected,
+)
 from keyspan.inference.sampling import Sampling
 from keyspan.inference.tokenizer import ChatTokenizer
 
@@ -124,7 +135,7 @@ class _Options(Body):
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     seed: int | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stop_token_ids: list[int] = Field(default=[], max_length=MOST_STOPS, fail_fast=True)
@@ -171,14 +182,14 @@ class Completion(_Options):
 
 class _Part(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """One message of a chat; text only."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[_Part], Field(fail_fast=True)]
+    content: Text | Annotated[list[_Part], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:

@@ -70,9 +70,12 @@ class ChatTokenizer:
         itself or speak for another role.
         """
         special = sorted(self._literal.texts, key=len, reverse=True)
-        everything = "".join(map(str, messages))
+        everything = "".join(str(value) for message in messages for value in message.values())
         # Unicode's noncharacters, reserved for such marks; a message that holds some is marked with others.
-        start, end = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in everything][:2]
+        marks = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in everything]
+        if len(marks) < 2:
+            raise ValueError(f"messages: got {32 - len(marks)} of Unicode's noncharacters U+FDD0 …, want at most 30")
+        start, end = marks[:2]
 
         def mark(content: Any) -> Any:
             if not isinstance(content, str) or not special:
@@ -160,6 +163,8 @@ class FolderTokenizer(ChatTokenizer):
             loaded: Any = Loaded.from_file(str(path))
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"{path}: {error}") from None
+        loaded.no_truncation()  # as the folder may say for another use
+        loaded.no_padding()
         settings = _optional(folder / "tokenizer_config.json")
         names = {name: value for name, value in settings.items() if name.endswith("_token")}
         names = {name: value["content"] if isinstance(value, dict) else value for name, value in names.items()}
@@ -292,10 +297,7 @@ class Detokenizer:
             self._start, self._read = self._read, len(self._tokens)
             self._pending += text[len(before) :]
         stopped = self._cut()
-        kept = 0
-        if not stopped:
-            starts = (n for stop in self._stop for n in range(1, len(stop)) if self._pending.endswith(stop[:n]))
-            kept = max(starts, default=0)
+        kept = 0 if stopped else self._held_back()
         cut = len(self._pending) - kept
         text, self._pending = self._pending[:cut], self._pending[cut:]
         return text, stopped
@@ -308,6 +310,12 @@ class Detokenizer:
         stopped = self._cut()
         text, self._pending = self._pending, ""
         return text, stopped
+
+    def _held_back(self) -> int:
+        """How many characters of the pending text may be the beginning of a stop text."""
+        text = self._pending
+        starts = ((stop, n) for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)))
+        return max((n for stop, n in starts if text.endswith(stop[:n])), default=0)
 
     def _cut(self) -> bool:
         """End the pending text at the first stop text, and take no more; False where there is none."""

@@ -1,0 +1,125 @@
+"""Triton kernels for decoding on a GPU. Imported by the first step that is captured.
+
+Products with one row read each weight once and compute little: what stands before and behind them, a norm and the gate
+of SwiGLU, is computed by the same launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from keyspan.layers import Linear, RMSNorm
+
+
+@triton.jit
+def rotate_and_store_kernel(x, cosine, sine, keys, values, slots, stride, Q, G, HALF: tl.constexpr, BH: tl.constexpr):
+    """A program for each head of a token: Q of query, G of key, G of value."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair = tl.arange(0, BH)  # [BH]
+    inside = pair < HALF
+    at = x + token * stride + head * 2 * HALF + pair
+    a = tl.load(at, mask=inside)
+    b = tl.load(at + HALF, mask=inside)
+    if head < Q + G:
+        c = tl.load(cosine + token * HALF + pair, mask=inside)
+        s = tl.load(sine + token * HALF + pair, mask=inside)
+        wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+        a = (wide_a * c - wide_b * s).to(x.dtype.element_ty)
+        b = (wide_a * s + wide_b * c).to(x.dtype.element_ty)
+    if head < Q:
+        tl.store(at, a, mask=inside)
+        tl.store(at + HALF, b, mask=inside)
+    else:
+        row = tl.load(slots + token) * G + (head - Q) % G
+        if head < Q + G:
+            to = keys + row * 2 * HALF + pair
+        else:
+            to = values + row * 2 * HALF + pair
+        tl.store(to, a, mask=inside)
+        tl.store(to + HALF, b, mask=inside)
+
+
+def rotate_and_store(
+    qkv: Tensor, turn: tuple[Tensor, Tensor], heads: tuple[int, int], storage: tuple[Tensor, Tensor], slots: Tensor
+) -> None:
+    """Rotate the query heads of a projection where they lie, and store its rotated key heads and its value heads.
+
+    Args:
+        qkv: [T, (Q + 2 G) · K], contiguous.
+        turn: cosines and sines, fp32 [T, K / 2].
+        heads: Q and G.
+        storage: keys and values of a layer, [1, slots, G, K], contiguous, of qkv's dtype.
+        slots: where each token's go, int64 [T].
+    """
+    T, half = turn[0].shape
+    Q, G = heads
+    rotate_and_store_kernel[T, Q + 2 * G](
+        qkv, *turn, *storage, slots, qkv.stride(0), Q, G, half, triton.next_power_of_2(half), num_warps=1
+    )
+
+
+@triton.jit
+def row_product_kernel(x, residual, norm, total, weight, bias, out, eps, N, D: tl.constexpr, BN: tl.constexpr,
+                       BK: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
+                       BIAS: tl.constexpr):  # fmt: skip
+    """BN of the N outputs a program. With GATE the weight has 2 N rows: silu of the first half times the second."""
+    program = tl.program_id(0)
+    rows = (program * BN + tl.arange(0, BN)).to(tl.int64)  # [BN]
+    sums = tl.zeros([BN, BK], tl.float32)
+    gated = tl.zeros([BN, BK], tl.float32)
+    squares = tl.zeros([BK], tl.float32)
+    for first in range(0, D, BK):
+        column = first + tl.arange(0, BK)  # [BK]
+        inside = column < D
+        at = weight + rows[:, None] * D + column[None, :]
+        wanted = (rows < N)[:, None] & inside[None, :]
+        w = tl.load(at, mask=wanted, other=0.0)  # [BN, BK]
+        if GATE:
+            g = tl.load(at + N.to(tl.int64) * D, mask=wanted, other=0.0)
+        v = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            v += tl.load(residual + column, mask=inside, other=0.0).to(tl.float32)
+            v = v.to(total.dtype.element_ty)
+            tl.store(total + column, v, mask=inside & (program == 0))
+            v = v.to(tl.float32)
+        if NORM:
+            squares += v * v
+            v *= tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+        sums += w.to(tl.float32) * v[None, :]
+        if GATE:
+            gated += g.to(tl.float32) * v[None, :]
+    y = tl.sum(sums, 1)
+    up = tl.sum(gated, 1)
+    if NORM:  # what all numbers of the row share is a factor of the sum
+        r = 1.0 / tl.sqrt(tl.sum(squares, 0) / D + eps)
+        y *= r
+        up *= r
+    if BIAS:
+        y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+    if GATE:
+        if BIAS:
+            up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y = y / (1.0 + tl.exp(-y)) * up
+    tl.store(out + rows, y.to(out.dtype.element_ty), mask=rows < N)
+
+
+def row_product(
+    x: Tensor, layer: Linear, norm: RMSNorm | None = None, residual: Tensor | None = None, *, gate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`layer(norm(x + residual))` of one row, and the sum of x and residual, which is rounded, as the result is.
+
+    x, residual [1, D] -> [1, N], [1, D]. With `gate`: silu of the product's first half times its second.
+    """
+    D, N = x.shape[1], len(layer.weight) // (2 if gate else 1)
+    out = x.new_empty((1, N))
+    total = x if residual is None else torch.empty_like(x)
+    BN = 2 if gate or N < 4096 else 4
+    row_product_kernel[(triton.cdiv(N, BN),)](
+        x, residual, None if norm is None else norm.weight, total, layer.weight, layer.bias, out,
+        0.0 if norm is None else norm.eps, N, D, BN, min(1024, triton.next_power_of_2(D)),
+        norm is not None, residual is not None, gate, layer.bias is not None, num_warps=4,
+    )  # fmt: skip
+    return out, total
