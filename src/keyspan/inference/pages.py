@@ -293,13 +293,16 @@ class PagedCache:
         """All keys and values of a layer, [1, slots, G, K]."""
         return self._storage[layer]
 
+    def slots(self, window: int | None) -> Tensor:
+        """Where the new tokens' keys of layers with this window go, int64 [T]."""
+        if window not in self._slots:
+            self._slots[window] = torch.tensor(self.step.slots[window], device=self._device)
+        return self._slots[window]
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""
         keys, values = self._storage[layer]
-        window = self._window[layer]
-        if window not in self._slots:
-            self._slots[window] = torch.tensor(self.step.slots[window], device=self._device)
-        slots = self._slots[window]
+        slots = self.slots(self._window[layer])
         keys.index_copy_(1, slots, key.to(keys.dtype))
         values.index_copy_(1, slots, value.to(values.dtype))
         return keys, values
