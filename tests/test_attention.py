@@ -239,14 +239,16 @@ def test_errors_of_another_layout_say_so():
 
 
 def test_a_call_that_looks_like_heads_before_tokens_warns():
-    x = torch.zeros(1, 8, 512, 16)
-    with pytest.warns(UserWarning, match="got 8 tokens of 512 heads; if heads come before tokens"):
-        keyspan.attention(x, x, x, backend="chunked")
+    for tokens in (129, 512):
+        x = torch.zeros(1, 8, tokens, 16)
+        with pytest.warns(UserWarning, match=f"got 8 tokens of {tokens} heads; if heads come before tokens"):
+            keyspan.attention(x, x, x, backend="chunked")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         keyspan.attention(x, x, x, layout="bhmk")
-        decoding = torch.zeros(2, 1, 128, 16)
-        keyspan.attention(decoding, decoding, decoding)
+        for tokens in (1, 8):
+            decoding = torch.zeros(2, tokens, 128, 16)
+            keyspan.attention(decoding, decoding, decoding)
 
 
 def test_a_softcap_above_all_scores_changes_nothing():

@@ -351,7 +351,7 @@ def test_unions_that_are_not_ranges_raise_the_reason():
     for make in (lambda: keyspan.Causal() | keys, lambda: keys | keyspan.Causal()):
         with pytest.raises(ValueError, match=r"a union with a bool tensor, which is not ranges; want .*materialize"):
             make()
-    with pytest.raises(ValueError, match="want & before Prefix and Sinks"):
+    with pytest.raises(ValueError, match=r"want & in place of \| beside Prefix and Sinks"):
         _ = keyspan.Causal() | keyspan.Prefix(2)
     with pytest.raises(TypeError, match="unsupported operand"):
         _ = keyspan.Causal() | 3

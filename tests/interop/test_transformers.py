@@ -185,6 +185,8 @@ class TestGeneration:
             )
         assert [output.generated_tokens for output in found.values()] == want
         assert model.config._attn_implementation == "eager"
+        with pytest.raises(ValueError, match="model: got Linear"), door.continuous_batching(torch.nn.Linear(2, 2)):
+            pass
 
     def test_prefill_in_two_parts(self):
         """Queries in the middle of their keys: neither square nor a single one."""

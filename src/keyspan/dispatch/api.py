@@ -159,7 +159,7 @@ def _apart(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(y.view_as(y) if y is x and x.layout is torch.strided else y for y in tensors)
 
 
-_MOST_HEADS = 256
+_MOST_HEADS = 128
 """No model has more heads; a query with more than these, and fewer tokens, is likely `[B, H, M, K]`."""
 
 

@@ -10,12 +10,17 @@ ARGUMENTS = {
     "key_padding_mask": "mask=keyspan.KeyLengths.from_padding_mask(~key_padding_mask)",
     "attn_bias": "mask= for a mask of keyspan, bias= for a floating tensor; keyspan.ops takes xFormers' masks",
     "window_size": 'mask=keyspan.Window(left, right, "bottom_right")',
+    "cu_seqlens": "mask=keyspan.Documents.from_cu_seqlens(cu_seqlens)",
+    "cu_seqlens_q": "mask=keyspan.Documents.from_cu_seqlens(cu_seqlens_q, cu_seqlens_k)",
     "block_mask": "mask=, from keyspan.interop.torch.find_ranges",
     "alibi_slopes": "bias=keyspan.Alibi(slopes)",
+    "score_mod": "bias= for what is added to the scores, softcap=; no other function of them is taken",
     "softmax_scale": "scale=",
     "dropout": "dropout_p=",
     "p": "dropout_p=",
+    "training": "dropout_p=0.0 outside training: dropout is applied whenever it is not 0",
     "enable_gqa": "nothing: key heads may be a divisor of query heads",
+    "need_weights": "nothing: the weights are never made",
     "return_softmax_lse": "return_lse=True",
 }
 

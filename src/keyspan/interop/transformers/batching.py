@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from keyspan.interop.transformers.attention import attention_forward
+from keyspan.interop.transformers.model import outermost
 
 _NAME = "keyspan_flash"
 """transformers takes no other implementations than its own and those with "flash" in their names, which get no mask."""
@@ -25,7 +26,11 @@ def continuous_batching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     Args:
         model: a model with `generate_batch`. Its attention implementation is as before after the block.
+
+    Raises:
+        ValueError: where it is no model of transformers.
     """
+    outermost(model)
     AttentionInterface.register(_NAME, attention_forward)
     AttentionMaskInterface.register(_NAME, _no_mask)
     before = [(m.config, m.config._attn_implementation) for m in model.modules() if isinstance(m, PreTrainedModel)]
