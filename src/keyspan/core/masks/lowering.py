@@ -205,8 +205,8 @@ def united(members: tuple[Mask, ...]) -> tuple[Mask, ...]:
             isinstance(part, (Prefix, Sinks)) for part in member.parts
         ):
             raise ValueError(
-                f"mask: got {text}, want & in place of | beside Prefix and Sinks: Causal() & Prefix(2) shows what Causal() "
-                "shows and the first 2 keys"
+                f"mask: got {text}, want & in place of | beside Prefix and Sinks: Causal() & Prefix(2) shows what "
+                "Causal() shows and the first 2 keys"
             )
     pages = [next((part for part in member.parts if isinstance(part, PagedKeys)), None) for member in members]
     if any(layout is not pages[0] for layout in pages):
