@@ -11,13 +11,16 @@ from keyspan.layers import Linear, RMSNorm, rotary_table, rotate
 def test_heads_are_rotated_and_stored(dtype, heads, K):
     from keyspan.inference.decode_kernels import rotate_and_store
 
-    (Q, G), T, slots = heads, 3, torch.tensor([7, 0, 4])
+    (Q, G), T, before = heads, 3, torch.tensor([7, 0, 11])
+    table = torch.tensor([[2, 0, 9], [1, 7, 7], [8, 4, 3]], dtype=torch.int32)  # pages of 4 tokens
+    slots = torch.tensor([0 * 4 + 3, 1 * 4 + 0, 3 * 4 + 3])
     qkv = torch.randn(T, (Q + 2 * G) * K).to(dtype)
-    turn = rotary_table(torch.tensor([3, 0, 90]), K)
+    turns = rotary_table(torch.arange(12), K)
+    turn = turns[0][before], turns[1][before]
     q, k, v = qkv.clone().view(1, T, Q + 2 * G, K).split([Q, G, G], dim=2)
-    storage = tuple(torch.full((1, 9, G, K), 5.0, dtype=dtype) for _ in "kv")
+    storage = tuple(torch.full((1, 40, G, K), 5.0, dtype=dtype) for _ in "kv")
     want = [x.clone().index_copy(1, slots, y) for x, y in zip(storage, (rotate(k, turn), v), strict=True)]
-    rotate_and_store(qkv, turn, heads, storage, slots)
+    rotate_and_store(qkv, turns, heads, storage, before, table, 4)
     assert torch.equal(qkv.view(1, T, -1, K)[:, :, :Q], rotate(q, turn))
     for got, expected in zip(storage, want, strict=True):
         assert torch.equal(got, expected)

@@ -15,7 +15,8 @@ from keyspan.layers import Linear, RMSNorm
 
 
 @triton.jit
-def rotate_and_store_kernel(x, cosine, sine, keys, values, slots, stride, Q, G, HALF: tl.constexpr, BH: tl.constexpr):
+def rotate_and_store_kernel(x, cosine, sine, keys, values, before, table, stride, width, page, Q, G,
+                            HALF: tl.constexpr, BH: tl.constexpr):  # fmt: skip
     """A program for each head of a token: Q of query, G of key, G of value."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, BH)  # [BH]
@@ -23,9 +24,10 @@ def rotate_and_store_kernel(x, cosine, sine, keys, values, slots, stride, Q, G, 
     at = x + token * stride + head * 2 * HALF + pair
     a = tl.load(at, mask=inside)
     b = tl.load(at + HALF, mask=inside)
+    position = tl.load(before + token)
     if head < Q + G:
-        c = tl.load(cosine + token * HALF + pair, mask=inside)
-        s = tl.load(sine + token * HALF + pair, mask=inside)
+        c = tl.load(cosine + position * HALF + pair, mask=inside)
+        s = tl.load(sine + position * HALF + pair, mask=inside)
         wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
         a = (wide_a * c - wide_b * s).to(x.dtype.element_ty)
         b = (wide_a * s + wide_b * c).to(x.dtype.element_ty)
@@ -33,7 +35,8 @@ def rotate_and_store_kernel(x, cosine, sine, keys, values, slots, stride, Q, G, 
         tl.store(at, a, mask=inside)
         tl.store(at + HALF, b, mask=inside)
     else:
-        row = tl.load(slots + token) * G + (head - Q) % G
+        slot = tl.load(table + token * width + position // page).to(tl.int64) * page + position % page
+        row = slot * G + (head - Q) % G
         if head < Q + G:
             to = keys + row * 2 * HALF + pair
         else:
@@ -43,22 +46,31 @@ def rotate_and_store_kernel(x, cosine, sine, keys, values, slots, stride, Q, G, 
 
 
 def rotate_and_store(
-    qkv: Tensor, turn: tuple[Tensor, Tensor], heads: tuple[int, int], storage: tuple[Tensor, Tensor], slots: Tensor
+    qkv: Tensor,
+    turns: tuple[Tensor, Tensor],
+    heads: tuple[int, int],
+    storage: tuple[Tensor, Tensor],
+    before: Tensor,
+    table: Tensor,
+    page_size: int,
 ) -> None:
     """Rotate the query heads of a projection where they lie, and store its rotated key heads and its value heads.
 
     Args:
-        qkv: [T, (Q + 2 G) · K], contiguous.
-        turn: cosines and sines, fp32 [T, K / 2].
+        qkv: [T, (Q + 2 G) · K], contiguous; one token of each sequence.
+        turns: cosines and sines of all positions, fp32 [positions, K / 2].
         heads: Q and G.
         storage: keys and values of a layer, [1, slots, G, K], contiguous, of qkv's dtype.
-        slots: where each token's go, int64 [T].
+        before: each token's position, int64 [T].
+        table: the pages of its sequence, int32 [T, width], contiguous.
+        page_size: tokens a page.
     """
-    T, half = turn[0].shape
+    half = turns[0].shape[1]
     Q, G = heads
-    rotate_and_store_kernel[T, Q + 2 * G](
-        qkv, *turn, *storage, slots, qkv.stride(0), Q, G, half, triton.next_power_of_2(half), num_warps=1
-    )
+    rotate_and_store_kernel[len(qkv), Q + 2 * G](
+        qkv, *turns, *storage, before, table, qkv.stride(0), table.shape[1], page_size, Q, G, half,
+        triton.next_power_of_2(half), num_warps=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -116,10 +128,15 @@ def row_product(
     D, N = x.shape[1], len(layer.weight) // (2 if gate else 1)
     out = x.new_empty((1, N))
     total = x if residual is None else torch.empty_like(x)
-    BN = 2 if gate or N < 4096 else 4
+    BN, BK, warps = _tile(N, D, gate)
     row_product_kernel[(triton.cdiv(N, BN),)](
         x, residual, None if norm is None else norm.weight, total, layer.weight, layer.bias, out,
-        0.0 if norm is None else norm.eps, N, D, BN, min(1024, triton.next_power_of_2(D)),
-        norm is not None, residual is not None, gate, layer.bias is not None, num_warps=4,
+        0.0 if norm is None else norm.eps, N, D, BN, BK, norm is not None, residual is not None, gate,
+        layer.bias is not None, num_warps=warps,
     )  # fmt: skip
     return out, total
+
+
+def _tile(N: int, D: int, gate: bool) -> tuple[int, int, int]:
+    """(BN, BK, warps) for N outputs of D inputs."""
+    return 2 if gate or N < 4096 else 4, min(1024, triton.next_power_of_2(D)), 4

@@ -47,6 +47,9 @@ class DecodeGraphs:
         self._on_device = {window: table.to(device) for window, table in self._tables.items()}
         self._rows: list[dict[int | None, list[int]]] = [{}] * most
         """The pages that each row of the tables holds, by window; none for a row that is left over."""
+        self._rows_of_tables = torch.arange(most, dtype=torch.int32, device=device)
+        self._known_turns: dict[int, dict[int | None, tuple[Tensor, Tensor]]] = {}
+        """By the width of the tables."""
         self._replays: dict[tuple[int, int], Callable[[], Outputs]] = {}
 
     @staticmethod
@@ -93,38 +96,32 @@ class DecodeGraphs:
 
     def _run(self, B: int, P: int) -> Outputs:
         tokens, before = self._new[:, :B].unbind()
-        ones = self._ones[:B]
-        self._cache.begin_from(ones, before.int(), {w: x[:B, :P] for w, x in self._on_device.items()})
+        tables = {window: x[:B, :P].contiguous() for window, x in self._on_device.items()}
         c = self._model.config
-        fused = c.positions == "rope" and not c.qk_norm and not c.post_norms and c.embedding_scale == 1
-        hidden = self._hidden(tokens, ones) if fused else self._model(tokens, ones, cache=self._cache)
+        if c.positions == "rope" and not c.qk_norm and not c.post_norms and c.embedding_scale == 1:
+            hidden = self._hidden(tokens, before, tables)
+        else:
+            ones = self._ones[:B]
+            self._cache.begin_from(ones, before.int(), tables)
+            hidden = self._model(tokens, ones, cache=self._cache)
         logits = self._model.logits(hidden).float()
         return logits, logits.argmax(-1)
 
-    def _hidden(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, before: Tensor, tables: dict[int | None, Tensor]) -> Tensor:
         """`GPT.forward` in fewer launches: sums are part of what reads them, and one kernel rotates and stores."""
-        model, cache, K = self._model, self._cache, self._model.config.head_dim
-        step = model._step(tokens, lengths, cache)
-        assert step.turns is not None
+        model, cache, page_size = self._model, self._cache, self._cache.page_size
+        masks = self._masks(before, tables)
+        turns = self._turns(next(iter(tables.values())).shape[1])
         x, h = model.embedding(tokens), None
         product = _row_product if x.is_cuda and len(x) == 1 and _of_one_row(model) else _product
         for n, module in enumerate(model.blocks):
             block = cast(Block, module)
-            layer = block.attention
+            layer, window, storage = block.attention, block.attention.window, cache.storage(n)
             qkv, x = product(x, layer.qkv, block.attention_norm, h)
-            turn, storage = step.turns[layer.window], cache.storage(n)
-            if qkv.is_cuda:
-                from keyspan.inference.decode_kernels import rotate_and_store
-
-                heads = layer.heads[0], layer.heads[1]
-                rotate_and_store(qkv, turn, heads, storage, cache.slots(layer.window))
-                q = qkv.view(1, len(qkv), -1, K)[:, :, : heads[0]]
-            else:
-                q, k, v = rotate_qkv(qkv, turn, layer.heads)
-                cache.append(n, k, v)
+            q = _rotate_and_store(qkv, turns[window], layer.heads, storage, before, tables[window], page_size)
             out = attention(
-                q, *storage, mask=cast(KeyRanges, step.masks[layer.window]), scale=layer.scale, softcap=layer.softcap,
-                sinks=layer.sinks, backend=step.backend,
+                q, *storage, mask=masks[window], scale=layer.scale, softcap=layer.softcap, sinks=layer.sinks,
+                backend=model.backend,
             )  # fmt: skip
             h, _ = product(out.reshape(len(x), -1), layer.out)
             if product is _row_product:
@@ -137,6 +134,47 @@ class DecodeGraphs:
         assert h is not None
         hidden: Tensor = model.norm.add(x, h)[0]
         return hidden
+
+    def _masks(self, before: Tensor, tables: dict[int | None, Tensor]) -> dict[int | None, KeyRanges]:
+        """What `PagedKeys & Causal("bottom_right")` and a window lower to for one query of each sequence."""
+        diagonal = before.int()[None, None]
+        rows, hi, found = self._rows_of_tables[: len(before)], diagonal + 1, {}
+        for window, table in tables.items():
+            lo = torch.zeros_like(hi) if window is None else (hi - window).clamp_(min=0)
+            N = self._cache.storage(0)[0].shape[1]
+            found[window] = KeyRanges(lo, hi, diagonal, rows, table, self._cache.page_size, keys=N)
+        return found
+
+    def _turns(self, pages: int) -> dict[int | None, tuple[Tensor, Tensor]]:
+        """RoPE's cosines and sines by window, of all positions in so many pages. Graphs refer to them."""
+        found = self._known_turns.get(pages)
+        if found is None:
+            positions = torch.arange(pages * self._cache.page_size, device=self._new.device)
+            found = {window: self._model.turn(positions, window) for window in self._tables}
+            self._known_turns[pages] = found
+        return found
+
+
+def _rotate_and_store(
+    qkv: Tensor,
+    turns: tuple[Tensor, Tensor],
+    heads: list[int],
+    storage: tuple[Tensor, Tensor],
+    before: Tensor,
+    table: Tensor,
+    page_size: int,
+) -> Tensor:
+    """The rotated query heads [1, T, Q, K] of a projection, whose key and value heads are stored."""
+    if qkv.is_cuda:
+        from keyspan.inference.decode_kernels import rotate_and_store
+
+        rotate_and_store(qkv, turns, (heads[0], heads[1]), storage, before, table, page_size)
+        return qkv.view(1, len(qkv), sum(heads), -1)[:, :, : heads[0]]
+    q, *new = rotate_qkv(qkv, (turns[0][before], turns[1][before]), heads)
+    page = table.gather(1, (before // page_size)[:, None])[:, 0].long()
+    for stored, x in zip(storage, new, strict=True):
+        stored.index_copy_(1, page * page_size + before % page_size, x)
+    return q
 
 
 def _of_one_row(model: GPT) -> bool:
