@@ -48,6 +48,14 @@ def test_answers_are_those_without_graphs(captured, name, room, draft):
     assert all(x.isfinite().all() for layer in range(net.config.layers) for x in engine.cache.storage(layer))
 
 
+@pytest.mark.parametrize("C", [29, 128, 640])
+def test_argmax_is_that_of_the_whole_row(C):
+    x = torch.randint(0, 40, (5, C)).float()  # the largest number comes several times
+    assert graphs._argmax(x).tolist() == x.argmax(-1).tolist()
+    x[1, C // 2] = torch.nan
+    assert graphs._argmax(x).tolist() == x.argmax(-1).tolist()
+
+
 def test_reasons():
     experts = GPT(CONFIGS["plain"].__class__(29, 32, 1, 4, experts=4, experts_per_token=2))
     assert "GPUs" in DecodeGraphs.reason_against(experts)

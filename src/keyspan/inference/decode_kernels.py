@@ -138,5 +138,9 @@ def row_product(
 
 
 def _tile(N: int, D: int, gate: bool) -> tuple[int, int, int]:
-    """(BN, BK, warps) for N outputs of D inputs."""
-    return 2 if gate or N < 4096 else 4, min(1024, triton.next_power_of_2(D)), 4
+    """(BN, BK, warps) for N outputs of D inputs, by measurements on an H100."""
+    if gate or D >= 4096:
+        BN, BK = 1, 2048
+    else:
+        BN, BK = (2, 2048) if N <= 2048 else (4, 1024)
+    return BN, min(BK, triton.next_power_of_2(D)), 4

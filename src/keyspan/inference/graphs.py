@@ -40,8 +40,9 @@ class DecodeGraphs:
         if cache.spare is None:
             raise ValueError("cache: got none, want a spare page")
         self._model, self._cache, self._spare, device = model, cache, cache.spare, model.embedding.weight.device
-        self._new = torch.zeros(2, most, dtype=torch.int64, device=device)
-        """Each row's new token, and how many tokens are stored before it."""
+        self._new = torch.zeros(2 * most, dtype=torch.int64, device=device)
+        """Each row's new token, then how many tokens are stored before each."""
+        self._next = torch.zeros(2 * most, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._ones = torch.ones(most, dtype=torch.int32, device=device)
         self._tables = {w: torch.full((most, cache.pages), cache.spare, dtype=torch.int32) for w in cache.pools}
         self._on_device = {window: table.to(device) for window, table in self._tables.items()}
@@ -69,8 +70,8 @@ class DecodeGraphs:
         P = min(1 << (longest - 1).bit_length(), self._cache.pages)
         self._update_tables(sequences, B)
         left = [0] * (B - count)
-        new = torch.tensor([[*tokens, *left], [*(held.tokens for held in sequences), *left]])
-        self._new[:, :B].copy_(new)
+        self._next[: 2 * B] = torch.tensor([*tokens, *left, *(held.tokens for held in sequences), *left])
+        self._new[: 2 * B].copy_(self._next[: 2 * B], non_blocking=True)  # read before the results are
         replay = self._replays.get((B, P))
         if replay is None:
             replay = self._replays[B, P] = capture(lambda: self._run(B, P), self._new.device)
@@ -95,7 +96,7 @@ class DecodeGraphs:
                 self._on_device[window][:B, :width] = table[:B, :width].to(self._new.device)
 
     def _run(self, B: int, P: int) -> Outputs:
-        tokens, before = self._new[:, :B].unbind()
+        tokens, before = self._new[: 2 * B].split(B)
         tables = {window: x[:B, :P].contiguous() for window, x in self._on_device.items()}
         c = self._model.config
         if c.positions == "rope" and not c.qk_norm and not c.post_norms and c.embedding_scale == 1:
@@ -105,7 +106,7 @@ class DecodeGraphs:
             self._cache.begin_from(ones, before.int(), tables)
             hidden = self._model(tokens, ones, cache=self._cache)
         logits = self._model.logits(hidden).float()
-        return logits, logits.argmax(-1)
+        return logits, _argmax(logits)
 
     def _hidden(self, tokens: Tensor, before: Tensor, tables: dict[int | None, Tensor]) -> Tensor:
         """`GPT.forward` in fewer launches: sums are part of what reads them, and one kernel rotates and stores."""
@@ -153,6 +154,16 @@ class DecodeGraphs:
             found = {window: self._model.turn(positions, window) for window in self._tables}
             self._known_turns[pages] = found
         return found
+
+
+def _argmax(x: Tensor) -> Tensor:
+    """`x.argmax(-1)` of a few long rows [B, C] in two steps: one processor a row would take as long as a layer."""
+    parts = 64
+    if x.shape[1] % parts:
+        return x.argmax(-1)
+    values, at = x.view(len(x), parts, -1).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    return (part * (x.shape[1] // parts) + at.gather(1, part))[:, 0]
 
 
 def _rotate_and_store(
