@@ -217,6 +217,7 @@ struct Decoder {
     float *out, *sums, *scores, *dropout;
     const char **keys, **values;  // [BLOCK_KEYS + DECODE_PANEL], of the first group
     BlockStats *stats;  // [G]
+    char *restored = nullptr;  // keys and values of a block that are stored in 8 bits, [BLOCK_KEYS][G][K], [BLOCK_KEYS][G][V]
 
     Decoder(const Plan &plan, const Run &run, char *scratch)
         : plan(plan), p(*plan.params), run(run), size(dtype_size(p.dtype)),
@@ -236,6 +237,7 @@ struct Decoder {
         keys = arena.reserve<const char *>(BLOCK_KEYS + DECODE_PANEL);
         values = arena.reserve<const char *>(BLOCK_KEYS + DECODE_PANEL);
         stats = arena.reserve<BlockStats>(p.G);
+        if (p.stored) restored = arena.reserve<char>(BLOCK_KEYS * p.G * (p.K + p.V) * size);
         for (int64_t g = 0; g < p.G; g++) {
             load_tile(plan, run.batch, g, of, tiles[g]);
             load_queries(plan, tiles[g], queries + g * plan.rows * query_width);
@@ -258,7 +260,8 @@ struct Decoder {
     // Addresses of keys begin to end - 1 of the block at `first`; those behind, to prefetch and for the rest of a panel,
     // as far as there are keys.
     void find(int64_t first, int begin, int end) const {
-        const int most = (int)min<int64_t>((end + DECODE_PANEL - 1) / DECODE_PANEL * DECODE_PANEL + DECODE_PANEL,
+        const int behind = p.stored ? 0 : DECODE_PANEL;
+        const int most = (int)min<int64_t>((end + DECODE_PANEL - 1) / DECODE_PANEL * DECODE_PANEL + behind,
                                            plan.logical_keys - first);
         const char *const k = p.k + run.batch * p.k_stride[0] * size, *const v = p.v + run.batch * p.v_stride[0] * size;
         const int64_t k_step = p.k_stride[1] * size, v_step = p.v_stride[1] * size;
@@ -269,12 +272,25 @@ struct Decoder {
                 const int64_t there = clamp(i, 0, p.N - 1);
                 keys[n] = k + there * k_step;
                 values[n] = v + there * v_step;
+                if (p.stored) restore(n, there);
             }
         }
         for (int n = most; n < (end + DECODE_PANEL - 1) / DECODE_PANEL * DECODE_PANEL + DECODE_PANEL; n++) {
             keys[n] = keys[most - 1];
             values[n] = values[most - 1];
         }
+    }
+
+    // Key `row` in memory, stored in 8 bits, is the block's key n.
+    void restore(int n, int64_t row) const {
+        char *const key = restored + n * p.G * p.K * size;
+        char *const value = restored + (BLOCK_KEYS * p.K + n * p.V) * p.G * size;
+        for (int64_t g = 0; g < p.G; g++) {
+            restore_key(p, run.batch, row, g, key + g * p.K * size);
+            restore_value(p, run.batch, row, g, value + g * p.V * size);
+        }
+        keys[n] = key;
+        values[n] = value;
     }
 
     // Sums over the keys of `span`, an even number of them, of groups g0 to g1 - 1.

@@ -74,6 +74,46 @@ INLINE bool has_nonfinite(const uint16_t *x, int64_t count) {
     return largest_exponent == 0x7f80;
 }
 
+// ---- keys and values of 8 bits -------------------------------------------------------------------------------------
+
+typedef int8_t v_bytes __attribute__((vector_size(KEYSPAN_VECTOR / 4), aligned(1), may_alias));
+
+// W stored numbers.
+INLINE vf load_stored(int64_t stored, const char *p) {
+    const vi x = __builtin_convertvector(*(const v_bytes *)p, vi);
+    if (stored == INT8) return __builtin_convertvector(x, vf);
+    // E4M3: four bits of exponent and three of mantissa. Exponent 0 counts multiples of 2^-9; 127 is NaN.
+    const vi size = x & 127;
+    const vf normal = (vf)((size << 20) + (120 << 23)), small = __builtin_convertvector(size, vf) * 0x1p-9f;
+    const vu bits = (vu)(size < 8 ? small : normal) | ((vu)x & 0x80000000u);
+    return size == 127 ? broadcast(__builtin_nanf("")) : (vf)bits;
+}
+
+// `count` stored numbers times `scale`, in `dtype`.
+INLINE void restore_row(int64_t stored, const char *from, int64_t count, float scale, int64_t dtype, char *to) {
+    alignas(64) float wide[MAX_HEAD_DIM + W];
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(wide + i, load_stored(stored, from + i));
+    if (i < count) {
+        char last[W] = {};
+        memcpy(last, from + i, (size_t)(count - i));
+        store(wide + i, load_stored(stored, last));
+    }
+    narrow(dtype, wide, count, scale, to);
+}
+
+// Key or value `row` of group g, restored at `to`.
+INLINE void restore_key(const Params &p, int64_t b, int64_t row, int64_t g, char *to) {
+    const float scale = p.k_scale[(b * (p.N / p.k_run) + row / p.k_run) * p.G + g];
+    const char *from = p.k + b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2];
+    restore_row(p.stored, from, p.K, scale, p.dtype, to);
+}
+INLINE void restore_value(const Params &p, int64_t b, int64_t row, int64_t g, char *to) {
+    const float scale = p.v_scale[(b * (p.N / p.v_run) + row / p.v_run) * p.G + g];
+    const char *from = p.v + b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2];
+    restore_row(p.stored, from, p.V, scale, p.dtype, to);
+}
+
 // The hardware prefetcher does not follow rows of several heads, which lie far apart.
 constexpr int PREFETCH_ROWS = 8;
 INLINE void prefetch_row(const char *row, int64_t bytes) {
@@ -222,10 +262,19 @@ void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t
     const int count = (int)min<int64_t>(PANEL, segment.offset + segment.length - first);
 
     const char *k_rows[PANEL], *v_rows[PANEL];
+    int64_t k_step = p.k_stride[3], v_step = p.v_stride[3];
+    alignas(64) char restored[2][PANEL * MAX_HEAD_DIM * 4];  // keys and values that are stored in 8 bits
+    const int64_t size = dtype_size(p.dtype);
     for (int n = 0; n < count; n++) {
         const int64_t row = clamped_key(p, segment.sequence, segment.begin + first - segment.offset + n);
-        k_rows[n] = p.k + (b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2]) * dtype_size(p.dtype);
-        v_rows[n] = p.v + (b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2]) * dtype_size(p.dtype);
+        k_rows[n] = p.k + (b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2]) * size;
+        v_rows[n] = p.v + (b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2]) * size;
+        if (p.stored == AS_DTYPE) continue;
+        k_rows[n] = restored[0] + n * p.K * size;
+        v_rows[n] = restored[1] + n * p.V * size;
+        restore_key(p, b, row, g, restored[0] + n * p.K * size);
+        restore_value(p, b, row, g, restored[1] + n * p.V * size);
+        k_step = v_step = 1;
     }
     // Offsets in words of T: a panel has PANEL · dims of them, or half as many as pairs.
     constexpr int64_t per_word = PER_WORD<T>;
@@ -236,10 +285,10 @@ void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t
         k_by_row = (T *)(plan.key_rows + slot * plan.key_rows_stride) + first / per_word * plan.key_width;
         v_by_dim = (T *)(plan.values_by_dim + slot * plan.values_by_dim_stride) + first * words<T>(p.V);
     }
-    if (pack_panel(p.dtype, k_rows, count, p.K, p.k_stride[3], plan.key_width, k_by_dim + first * words<T>(p.K),
+    if (pack_panel(p.dtype, k_rows, count, p.K, k_step, plan.key_width, k_by_dim + first * words<T>(p.K),
                    k_by_row))
         plan.nonfinite_keys[slot * plan.segment_count + s].store(1, std::memory_order_relaxed);
-    if (pack_panel(p.dtype, v_rows, count, p.V, p.v_stride[3], plan.value_width, v_by_dim,
+    if (pack_panel(p.dtype, v_rows, count, p.V, v_step, plan.value_width, v_by_dim,
                    v_by_row + first / per_word * plan.value_width))
         plan.nonfinite_values[slot * plan.segment_count + s].store(1, std::memory_order_relaxed);
 }

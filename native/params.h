@@ -18,6 +18,8 @@ namespace keyspan {
 
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 
+enum Stored : int64_t { AS_DTYPE = 0, INT8 = 1, E4M3 = 2 };
+
 enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 4 };
 
 // POINTER(type, name), INT(name, count) or FLOAT(name); a field of count 1 is a scalar, of others an array.
@@ -39,6 +41,8 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
 //   sequence            [M], row of block_table that a query reads; block_table [sequences, pages]; null: not paged
 //   mask, biases        one Dense, bias_count of them; null for none
 //   slopes              [B or 1, G, H]; table [G, H, 2 reach + 1]; sinks [G, H]
+//   k_scale, v_scale    [B, N / k_run, G] and [B, N / v_run, G], contiguous: a key is its stored number times the scale;
+//                       null where `stored` is 0
 //   seed                one int64; null: no dropout
 //   out                 [B, M, G, H, V] of out_dtype, contiguous
 //   lse                 [B, G, H, M], contiguous; forward: null where it is not wanted
@@ -46,6 +50,8 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
 //                       dq, dk, dv of dtype (dk, dv of paged keys: fp32), dslopes, dtable, dsinks
 //                       [B, G, H(, 2 reach + 1)]
 //   workspace           null: the library uses its own memory where that is large enough
+//   stored              how keys and values are stored: as dtype, or in 8 bits, rows of all groups side by side; forward
+//                       only
 //   fold_batch, fold_groups   one unit of work computes all batch entries, or all groups: they share a bias gradient
 #define KEYSPAN_PARAMS_FIELDS(POINTER, INT, FLOAT)                                                                  \
     POINTER(const char *, q) POINTER(const char *, k) POINTER(const char *, v)                                     \
@@ -53,6 +59,7 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
     POINTER(const int32_t *, sequence) POINTER(const int32_t *, block_table)                                       \
     POINTER(const Dense *, mask) POINTER(const Dense *, biases)                                                    \
     POINTER(const float *, slopes) POINTER(const float *, table) POINTER(const float *, sinks)                     \
+    POINTER(const float *, k_scale) POINTER(const float *, v_scale)                                                \
     POINTER(const int64_t *, seed)                                                                                 \
     POINTER(char *, out) POINTER(float *, lse)                                                                     \
     POINTER(const char *, grad_out) POINTER(const float *, grad_lse)                                               \
@@ -60,7 +67,7 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
     POINTER(float *, dslopes) POINTER(float *, dtable) POINTER(float *, dsinks)                                    \
     POINTER(char *, workspace)                                                                                     \
     INT(isa, 1) INT(threads, 1)                                                                                    \
-    INT(dtype, 1) INT(out_dtype, 1)                                                                                \
+    INT(dtype, 1) INT(out_dtype, 1) INT(stored, 1) INT(k_run, 1) INT(v_run, 1)                                      \
     INT(B, 1) INT(M, 1) INT(N, 1) INT(G, 1) INT(H, 1) INT(K, 1) INT(V, 1)                                          \
     INT(q_stride, 5) INT(k_stride, 4) INT(v_stride, 4) INT(grad_out_stride, 5)                                     \
     INT(S, 1) INT(RB, 1)                                                                                           \

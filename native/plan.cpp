@@ -381,6 +381,7 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     else
         scratch += sizeof(RowTile) + STATS_BYTES + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
                    rows * BLOCK_KEYS * (backward ? 16 : 6) + rows * 8;
+    if (plan.decode && p.stored) scratch += BLOCK_KEYS * p.G * (p.K + p.V) * 4 + 64;
     plan.scratch_stride = round_up(scratch, GUARD ? 64 : 4096) + GUARD;
     plan.scratch = plan.reserve<char>(p.threads * plan.scratch_stride);
     for (int64_t thread = 1; p.workspace && thread <= p.threads; thread++)

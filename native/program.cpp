@@ -1,5 +1,6 @@
 // A program: calls of the library's functions one after the other, such as those of all layers of a decoder's step, so
 // that the caller pays for one call, and for one parallel region.
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -15,10 +16,12 @@ EXPORT void keyspan_rotary(const Rotary *);
 EXPORT void keyspan_gate(const Gate *);
 EXPORT int64_t keyspan_forward(const Params *);
 
-// Row t of `bytes` bytes goes to row slots[t] of `to`. Strides are those between rows, in bytes.
-#define KEYSPAN_STORE_FIELDS(POINTER, INT, FLOAT)                                              \
-    POINTER(const char *, from) POINTER(char *, to) POINTER(const int64_t *, slots)            \
-    INT(T, 1) INT(bytes, 1) INT(from_stride, 1) INT(to_stride, 1)
+// Row t of from, `heads` heads of D numbers of dtype, goes to row slots[t] of `to`; from_stride is that between rows, in
+// bytes. Where `stored` says so they become 8 bits, each head with its largest magnitude / 127 (INT8) or 448 (E4M3) as
+// scale[slots[t]][head], see quantize.py.
+#define KEYSPAN_STORE_FIELDS(POINTER, INT, FLOAT)                                                          \
+    POINTER(const char *, from) POINTER(char *, to) POINTER(float *, scale) POINTER(const int64_t *, slots) \
+    INT(threads, 1) INT(dtype, 1) INT(stored, 1) INT(T, 1) INT(heads, 1) INT(D, 1) INT(from_stride, 1)
 
 struct Store {
     KEYSPAN_STORE_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
@@ -47,8 +50,65 @@ struct Call {
     const void *arguments;
 };
 
+float widened(int64_t dtype, const char *from, int64_t i) {
+    if (dtype == F32) return ((const float *)from)[i];
+    const uint16_t half = ((const uint16_t *)from)[i];
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    if (dtype == F16) {
+        // Exponent and mantissa in place, rescaled by 2^112; infinity and NaN get fp32's exponent.
+        bits = (uint32_t)(half & 0x7fff) << 13;
+        memcpy(&x, &bits, 4);
+        x *= 0x1p112f;
+        memcpy(&bits, &x, 4);
+        if ((half & 0x7c00) == 0x7c00) bits = 0x7f800000u | ((uint32_t)(half & 0x3ff) << 13);
+        bits |= (uint32_t)(half & 0x8000) << 16;
+    }
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// The nearest number of E4M3, ties to even, for |x| <= 448.
+uint8_t to_e4m3(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint8_t sign = (uint8_t)(bits >> 24 & 0x80);
+    bits &= 0x7fffffffu;
+    if (bits < 0x3c800000u) return sign | (uint8_t)std::nearbyint(std::fabs(x) * 0x1p9f);  // below 2^-6: multiples of 2^-9
+    bits += 0x7ffff + (bits >> 20 & 1);
+    return sign | (uint8_t)((bits >> 20) - (120 << 3));
+}
+
+void store_head(const Store &p, const char *from, char *to, float &scale) {
+    float peak = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < p.D; i++) {
+        const float size = std::fabs(widened(p.dtype, from, i));
+        finite &= size < INFINITY;
+        peak = std::max(peak, size);
+    }
+    const float largest = p.stored == INT8 ? 127 : 448;
+    scale = peak / largest;
+    if (scale == 0) scale = 1;
+    for (int64_t i = 0; i < p.D; i++) {
+        const float x = finite ? std::max(-largest, std::min(largest, widened(p.dtype, from, i) / scale)) : 0;
+        to[i] = p.stored == INT8 ? (char)(int8_t)std::nearbyint(x) : (char)to_e4m3(x);
+    }
+    if (!finite) scale = NAN;
+}
+
 void store(const Store &p) {
-    for (int64_t t = 0; t < p.T; t++) memcpy(p.to + p.slots[t] * p.to_stride, p.from + t * p.from_stride, p.bytes);
+    const int64_t size = p.dtype == F32 ? 4 : 2, width = p.heads * p.D;
+    if (p.stored == AS_DTYPE) {
+        for (int64_t t = 0; t < p.T; t++)
+            memcpy(p.to + p.slots[t] * width * size, p.from + t * p.from_stride, width * size);
+        return;
+    }
+    parallel_for(p.threads, p.T, [&](int64_t t, int64_t) {
+        for (int64_t h = 0; h < p.heads; h++)
+            store_head(p, p.from + t * p.from_stride + h * p.D * size, p.to + p.slots[t] * width + h * p.D,
+                       p.scale[p.slots[t] * p.heads + h]);
+    });
 }
 
 void head_norm(const HeadNorm &p) {

@@ -45,7 +45,7 @@ def test_answers_are_those_without_graphs(captured, name, room, draft):
     assert room > 100 or name == "all windows" or engine.counters.preemptions
     assert engine.cache.available() == engine.cache.pages == room
     # The spare page is all that rows without a request have written to.
-    assert all(x.isfinite().all() for layer in range(net.config.layers) for x in engine.cache.storage(layer))
+    assert all(x.isfinite().all() for layer in range(net.config.layers) for x in engine.cache.storage(layer)[:2])
 
 
 @pytest.mark.parametrize("C", [29, 128, 640])

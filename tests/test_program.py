@@ -68,6 +68,33 @@ def test_a_program_has_the_bits_of_the_model(name, dtype):
     assert one.generate(prompts, sampling) == other.generate(prompts, sampling)
 
 
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cache_of_8_bits_has_the_bits_of_the_model_too(dtype, stored):
+    model = make("norms behind layers, scaled embeddings", dtype)
+    prompts = draw(3, 3, 17, 1, 9)
+    sampling = Sampling(max_tokens=6, logprobs=3)
+    one, other = (engine(model, step_tokens=7, cache_dtype=stored) for _ in range(2))
+    other._program = None
+    got = one.generate(prompts, sampling)
+    assert got == other.generate(prompts, sampling)
+    assert got == [engine(model, cache_dtype=stored).generate([x], sampling)[0] for x in prompts]
+    for layer in range(3):
+        for x, y in zip(one.cache.storage(layer), other.cache.storage(layer), strict=True):
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+    exact = engine(model).generate(prompts, sampling)
+    assert got != exact
+    for x, y in zip(got, exact, strict=True):
+        assert abs(x.logprobs[0] - y.logprobs[0]) < 0.2
+    per_token = [PagedCache.bytes_per_page(model.config, 1, x) for x in (stored, dtype)]
+    assert per_token == [3 * 2 * 2 * (16 + 4), 3 * 2 * 2 * 16 * dtype.itemsize]
+
+
+def test_other_cache_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"cache_dtype: got torch.float16, want float8_e4m3fn, int8, or None for bfloat"):
+        engine(make("plain", torch.bfloat16), cache_dtype=torch.float16)
+
+
 def test_packing_changes_no_bit_but_for_int8():
     model, prompts, sampling = make("plain", torch.bfloat16), draw(1, 5, 9), Sampling(max_tokens=6, logprobs=0)
     want, count = engine(model).generate(prompts, sampling), model.num_parameters()

@@ -8,9 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import keyspan
 from keyspan.backends import AUTOMATIC, load
+from keyspan.backends.native import binding
 from keyspan.core.problem import make_problem
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
+HAS_NATIVE = binding.LIBRARY is not None
 STORED = pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
 
 
@@ -233,19 +235,42 @@ def test_scales_of_invisible_keys_do_not_leak(backend, special):
 def test_explain_counts_stored_bytes(dtype):
     q, k, v, scales = stored(dtype, 4)
     told = keyspan.explain(q, k, v, **scales)
-    assert told.backend == "chunked"
-    assert "key is" in told.reasons["native"]
+    assert told.backend in ("native", "chunked")
     moved = 2 * 5 * 4 * 16 * 4 + 2 * 8 * 2 * (16 + 8) * 1 + 2 * (2 * 2 * 2) * 4 + 2 * 5 * 4 * (8 + 1) * 4
     assert told.bytes == moved
     assert str(dtype)[6:] in told.shape
 
 
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native library is not built")
 def test_native_refuses_with_a_reason():
     q, k, v, scales = stored(INT8)
-    with pytest.raises(NotImplementedError, match=r"'native'.*"):
-        keyspan.attention(q, k, v, backend="native", **scales)
-    problem = make_problem(q, k, v, **scales)[0]
+    spread = torch.empty(2, 2, 8, 16, dtype=INT8).transpose(1, 2).copy_(k)
+    with pytest.raises(NotImplementedError, match=r"'native'.*head by head in each row, and key has strides"):
+        keyspan.attention(q, spread, v, backend="native", **scales)
+    problem = make_problem(q, spread, v, **scales)[0]
     assert [name for name in AUTOMATIC if load(name).reason_against(problem) is None] == ["chunked"]
+    problem = make_problem(q, k, v, **scales)[0]
+    assert next(name for name in AUTOMATIC if load(name).reason_against(problem) is None) == "native"
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native library is not built")
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@STORED
+def test_bits_of_a_row_do_not_depend_on_what_is_computed_with_it(dtype, of):
+    """Tiles of many rows and decoding of one, from pages and from consecutive keys."""
+    q, k, v, scales = stored(dtype, 1, M=600, N=600, B=1, H=6, G=2, K=40, V=24)
+    q = q.to(of)
+    want = keyspan.attention(q, k, v, mask=keyspan.Causal(), **scales)
+    for row in (0, 1, 255, 256, 400, 599):
+        seen = {name: x[:, : row + 1] for name, x in scales.items()}
+        alone = keyspan.attention(q[:, row : row + 1], k[:, : row + 1], v[:, : row + 1], backend="native", **seen)
+        assert torch.equal(alone[0, 0], want[0, row])
+    order = torch.randperm(150)
+    slots = (order[:, None] * 4 + torch.arange(4)).flatten()
+    paged = [x[:, slots.argsort()] for x in (k, v)]
+    moved = {name: x[:, slots.argsort()] for name, x in scales.items()}
+    mask = keyspan.PagedKeys([600], [600], order[None].int(), 4) & keyspan.Causal("bottom_right")
+    assert torch.equal(keyspan.attention(q, *paged, mask=mask, backend="native", **moved), want)
 
 
 @pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from keyspan import Causal, PaddedKeys
+from keyspan.models.gpt import Stored
 
 
 class KVCache:
@@ -70,7 +71,7 @@ class KVCache:
         """Where the keys of all layers lie after `extend`, and how many slots there are."""
         return self._layout, len(self.lengths) * self.capacity
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Stored:
         """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""
         if layer not in self._storage:
             N = len(self.lengths) * self.capacity
@@ -80,7 +81,7 @@ class KVCache:
             )
         for stored, new in zip(self._storage[layer], (key, value), strict=True):
             stored.index_copy_(1, self._slots, new.detach())
-        return self._storage[layer]
+        return Stored(*self._storage[layer])
 
     def _grow_to(self, longest: int) -> None:
         sequences, old = len(self.lengths), self.capacity

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keyspan import PagedKeys
-from keyspan.models.gpt import GPTConfig
+from keyspan import PagedKeys, quantize
+from keyspan.core.problem import STORED
+from keyspan.models.gpt import GPTConfig, Stored
 
 Key = bytes
 """What a full page holds: SHA-256 of all tokens up to its end, so that nobody can make two texts share a page."""
@@ -112,7 +113,8 @@ class PagedCache:
         config: of the model.
         pages: how many there are, for each window of the model.
         page_size: tokens a page.
-        dtype: of keys and values; device: where they are.
+        dtype: of keys and values; device: where they are. int8 and float8_e4m3fn store 8 bits a number, and a scale for
+            each token and head (`keyspan.quantize`), so that what is stored of a token depends on that token alone.
         share: whether full pages are shared by content.
         spare: whether there is one more page, which no sequence gets; its number is then the attribute `spare`.
     """
@@ -137,9 +139,9 @@ class PagedCache:
         self.spare = pages if spare else None
         self._all_slots = (pages + spare) * page_size
         shape = (1, self._all_slots, config.kv_heads, config.head_dim)
-        self._storage: list[tuple[Tensor, Tensor]] = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in self._window
+        kinds = [(shape, dtype)] * 2 + [(shape[:3], torch.float32)] * (2 if dtype in STORED else 0)
+        self._storage = [
+            Stored(*(torch.zeros(size, dtype=kind, device=device) for size, kind in kinds)) for _ in self._window
         ]
         self.step = PagedStep()
         self._device = torch.device(device)
@@ -149,7 +151,8 @@ class PagedCache:
     @staticmethod
     def bytes_per_page(config: GPTConfig, page_size: int, dtype: torch.dtype) -> int:
         """Memory that one page takes, over all layers."""
-        return 2 * config.layers * page_size * config.kv_heads * config.head_dim * dtype.itemsize
+        scale = torch.float32.itemsize if dtype in STORED else 0
+        return 2 * config.layers * page_size * config.kv_heads * (config.head_dim * dtype.itemsize + scale)
 
     # Pages of a sequence
 
@@ -289,8 +292,8 @@ class PagedCache:
             self._layouts[window] = PagedKeys(lengths, totals, table, self.page_size)
         return self._layouts[window], self._all_slots
 
-    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, [1, slots, G, K]."""
+    def storage(self, layer: int) -> Stored:
+        """All keys and values of a layer, by slots."""
         return self._storage[layer]
 
     def slots(self, window: int | None) -> Tensor:
@@ -299,10 +302,14 @@ class PagedCache:
             self._slots[window] = torch.tensor(self.step.slots[window], device=self._device)
         return self._slots[window]
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Stored:
         """Stores the new tokens' keys and values [1, T, G, K] of a layer; returns its whole storage."""
-        keys, values = self._storage[layer]
-        slots = self.slots(self._window[layer])
-        keys.index_copy_(1, slots, key.to(keys.dtype))
-        values.index_copy_(1, slots, value.to(values.dtype))
-        return keys, values
+        stored, slots = self._storage[layer], self.slots(self._window[layer])
+        for to, scales, new in ((stored.key, stored.key_scale, key), (stored.value, stored.value_scale, value)):
+            if scales is None:
+                to.index_copy_(1, slots, new.to(to.dtype))
+                continue
+            bits, scale = quantize(new, to.dtype, 1)
+            to.view(torch.uint8).index_copy_(1, slots, bits.view(torch.uint8))
+            scales.index_copy_(1, slots, scale)
+        return stored

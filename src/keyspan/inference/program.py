@@ -22,7 +22,7 @@ from keyspan.core.ranges import KeyRanges
 from keyspan.inference.pages import PagedCache
 from keyspan.layers import RMSNorm, SwiGLU
 from keyspan.layers.gemm import Linear, PackedWeight
-from keyspan.models.gpt import GPT, Attention, Block
+from keyspan.models.gpt import GPT, Attention, Block, Stored
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`Dtype` of native/params.h."""
@@ -141,6 +141,8 @@ class DecoderProgram:
     # Making it
 
     def _make(self, tokens: int) -> None:
+        from keyspan.backends.native import STORED
+
         c, like = self._model.config, self._model.embedding.weight
         heads, width, K = c.heads + 2 * c.kv_heads, c.heads * c.head_dim, c.head_dim
         self._x, self._h, normed, added = (like.new_empty((tokens, c.dim)) for _ in range(4))
@@ -171,11 +173,13 @@ class DecoderProgram:
                     "rotary", q=self._qkv, cosine=cosine, sine=sine, out=self._qkv, dtype=dtype, K=K,
                     heads=(c.heads + c.kv_heads, 0, 0), stride=(row, 0, 0), out_stride=row,
                 )  # fmt: skip
-            for to, first in zip(storage, (width, width + keys), strict=True):
+            for to, scale, first in (
+                (storage.key, storage.key_scale, width), (storage.value, storage.value_scale, width + keys)
+            ):  # fmt: skip
                 source = {"from": self._qkv.data_ptr() + first * size}
                 self._call(
-                    "store", **source, to=to, slots=shared.slots.address, bytes=keys * size, from_stride=row * size,
-                    to_stride=keys * size,
+                    "store", **source, to=to, scale=0 if scale is None else scale, slots=shared.slots.address,
+                    dtype=dtype, stored=STORED.get(to.dtype, 0), heads=c.kv_heads, D=K, from_stride=row * size,
                 )  # fmt: skip
             self._attend(attention, storage, window, shared)
             self._linear(self._attended, attention.out, added)
@@ -197,7 +201,7 @@ class DecoderProgram:
             self._turns[kind] = _Turns(self._model, window, tokens)
         return self._turns[kind]
 
-    def _attend(self, layer: Attention, storage: tuple[Tensor, Tensor], window: int | None, shared: _Window) -> None:
+    def _attend(self, layer: Attention, storage: Stored, window: int | None, shared: _Window) -> None:
         """Attention of one layer, as `GPT` calls it: a problem of two tokens, of which the numbers that steps change
         are written over."""
         from keyspan.backends.native import pack_forward
@@ -208,8 +212,9 @@ class DecoderProgram:
         query = self._qkv[:2].view(1, 2, -1, c.head_dim)[:, :, : c.heads]
         sinks = None if layer.sinks is None else layer.sinks.detach()
         problem, _ = make_problem(
-            query, *storage, mask=mask, bias=self._model.bias, scale=layer.scale, softcap=layer.softcap, sinks=sinks
-        )
+            query, storage.key, storage.value, mask=mask, bias=self._model.bias, scale=layer.scale,
+            softcap=layer.softcap, sinks=sinks, key_scale=storage.key_scale, value_scale=storage.value_scale,
+        )  # fmt: skip
         packed, kept = pack_forward(problem, self._attended[:2])
         self._kept.append(kept)
         values: dict[str, Any] = {}

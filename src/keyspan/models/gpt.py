@@ -175,6 +175,17 @@ class GPTConfig:
         return None if self.windows is None else self.windows[layer]
 
 
+class Stored(NamedTuple):
+    """All keys and values of a layer, as `attention` takes them."""
+
+    key: Tensor
+    """[1, N, G, K]"""
+    value: Tensor
+    key_scale: Tensor | None = None
+    """fp32 [1, N, G], where they are stored in 8 bits."""
+    value_scale: Tensor | None = None
+
+
 class Cache(Protocol):
     """What the model asks of a key/value cache; `keyspan.inference.KVCache` is one."""
 
@@ -184,8 +195,8 @@ class Cache(Protocol):
     def layout(self, window: int | None) -> tuple[Layout, int]:
         """Where the keys of layers with this window lie after `extend`, and how many slots there are."""
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new keys and values [1, T, G, K]; returns all of them, [1, N, G, K]."""
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Stored:
+        """Stores a layer's new keys and values [1, T, G, K]; returns all of them."""
 
 
 class Step(NamedTuple):
@@ -219,13 +230,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q, k, v = self._heads(self.qkv(x), None if step.turns is None else step.turns[self.window])
+        scales = {}
         if step.cache is not None:
-            k, v = step.cache.append(self.layer, k, v)
+            k, v, key_scale, value_scale = step.cache.append(self.layer, k, v)
+            if key_scale is not None:
+                scales = {"key_scale": key_scale, "value_scale": value_scale}
         mask = step.masks[self.window]
         attend: Callable[..., Tensor] = context_attention if isinstance(mask, ContextMask) else attention
         out = attend(
             q, k, v, mask=mask, bias=step.bias, scale=self.scale, softcap=self.softcap,
-            sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=step.backend,
+            sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=step.backend, **scales,
         )  # fmt: skip
         y: Tensor = self.out(out.reshape(x.shape[0], -1))
         return y

@@ -22,6 +22,8 @@ from keyspan.core.problem import Problem
 __all__ = ["use_isa", "reason_against", "forward", "backward", "record_forward", "record_backward"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORED = {torch.int8: 1, torch.float8_e4m3fn: 2}
+"""`Stored` of native/params.h."""
 MAX_HEAD_DIM = 256
 """Largest head dim; `MAX_HEAD_DIM` in native/pack.h."""
 MAX_RANGES = 4
@@ -36,7 +38,11 @@ def reason_against(problem: Problem) -> str | None:
         return binding.WHY_ABSENT
     if query.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, and query is {str(query.dtype)[6:]}"
-    if problem.key.dtype not in _DTYPES:
+    if problem.quantized:
+        for name, x in (("key", problem.key), ("value", problem.value)):
+            if x.stride(3) != 1 or (x.shape[2] > 1 and x.stride(2) != x.shape[3]):
+                return f"keys and values of 8 bits lie head by head in each row, and {name} has strides {x.stride()}"
+    elif problem.key.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, and key is {str(problem.key.dtype)[6:]}"
     if problem.output_dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, and output is {str(problem.output_dtype)[6:]}"
@@ -265,6 +271,8 @@ class _NativeCall:
     slopes: Tensor | None = None
     table: Tensor | None = None
     sinks: Tensor | None = None
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
     def __init__(self, problem: Problem, out: Tensor, lse: Tensor):
         self.problem, self.out, self.lse = problem, out, lse
@@ -278,6 +286,12 @@ class _NativeCall:
             self.slopes, self.table, self.sinks = (
                 _contiguous(x, torch.float32) for x in (problem.slopes, problem.table, problem.sinks)
             )
+        if problem.quantized:
+            self.key_scale, self.value_scale = (
+                x.new_ones((x.shape[0], 1, x.shape[2]), dtype=torch.float32) if scale is None
+                else scale.detach().to(torch.float32).contiguous()
+                for x, scale in ((problem.key, problem.key_scale), (problem.value, problem.value_scale))
+            )  # fmt: skip
         self.keep_alive: list[object] = []
 
     def _dense(self, terms: list[tuple[Tensor, Tensor | None]]) -> int:
@@ -313,7 +327,8 @@ class _NativeCall:
             *map(_pointer, (problem.query, problem.key, problem.value, *tensors)),
             0 if problem.dense is None else self._dense([(problem.dense, None)]),
             self._dense(list(zip(problem.biases, grads, strict=True))) if grads else 0,
-            *map(_pointer, (self.slopes, self.table, self.sinks, problem.seed, self.out, self.lse)),
+            *map(_pointer, (self.slopes, self.table, self.sinks, self.key_scale, self.value_scale)),
+            *map(_pointer, (problem.seed, self.out, self.lse)),
             *map(_pointer, (grad_out, grad_lse, *results)),
         ]  # fmt: skip
 
@@ -323,7 +338,8 @@ class _NativeCall:
         query, key, value, lo, pages = problem.query, problem.key, problem.value, self.lo, self.block_table
         B, M, G, H, K = query.shape
         return NUMBERS.pack(
-            _DTYPES[query.dtype], _DTYPES[problem.output_dtype],
+            _DTYPES[query.dtype], _DTYPES[problem.output_dtype], STORED.get(key.dtype, 0),
+            *(1 if x is None else max(1, key.shape[1] // x.shape[1]) for x in (self.key_scale, self.value_scale)),
             B, M, key.shape[1], G, H, K, value.shape[-1],
             *query.stride(), *key.stride(), *value.stride(), *((0,) * 5 if grad_out is None else grad_out.stride()),
             *((1, 1) if lo is None else lo.shape[:2]),

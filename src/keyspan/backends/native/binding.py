@@ -27,12 +27,13 @@ def _fields(kind: str, names: str) -> _Fields:
 
 POINTER_FIELDS = _fields(
     "pointer",
-    "q k v lo hi diagonal origin sequence block_table mask biases slopes table sinks seed out lse grad_out grad_lse "
+    "q k v lo hi diagonal origin sequence block_table mask biases slopes table sinks k_scale v_scale seed out lse "
+    "grad_out grad_lse "
     "dq dk dv dslopes dtable dsinks workspace",
 )
 STATE_FIELDS = _fields("int1", "isa threads")
 NUMBER_FIELDS = (
-    *_fields("int1", "dtype out_dtype B M N G H K V"),
+    *_fields("int1", "dtype out_dtype stored k_run v_run B M N G H K V"),
     ("q_stride", "int5"),
     ("k_stride", "int4"),
     ("v_stride", "int4"),
@@ -74,7 +75,10 @@ LAYER_FIELDS: dict[str, _Fields] = {
         *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
         *_fields("float", "softcap z_loss"),
     ),
-    "store": (*_fields("pointer", "from to slots"), *_fields("int1", "T bytes from_stride to_stride")),
+    "store": (
+        *_fields("pointer", "from to scale slots"),
+        *_fields("int1", "threads dtype stored T heads D from_stride"),
+    ),
     "head_norm": (
         *_fields("pointer", "x weight inverse"),
         *_fields("int1", "isa threads dtype T D heads stride"),
