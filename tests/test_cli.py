@@ -271,6 +271,11 @@ def test_train_resume_and_generate(tmp_path, monkeypatch, capsys):
     assert cli.main(["generate", str(run), "--prompt", "hello=", "--max-tokens", "5"]) == 0
     assert capsys.readouterr().out == greedy
 
+    assert cli.main(["generate", str(run), "--prompt", "hello=", "--max-tokens", "5", "--cache-dtype", "int8"]) == 0
+    assert capsys.readouterr().out.startswith("hello=")
+    assert cli.main(["generate", str(run), "--cache-dtype", "int4"]) == 1
+    assert capsys.readouterr().err == "keyspan: cache_dtype: got 'int4', want one of int8, fp8\n"
+
     drawn = set()
     for seed in range(3):
         words = ["--prompt", "a=", "--max-tokens", "9", "--temperature", "2.0", "--top-p", "0.9", "--seed", str(seed)]

@@ -91,7 +91,7 @@ def test_a_cache_of_8_bits_has_the_bits_of_the_model_too(dtype, stored):
 
 
 def test_other_cache_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"cache_dtype: got torch.float16, want float8_e4m3fn, int8, or None for bfloat"):
+    with pytest.raises(ValueError, match=r"cache_dtype: got torch.float16, want float8_e4m3fn, int8, or None"):
         engine(make("plain", torch.bfloat16), cache_dtype=torch.float16)
 
 

@@ -166,6 +166,7 @@ def generate(
     draft: int = 0,
     dtype: str | None = None,
     weights: str | None = None,
+    cache_dtype: str | None = None,
     device: str = "auto",
 ) -> None:
     """Continue a prompt with a model; print both, the answer as it is written.
@@ -183,12 +184,13 @@ def generate(
         draft: Most tokens guessed in a step from what stood in the text before. It changes the speed alone.
         dtype: fp32, bf16 or fp16. By default as the folder says.
         weights: int8 rounds the weights to 8 bits. By default as dtype says.
+        cache_dtype: int8 or fp8 stores keys and values in 8 bits. By default as dtype says.
         device: auto (an accelerator where there is one, else the CPU), or a torch device.
     """
     from keyspan.inference.engine import Engine
     from keyspan.inference.pages import PagedCache
     from keyspan.inference.sampling import Sampling
-    from keyspan.inference.serve import TaskTokenizer, load_model
+    from keyspan.inference.serve import TaskTokenizer, find_cache_dtype, load_model
     from keyspan.inference.tokenizer import ChatTokenizer
 
     if not 0 <= seed < 2**63:
@@ -205,8 +207,10 @@ def generate(
         tokens = tokenizer.encode(prompt)
         print(prompt, end="", flush=True)
     pages = -(-(len(tokens) + max_tokens) // 16) + 1
-    memory = pages * PagedCache.bytes_per_page(net.config, 16, net.embedding.weight.dtype)
-    for event in Engine(net, tokenizer, memory=memory, draft=draft).stream(tokens, sampling):
+    stored = find_cache_dtype(cache_dtype)
+    memory = pages * PagedCache.bytes_per_page(net.config, 16, stored or net.embedding.weight.dtype)
+    engine = Engine(net, tokenizer, memory=memory, draft=draft, cache_dtype=stored)
+    for event in engine.stream(tokens, sampling):
         print(event.text, end="", flush=True)
     print()
 

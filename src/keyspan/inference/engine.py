@@ -122,8 +122,8 @@ class Engine:
             the last `ngram` tokens where they stood before ("prompt lookup decoding", Saxena, 2023). The tokens of an
             answer are those of `draft=0`.
         ngram: how many tokens must agree for a guess.
-        cache_dtype: of keys and values; None for the weights' dtype. `torch.int8` and `torch.float8_e4m3fn` store them in
-            8 bits with a scale for each token and head: about half of the memory of 16 bits, and other answers.
+        cache_dtype: of keys and values; None for the weights' dtype. `torch.int8` and `torch.float8_e4m3fn` store them
+            in 8 bits with a scale for each token and head: about half of the memory of 16 bits, and other answers.
         graphs: on a GPU, whether steps that add one token to each request are captured as CUDA graphs; a page is set
             apart for them.
 

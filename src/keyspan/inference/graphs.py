@@ -99,7 +99,8 @@ class DecodeGraphs:
         tokens, before = self._new[: 2 * B].split(B)
         tables = {window: x[:B, :P].contiguous() for window, x in self._on_device.items()}
         c = self._model.config
-        if c.positions == "rope" and not c.qk_norm and not c.post_norms and c.embedding_scale == 1:
+        fused = c.positions == "rope" and not c.qk_norm and not c.post_norms and c.embedding_scale == 1
+        if fused and self._cache.storage(0).key_scale is None:
             hidden = self._hidden(tokens, before, tables)
         else:
             ones = self._ones[:B]
@@ -117,7 +118,7 @@ class DecodeGraphs:
         product = _row_product if x.is_cuda and len(x) == 1 and _of_one_row(model) else _product
         for n, module in enumerate(model.blocks):
             block = cast(Block, module)
-            layer, window, storage = block.attention, block.attention.window, cache.storage(n)
+            layer, window, storage = block.attention, block.attention.window, cache.storage(n)[:2]
             qkv, x = product(x, layer.qkv, block.attention_norm, h)
             q = _rotate_and_store(qkv, turns[window], layer.heads, storage, before, tables[window], page_size)
             out = attention(

@@ -19,6 +19,16 @@ from keyspan.models.gpt import GPT
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def find_cache_dtype(name: str | None) -> torch.dtype | None:
+    """`cache_dtype` of an engine, by a name of CACHE_DTYPES or None. Raises ValueError for another name."""
+    if name is not None and name not in CACHE_DTYPES:
+        raise ValueError(f"cache_dtype: got {name!r}, want one of {', '.join(CACHE_DTYPES)}")
+    return None if name is None else CACHE_DTYPES[name]
+
+
 class TaskTokenizer:
     """The alphabet of a training run's task.
 
@@ -97,6 +107,9 @@ class Serve:
     """fp32, bf16 or fp16. Default: as the folder says."""
     weights: str | None = None
     """int8: round the weights to 8 bits; answers are faster, and differ. Default: as dtype says."""
+    cache_dtype: str | None = None
+    """int8 or fp8: store keys and values in 8 bits, so that memory holds about twice as many tokens; answers differ.
+    Default: as dtype says."""
     device: str = "auto"
     """auto (an accelerator where there is one, else the CPU), or a torch device."""
     memory: float = 1.0
@@ -165,6 +178,7 @@ def _app(options: Serve, limits: Any, keys: tuple[str, ...]) -> Any:
         running=options.running,
         waiting=options.waiting,
         draft=options.draft,
+        cache_dtype=find_cache_dtype(options.cache_dtype),
     )
     room = engine.cache.pages * options.page_size
     print(f"{name}: {model.num_parameters():,} parameters, room for {room:,} tokens, {where}")
