@@ -3,7 +3,12 @@
 import asyncio
 import importlib.util
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx2 as httpx
@@ -16,7 +21,7 @@ from keyspan.inference.embedding import Embedder, load_embedder, packs
 from keyspan.inference.embedding_server import Batcher, make_embedding_app
 from keyspan.inference.http import Limits
 from keyspan.models.encoder import EncoderConfig, is_encoder, load_encoder, read_encoder_config
-from test_server import Running
+from test_server import Running, write_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -418,3 +423,51 @@ def test_too_slow_is_504_and_shutdown_ends_what_waits(folder):
     assert got.status_code == 504
     embedder.go.set()
     found.close()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of POSIX")
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_command_serves_what_the_folder_holds_and_ends_cleanly(folder, tmp_path, kind):
+    """With keys, on a signal, while answers are streamed."""
+    model, port = folder, free_port()
+    if kind == "decoder":
+        model = tmp_path / "tiny"
+        model.mkdir()
+        write_model(model)
+    (tmp_path / "keys").write_text("secret\n")
+    words = [sys.executable, "-m", "keyspan", "serve", str(model), "--port", str(port), "--name", "tiny"]
+    words += ["--api-key-file", str(tmp_path / "keys"), "--device", "cpu", "--memory", "0.01"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=200)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+                break
+            except httpx.ConnectError:
+                time.sleep(0.2)
+        if kind == "encoder":
+            assert len(client.embeddings.create(model="tiny", input="b c").data[0].embedding) == 32
+        else:
+            parts = client.completions.create(
+                model="tiny", prompt="a", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+            )
+            next(iter(parts))
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=60)
+        assert time.monotonic() - begin < 30
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode in (0, -signal.SIGTERM), errors  # uvicorn raises the signal again when it has ended
+    assert "Traceback" not in errors
+    assert f"{url}" in out

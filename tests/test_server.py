@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import struct
 import threading
@@ -19,7 +20,7 @@ from keyspan.inference.http import Limits, make_config
 from keyspan.inference.sampling import Sampling
 from keyspan.inference.serve import load_model
 from keyspan.inference.server import make_app
-from keyspan.inference.tokenizer import FolderTokenizer, write_byte_tokenizer
+from keyspan.inference.tokenizer import FolderTokenizer, any_of, write_byte_tokenizer
 from keyspan.models import GPT, GPTConfig, save
 
 TEMPLATE = (
@@ -165,6 +166,21 @@ def test_templates_are_rendered_as_transformers_does(tmp_path, template, text):
         assert tokenizer.render(messages) == text
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [["<s>"], ["<s>", "</s>"], ["<a", "<a>", "<ab>", "[x]"], ["a.b", "a+b", "a"], ["x" * 3000, "x" * 2999 + "y"]],
+)
+def test_any_of_finds_the_longest_text(texts):
+    pattern = re.compile(any_of(texts))
+    for text in texts:
+        assert pattern.sub("!", f"-{text}-{text[:-1]}") == f"-!-{re.sub(longest_first(texts), '!', text[:-1])}"
+    assert not pattern.search("<|")
+
+
+def longest_first(texts):
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+
+
 def test_special_tokens_in_a_message_are_text(tmp_path):
     write_byte_tokenizer(tmp_path, start=256)
     template = "{% for m in messages %}<start>{{ m.role }}:{{ m.content | trim }}{% endfor %}<start>assistant:"
@@ -175,6 +191,20 @@ def test_special_tokens_in_a_message_are_text(tmp_path):
     tokens = tokenizer.encode_chat([{"role": "user", "content": content}])
     assert tokens == [256, *f"user:{content}".encode(), 256, *b"assistant:"]
     assert tokenizer.encode_chat([{"role": "user", "content": "a"}]) == [256, *b"user:a", 256, *b"assistant:"]
+
+
+def test_settings_for_batches_in_a_tokenizer_are_not_for_prompts(tmp_path):
+    """tokenizer.json may say that texts are cut, and filled up."""
+    from tokenizers import Tokenizer
+
+    write_model(tmp_path)
+    loaded = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    loaded.enable_truncation(3)
+    loaded.enable_padding(length=8, pad_id=0)
+    loaded.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FolderTokenizer(tmp_path)
+    assert len(tokenizer.encode("abcde")) == 5
+    assert len(tokenizer.encode_chat([{"role": "user", "content": "abcde"}])) == len("<user>abcde<assistant>")
 
 
 def test_models_health_metrics_and_page(client, server):

@@ -19,7 +19,7 @@ from importlib.resources import files
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BeforeValidator, Field, StringConstraints
 from starlette.types import Receive, Scope, Send
@@ -468,10 +468,16 @@ async def _whole(
 
     if await while_connected(request, collect()) is None:
         return Response(status_code=499)
-    choices = [
-        form.choice(n, "".join(x.text for x in one), one, one[-1].finished, stream=False) for n, one in enumerate(found)
-    ]
-    return JSONResponse({**_head(server, form, form.whole), "choices": choices, "usage": usage.count()})
+    head = _head(server, form, form.whole)
+
+    def content() -> str:  # a choice at a time, in another thread: with many log-probabilities it takes a while
+        each = enumerate(zip(found, ("".join(x.text for x in one) for one in found), strict=True))
+        choices = (form.choice(n, text, one, one[-1].finished, stream=False) for n, (one, text) in each)
+        return (
+            f'{json.dumps({**head, "usage": usage.count()})[:-1]}, "choices": [{", ".join(map(json.dumps, choices))}]}}'
+        )
+
+    return Response(await asyncio.to_thread(content), media_type="application/json")
 
 
 async def _stream(

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,7 +70,7 @@ class ChatTokenizer:
         What looks like a special token inside a message is tokenized as the text that it is: a message cannot end
         itself or speak for another role.
         """
-        special = sorted(self._literal.texts, key=len, reverse=True)
+        special = self._literal.special
         everything = "".join(str(value) for message in messages for value in message.values())
         # Unicode's noncharacters, reserved for such marks; a message that holds some is marked with others.
         marks = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in everything]
@@ -78,9 +79,9 @@ class ChatTokenizer:
         start, end = marks[:2]
 
         def mark(content: Any) -> Any:
-            if not isinstance(content, str) or not special:
+            if not isinstance(content, str) or special is None:
                 return content
-            return re.sub("|".join(map(re.escape, special)), lambda found: f"{start}{found[0]}{end}", content)
+            return special.sub(lambda found: f"{start}{found[0]}{end}", content)
 
         text = self.render([{**message, "content": mark(message.get("content"))} for message in messages])
         tokens: list[int] = []
@@ -136,12 +137,27 @@ class ChatTokenizer:
 
 
 class _Literal:
-    """A copy of a tokenizer that knows no special tokens in a text, and their texts."""
+    """A copy of a tokenizer that knows no special tokens in a text, and what finds their texts; None: there are none."""
 
     def __init__(self, loaded: Any) -> None:
-        self.texts = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
+        texts = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile(any_of(texts)) if texts else None
         self.loaded = type(loaded).from_str(loaded.to_str())
         self.loaded.encode_special_tokens = True
+
+
+def any_of(texts: Sequence[str]) -> str:
+    """A regular expression for the longest of some texts that begins at a place.
+
+    It is a tree of their beginnings: one that tried each of them at each `<` of a long message would take seconds.
+    """
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))
+    start = "".join(c for c, _ in same)  # what the first and the last in order share, all share
+    rest = {text[len(start) :] for text in texts}
+    ways = [any_of([text for text in rest if text[:1] == c]) for c in sorted({text[0] for text in rest if text})]
+    if not ways:
+        return re.escape(start)
+    return f"{re.escape(start)}(?:{'|'.join(ways)}){'?' if '' in rest else ''}"
 
 
 class FolderTokenizer(ChatTokenizer):
