@@ -1,6 +1,7 @@
-"""Text from models: an engine over a paged key/value cache, sampling, and the simple generation loop."""
+"""Text from models: an engine over a paged key/value cache, sampling, the simple loop; and embeddings of texts."""
 
 from keyspan.inference.cache import KVCache
+from keyspan.inference.embedding import Embedder, load_embedder
 from keyspan.inference.engine import Answer, Engine, Event, QueueFullError
 from keyspan.inference.generate import generate, stream
 from keyspan.inference.pages import PagedCache
@@ -13,6 +14,8 @@ __all__ = [
     "Event",
     "Answer",
     "QueueFullError",
+    "Embedder",
+    "load_embedder",
     "PagedCache",
     "FolderTokenizer",
     "GgufTokenizer",

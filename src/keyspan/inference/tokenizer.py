@@ -137,7 +137,7 @@ class ChatTokenizer:
 
 
 class _Literal:
-    """A copy of a tokenizer that knows no special tokens in a text, and what finds their texts; None: there are none."""
+    """A copy of a tokenizer that knows no special tokens in a text, and what finds their texts (None: it has none)."""
 
     def __init__(self, loaded: Any) -> None:
         texts = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
