@@ -161,6 +161,8 @@ def record_backward(
     lse: Tensor,
     needs: Needs,
 ) -> tuple[Gradients, Replay[Gradients] | None]:
+    # Paged keys are gathered and their gradients scattered by torch, whose launches no relaunch has; they cost more than
+    # a launch of ours saves.
     if problem.block_table is not None or problem.query.numel() == 0 or problem.key.numel() == 0:
         return backward(problem, grad_out, grad_lse, out, lse, needs), None
     dtype, forms = problem.query.dtype, _forms(problem)
