@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PLANNERS = ("plan", "linear", "layers", "program")
-KERNELS = ("kernels", "linear_kernels", "layer_kernels")
+PLANNERS = ("plan", "linear", "product", "layers", "program")
+KERNELS = ("kernels", "linear_kernels", "product_kernels", "layer_kernels")
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wno-psabi"
 FLAGS += " -Wno-maybe-uninitialized"  # GCC 12 warns of its own intrinsics
 X86 = {

@@ -199,20 +199,50 @@ void rotary(const Rotary &p, int64_t first, int64_t last) {
     });
 }
 
-// ---- SwiGLU's gate -------------------------------------------------------------------------------------------------
+// ---- the gate of SwiGLU and GeGLU ----------------------------------------------------------------------------------
 
-// value = x · sigmoid(x), slope = its derivative.
-INLINE void silu(vf x, vf &value, vf &slope) {
-    const vf exponent = x * LOG2_E;  // a NaN comes back with the factor x
+INLINE vf sigmoid(vf x) {
+    const vf exponent = x * LOG2_E;
     const vf inverse = 1.0f / (1.0f + exp2<5>(-maximum(broadcast(-126.0f), exponent)));
-    const vf sigmoid = exponent < broadcast(-126.0f) ? broadcast(0.0f) : inverse;
-    value = x * sigmoid;
-    slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
+    return exponent < broadcast(-126.0f) ? broadcast(0.0f) : inverse;
+}
+
+// value = x · sigmoid(x), slope = its derivative. A NaN comes back with the factor x.
+struct Silu {
+    static INLINE void of(vf x, vf &value, vf &slope) {
+        const vf s = sigmoid(x);
+        value = x * s;
+        slope = s * (1.0f + x * (1.0f - s));
+    }
+};
+
+// value = x · (1 + tanh(u)) / 2 = x · sigmoid(2 u) with u = √(2/π) · (x + 0.044715 x³), slope = its derivative.
+struct Gelu {
+    static INLINE void of(vf x, vf &value, vf &slope) {
+        constexpr float TWICE_ROOT = 1.5957691216057308f;
+        vf bounded = maximum(broadcast(-100.0f), x);  // beyond, sigmoid is 0 or 1 and the powers may overflow
+        bounded = -maximum(broadcast(-100.0f), -bounded);
+        const vf square = bounded * bounded;
+        const vf s = sigmoid(TWICE_ROOT * bounded * (1.0f + 0.044715f * square));
+        value = x * s;
+        slope = s * (1.0f + bounded * (1.0f - s) * (TWICE_ROOT * (1.0f + 3 * 0.044715f * square)));
+    }
+};
+
+// Calls run(dtype, activation), see `with_dtype`.
+template <class Run>
+INLINE void with_activation(const Gate &p, const Run &run) {
+    with_dtype(p.dtype, [&](auto d) {
+        if (p.activation == GELU)
+            run(d, Gelu{});
+        else
+            run(d, Silu{});
+    });
 }
 
 void gate(const Gate &p, int64_t first, int64_t last) {
     const int64_t n = p.D;
-    with_dtype(p.dtype, [&](auto d) {
+    with_activation(p, [&](auto d, auto f) {
         typedef decltype(d) D;
         for (int64_t t = first; t < last; t++) {
             const auto *x1 = row_of(d, p.x12, t, 2 * n), *x2 = x1 + n;
@@ -220,7 +250,7 @@ void gate(const Gate &p, int64_t first, int64_t last) {
             for (int64_t i = 0; i < n; i += W) {
                 const int64_t count = n - i;
                 vf value, slope;
-                silu(read_some<D>(x1 + i, count), value, slope);
+                f.of(read_some<D>(x1 + i, count), value, slope);
                 // As the unfused formula rounds: the activation in the tensors' dtype, then the product.
                 write_some<D>(out + i, D::rounded(value) * read_some<D>(x2 + i, count), count);
             }
@@ -230,7 +260,7 @@ void gate(const Gate &p, int64_t first, int64_t last) {
 
 void gate_backward(const Gate &p, int64_t first, int64_t last) {
     const int64_t n = p.D;
-    with_dtype(p.dtype, [&](auto d) {
+    with_activation(p, [&](auto d, auto f) {
         typedef decltype(d) D;
         for (int64_t t = first; t < last; t++) {
             const auto *x1 = row_of(d, p.x12, t, 2 * n), *x2 = x1 + n, *grad = row_of(d, p.grad, t, n);
@@ -239,7 +269,7 @@ void gate_backward(const Gate &p, int64_t first, int64_t last) {
                 const int64_t count = n - i;
                 const vf b = read_some<D>(x2 + i, count), g = read_some<D>(grad + i, count);
                 vf value, slope;
-                silu(read_some<D>(x1 + i, count), value, slope);
+                f.of(read_some<D>(x1 + i, count), value, slope);
                 value = D::rounded(value);
                 write_some<D>(out + i, value * b, count);
                 write_some<D>(dx1 + i, g * b * slope, count);

@@ -1,4 +1,4 @@
-// The C ABI of the layers' kernels (RMSNorm, rotary embedding, SwiGLU's gate, cross-entropy), and the table of their
+// The C ABI of the layers' kernels (RMSNorm, rotary embedding, the gate of SwiGLU and GeGLU, cross-entropy), and the table of their
 // kernels for one instruction set. Everything here works on contiguous rows: T rows (tokens) of D or C numbers.
 // Storage is fp32, bf16 or fp16, arithmetic fp32. A row's result depends on that row alone.
 #pragma once
@@ -27,10 +27,11 @@ namespace keyspan {
     INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(T, 1) INT(K, 1) INT(heads, 3) INT(stride, 3)    \
     INT(out_stride, 1) INT(back, 1) INT(interleaved, 1)
 
-// out [T, D] = silu(x1) · x2 of x12 [T, 2 D]. Backward also reads grad [T, D] and writes dx12 [T, 2 D].
+// out [T, D] = f(x1) · x2 of x12 [T, 2 D]. Backward also reads grad [T, D] and writes dx12 [T, 2 D].
+enum Activation : int64_t { SILU = 0, GELU = 1 };  // gelu in its tanh form
 #define KEYSPAN_GATE_FIELDS(POINTER, INT, FLOAT)                                                              \
     POINTER(const void *, x12) POINTER(const void *, grad) POINTER(void *, out) POINTER(void *, dx12)         \
-    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(T, 1) INT(D, 1)
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(activation, 1) INT(T, 1) INT(D, 1)
 
 // Logits z [T, C]; bias [C], or null. Writes losses [T] and lse [T] where they are not null, and the gradient dz where
 // it is wanted (in a dtype no wider than z's; it may lie over z), for losses of gradient grads [T] (null: 1).

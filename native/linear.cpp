@@ -1,9 +1,11 @@
 // Cuts a product with a weight into units of rows and columns and runs them on threads; see linear.h.
 #include "linear.h"
 
-#include <memory>
-
+#include "product.h"
+#include "scratch.h"
 #include "threads.h"
+
+EXPORT void keyspan_product(const keyspan::Product *);
 
 namespace keyspan {
 namespace {
@@ -19,22 +21,16 @@ LinearKernel kernel_of(int64_t isa) {
 
 constexpr int64_t COLUMN_STEP = 16;   // a cache line of a packed weight
 constexpr int64_t FEW_ROWS = 24;      // of which the time is that of reading the weight, once
+constexpr int64_t MANY_ROWS = 96;     // for which a weight is worth packing first
 constexpr int64_t SMALL_WORK = 1 << 17;  // multiply-adds that are not worth waking a thread
 constexpr int64_t SMALL_WORK_OF_TEAM = 1 << 14;  // nor one that is awake
 
-// Memory that a thread keeps for its next product.
-char *thread_scratch(int64_t bytes) {
-    constexpr int64_t ALIGNMENT = 64;
-    thread_local std::unique_ptr<char[]> memory;
-    thread_local int64_t size = 0;
-    if (size < bytes) {
-        memory.reset(new char[bytes + ALIGNMENT]);
-        size = bytes;
-    }
-    return (char *)(((uintptr_t)memory.get() + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-}
-
 void run(const Linear &p) {
+    if (p.storage == ROWS_OF_DTYPE && p.rows >= MANY_ROWS) {
+        const Product product{p.x,     p.weight, p.bias, p.out,  p.isa,     p.threads,  p.dtype,       p.dtype, 0, 1, 0,
+                              p.rows, p.inputs, p.outputs, p.x_stride, p.weight_stride};
+        return keyspan_product(&product);
+    }
     const LinearKernel kernel = kernel_of(p.isa);
     const int64_t scratch = linear_scratch(p);
     const int64_t threads = p.rows * p.inputs * p.outputs < (in_team() ? SMALL_WORK_OF_TEAM : SMALL_WORK) ? 1 : p.threads;
@@ -44,11 +40,12 @@ void run(const Linear &p) {
     const int64_t column_units = few ? std::min(threads, steps) : (p.outputs + LINEAR_PANEL - 1) / LINEAR_PANEL;
     const int64_t row_units = (p.rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
     parallel_for(threads, column_units * row_units, [&](int64_t unit, int64_t) {
+        static thread_local Scratch kept;
         const int64_t c = unit / row_units, r = unit % row_units;
         const int64_t first = few ? c * steps / column_units * COLUMN_STEP : c * LINEAR_PANEL;
         const int64_t last = few ? (c + 1) * steps / column_units * COLUMN_STEP : first + LINEAR_PANEL;
         kernel(p, r * LINEAR_ROWS, std::min(p.rows, (r + 1) * LINEAR_ROWS), first, std::min(p.outputs, last),
-               thread_scratch(scratch));
+               kept.get(scratch));
     });
 }
 

@@ -4,12 +4,13 @@ A module that imports them all has a fixture `kernels`: the module of kernels to
 """
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from keyspan.layers import add_rms_norm, linear_cross_entropy, rms_norm, rotary_table, swiglu
+from keyspan.layers import add_rms_norm, geglu, linear_cross_entropy, rms_norm, rotary_table, swiglu
 from keyspan.layers.rope import rotate, rotate_qkv
 from keyspan.models.gpt import GPT, GPTConfig
 
@@ -51,17 +52,21 @@ def test_rotary_in_place_and_back(kernels, interleaved, K, heads):
     torch.testing.assert_close(back, x)
 
 
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (9, 70), (40, 600)])
-def test_swiglu_gate(kernels, shape):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gate(kernels, shape, activation):
     torch.manual_seed(0)
     T, D = shape
     x12, grad = torch.randn(T, 2 * D) * 3, torch.randn(T, D)
     wide = x12.double().requires_grad_()
     a, b = wide.chunk(2, -1)
-    want = F.silu(a) * b
+    want = ACTIVATIONS[activation](a) * b
     want.backward(grad.double())
-    torch.testing.assert_close(kernels.swiglu_gate(x12).double(), want.detach(), rtol=1e-5, atol=1e-6)
-    dx12, again = kernels.swiglu_gate_backward(grad, x12)
+    torch.testing.assert_close(kernels.gate(x12, activation).double(), want.detach(), rtol=1e-5, atol=1e-6)
+    dx12, again = kernels.gate_backward(grad, x12, activation)
     torch.testing.assert_close(dx12.double(), wide.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(again.double(), want.detach(), rtol=1e-5, atol=1e-6)
 
@@ -134,6 +139,7 @@ FUNCTIONS = {
     "only the norm": (lambda x, y, w: add_rms_norm(x, y, w)[0], 3),
     "only the sum": (lambda x, y, w: add_rms_norm(x, y, w)[1], 3),
     "swiglu": (lambda x, y, w: swiglu(x, y.repeat(2, 1), w[:1].repeat(16), y.t(), None), 3),
+    "geglu": (lambda x, y, w: geglu(x, y.repeat(2, 1), w[:1].repeat(16), y.t(), None), 3),
     "rotary": (lambda x, y, w: rotate_qkv(x * 1, rotary_table(torch.arange(8), 2), (3, 2, 1)), 1),
     "mean": (lambda x, y, w: linear_cross_entropy(x, y, TARGETS, softcap=5.0, z_loss=0.1, chunk=3), 2),
     "weighted": (lambda x, y, w: linear_cross_entropy(x, y, TARGETS, bias=y[:, 0] * 2, reduction="none", chunk=3), 2),
@@ -173,9 +179,11 @@ def test_rotation_in_place_is_seen_by_autograd(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
-def test_a_gpt_on_kernels_is_the_plain_gpt(precision, kernels, monkeypatch):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_gpt_on_kernels_is_the_plain_gpt(precision, activation, kernels, monkeypatch):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=11, dim=24, layers=2, heads=4, kv_heads=2, hidden=40), backend="chunked")
+    config = GPTConfig(vocab_size=11, dim=24, layers=2, heads=4, kv_heads=2, hidden=40, activation=activation)
+    model = GPT(config, backend="chunked")
     tokens, lengths = torch.randint(11, (18,)), [5, 1, 9, 3]
 
     def run():

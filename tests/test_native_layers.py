@@ -1,12 +1,14 @@
 """The layers' kernels in the native library, on every instruction set of this machine."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from keyspan.backends.native import binding, use_isa
-from keyspan.layers import native_kernels, rms_norm, rotary_table
+from keyspan.layers import gemm, native_kernels, rms_norm, rotary_table
 from keyspan.layers.kernels import kernels_for
 from keyspan.layers.rope import rotate, rotate_qkv
 from layer_cases import *  # noqa: F403
@@ -52,27 +54,38 @@ def test_rms_norm_rounds_once(kernels, dtype, D):
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("D", [7, 64, 131])
-def test_gate_rounds_as_the_formula(kernels, dtype, D):
+@pytest.mark.parametrize("activation", ACTIVATIONS)  # noqa: F405
+def test_gate_rounds_as_the_formula(kernels, dtype, D, activation):
+    formula = ACTIVATIONS[activation]  # noqa: F405
     x12, grad = (3 * torch.randn(9, 2 * D)).to(dtype), torch.randn(9, D).to(dtype)
     x1, x2 = x12.chunk(2, -1)
-    want = F.silu(x1) * x2
+    want = formula(x1.double()).to(dtype) * x2  # torch's own gelu loses digits of numbers far below 0
     eps = torch.finfo(dtype).eps
-    out = kernels.swiglu_gate(x12)
-    torch.testing.assert_close(out, want, rtol=2 * eps, atol=0)  # the last place of silu may differ
+    out = kernels.gate(x12, activation)
+    least = 1e-14 + torch.finfo(dtype).tiny * eps  # of fp64's formula, and of a subnormal number
+    torch.testing.assert_close(out, want, rtol=2 * eps, atol=least)  # the last place of the activation may differ
     assert (out == want).float().mean() > 0.95
-    dx12, again = kernels.swiglu_gate_backward(grad, x12)
+    dx12, again = kernels.gate_backward(grad, x12, activation)
     assert torch.equal(again, out)
     (x64,) = wide(x12)
     a, b = x64.chunk(2, -1)
-    (F.silu(a) * b).backward(grad.double())
+    (formula(a) * b).backward(grad.double())
     torch.testing.assert_close(dx12.double(), x64.grad, rtol=2 * eps, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [-200.0, -89.0, 0.0, 89.0, 3e38, float("inf"), -float("inf"), float("nan")])
-def test_gate_at_the_ends_of_the_range(kernels, value):
+@pytest.mark.parametrize("value", [-200.0, -89.0, -12.0, 0.0, 12.0, 3e38, float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)  # noqa: F405
+def test_gate_at_the_ends_of_the_range(kernels, value, activation):
     x12 = torch.tensor([[value, 1.0]])
-    want = F.silu(x12[:, :1].double()).float()  # NaN for -inf, as torch
-    torch.testing.assert_close(kernels.swiglu_gate(x12), want, rtol=1e-6, atol=1e-30, equal_nan=True)
+    wide = x12[:, :1].double().requires_grad_()
+    want = ACTIVATIONS[activation](wide)  # noqa: F405
+    want.backward()
+    torch.testing.assert_close(
+        kernels.gate(x12, activation), want.detach().float(), rtol=1e-6, atol=1e-30, equal_nan=True
+    )  # NaN for -inf, as torch
+    if math.isfinite(value):
+        dx12, _ = kernels.gate_backward(torch.ones(1, 1), x12, activation)
+        torch.testing.assert_close(dx12[:, :1].double(), wide.grad, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -124,8 +137,8 @@ def test_rows_and_threads_change_no_bit(kernels, dtype):
         options = {"ignore_index": -100, "softcap": 4.0, "z_loss": 0.1}
         dz = kernels.cross_entropy_(x[rows].clone(), None, targets[rows], lse, losses, gradient=dtype, **options)
         gates = (
-            kernels.swiglu_gate(x[rows]),
-            *kernels.swiglu_gate_backward(grad[rows, : D // 2].contiguous(), x[rows]),
+            kernels.gate(x[rows], "gelu_tanh"),
+            *kernels.gate_backward(grad[rows, : D // 2].contiguous(), x[rows], "silu"),
         )
         return [out, total, inverse, dx, turned, back, lse, losses, dz, *gates], dweight
 
@@ -143,6 +156,61 @@ def test_rows_and_threads_change_no_bit(kernels, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (7, 129, 65), (201, 515, 530), (64, 64, 48), (3, 0, 5)])
+def test_products_of_matrices(kernels, dtype, transposed, M, K, N):
+    a, b = torch.randn(M, K).to(dtype), torch.randn(K, N + 3).to(dtype)[:, :N]
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    given = a.t().contiguous() if transposed else a
+
+    def check(got, want):
+        bound = want.abs() * torch.finfo(got.dtype).eps / 2 + size * max(K, 1) ** 0.5 * torch.finfo(torch.float32).eps
+        assert ((got.double() - want).abs() <= bound).all()
+
+    out = gemm.native_matmul(given, b, torch.full((M, N), torch.nan), transposed=transposed)
+    check(out, exact)
+    low = gemm.native_matmul(given, b, torch.full((M, N), torch.nan, dtype=dtype), transposed=transposed)
+    assert torch.equal(low, out.to(dtype))
+    total = out.clone()
+    gemm.native_matmul(given, b, total, transposed=transposed, accumulate=True)
+    check(total, 2 * exact)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        threaded = gemm.native_matmul(given, b, torch.empty(M, N), transposed=transposed)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(threaded, out)
+    if K and not transposed:  # many rows and few are multiplied in different ways
+        weight = b.t().contiguous()
+        assert torch.equal(gemm.linear(a, weight), low)
+        assert torch.equal(torch.cat([gemm.linear(row, weight) for row in a.split(1)]), low)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("activation", ACTIVATIONS)  # noqa: F405
+def test_the_gradients_of_a_model_do_not_depend_on_threads(dtype, activation):
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=97, dim=80, layers=2, heads=4, kv_heads=2, activation=activation, qkv_bias=True)  # noqa: F405
+    model, lengths = GPT(config), [301, 5, 1, 400]  # noqa: F405
+    tokens = torch.randint(97, (sum(lengths),))
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model.loss(tokens, tokens.roll(1), lengths)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    before = torch.get_num_threads()
+    try:
+        want = run(1)
+        for threads in (2, 3):
+            assert all(map(torch.equal, run(threads), want))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_rows_are_no_work(kernels):
     x, weight = torch.empty(0, 8), torch.ones(8)
     out, total, inverse = kernels.rms_norm(x, x, weight, 1e-6, torch.float32)
@@ -150,7 +218,7 @@ def test_no_rows_are_no_work(kernels):
     dx, dweight = kernels.rms_norm_backward(x, None, total, weight, inverse, True)
     assert dx.shape == (0, 8)
     assert not dweight.any()
-    assert kernels.swiglu_gate(x).shape == (0, 4)
+    assert kernels.gate(x, "silu").shape == (0, 4)
 
 
 def test_where_they_run():

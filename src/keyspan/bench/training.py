@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,7 +68,7 @@ class Bench:
     compile: bool = True
     """Include providers that are compiled."""
     limit: float = 300
-    """Seconds that a provider may take before it is timed, compilation included; beyond them it gets no figure."""
+    """Seconds that each provider may take before it is timed, compilation included; beyond them it gets no figure."""
     device: str = "cpu"
     """auto (an accelerator where there is one, else the CPU), or a torch device."""
     out: Path = field(default_factory=lambda: Path("runs/bench-training"))
@@ -91,6 +91,10 @@ class Row:
     """Most memory during a step, weights and optimizer included; of a CPU what is allocated beyond them."""
     mfu: float | None = None
     """Share of the measured rate of a matrix product that the model's own products and visible scores take."""
+    arithmetic: float | None = None
+    """FLOP of a step, padding and hidden scores included, over those of the tokens and visible scores."""
+    ready: float | None = None
+    """Seconds until the first steps were done, compilation included."""
     loss: float | None = None
     note: str = ""
 
@@ -398,13 +402,33 @@ def able(name: str, size: Size, options: Bench, device: torch.device) -> bool:
     return not name.startswith("transformers") or find_spec("transformers") is not None
 
 
-def flops(size: Size, data: Documents) -> float:
-    """Of a step, forward and backward: the products with weights, and the scores that are visible."""
+def flops(size: Size, tokens: int, pairs: int) -> float:
+    """Of a step, forward and backward: the products with weights for so many tokens, and the scores of so many pairs of
+    query and key."""
     c = size.config
     per_layer = c.dim * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.dim * c.hidden
     weights = c.layers * per_layer + c.vocab_size * c.dim
-    pairs = sum(n * (n + 1) // 2 for n in data.lengths)
-    return 6 * size.tokens * weights + 3 * 4 * c.layers * c.heads * c.head_dim * pairs
+    return 6 * tokens * weights + 3 * 4 * c.layers * c.heads * c.head_dim * pairs
+
+
+def visible_pairs(lengths: Iterable[int]) -> int:
+    """Pairs of query and key under a causal mask in rows of these lengths."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
+def computed(name: str, size: Size, data: Documents) -> tuple[int, int]:
+    """(tokens, pairs of query and key) that a provider computes, padding included."""
+    if "padded" in name:
+        order = _by_length(data) if "sorted" in name else range(len(data.lengths))
+        batches = padded(data, order, _budget(size), _multiple("compiled" in name))
+    elif "leak" in name:
+        batches = in_rows(data, min(2048, size.tokens))
+    elif "dense mask" in name:
+        return size.tokens, size.tokens**2
+    else:
+        return size.tokens, visible_pairs(data.lengths)
+    rows = [tokens.shape[1] for tokens, *_ in batches for _ in range(len(tokens))]
+    return sum(rows), visible_pairs(rows)
 
 
 def main(options: Bench) -> list[Row]:
@@ -457,6 +481,7 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
         row = Row(name)
         rows.append(row)
         try:
+            began = time.perf_counter()
             with time_limit(options.limit):
                 make, fast = PROVIDERS[name]
                 step = Step(make(gpt, data, size, fast), options, device)
@@ -475,6 +500,7 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
             with time_limit(options.limit):
                 for _ in range(2 if fast else 1):  # a second shape or a second step may compile too
                     step.run()
+                row.ready = time.perf_counter() - began
                 row.peak_mib = step.peak()
         except Exception as error:
             row.note = _note(error)
@@ -486,7 +512,8 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
     for _ in range(options.repeats):
         for name, step in steps.items():
             times[name].append(step.time())
-    work, rate = flops(size, data), product_rate(options.precision, device)
+    work = flops(size, size.tokens, visible_pairs(data.lengths))
+    rate = product_rate(options.precision, device)
     for row in rows:
         if row.provider in times:
             seconds = median(total for total, _ in times[row.provider])
@@ -495,6 +522,7 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
             row.host = median(host for _, host in times[row.provider]) * 1e3
             row.tokens_per_second = size.tokens / seconds
             row.mfu = work / seconds / rate
+            row.arithmetic = flops(size, *computed(row.provider, size, data)) / work
     return rows
 
 
@@ -510,7 +538,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"took more than {seconds:g} s")
+        raise TimeoutError(f"not ready after {seconds:g} s, compilation included")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -589,16 +617,19 @@ def product_rate(precision: str, device: torch.device) -> float:
 def table(rows: list[Row]) -> str:
     """Markdown."""
     first = next((row for row in rows if row.provider == "keyspan" and row.tokens_per_second), None)
-    header = ("provider", "tokens/s", "ms a step", "host ms", "peak MiB", "MFU", "Keyspan's eager speed ÷ its")
+    header = (
+        "provider", "tokens/s", "ms a step", "host ms", "peak MiB", "MFU", "ready after s", "arithmetic ÷ Keyspan's",
+        "Keyspan's eager speed ÷ its",
+    )  # fmt: skip
     lines = []
     for row in rows:
         if row.tokens_per_second is None:
-            lines.append((row.provider, row.note, *[""] * 5))
+            lines.append((row.provider, row.note, *[""] * 7))
             continue
         ratio = "" if first is None else _ratio(first, row) or f"none: times spread by {_noise(first, row):.0%}"
         name = f"{row.provider} ({row.note})" if row.note else row.provider
         numbers = (f"{row.tokens_per_second:.0f}", f"{row.milliseconds:.1f}", f"{row.host:.1f}", f"{row.peak_mib:.0f}")
-        lines.append((name, *numbers, f"{row.mfu:.0%}", ratio))
+        lines.append((name, *numbers, f"{row.mfu:.0%}", f"{row.ready:.0f}", f"{row.arithmetic:.2f}", ratio))
     return markdown_table(header, lines)
 
 

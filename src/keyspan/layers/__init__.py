@@ -1,7 +1,7 @@
 """Memory-lean functions and modules for transformers. They depend on no model."""
 
 from keyspan.layers.cross_entropy import linear_cross_entropy
-from keyspan.layers.gated import SwiGLU, swiglu
+from keyspan.layers.gated import GeGLU, SwiGLU, geglu, swiglu
 from keyspan.layers.gemm import Linear, linear
 from keyspan.layers.multihead_attention import MultiheadAttention
 from keyspan.layers.rmsnorm import RMSNorm, add_rms_norm, rms_norm
@@ -13,6 +13,8 @@ __all__ = [
     "MultiheadAttention",
     "SwiGLU",
     "swiglu",
+    "GeGLU",
+    "geglu",
     "RMSNorm",
     "rms_norm",
     "add_rms_norm",

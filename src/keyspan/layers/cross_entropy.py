@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from keyspan.dispatch.flops import register_when_imported
-from keyspan.layers.gemm import gemm_dtype, multiplies, operand
+from keyspan.layers.gemm import gemm_dtype, multiplies, native, native_linear, native_matmul, operand
 from keyspan.layers.kernels import kernels_for
 
 _CHUNKS = {"cpu": (2**23, 1024), "cuda": (704 * 2**20, 2**31)}
@@ -32,21 +32,33 @@ class _Options(NamedTuple):
     """Of the products' operands."""
 
 
-def _logits(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """Logits of one chunk, written to `out` where that is given: fp32 on a GPU, in the operands' dtype on a CPU."""
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Logits of one chunk, written to `out`: fp32 on a GPU, in the operands' dtype on a CPU."""
+    if native(hidden.dtype, hidden, weight):
+        return native_linear(hidden, weight, None, out)
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
     return torch.mm(hidden, weight.t(), out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, without a product beside the sum where torch has a kernel for these dtypes."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`."""
+    if native(a.dtype, a, b):
+        native_matmul(a, b, out)
     else:
-        total += a @ b
+        out.copy_(a @ b)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a.T @ b`, without a product beside the sum where there is a kernel for these dtypes."""
+    if native(a.dtype, a, b):
+        native_matmul(a, b, total, transposed=True, accumulate=True)
+    elif total.dtype == a.dtype:
+        total.addmm_(a.t(), b)
+    elif a.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
+    else:
+        total += a.t() @ b
 
 
 def _cross_entropy_(
@@ -119,17 +131,16 @@ def _run(
     kernels = kernels_for(hidden, weight, bias, targets)
     with torch.autocast(hidden.device.type, enabled=False):
         w = operand(weight, options.dtype)
-        buffer = None
         chunk = options.chunk
         if chunk < T:
             chunks = -(-T // chunk)
             chunk = min(chunk, -(-T // chunks // 256) * 256)  # as few chunks, of about one size
-            logits = wide if hidden.is_cuda else w.dtype  # see `_logits`
-            buffer = hidden.new_empty((chunk, len(weight)), dtype=logits)
+        logits = wide if hidden.is_cuda else w.dtype  # see `_logits`
+        buffer = hidden.new_empty((min(chunk, T), len(weight)), dtype=logits)
         for start in range(0, T, chunk):
             rows = slice(start, min(start + chunk, T))
             h = operand(hidden[rows], options.dtype)
-            z = _logits(h, w, None if buffer is None else buffer[: len(h)])
+            z = _logits(h, w, buffer[: len(h)])
             part = None if losses is None else losses[rows]
             g = None if grads is None else grads[rows]
             if kernels is None:
@@ -140,9 +151,9 @@ def _run(
                     softcap=options.softcap, z_loss=options.z_loss, grads=g, gradient=gradient,
                 )  # fmt: skip
             if needs[0]:
-                dhidden[rows] = dz @ w
+                _product(dz, w, dhidden[rows])
             if needs[1]:
-                _add_product(dweight, dz.t(), h)
+                _add_product(dweight, dz, h)
             if needs[2]:
                 dbias += dz.sum(0, dtype=wide)
             del z, dz  # before the next chunk's are allocated

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from keyspan.core.shims import eager, plain, profiled
 
@@ -70,7 +69,7 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T + bias` of operands rounded to `dtype`, itself rounded once. Call with autocast off."""
     if native_multiplies(x, weight, bias, dtype):
-        return _native_product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return native_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     bias = None if bias is None else operand(bias, dtype)
     return F.linear(operand(x, dtype), operand(weight, dtype), bias).to(dtype)
 
@@ -94,33 +93,40 @@ PANEL = 64
 def native_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the native library computes this product: plain tensors on the CPU that nothing intercepts."""
     return (
-        x.is_cpu
-        and dtype in _NATIVE
-        and eager()
-        and plain(x)
-        and plain(weight)
-        and (bias is None or plain(bias))
+        native(dtype, x, weight, *(() if bias is None else (bias,)))
         and x.shape[-1] == weight.shape[-1] > 0
         and weight.ndim == 2
         and (bias is None or bias.shape == weight.shape[:1])
-        and _library() is not None
     )
 
 
-def _native_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., D], weight [C, D], bias [C], all of one dtype -> [..., C]."""
+def native(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether the native library may multiply these tensors in `dtype`: plain ones on the CPU, nothing intercepts."""
+    return dtype in _NATIVE and eager() and all(x.is_cpu and plain(x) for x in tensors) and _library() is not None
+
+
+def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x [..., D], weight [C, D], bias [C], all of one dtype -> [..., C], written to `out` where that is given."""
     if x.dtype != torch.float32 and x.shape[-1] % 2:  # two numbers are read at a time
         x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1))
     even = x.dtype == torch.float32 or weight.stride(0) % 2 == 0
     weight = weight if weight.stride(1) == 1 and even else weight.contiguous()
-    return _run(x, weight, None, None if bias is None else bias.contiguous(), _ROWS, len(weight))
+    return _run(x, weight, None, None if bias is None else bias.contiguous(), _ROWS, len(weight), out)
 
 
-def _run(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, storage: int, outputs: int) -> Tensor:
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    storage: int,
+    outputs: int,
+    out: Tensor | None = None,
+) -> Tensor:
     library: Any = _library()
     inputs = x.shape[-1]
     rows = x.reshape(-1, inputs).contiguous()
-    out = x.new_empty((len(rows), outputs))
+    out = x.new_empty((len(rows), outputs)) if out is None else out
     call = library.LINEAR.pack(
         rows.data_ptr(), weight.data_ptr(), 0 if scale is None else scale.data_ptr(),
         0 if bias is None else bias.data_ptr(), out.data_ptr(), library.isa_number(), torch.get_num_threads(),
@@ -162,6 +168,27 @@ class _LargePages:
 
 
 _large_pages = _LargePages()
+
+
+def native_matmul(a: Tensor, b: Tensor, out: Tensor, *, transposed: bool = False, accumulate: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b where `accumulate`, by the native library, see `native`. Returns `out`.
+
+    Args:
+        a: [M, K], or where `transposed` [K, M], which stands for its transpose; b: [K, N] of its dtype.
+        out: [M, N], contiguous, in fp32, bf16 or fp16; fp32 where `accumulate`.
+
+    Sums are fp32, in a fixed order (native/product.h), rounded once.
+    """
+    library: Any = _library()
+    a, b = (x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous() for x in (a, b))
+    K, M = a.shape if transposed else a.shape[::-1]
+    call = library.PRODUCT.pack(
+        a.data_ptr(), b.data_ptr(), 0, out.data_ptr(), library.isa_number(), torch.get_num_threads(), _NATIVE[a.dtype],
+        _NATIVE[out.dtype], transposed, False, accumulate, M, K, b.shape[1], a.stride(0), b.stride(0),
+    )  # fmt: skip
+    with torch.profiler.record_function("keyspan::matmul") if profiled() else nullcontext():
+        library.MATRIX_PRODUCT(call)
+    return out
 
 
 class PackedWeight:
@@ -212,79 +239,77 @@ class PackedWeight:
         return _run(x, self.words, self.scale, bias, self.storage, self.outputs)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of `product` for x, rounded. Autocast off."""
-    rows = operand(grad, dtype).reshape(-1, grad.shape[-1])
-    return (rows @ operand(weight, dtype)).to(dtype).view(*grad.shape[:-1], weight.shape[1])
+def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype, to: torch.dtype) -> Tensor:
+    """Gradient of `product` for x, in the dtype `to`. Autocast off."""
+    rows, shape = grad.reshape(-1, grad.shape[-1]), (*grad.shape[:-1], weight.shape[1])
+    if _native_gradient(dtype, to, grad, weight):
+        out = grad.new_empty((len(rows), weight.shape[1]), dtype=to)
+        return native_matmul(rows.to(dtype), weight.to(dtype), out).view(shape)
+    return (operand(rows, dtype) @ operand(weight, dtype)).to(dtype).to(to).view(shape)
 
 
-def parameter_gradients(
-    grad: Tensor, x: Tensor, dtype: torch.dtype, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `product` for weight and bias, rounded; None where not wanted. Autocast off."""
-    rows = operand(grad, dtype).reshape(-1, grad.shape[-1])
-    dweight = (rows.t() @ operand(x, dtype).reshape(-1, x.shape[-1])).to(dtype) if wanted[0] else None
-    return dweight, rows.sum(0).to(dtype) if wanted[1] else None
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype, to: torch.dtype) -> Tensor:
+    """Gradient of `product` for weight, in the dtype `to`. Autocast off."""
+    rows, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    if _native_gradient(dtype, to, grad, x):
+        out = grad.new_empty((rows.shape[1], x.shape[1]), dtype=to)
+        return native_matmul(rows.to(dtype), x.to(dtype), out, transposed=True)
+    return (operand(rows, dtype).t() @ operand(x, dtype)).to(dtype).to(to)
 
 
-class _RoundedLinear(torch.autograd.Function):
-    """`product` as one node: what is saved is x in the low dtype, not the fp32 copies that are multiplied."""
+def bias_gradient(grad: Tensor, dtype: torch.dtype, to: torch.dtype) -> Tensor:
+    """Gradient of `product` for bias, in the dtype `to`."""
+    return operand(grad, dtype).reshape(-1, grad.shape[-1]).sum(0).to(dtype).to(to)
+
+
+def _native_gradient(dtype: torch.dtype, to: torch.dtype, *operands: Tensor) -> bool:
+    """Whether the native library computes a gradient: it is not to be differentiated itself."""
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    return not differentiable and to in _NATIVE and native(dtype, *operands)
+
+
+class _Linear(torch.autograd.Function):
+    """`product` as one node. It saves x in the dtype that is multiplied, and the weight as it is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        low = x.to(dtype)
-        ctx.save_for_backward(low, weight)
-        ctx.dtype, ctx.dtypes = dtype, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return product(low, weight, bias, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        low, weight = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            dx = input_gradient(grad, weight, ctx.dtype) if ctx.needs_input_grad[0] else None
-            grads = (dx, *parameter_gradients(grad, low, ctx.dtype, ctx.needs_input_grad[1:3]))
-        return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
-
-
-class _NativeLinear(torch.autograd.Function):
-    """The native product of operands of one dtype. Its gradients are torch's products and can be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _native_product(x, weight, bias)
+        ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, weight, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        with torch.autocast("cpu", enabled=False):
-            dx = input_gradient(grad, weight, grad.dtype) if ctx.needs_input_grad[0] else None
-            return dx, *parameter_gradients(grad, x, grad.dtype, ctx.needs_input_grad[1:3])
+        dtype, need = ctx.dtype, ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            return (
+                input_gradient(grad, weight, dtype, x.dtype) if need[0] else None,
+                weight_gradient(grad, x, dtype, weight.dtype) if need[1] else None,
+                bias_gradient(grad, dtype, ctx.bias_dtype) if need[2] else None,
+                None,
+            )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on a CPU with the same bits for a row whatever rows are beside it.
 
     x [..., D], weight [C, D], bias [C] -> [..., C], in autocast's dtype where autocast is on, else in x's.
-    fp32, bf16 and fp16 on a CPU are multiplied by the native library. Without it, on other devices, for fp64, and
-    where a compiler or mode intercepts torch, it is `F.linear`. On a CPU without bf16 or fp16 instructions operands,
-    result and gradients are rounded to that dtype and the products are fp32; such a result can be differentiated once.
-    Raises ValueError where dtypes differ and autocast is off.
+    fp32, bf16 and fp16 on a CPU are multiplied by the native library, gradients too: their bits do not depend on the
+    threads. Without it, on other devices, for fp64, and where a compiler or mode intercepts torch, it is `F.linear`.
+    On a CPU without bf16 or fp16 instructions operands, result and gradients are rounded to that dtype and the products
+    are fp32. Raises ValueError where dtypes differ and autocast is off.
     """
     dtype = gemm_dtype(x, weight=weight, bias=bias)
     result: Tensor
-    if not multiplies(x.device.type, dtype):
-        result = _RoundedLinear.apply(x, weight, bias, dtype)  # type: ignore[no-untyped-call]
-    elif not native_multiplies(x, weight, bias, dtype):
+    by_library = native_multiplies(x, weight, bias, dtype)
+    if multiplies(x.device.type, dtype) and not by_library:
         result = F.linear(x, weight, bias)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        result = _Linear.apply(x.to(dtype), weight, bias, dtype)  # type: ignore[no-untyped-call]
     else:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-            result = _NativeLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        else:
-            result = _native_product(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            result = product(x, weight, bias, dtype)
     return result
 
 

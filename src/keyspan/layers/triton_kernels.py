@@ -1,4 +1,4 @@
-"""Fused Triton kernels of the layers: RMSNorm, rotary embedding, SwiGLU's gate, cross-entropy.
+"""Fused Triton kernels of the layers: RMSNorm, rotary embedding, the gate of SwiGLU and GeGLU, cross-entropy.
 
 Each function launches one kernel on contiguous tensors and returns new ones, or writes where it says so. Arithmetic is
 fp32; results are rounded once. Imported by the first layer that runs on a GPU. T rows (tokens), D width, C classes.
@@ -193,24 +193,40 @@ def rotate_qkv_backward(
     return out
 
 
-# SwiGLU's gate
+# The gate of SwiGLU and GeGLU
 
 
 @triton.jit
-def swiglu_forward_kernel(x12, out, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def _activation(a, GELU: tl.constexpr):
+    """(silu(a), its derivative), or those of gelu in its tanh form, which is a · sigmoid(2 u)."""
+    if GELU:
+        # Beyond, sigmoid is 0 or 1, and the powers may overflow.
+        x = tl.minimum(tl.maximum(a, -10.0, propagate_nan=tl.PropagateNan.ALL), 10.0, tl.PropagateNan.ALL)
+        twice = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)  # 2 u
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:
+        x, twice, slope = a, a, 1.0
+    sigmoid = 1.0 / (1.0 + tl.exp(-twice))
+    return a * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid) * slope)
+
+
+@triton.jit
+def gate_forward_kernel(x12, out, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
     column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     inside = (row < T)[:, None] & (column < D)[None, :]  # [BT, BD]
     at = row[:, None] * (2 * D) + column[None, :]
     a = tl.load(x12 + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
     b = tl.load(x12 + at + D, mask=inside, other=0.0).to(tl.float32)
-    # As the unfused formula rounds: silu(a) in the tensors' dtype, then the product.
-    gate = (a / (1.0 + tl.exp(-a))).to(out.dtype.element_ty).to(tl.float32)
+    # As the unfused formula rounds: the activation in the tensors' dtype, then the product.
+    value, _ = _activation(a, GELU)
+    gate = value.to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row[:, None] * D + column[None, :], (gate * b).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_backward_kernel(grad, x12, out, dx12, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def gate_backward_kernel(grad, x12, out, dx12, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+                         GELU: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
     column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     inside = (row < T)[:, None] & (column < D)[None, :]  # [BT, BD]
@@ -219,10 +235,9 @@ def swiglu_backward_kernel(grad, x12, out, dx12, T, D: tl.constexpr, BT: tl.cons
     a = tl.load(x12 + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
     b = tl.load(x12 + at + D, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + narrow, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-a))
-    gate = (a * sigmoid).to(out.dtype.element_ty).to(tl.float32)
+    value, slope = _activation(a, GELU)
+    gate = value.to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + narrow, (gate * b).to(out.dtype.element_ty), mask=inside)
-    slope = sigmoid * (1.0 + a * (1.0 - sigmoid))  # of silu
     tl.store(dx12 + at, (g * b * slope).to(dx12.dtype.element_ty), mask=inside)
     tl.store(dx12 + at + D, (g * gate).to(dx12.dtype.element_ty), mask=inside)
 
@@ -234,23 +249,23 @@ def _gate_tile(T: int, D: int) -> tuple[tuple[int, int], int, int]:
     return (triton.cdiv(T, BT), triton.cdiv(D, BD)), BT, BD
 
 
-def swiglu_gate(x12: Tensor) -> Tensor:
-    """silu(x1) · x2 [T, D] of x12 [T, 2 D]."""
+def gate(x12: Tensor, activation: str) -> Tensor:
+    """f(x1) · x2 [T, D] of x12 [T, 2 D]; f is silu, or gelu in its tanh form."""
     T, D = x12.shape[0], x12.shape[1] // 2
     out = x12.new_empty((T, D))
     grid, BT, BD = _gate_tile(T, D)
     with _on(x12):
-        swiglu_forward_kernel[grid](x12, out, T, D, BT, BD, num_warps=4)
+        gate_forward_kernel[grid](x12, out, T, D, BT, BD, activation == "gelu_tanh", num_warps=4)
     return out
 
 
-def swiglu_gate_backward(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient of x12 [T, 2 D], silu(x1) · x2 [T, D] computed again), given the gradient of the latter."""
+def gate_backward(grad: Tensor, x12: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(gradient of x12 [T, 2 D], f(x1) · x2 [T, D] computed again), given the gradient of the latter."""
     T, D = grad.shape
     out, dx12 = torch.empty_like(grad), torch.empty_like(x12)
     grid, BT, BD = _gate_tile(T, D)
     with _on(x12):
-        swiglu_backward_kernel[grid](grad, x12, out, dx12, T, D, BT, BD, num_warps=4)
+        gate_backward_kernel[grid](grad, x12, out, dx12, T, D, BT, BD, activation == "gelu_tanh", num_warps=4)
     return dx12, out
 
 

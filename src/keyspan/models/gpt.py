@@ -13,18 +13,26 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
 from keyspan.core.masks import Layout, Mask
-from keyspan.layers import Linear, RMSNorm, SwiGLU, linear, linear_cross_entropy, rotary_table, rotate_qkv
+from keyspan.layers import (
+    GeGLU,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    linear,
+    linear_cross_entropy,
+    rotary_table,
+    rotate_qkv,
+)  # fmt: skip
+from keyspan.layers.gated import Activation
 from keyspan.layers.gemm import PackedWeight, gemm_dtype
 from keyspan.models.experts import Experts
 from keyspan.parallel import Context, ContextMask, context_attention
 
 Positions = Literal["rope", "alibi", "none"]
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -254,16 +262,6 @@ class Attention(nn.Module):
             if turn is not None:
                 q, k = (rotate_qkv(x.reshape(x.shape[1], -1), turn, (x.shape[2], 0, 0))[0] for x in (q, k))
         return q, k, v
-
-
-class GeGLU(SwiGLU):
-    """SwiGLU with GELU (its tanh form) in place of SiLU, with the same parameters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        gate, up = self.w12(x).chunk(2, dim=-1)
-        y: Tensor = self.w3(F.gelu(gate, approximate="tanh") * up)
-        return y
 
 
 def _feed_forward(c: GPTConfig) -> SwiGLU | Experts:

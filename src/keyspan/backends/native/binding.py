@@ -57,6 +57,11 @@ LINEAR_FIELDS: _Fields = (
     *_fields("int1", "isa threads dtype storage rows inputs outputs x_stride weight_stride"),
 )
 """Those of `Linear`, in native/linear.h."""
+PRODUCT_FIELDS: _Fields = (
+    *_fields("pointer", "a b bias out"),
+    *_fields("int1", "isa threads dtype out_dtype a_transposed b_transposed accumulate M K N a_stride b_stride"),
+)
+"""Those of `Product`, in native/product.h."""
 LAYER_FIELDS: dict[str, _Fields] = {
     "rms_norm": (
         *_fields("pointer", "x residual weight total out inverse grad grad_total dx dweight"),
@@ -69,7 +74,7 @@ LAYER_FIELDS: dict[str, _Fields] = {
         *_fields("int3", "heads stride"),
         *_fields("int1", "out_stride back interleaved"),
     ),
-    "gate": (*_fields("pointer", "x12 grad out dx12"), *_fields("int1", "isa threads dtype T D")),
+    "gate": (*_fields("pointer", "x12 grad out dx12"), *_fields("int1", "isa threads dtype activation T D")),
     "cross_entropy": (
         *_fields("pointer", "z bias targets lse losses grads dz"),
         *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
@@ -102,6 +107,7 @@ NUMBERS = _struct(NUMBER_FIELDS)
 """The second part of `Params`: repeated calls with the same signature reuse these bytes."""
 DENSE = _struct(DENSE_FIELDS)
 LINEAR = _struct(LINEAR_FIELDS)
+PRODUCT = _struct(PRODUCT_FIELDS)
 LAYERS = {name: _struct(fields) for name, fields in LAYER_FIELDS.items()}
 
 _HERE = Path(__file__).parent
@@ -121,7 +127,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         library = ctypes.CDLL(str(found[0]))
-        structs = {"params": PARAMS_FIELDS, "dense": DENSE_FIELDS, "linear": LINEAR_FIELDS, **LAYER_FIELDS}
+        structs = {"params": PARAMS_FIELDS, "dense": DENSE_FIELDS, "linear": LINEAR_FIELDS, "product": PRODUCT_FIELDS}
+        structs |= LAYER_FIELDS
         for name, fields in structs.items():
             describe = getattr(library, f"keyspan_{name}_fields")
             describe.restype = ctypes.c_char_p
@@ -134,7 +141,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         getattr(library, f"keyspan_{name}").restype = ctypes.c_int64
     library.keyspan_supports.argtypes = [ctypes.c_int64]
     library.keyspan_threading.restype = ctypes.c_char_p
-    library.keyspan_linear.restype = None
+    library.keyspan_linear.restype = library.keyspan_product.restype = None
     library.keyspan_run.restype = None
     library.keyspan_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return library, None
@@ -153,6 +160,7 @@ LIBRARY, WHY_ABSENT = _load()
 FORWARD: Any = getattr(LIBRARY, "keyspan_forward", None)
 BACKWARD: Any = getattr(LIBRARY, "keyspan_backward", None)
 LINEAR_PRODUCT: Any = getattr(LIBRARY, "keyspan_linear", None)
+MATRIX_PRODUCT: Any = getattr(LIBRARY, "keyspan_product", None)
 SUPPORTED = tuple(isa for number, isa in enumerate(ISAS) if LIBRARY is not None and LIBRARY.keyspan_supports(number))
 """Those of `ISAS` that this machine runs."""
 

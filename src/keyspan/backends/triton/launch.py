@@ -170,25 +170,55 @@ def record_backward(
     made, launches = _backward(problem, *prepared, needs)
     gradients = _gradients(forms, made, needs, problem.sinks, prepared[1])
     present = [x for x in prepared if x is not None]
-    names, filled = tuple(made), list(made.values())
-    relaunched = relaunch.recorded(problem, [*given, *present], launches, filled, [x.shape for x in filled])
+    # Where nothing is copied, the kernels read the given tensors; the call's signature says so of every repetition.
+    copied = any(x.data_ptr() != y.data_ptr() for x, y in zip(present, given[-len(present) :], strict=True))
+    results = [name for name in made if _is_result(name, needs)]
+    shapes = [_shape_given(name, made[name], problem, given) for name in results]
+    filled = [made[name] for name in (*results, *(name for name in made if name not in results))]
+    relaunched = relaunch.recorded(problem, [*given, *present] if copied else given, launches, filled, shapes)
     if relaunched is None:
         return gradients, None
     of_out, of_lse = problem.shapes
-    shapes = (of_out, of_lse, of_out, of_lse)[: len(present)]
+    saved_shapes = (of_out, of_lse, of_out, of_lse)[: len(present)]
     sinks = None if problem.sinks is None else _place(problem.sinks, given)
+    products_only = set(results) <= {"query", "key", "value"} and not needs.sinks
+    absent: list[Tensor | None] = [None] * len(problem.biases)
 
     def replay(pointers: list[int], tensors: Sequence[Tensor]) -> Gradients | None:
-        # What is copied, and the strides of what is not, depend on the shapes: those of the recorded call.
-        last = tensors[-len(shapes) :]
-        prepared = _prepared(dtype, *(x.reshape(shape) for x, shape in zip(last, shapes, strict=True)))
-        filled = relaunched([*pointers, *(x.data_ptr() for x in prepared if x is not None)], tensors)
+        if copied or not products_only:
+            # What is copied depends on the shapes: those of the recorded call.
+            last = tensors[-len(saved_shapes) :]
+            prepared = _prepared(dtype, *(x.reshape(shape) for x, shape in zip(last, saved_shapes, strict=True)))
+            if copied:
+                pointers = [*pointers, *(x.data_ptr() for x in prepared if x is not None)]
+        filled = relaunched(pointers, tensors)
         if filled is None:
             return None
+        found = dict(zip(results, filled, strict=False))
+        if products_only:
+            dq = found.get("query") if needs.query else None
+            return Gradients(dq, found.get("key"), found.get("value"), None, None, None, absent)
         learned = None if sinks is None else tensors[sinks[0]].as_strided(*sinks[1:])
-        return _gradients(forms, dict(zip(names, filled, strict=True)), needs, learned, prepared[1])
+        return _gradients(forms, found, needs, learned, prepared[1])
 
     return gradients, replay
+
+
+def _is_result(name: str, needs: Needs) -> bool:
+    """Whether `_gradients` reads what the launches fill under this name; the rest is scratch."""
+    return (
+        name in ("query", "key", "value", "slopes", "ends", "table")
+        or name.startswith("bias ")
+        or (name == "stats" and needs.sinks)
+    )
+
+
+def _shape_given(name: str, made: Tensor, problem: Problem, given: Sequence[Tensor]) -> torch.Size:
+    """The shape in which a replay makes a gradient: that of the given tensor, which is a view of the problem's."""
+    if name not in ("query", "key", "value"):
+        return made.shape
+    place = ("query", "key", "value").index(name)
+    return given[place].shape if given[place].numel() == made.numel() else made.shape
 
 
 def _place(x: Tensor, given: Sequence[Tensor]) -> tuple[int, torch.Size, tuple[int, ...]]:
