@@ -236,7 +236,10 @@ def test_the_host_knows_how_many_keys_rows_see(mask):
 
 
 def test_keys_of_padded_entries():
-    assert keyspan.KeyLengths([64, 192]).lower(2, 10, 200).row_keys == 128
+    ranges = keyspan.KeyLengths([64, 192]).lower(2, 10, 200)
+    assert ranges.row_keys == 128
+    with pytest.raises(ValueError, match="row_keys: got -1, want an int"):
+        replace(ranges, row_keys=-1)
 
 
 def test_draw_writes_a_picture(tmp_path):

@@ -80,6 +80,8 @@ class KeyRanges:
                 raise ValueError(f"origin: got shape {list(self.origin.shape)}, want {list(lo.shape[1:])}, as lo[0]")
         if self.dense is not None:
             _check("dense", self.dense, torch.bool, lo.device)
+        if isinstance(self.row_keys, bool) or not isinstance(self.row_keys, int) or self.row_keys < 0:
+            raise ValueError(f"row_keys: got {self.row_keys!r}, want an int ≥ 1, or 0 where it is not known")
         if self.keys is not None and not 0 <= self.keys < 2**31:
             raise ValueError(f"keys: got {self.keys}, want None or the number of keys, less than 2³¹")
 
