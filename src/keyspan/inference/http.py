@@ -39,7 +39,9 @@ class Limits:
     body_bytes: int = 2**20
     """Largest body of a request."""
     body_seconds: float = 10.0
-    """Longest time in which a body must arrive, and in which a connection must begin a request or read its answer."""
+    """Longest time in which a body must arrive."""
+    idle_seconds: float = 10.0
+    """Longest time in which the head of a request must arrive on a connection, and a client must read something."""
     max_tokens: int = 4096
     """Most new tokens of one answer."""
     answers: int = 16
@@ -296,7 +298,7 @@ def make_config(app: ASGIApp, limits: Limits, connections: int, **options: Any) 
 
 def _timed(limits: Limits) -> type[asyncio.Protocol]:
     """uvicorn's protocol with limits on time, which it lacks: for the head of a request, and for reading an answer."""
-    patience, longest = limits.body_seconds, limits.body_seconds + limits.seconds
+    patience, longest = limits.idle_seconds, limits.body_seconds + limits.seconds
     base: Any = AutoHTTPProtocol
 
     class Timed(base):  # type: ignore[misc]

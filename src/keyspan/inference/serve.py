@@ -145,7 +145,7 @@ def serve(options: Serve) -> None:
             raise ValueError(f"api_key_file: {options.api_key_file} holds no key, want one a line")
     limits = Limits()
     app = _app(options, limits, keys)
-    _allow_files(options.connections + 100)
+    allow_files(options.connections + 100)
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector would look through it again and again while bodies are parsed
     config = make_config(app, limits, options.connections, host=options.host, port=options.port, log_level="warning")
@@ -185,7 +185,7 @@ def _app(options: Serve, limits: Any, keys: tuple[str, ...]) -> Any:
     return make_app(engine, name, limits, keys)
 
 
-def _allow_files(count: int) -> None:
+def allow_files(count: int) -> None:
     """Let the process have so many open files, as far as the system allows: each connection is one."""
     if sys.platform == "win32":
         return
