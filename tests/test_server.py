@@ -548,6 +548,27 @@ def test_many_requests_at_once_are_all_answered_and_too_many_refused(folder):
         found.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_fails_is_reported(folder, stream):
+    found = start(folder)
+
+    def fail():
+        raise MemoryError("no more")
+
+    try:
+        found.engine.step = fail
+        body = {"model": "tiny", "prompt": "Hello", "n": 2, "stream": stream}
+        got = httpx.post(f"{found.url}/v1/completions", json=body, timeout=20)
+        assert "the engine has stopped" in got.text
+        assert got.status_code == 503 or stream, "a stream may have begun"
+        assert httpx.get(f"{found.url}/health").status_code == 503
+        assert httpx.post(f"{found.url}/v1/completions", json=body).status_code == 503
+        assert "keyspan_open_http_requests 0.0" in httpx.get(f"{found.url}/metrics").text
+    finally:
+        found.close()
+
+
 def test_shutdown_ends_running_requests(folder):
     found = start(folder)
     statuses = []

@@ -44,6 +44,10 @@ MOST_STOPS = 16
 """Texts and tokens that may end an answer: each is looked for at each token."""
 
 
+Events = asyncio.Queue[Event | None]
+"""Of one or several requests. None: the engine has stopped."""
+
+
 class EngineThread(threading.Thread):
     """Steps an engine for as long as it has requests, and hands events to asyncio queues."""
 
@@ -53,11 +57,10 @@ class EngineThread(threading.Thread):
         self.failure: BaseException | None = None
         self._wake = threading.Condition()
         self._closing = False
-        self._queues: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Event | None]]] = {}
+        self._queues: dict[str, tuple[asyncio.AbstractEventLoop, Events]] = {}
 
-    def submit(self, prompt: str | list[int], sampling: Sampling) -> tuple[str, asyncio.Queue[Event | None]]:
-        """Queue a request; its events come through the queue. None in the queue: the engine has failed."""
-        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+    def submit(self, prompt: str | list[int], sampling: Sampling, queue: Events) -> str:
+        """Queue a request, whose events come through the queue; returns its id."""
         id = uuid.uuid4().hex
         with self._wake:
             if self._closing or self.failure is not None:
@@ -69,7 +72,7 @@ class EngineThread(threading.Thread):
                 del self._queues[id]
                 raise
             self._wake.notify()
-        return id, queue
+        return id
 
     def cancel(self, id: str) -> None:
         """End a request that is not finished."""
@@ -93,8 +96,7 @@ class EngineThread(threading.Thread):
                         self._wake.wait()
                     if self._closing:
                         break
-                for event in self.engine.step():
-                    self._hand(event)
+                self._hand(self.engine.step())
         except BaseException as error:
             self.failure = error
             raise
@@ -104,14 +106,22 @@ class EngineThread(threading.Thread):
                     loop.call_soon_threadsafe(queue.put_nowait, None)
                 self._queues.clear()
 
-    def _hand(self, event: Event) -> None:
+    def _hand(self, events: list[Event]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Events, Event]]] = {}
         with self._wake:
-            found = self._queues.get(event.id)
-            if event.finished is not None:
-                self._queues.pop(event.id, None)
-        if found is not None:
-            loop, queue = found
-            loop.call_soon_threadsafe(queue.put_nowait, event)
+            for event in events:
+                found = self._queues.get(event.id)
+                if event.finished is not None:
+                    self._queues.pop(event.id, None)
+                if found is not None:
+                    by_loop.setdefault(found[0], []).append((found[1], event))
+        for loop, some in by_loop.items():  # a loop is woken once a step
+            loop.call_soon_threadsafe(_put, some)
+
+
+def _put(events: list[tuple[Events, Event]]) -> None:
+    for queue, event in events:
+        queue.put_nowait(event)
 
 
 # Requests
@@ -375,19 +385,20 @@ async def _answer(
     if engine.tokenizer is not None:  # in another thread: a long text takes a while, in which others are answered
         encode = engine.tokenizer.encode
         prompts = [await asyncio.to_thread(encode, x) if isinstance(x, str) else x for x in prompts]
-    submitted: list[tuple[str, asyncio.Queue[Event | None]]] = []
+    queue: Events = asyncio.Queue()
+    ids: list[str] = []
     try:
         for prompt, sampling in zip(prompts, each, strict=True):
-            submitted.append(server.thread.submit(prompt, sampling))
+            ids.append(server.thread.submit(prompt, sampling, queue))
     except BaseException:
-        for id, _ in submitted:
+        for id in ids:
             server.thread.cancel(id)
         raise
     usage = _Usage(sum(map(len, prompts[:: body.n])))
-    events = _merge(server, submitted)
+    events = _events(server, ids, queue)
     if body.stream:
         parts = _stream(server, body, form, events, usage)
-        return _Parts(server, [id for id, _ in submitted], parts)
+        return _Parts(server, ids, parts)
     return await _whole(server, request, form, events, usage, len(prompts))
 
 
@@ -416,38 +427,25 @@ class _Usage:
         return {"prompt_tokens": self.prompt, "completion_tokens": self.answer, "total_tokens": total}
 
 
-async def _merge(
-    server: _Server, submitted: list[tuple[str, asyncio.Queue[Event | None]]]
-) -> AsyncIterator[tuple[int, Event]]:
-    """The events of several requests as they come. Leaving it, for whatever reason, cancels what is not finished."""
-    merged: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+async def _events(server: _Server, ids: list[str], queue: Events) -> AsyncIterator[tuple[int, Event]]:
+    """The events of several requests as they come, each with the number of its request.
 
-    async def forward(index: int, queue: asyncio.Queue[Event | None]) -> None:
-        while True:
-            event = await queue.get()
-            await merged.put((index, event))
-            if event is None or event.finished is not None:
-                return
-
-    tasks = [asyncio.create_task(forward(n, queue)) for n, (_, queue) in enumerate(submitted)]
-    left = set(range(len(submitted)))
+    Leaving it, for whatever reason, cancels what is not finished.
+    """
+    left = {id: n for n, id in enumerate(ids)}
     deadline = time.monotonic() + server.limits.seconds
     try:
         while left:
-            index, event = await asyncio.wait_for(merged.get(), max(0.0, deadline - time.monotonic()))
+            event = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
             if event is None:
                 raise HTTPException(503, "the engine has stopped")
-            if event.finished is not None:
-                left.discard(index)
-            yield index, event
+            yield left[event.id] if event.finished is None else left.pop(event.id), event
     except asyncio.TimeoutError:
-        for index in sorted(left):
-            yield index, Event(submitted[index][0], finished="length")
+        for id, index in left.items():
+            yield index, Event(id, finished="length")
     finally:
-        for task in tasks:
-            task.cancel()
-        for index in left:
-            server.thread.cancel(submitted[index][0])
+        for id in left:
+            server.thread.cancel(id)
 
 
 async def _whole(
