@@ -51,9 +51,7 @@ def compare(model: GPT) -> None:
     for name, found in (("graphs", graphs), ("alone", alone)):
         equal = sum(a.tokens == b.tokens for a, b in zip(plain, found, strict=True))
         far = max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(plain, found, strict=True))
-        print(
-            f"{name}: {equal} of {len(plain)} answers as without graphs, first log-probabilities {far:.1e} apart"
-        )
+        print(f"{name}: {equal} of {len(plain)} answers as without graphs, first log-probabilities {far:.1e} apart")
 
 
 def timed(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, float]:
