@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from keyspan import cli
 from keyspan.files import locked
+from keyspan.inference.tokenizer import FolderTokenizer
 from keyspan.models import GPT, GPTConfig
 from keyspan.training.config import TrainConfig, preset
 from keyspan.training.corpus import GROUP, Corpus, Piece, pack
@@ -444,41 +446,73 @@ def test_a_plan_goes_on_from_its_position(corpus, monkeypatch):
     assert other.train_batch(seed, 0, 2 * tokens).tokens.numel() > tokens
 
 
-def test_training_stays_within_a_tenth_of_the_data(tmp_path):
-    rows = 6_000_000
+LIMITED = """
+import resource, sys
+import numpy as np
+from keyspan import cli
+
+size, limit, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    np.ones(size // 8)
+except MemoryError:
+    print("the data does not fit")
+sys.exit(cli.main(["train", "--data", folder, *sys.argv[4:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits a process's own memory on Linux alone")
+def test_training_on_ten_times_the_memory_that_the_process_may_have(tmp_path):
+    limit, rows, count = 600 * 2**20, 5_000_000, 640  # 6.4 GB of uint16, in files with holes
     folder = tmp_path / "data"
     folder.mkdir()
     prepared = prepare(Prepare((write_lines(tmp_path / "a.jsonl", texts(300)),), tmp_path / "small", held_out=0.1))
     index = json.loads((prepared / "index.json").read_text())
-    held_out = [x for x in index["shards"] if x["side"] == "held-out"]
-    for x in held_out:
+    shards = [x for x in index["shards"] if x["side"] == "held-out"]
+    for x in shards:
         for suffix in ("bin", "ends"):
             (folder / f"{x['stem']}.{suffix}").write_bytes((prepared / f"{x['stem']}.{suffix}").read_bytes())
-    ends = np.arange(1000, rows + 1, 1000, dtype="<u8")
-    data = (np.arange(rows) % 256).astype("<u2")
-    shards = []
-    for n in range(40):  # 480 MB
-        (folder / f"train-{n:05d}.bin").write_bytes(data.tobytes())
+    ends = np.arange(5000, rows + 1, 5000, dtype="<u8")
+    for n in range(count):
+        with (folder / f"train-{n:05d}.bin").open("wb") as file:
+            file.truncate(2 * rows)
         (folder / f"train-{n:05d}.ends").write_bytes(ends.tobytes())
         shards.append({"side": "train", "stem": f"train-{n:05d}", "documents": len(ends), "tokens": rows, "bytes": rows,
                        "sha256": {}})  # fmt: skip
-    (folder / "index.json").write_text(json.dumps({**index, "shards": [*held_out, *shards]}))
-    script = f"""
-import resource, pathlib
-from keyspan.training.corpus import Corpus
+    (folder / "index.json").write_text(json.dumps({**index, "shards": shards}))
+    assert count * rows * 2 >= 10 * limit
+    options = "--steps 12 --dim 16 --layers 1 --heads 2 --kv-heads 2 --tokens 5000 --max-length 5000 --eval-tokens 256"
+    words = [str(count * rows * 2), str(limit), str(folder), *options.split(), "--device", "cpu", "--out"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *words, str(tmp_path / "run")], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the data does not fit")
+    assert len([x for x in records(tmp_path / "run") if "loss" in x]) == 12
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-corpus = Corpus(pathlib.Path({str(folder)!r}), 1000)
-corpus.train_batch(0, 0, 4096)
-before = peak()
-for n in range(60):
-    corpus.train_batch(0, n, 4096)
-print(peak() - before)
-"""
-    grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    assert grown < 48 * 1024, "KiB; a tenth of the data"
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
+def test_a_run_on_text_is_exported_with_its_tokenizer(tmp_path, tokenizer, capsys):
+    """The folder's model and tokenizer continue a text as the run does; answers end with the end token."""
+    write_lines(tmp_path / "a.jsonl", texts(300, seed=5))
+    words = f"prepare {tmp_path / 'a.jsonl'} --out {tmp_path / 'data'} --tokenizer {tokenizer} --held-out 0.1"
+    assert cli.main(words.split()) == 0
+    small = (
+        "--steps 4 --dim 16 --layers 1 --heads 2 --kv-heads 2 --tokens 256 --max-length 64 --eval-tokens 256 --lr 0.01"
+    )
+    assert cli.main(["train", "--data", str(tmp_path / "data"), *small.split(), "--out", str(tmp_path / "run")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
+    answers = []
+    for folder in ("run", "model"):
+        capsys.readouterr()
+        assert cli.main(["generate", str(tmp_path / folder), "--prompt", "1 ab", "--max-tokens", "12"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    tokenizer = FolderTokenizer(tmp_path / "model")
+    own = Corpus(tmp_path / "data", 64)
+    assert tokenizer.encode("1 ab €") == own.encode("1 ab €")
+    assert tokenizer.end_tokens == (own.stop,)
 
 
 @pytest.mark.parametrize(

@@ -242,20 +242,27 @@ def export(run: Path, to: Path | None = None) -> None:
 
     Args:
         run: Folder of a training run.
-        to: Folder for config.json, model.safetensors and, for stdlib, tokenizer.json. By default `export` in the run's.
+        to: Folder for config.json, model.safetensors and, for stdlib and data, tokenizer.json. By default `export` in
+            the run's.
     """
-    from keyspan.inference.tokenizer import write_byte_tokenizer
+    from keyspan.inference.tokenizer import write_byte_tokenizer, write_text_tokenizer
     from keyspan.models import save
-    from keyspan.training.data import START
+    from keyspan.training.data import START, StandardLibrary
     from keyspan.training.loop import load_run
+    from keyspan.training.tasks import SyntheticTask
 
-    config, _, model = load_run(run, "cpu")
+    _, task, model = load_run(run, "cpu")
     to = to or run / "export"
-    if config.task == "stdlib":
+    if not isinstance(task, SyntheticTask):
         import_module("tokenizers")  # better missed now than when the weights are written
     save(model, to)
-    if config.task == "stdlib":
+    if isinstance(task, StandardLibrary):
         write_byte_tokenizer(to, START)
+    elif not isinstance(task, SyntheticTask):
+        if task.tokenizer_file is None:
+            write_byte_tokenizer(to, task.stop, ends=True)
+        else:
+            write_text_tokenizer(to, task.tokenizer_file, task.stop)
     print(f"written: {to}")
 
 

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from test_training_ranks import CONFIG, curve
 
 import keyspan as S
+from keyspan import parallel
 from keyspan.core.biases import DenseBias
 from keyspan.core.ranges import KeyRanges
 from keyspan.parallel import ContextMask, Partition, context_attention
@@ -64,7 +65,8 @@ def cut(problem, exchange, backend, queries=None, keys=None):
 
 
 def total(found):
-    """Sums over the ranks."""
+    """Sums over the ranks, whose tensors may lie in memory in different orders."""
+    found = {name: x.contiguous() for name, x in found.items()}
     for x in found.values():
         dist.all_reduce(x)
     return found
@@ -98,6 +100,87 @@ def every_case(step: str) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
+def product() -> None:
+    """Every kind of mask × query heads per key head × every kind of bias, at 40 rows."""
+    poison()
+    M, rank, ranks = 40, dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    visible = torch.rand(2, 1, M, M, generator=generator) < 0.6
+    lengths = torch.tensor([33, 40], dtype=torch.int32)
+    given = [
+        None, S.Causal(), S.Causal() & S.Window(5, 0), S.Window(3, 4), S.Documents([7, 0, 20, 13]),
+        S.Documents([7, 20, 13]) & S.Causal(), S.Documents([7, 20, 13]) & S.Window(4, 0), S.KeyLengths(lengths),
+        S.KeyLengths(lengths) & S.Causal(), S.Causal() & S.Prefix(6), S.Causal() & S.Window(6, 0) & S.Sinks(2),
+        S.SharedPrompt([10], [[12, 18]]), visible, S.Causal() & visible,
+    ]  # fmt: skip
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wrong = []
+    for number, mask in enumerate(given):
+        parallel.masks.LEAST_ROWS = 2**16 if number % 4 == 1 else 1  # where keys are gathered: all heads, or in slices
+        B = 1 if "Documents" in repr(mask) or "SharedPrompt" in repr(mask) else 2
+        partition = scattered(M, ranks, number)
+        for groups in (4, 2, 1):
+            for kind in ("none", "alibi", "table", "dense", "all"):
+                inputs = {"q": draw(B, M, 4, 8), "k": draw(B, M, groups, 8), "v": draw(B, M, groups, 4)}
+                if kind in ("alibi", "all"):
+                    inputs["slopes"] = draw(4).abs()
+                if kind in ("table", "all"):
+                    inputs["table"] = draw(4, 9)
+                if kind in ("dense", "all"):
+                    inputs["dense"] = draw(B, 1, M, M)
+                if kind == "all":
+                    inputs["sinks"] = draw(4)
+                results = []
+                for cut in (False, True):
+                    x = {name: y.clone().requires_grad_() for name, y in inputs.items()}
+                    terms = [S.Alibi(x["slopes"])] if "slopes" in x else []
+                    terms += [S.RelativeBias(x["table"])] if "table" in x else []
+                    terms += [DenseBias(x["dense"])] if "dense" in x else []
+                    options = {"bias": sum(terms) if terms else None, "sinks": x.get("sinks"), "return_lse": True}
+                    options["softcap"] = 3.0 if kind == "all" else None
+                    qkv = [x["q"], x["k"], x["v"]]
+                    if cut:
+                        exchange = "gather" if number % 2 else "ring"
+                        of = ContextMask(mask, partition, batch=B, exchange=exchange)
+                        out, lse = context_attention(*(partition.take(y, rank) for y in qkv), of, **options)
+                        out = out.new_zeros(B, M, 4, 4).index_copy(1, of.rows, out)
+                        lse = lse.new_zeros(B, 4, M).index_copy(2, of.rows, lse)
+                    else:
+                        out, lse = S.attention(*qkv, mask=mask, backend="reference", **options)
+                    seen = lse.detach().isfinite()
+                    grads = torch.autograd.grad((out.sin().sum(), torch.where(seen, lse, 0).cos().sum()), [*x.values()])
+                    results.append({"out": out.detach(), "lse": torch.where(seen, lse, 0).detach()})
+                    results[-1] |= dict(zip(x, grads, strict=True))
+                want, got = results[0], total(results[1])
+                wrong += [
+                    (mask, groups, kind, name, float((got[name] - y).abs().max()))
+                    for name, y in want.items()
+                    if not torch.allclose(got[name], y, rtol=1e-10, atol=1e-10)
+                ]
+    parallel.masks.LEAST_ROWS = 2**16
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def dropped() -> None:
+    """Backward draws the pattern of forward: outputs are linear in values, so that both products are equal."""
+    mask = S.Causal()
+    partition = Partition.balanced(mask, 64, dist.get_world_size())
+    for exchange in ("ring", "gather"):
+        parallel.masks.LEAST_ROWS = 1
+        cut_mask = ContextMask(mask, partition, exchange=exchange)
+        q, k, v = (torch.randn(1, len(cut_mask.rows), 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        out = context_attention(q, k, v, cut_mask, dropout_p=0.4)
+        weight = torch.randn_like(out)
+        (grad,) = torch.autograd.grad(out, v, weight)
+        sums = total({"out": (out * weight).sum().detach(), "values": (grad * v).sum().detach()})
+        torch.testing.assert_close(sums["out"], sums["values"], rtol=1e-12, atol=1e-12)
+        assert not torch.equal(out, context_attention(q, k, v, cut_mask))
+    parallel.masks.LEAST_ROWS = 2**16
+
+
 def other_dtypes() -> None:
     poison()
     names = {"gqa", "documents", "window and sinks", "relative table, documents, gqa", "alibi by batch", "everything"}
@@ -113,6 +196,7 @@ def other_dtypes() -> None:
 def peaks() -> None:
     """The peak memory of a call with gradients falls as 1 / ranks, but for keys that travel."""
     M, found = 4096, {}
+    parallel.masks.LEAST_ROWS = 1  # heads in slices, as in larger problems
     for mask, exchange in ((S.Causal() & S.Window(99, 0), "gather"), (S.Causal(), "ring")):
         for ranks in (1, 2, 4):
             group = dist.new_group(list(range(ranks)))
@@ -127,6 +211,7 @@ def peaks() -> None:
             call()
             found[exchange, ranks] = peak_memory(call)
     if dist.get_rank() == 0:
+        print(found)
         assert found["gather", 2] < 0.6 * found["gather", 1], found
         assert found["gather", 4] < 0.6 * found["gather", 2], found
         assert found["ring", 4] < 0.85 * found["ring", 2], found  # and three more rounds on their way
@@ -187,23 +272,29 @@ def traffic() -> None:
             for part in cut_mask.parts("gather", False)
             if part.transfer is not None
         )
-    assert ContextMask(S.Causal(), Partition.balanced(S.Causal(), 128, 2)).form(4, 4) == "ring"
-    assert ContextMask(S.Causal(), Partition.balanced(S.Causal(), 128, 2)).form(8, 2) == "gather"
+    long = ContextMask(S.Causal(), Partition.balanced(S.Causal(), 2**16, 2))
+    assert long.form(8, 8) == ("gather", 4)
+    assert long.form(2, 2) == ("gather", 1)  # too little work for slices
 
 
 def on_two_ranks() -> None:
     traffic()
+    product()
+    dropped()
     every_case("1")
     other_dtypes()
 
 
 def test_two_ranks_equal_one_device():
     """Every case in both forms, low precision on the chosen backend, and which keys travel."""
-    run_ranks(on_two_ranks, 2)
+    run_ranks(on_two_ranks, 2, timeout=400)
 
 
 def on_four_ranks(run: str) -> None:
     every_case("4")
+    cut_mask = ContextMask(S.Causal(), Partition.balanced(S.Causal(), 128, 4))
+    assert cut_mask.form(4, 4) == ("ring", 1)  # the keys of three ranks are more than a rank's queries and outputs
+    assert cut_mask.form(8, 2) == ("gather", 1)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
     peaks()
@@ -212,7 +303,7 @@ def on_four_ranks(run: str) -> None:
 
 def test_four_ranks_equal_one_device(tmp_path):
     """Every fourth case, the peak memory, and a training run of two micro-batches a step, each on two ranks."""
-    run_ranks(on_four_ranks, 4, str(tmp_path / "four"))
+    run_ranks(on_four_ranks, 4, str(tmp_path / "four"), timeout=400)
     train(replace(CONFIG, out=tmp_path / "one"), quiet=True)
     assert curve(tmp_path / "four")[0] == pytest.approx(curve(tmp_path / "one")[0], abs=1e-5)
     assert curve(tmp_path / "four")[1] == curve(tmp_path / "one")[1]

@@ -261,8 +261,12 @@ class GgufTokenizer(ChatTokenizer):
         super().__init__(loaded, special, tuple(sorted(ends)), file.entry("tokenizer.chat_template"))
 
 
-def write_byte_tokenizer(folder: Path, start: int) -> None:
-    """A tokenizer.json whose tokens are the bytes of the text, behind a first token `start`, written to a folder."""
+def write_byte_tokenizer(folder: Path, start: int, ends: bool = False) -> None:
+    """A tokenizer.json whose tokens are the bytes of the text, behind a first token `start`, written to a folder.
+
+    Args:
+        ends: whether that token ends an answer, too.
+    """
     from tokenizers import Tokenizer as Loaded
     from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -279,6 +283,21 @@ def write_byte_tokenizer(folder: Path, start: int) -> None:
     made.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", start)])
     write_file(folder / "tokenizer.json", made.to_str().encode())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>"}
+    settings |= {"eos_token": "<start>"} if ends else {}
+    write_file(folder / "tokenizer_config.json", f"{json.dumps(settings)}\n".encode())
+
+
+def write_text_tokenizer(folder: Path, prepared: Path, end: int) -> None:
+    """The tokenizer.json of prepared data, written to a folder: it puts `end`, which stands before and behind every
+    document of the training, before a text; answers end with it."""
+    from tokenizers import Tokenizer as Loaded
+    from tokenizers import processors
+
+    made: Any = Loaded.from_file(str(prepared))
+    name = made.id_to_token(end)
+    made.post_processor = processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, end)])
+    write_file(folder / "tokenizer.json", made.to_str().encode())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name}
     write_file(folder / "tokenizer_config.json", f"{json.dumps(settings)}\n".encode())
 
 

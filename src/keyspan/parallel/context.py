@@ -1,9 +1,10 @@
 """Attention of queries, keys and values that are cut across ranks.
 
-Each rank attends with its rows to its own keys, and to those of the other ranks as they come; the results are merged
-by their lse (Liu et al. 2023, "Ring Attention"). Backward gives every part the lse and the output of all keys, with
-which its gradients are those of the whole (Dao 2023), and sends the gradients of keys back to where they came from.
-Nothing but queries, keys, values, output and lse is kept between forward and backward: keys travel again.
+Keys are gathered, a few heads at a time. Or they come rank by rank: each rank attends with its rows to its own keys and
+then to those that come, and the results are merged by their lse (Liu et al. 2023, "Ring Attention"). Backward gives
+every part the lse and the output of all keys, with which its gradients are those of the whole (Dao 2023), and sends the
+gradients of keys back to where they came from. Nothing but queries, keys, values, output and lse is kept between
+forward and backward: keys travel again.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ def context_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`keyspan.attention` of a sequence that is cut across ranks: exact, forward and backward.
 
-    All ranks of the mask's group call it, forward and backward, in the same order. Peak memory of a rank is that of its
-    own rows, and of the keys of two other ranks ("ring") or of all keys that its rows see ("gather"). Results of parts
-    are merged in fp32, or fp64, by their lse; where a finite bias hides all keys of a row, so that its lse is −1e4 or
-    less, the merged row is as exact as an lse of that size.
+    All ranks of the mask's group call it, forward and backward, in the same order, with tensors of one dtype that need
+    gradients on all ranks or on none: they wait for one another, so where one raises, the others time out. Peak memory
+    of a rank is that of its own rows, and of the keys of two other ranks ("ring") or of the keys that its rows see, of
+    a few heads ("gather"). Results of a ring are merged in fp32, or fp64, by their lse; where a finite bias hides all
+    keys of a row, so that its lse is −1e4 or less, the merged row is as exact as an lse of that size.
 
     Args:
         query: this rank's rows, `[B, M of the rank, Hq, K]` or as `attention` takes it with another number of
@@ -105,7 +107,7 @@ def context_attention(
     B, M, G, H, _ = problem.query.shape
     sizes = (mask.queries.length, mask.keys.length)
     whole = [Broadcast(heads, B, G, H, *sizes)("bias", x) for x in dense]
-    form = mask.form(G * H, G)
+    form, slices = mask.form(G * H, G)
     calls: list[_Call] = []
     biases: list[Tensor] = []
     parts = mask.parts(form, bool(by_position))
@@ -118,10 +120,11 @@ def context_attention(
                 hidden = Broadcast(heads, B, G, H, M, len(part.keys))("mask", ranges.dense)
             calls.append(_Call(index, ranges, hidden, slice(len(biases), len(biases) + len(cut))))
             biases += cut
-    plan = _Plan(mask, parts, calls, problem._replace(seed=None), backend)
+    heads_of = [slice(n, n + G // slices) for n in range(0, G, G // slices)]
+    plan = _Plan(mask, parts, calls, heads_of, problem._replace(seed=None), backend)
     seed = None
     if problem.seed is not None:
-        seed = (problem.seed + mask.rank * len(calls)) % 2**62
+        seed = (problem.seed + mask.rank * 2**32) % 2**62  # ranks differ, whose generators may not, and so do calls
     inputs = (problem.query, problem.key, problem.value, problem.slopes, problem.table, problem.sinks, *biases)
     out, lse = _ContextAttention.apply(plan, seed, *inputs)  # type: ignore[no-untyped-call]
     return (heads.output(out), heads.lse(lse)) if return_lse else heads.output(out)
@@ -143,23 +146,39 @@ class _Plan(NamedTuple):
     mask: ContextMask
     parts: list[Part]
     calls: list[_Call]
+    slices: list[slice]
+    """Of the key heads: each is computed after another."""
     problem: Problem
     """The numbers of all calls; its tensors are exchanged."""
     backend: str | None
 
+    @property
+    def rounds(self) -> list[tuple[int, slice]]:
+        """(part, key heads), in the order in which they are computed."""
+        return [(part, heads) for heads in self.slices for part in range(len(self.parts))]
+
     def problems(
-        self, part: int, key: Tensor, value: Tensor, seed: Tensor | None, tensors: _Tensors
+        self, part: int, heads: slice, key: Tensor, value: Tensor, seed: Tensor | None, tensors: _Tensors
     ) -> Iterator[tuple[_Call, Problem]]:
         """Each call on these keys and its problem. Learned sinks count in the first call of all."""
         for number, call in enumerate(self.calls):
             if call.part == part:
                 yield call, self.problem._replace(
-                    query=tensors.query, key=key, value=value, lo=call.ranges.lo, hi=call.ranges.hi,
-                    diagonal=call.ranges.diagonal, origin=call.ranges.origin, dense=call.dense,
-                    biases=tensors.biases[call.biases],
-                    slopes=tensors.slopes, table=tensors.table, sinks=tensors.sinks if number == 0 else None,
-                    seed=None if seed is None else seed + number,
+                    query=tensors.query[:, :, heads], key=key, value=value, lo=call.ranges.lo, hi=call.ranges.hi,
+                    diagonal=call.ranges.diagonal, origin=call.ranges.origin, row_keys=call.ranges.row_keys,
+                    dense=_cut(call.dense, heads, 1),
+                    biases=[x if x.shape[1] == 1 else x[:, heads] for x in tensors.biases[call.biases]],
+                    slopes=_cut(tensors.slopes, heads, 1), table=_cut(tensors.table, heads, 0),
+                    sinks=_cut(tensors.sinks, heads, 0) if number == 0 else None,
+                    seed=None if seed is None else seed + number + heads.start * 2**16,
                 )  # fmt: skip
+
+
+def _cut(x: Tensor | None, heads: slice, dim: int) -> Tensor | None:
+    """Some key heads of a tensor that has them in a dimension, or broadcasts along it."""
+    if x is None or x.shape[dim] == 1:
+        return x
+    return x.narrow(dim, heads.start, heads.stop - heads.start)
 
 
 class _Tensors(NamedTuple):
@@ -174,6 +193,10 @@ class _Tensors(NamedTuple):
     biases: list[Tensor]
 
 
+HEADS = (2, 2, 2, 1, 0, 0)
+"""The dimension of key heads in each of `_Tensors` before the biases, which have it in 1."""
+
+
 class _ContextAttention(torch.autograd.Function):
     """(out `[B, M, G, H, V]`, lse `[B, G, H, M]`) of this rank's rows."""
 
@@ -182,13 +205,15 @@ class _ContextAttention(torch.autograd.Function):
         tensors = _Tensors._make([*inputs[:6], list(inputs[6:])])
         # Parts are merged before they are rounded.
         dtype = plan.problem.output_dtype if len(plan.calls) == 1 else plan.problem.compute_dtype
-        found: tuple[Tensor, Tensor] | None = None
-        for part, key, value in _rounds(plan, tensors):
-            for _, problem in plan.problems(part, key, value, seed, tensors):
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for part, heads, key, value in _rounds(plan, tensors):
+            for _, problem in plan.problems(part, heads, key, value, seed, tensors):
                 new = attend(problem._replace(output_dtype=dtype), choose(problem, plan.backend))
-                found = new if found is None else _merge_(found, new)
-        assert found is not None  # the rank's own keys have a call
-        out, lse = found[0].to(plan.problem.output_dtype), found[1]
+                before = found.get(heads.start)
+                found[heads.start] = new if before is None else _merge_(before, new)
+        results = [found[heads.start] for heads in plan.slices]  # the rank's own keys have a call
+        out = _join([x for x, _ in results], 2).to(plan.problem.output_dtype)
+        lse = _join([x for _, x in results], 1)
         ctx.plan, ctx.seed = plan, seed
         ctx.save_for_backward(out, lse, *inputs)
         ctx.set_materialize_grads(False)
@@ -201,46 +226,76 @@ class _ContextAttention(torch.autograd.Function):
         plan: _Plan = ctx.plan
         tensors = _Tensors._make([*inputs[:6], inputs[6:]])
         needed = list(ctx.needs_input_grad[2:])
-        total: list[Tensor | None] = [None] * len(needed)
-        returning: tuple[Transfer, _Message] | None = None
+        dims = [*HEADS, *(1 for _ in tensors.biases)]
+        total: list[dict[int, Tensor]] = [{} for _ in needed]  # of each input by its first key head
+        returning: tuple[Transfer, slice, _Message] | None = None
+
+        def add(index: int, heads: slice, grad: Tensor | None) -> None:
+            if grad is not None:
+                start = heads.start if inputs[index].shape[dims[index]] > 1 else 0
+                before = total[index].get(start)
+                total[index][start] = grad if before is None else _wide(before).add_(grad)
 
         def add_returned() -> None:
             """Add the gradients of this rank's keys that other ranks have sent."""
             nonlocal returning
             if returning is None:
                 return
-            transfer, message = returning
+            transfer, heads, message = returning
             returning = None
-            for rows, pair in zip(transfer.send, message.parts(list(map(len, transfer.send)), tensors), strict=True):
+            like = tensors.key[:, :, heads], tensors.value[:, :, heads]
+            for rows, pair in zip(transfer.send, message.parts(list(map(len, transfer.send)), like), strict=True):
                 for index, grad in zip((1, 2), pair, strict=True):
                     if needed[index] and len(rows):
-                        total[index] = _sum_rows(total[index], rows, grad, inputs[index])
+                        before = total[index].get(heads.start)
+                        before = torch.zeros_like(like[index - 1]) if before is None else before
+                        total[index][heads.start] = _wide(before).index_add_(1, rows, _wide(grad))
 
-        for part, key, value in _rounds(plan, tensors):
+        for number, heads, key, value in _rounds(plan, tensors):
+            part = plan.parts[number]
             of_keys: list[Tensor | None] = [None, None]
-            for call, problem in plan.problems(part, key, value, ctx.seed, tensors):
+            for call, problem in plan.problems(number, heads, key, value, ctx.seed, tensors):
                 needs = [*needed[:5], needed[5] and problem.sinks is not None, *needed[6:][call.biases]]
-                found = gradients(problem, grad_out, grad_lse, out, lse, needs, choose(problem, plan.backend))
+                found = gradients(
+                    problem,
+                    None if grad_out is None else grad_out[:, :, heads],
+                    None if grad_lse is None else grad_lse[:, heads],
+                    out[:, :, heads],
+                    lse[:, heads],
+                    needs,
+                    choose(problem, plan.backend),
+                )
                 of_keys = [_sum(x, new) for x, new in zip(of_keys, found[1:3], strict=True)]
                 for index in (0, 3, 4, 5):
-                    total[index] = _sum(total[index], found[index])
-                total[6 + call.biases.start : 6 + call.biases.stop] = found[6:]
+                    add(index, heads, found[index])
+                for index, grad in enumerate(found[6:], 6 + call.biases.start):
+                    add(index, heads, grad)
                 del found  # not held while the next part is computed
-            transfer = plan.parts[part].transfer
+            transfer = part.transfer
             if transfer is None:
-                total[1:3] = of_keys
+                for index, grad in zip((1, 2), of_keys, strict=True):
+                    add(index, heads, grad)
             elif needed[1] or needed[2]:
                 grads = [
                     torch.zeros_like(x) if grad is None else grad.to(x.dtype)
                     for grad, x in zip(of_keys, (key, value), strict=True)
                 ]
                 add_returned()
-                returning = transfer, _send_back(transfer, grads, plan.mask.group)
-                del grads
+                back = [_rows_of(x, transfer.places, part.own, x.shape[1]) for x in grads]
+                returning = transfer, heads, _send_back(transfer, back, plan.mask.group)
+                for index, grad in zip((1, 2), grads, strict=True):
+                    if part.own and needed[index]:
+                        add(index, heads, _rows_of(grad, transfer.places, 0, part.own))
+                del grads, back
             del of_keys
         add_returned()
-        cast = [None if x is None else x.to(y.dtype) for x, y in zip(total, inputs, strict=True)]
+        joined = [_join([of[n] for n in sorted(of)], dim) if of else None for of, dim in zip(total, dims, strict=True)]
+        cast = [None if x is None else x.to(y.dtype) for x, y in zip(joined, inputs, strict=True)]
         return (None, None, *cast)
+
+
+def _join(slices: list[Tensor], dim: int) -> Tensor:
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim)
 
 
 def _merge_(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -264,12 +319,6 @@ def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
     return _wide(total).add_(new)
 
 
-def _sum_rows(total: Tensor | None, rows: Tensor, new: Tensor, like: Tensor) -> Tensor:
-    """`new` `[B, n, …]` added to some rows of `total` `[B, N, …]`."""
-    total = torch.zeros_like(like) if total is None else total
-    return _wide(total).index_add_(1, rows, _wide(new))
-
-
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -286,22 +335,21 @@ class _Message:
         self._elements = elements
         self._work = dist.all_to_all_single(self._received, sent, elements, sizes, group=group, async_op=True)
 
-    def parts(self, rows: list[int], like: _Tensors) -> list[tuple[Tensor, Tensor]]:
-        """Wait; then what came from each rank, `[B, rows of it, G, K]` and `[B, rows of it, G, V]`."""
+    def parts(self, rows: list[int], like: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Wait; then what came from each rank, `[B, rows of it, G, K]` and `[B, rows of it, G, V]`, as `like`."""
         self._work.wait()
         self._sent = None
         found: list[tuple[Tensor, Tensor]] = []
         for n, part in zip(rows, self._received.split(self._elements), strict=True):
-            shapes = [(x.shape[0], n, *x.shape[2:]) for x in (like.key, like.value)]
+            shapes = [(x.shape[0], n, *x.shape[2:]) for x in like]
             sizes = [math.prod(shape) for shape in shapes]
             key, value = (x.view(shape) for x, shape in zip(part.split(sizes), shapes, strict=True))
             found.append((key, value))
         return found
 
 
-def _fetch(transfer: Transfer, tensors: _Tensors, group: Any) -> _Message:
+def _fetch(transfer: Transfer, pair: tuple[Tensor, Tensor], group: Any) -> _Message:
     """Send this rank's keys and values to the ranks that need them, and begin to receive theirs."""
-    pair = (tensors.key, tensors.value)
     sizes = [x.shape[0] * math.prod(x.shape[2:]) for x in pair]  # of a row
     sent = pair[0].new_empty(sum(map(len, transfer.send)) * sum(sizes))
     at = 0
@@ -314,34 +362,50 @@ def _fetch(transfer: Transfer, tensors: _Tensors, group: Any) -> _Message:
 
 
 def _send_back(transfer: Transfer, grads: list[Tensor], group: Any) -> _Message:
-    """Send gradients of received keys and values to their owners, and begin to receive those of this rank's."""
-    if transfer.order is not None:
-        by_rank = transfer.order.argsort()
-        grads = [x.index_select(1, by_rank) for x in grads]
+    """Send gradients of received keys and values, which come by rank, to their owners, and begin to receive those of
+    this rank's."""
     parts = zip(*(x.split(transfer.receive, 1) for x in grads), strict=True)
     sent = torch.cat([x.flatten() for pair in parts for x in pair])
     size = sum(x.shape[0] * math.prod(x.shape[2:]) for x in grads)  # of a row
     return _Message(sent, [n * size for n in transfer.receive], [len(rows) * size for rows in transfer.send], group)
 
 
-def _rounds(plan: _Plan, tensors: _Tensors) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(number of the part, its keys, its values); the next ones are on their way while the caller uses these."""
-    parts, group = plan.parts, plan.mask.group
-    coming: _Message | None = None
-    for number, part in enumerate(parts):
-        key, value = tensors.key, tensors.value
-        transfer = part.transfer
-        if transfer is not None and coming is not None:
-            found = [pair for pair in coming.parts(transfer.receive, tensors) if pair[0].shape[1]]
-            if len(found) == 1:
-                key, value = found[0]
-            else:
-                keys, values = [x[0] for x in found], [x[1] for x in found]
-                key, value = torch.cat([key[:, :0], *keys], 1), torch.cat([value[:, :0], *values], 1)
-                del keys, values
-            del found
-            if transfer.order is not None:
-                key, value = (x.index_select(1, transfer.order) for x in (key, value))
-        following = parts[number + 1].transfer if number + 1 < len(parts) else None
-        coming = None if following is None else _fetch(following, tensors, group)
-        yield number, key, value
+def _in_order(pieces: list[Tensor], places: Tensor | None) -> Tensor:
+    """Rows of several tensors, put at these places; None: one after another."""
+    if places is None:
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    B, _, *rest = pieces[0].shape
+    found, at = pieces[0].new_empty(B, len(places), *rest), 0
+    for x in pieces:
+        found.index_copy_(1, places[at : (at := at + x.shape[1])], x)
+    return found
+
+
+def _rows_of(x: Tensor, places: Tensor | None, first: int, stop: int) -> Tensor:
+    """Some of the rows that `_in_order` put together."""
+    return x[:, first:stop] if places is None else x.index_select(1, places[first:stop])
+
+
+def _rounds(plan: _Plan, tensors: _Tensors) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """(number of the part, key heads, its keys, its values); the next ones are on their way while the caller uses
+    these."""
+
+    def own(heads: slice) -> tuple[Tensor, Tensor]:
+        return tensors.key[:, :, heads], tensors.value[:, :, heads]
+
+    def fetch(number: int, heads: slice) -> _Message | None:
+        transfer = plan.parts[number].transfer
+        return None if transfer is None else _fetch(transfer, own(heads), plan.mask.group)
+
+    rounds = plan.rounds
+    coming = fetch(*rounds[0])
+    for (number, heads), following in zip(rounds, [*rounds[1:], None], strict=True):
+        key, value = own(heads)
+        part = plan.parts[number]
+        if part.transfer is not None and coming is not None:
+            found = [(key[:, : part.own], value[:, : part.own]), *coming.parts(part.transfer.receive, (key, value))]
+            filled = [pair for pair in found if pair[0].shape[1]] or found[:1]
+            key, value = (_in_order([pair[n] for pair in filled], part.transfer.places) for n in (0, 1))
+            del found, filled
+        coming = None if following is None else fetch(*following)
+        yield number, heads, key, value

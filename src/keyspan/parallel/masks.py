@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,6 +19,10 @@ from keyspan.parallel.partition import Partition, lowered
 Exchange: TypeAlias = Literal["auto", "ring", "gather"]
 MOST_RANGES = 4
 """Ranges of a row in one call: the most that every backend takes."""
+LEAST_ROWS = 2**16
+"""Rows × query heads of a call that fill a GPU: with fewer, fewer calls are made."""
+SLICES = 4
+"""Slices into which heads are cut where keys are gathered: those of the next slice are on their way meanwhile."""
 
 
 class Context(NamedTuple):
@@ -39,8 +44,9 @@ class Transfer(NamedTuple):
     """For each rank the local rows that it is sent, int64."""
     receive: list[int]
     """From each rank so many rows."""
-    order: Tensor | None
-    """Puts received rows, which come by rank, in ascending order; None where they are."""
+    places: Tensor | None
+    """Where each row of the part, received ones by rank behind its own, is in ascending order; None where they are so
+    already."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +54,9 @@ class Part:
     """The keys of one round, and what this rank's rows see of them."""
 
     transfer: Transfer | None
-    """None: these are the rank's own keys; or no key travels between any two ranks."""
+    """None: these are the rank's own keys."""
+    own: int
+    """How many of the keys are the rank's own: all, none (a round of a ring), or some (gathered)."""
     keys: Tensor
     """Numbers of the keys in the whole sequence, ascending, int64 on the query's device."""
     ranges: list[KeyRanges]
@@ -70,11 +78,11 @@ class ContextMask:
         batch: batch entries; masks with a length per entry need it.
         device: of query and keys.
         exchange: how keys travel. "ring": the keys of one other rank at a time, the next ones on their way while the
-            present ones are used; a rank holds the keys of two others at most. "gather": all keys that a rank needs in
-            one collective, on its way while its own keys are used; fewer and larger calls. "auto" gathers where no
-            rank receives keys and values larger than its own queries and outputs, as with grouped queries, windows
-            and packed documents, and else passes them in a ring. Both send a rank only the keys that its rows see, so
-            both send the same bytes.
+            present ones are used; a rank holds the keys of two others at most, and merges results. "gather": all keys
+            that a rank needs of a few heads, those of the next ones on their way meanwhile; a row is computed in one
+            call, and nothing is merged. "auto" gathers where that holds no more keys and values at a time than a
+            rank has queries and outputs, and else passes them in a ring. Both send a rank only the keys that its
+            rows see, so both send the same bytes.
 
     Raises ValueError where sizes do not fit.
     """
@@ -95,6 +103,8 @@ class ContextMask:
         self.group = group.get_group() if isinstance(group, DeviceMesh) else group
         alone = group is None and not dist.is_initialized()
         self.rank, ranks = (0, 1) if alone else (dist.get_rank(self.group), dist.get_world_size(self.group))
+        if self.rank < 0:
+            raise ValueError("group: got one without this process, want one of its ranks to make the mask")
         self.queries, self.keys = partition, keys or partition
         for name, x in (("partition", self.queries), ("keys", self.keys)):
             if x.ranks != ranks:
@@ -124,13 +134,18 @@ class ContextMask:
         counts = [[int(seen[rows].sum()) for rows in owned] for seen in self._seen]
         return [[0 if r == s else n for s, n in enumerate(row)] for r, row in enumerate(counts)]
 
-    def form(self, query_heads: int, kv_heads: int) -> Literal["ring", "gather"]:
-        """How keys travel in a call with so many heads; the same on every rank."""
-        if self.exchange != "auto":
-            return self.exchange
+    def form(self, query_heads: int, kv_heads: int) -> tuple[Literal["ring", "gather"], int]:
+        """How keys travel in a call with so many heads, and in how many slices of the heads; the same on every rank."""
         received = max(map(sum, self.travelling))
         held = max(map(self.queries.rows_of, range(self.queries.ranks)))
-        return "gather" if received * kv_heads < held * query_heads else "ring"
+        possible = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and held * query_heads >= n * LEAST_ROWS]
+        possible = possible or [1]
+        # The keys of two slices are held at a time.
+        small = [n for n in possible if received * kv_heads * min(n, 2) <= held * query_heads * n]
+        if self.exchange == "ring" or (self.exchange == "auto" and not small):
+            return "ring", 1
+        enough = small or possible[-1:]
+        return "gather", next((n for n in enough if n >= SLICES), enough[-1])
 
     def parts(self, form: Literal["ring", "gather"], positions: bool) -> list[Part]:
         """The rounds of a call, the rank's own keys first.
@@ -142,29 +157,34 @@ class ContextMask:
         key = (form, positions)
         if key not in self._parts:
             me, ranks = self.rank, self.keys.ranks
+            if form == "gather" and any(map(sum, self.travelling)):
+                others = set(range(ranks)) - {me}
+                self._parts[key] = [self._received(others, others, positions, with_own=True)]
+                return self._parts[key]
             found = [self._part(None, self.keys.rows(me), positions)]
-            steps = [range(t, t + 1) for t in range(1, ranks)] if form == "ring" else [range(1, ranks)]
-            for step in steps:
-                if any(self.travelling[r][(r - t) % ranks] for t in step for r in range(ranks)):
-                    sources, targets = ({(me + sign * t) % ranks for t in step} for sign in (-1, 1))
+            for step in range(1, ranks):
+                if any(self.travelling[r][(r - step) % ranks] for r in range(ranks)):
+                    sources, targets = ({(me + sign * step) % ranks} for sign in (-1, 1))
                     found.append(self._received(sources, targets, positions))
             self._parts[key] = found
         return self._parts[key]
 
-    def _received(self, sources: set[int], targets: set[int], positions: bool) -> Part:
+    def _received(self, sources: set[int], targets: set[int], positions: bool, with_own: bool = False) -> Part:
         """The part of the keys that this rank receives from some ranks, while it sends its own to others."""
         ranks, nothing = range(self.keys.ranks), torch.arange(0)
         own, mine = self.keys.rows(self.rank), self._seen[self.rank]
         send = [self._seen[r][own].nonzero()[:, 0] if r in targets else nothing for r in ranks]
         come = [(rows := self.keys.rows(s))[mine[rows]] if s in sources else nothing for s in ranks]
-        numbers, order = torch.cat(come).sort()
+        numbers, order = torch.cat([own, *come] if with_own else come).sort()
         in_order = bool((order[1:] > order[:-1]).all())
         transfer = Transfer(
-            [x.to(self.device) for x in send], list(map(len, come)), None if in_order else order.to(self.device)
+            [x.to(self.device) for x in send],
+            list(map(len, come)),
+            None if in_order else order.argsort().to(self.device),
         )
-        return self._part(transfer, numbers, positions)
+        return self._part(transfer, numbers, positions, len(own) if with_own else None)
 
-    def _part(self, transfer: Transfer | None, keys: Tensor, positions: bool) -> Part:
+    def _part(self, transfer: Transfer | None, keys: Tensor, positions: bool, own_keys: int | None = None) -> Part:
         own = self._own
         # Of ascending keys, those in a range stand side by side.
         lo, hi = (torch.searchsorted(keys, x.long()).int() for x in (own.lo, own.hi))
@@ -189,11 +209,20 @@ class ContextMask:
         calls = []
         for s in range(0, len(lo), MOST_RANGES):
             some = slice(s, s + MOST_RANGES)
-            # The rank's own keys have a call in any case: it counts the learned sinks.
-            if bool((lo[some] < hi[some]).any()) or (transfer is None and s == 0):
-                ranges = KeyRanges(lo[some], hi[some], diagonal[some], origin=origin, dense=dense, keys=len(keys))
+            # The first part, which has the rank's own keys, has a call in any case: it counts the learned sinks.
+            if bool((lo[some] < hi[some]).any()) or (s == 0 and (transfer is None or own_keys is not None)):
+                ranges = KeyRanges(
+                    lo[some], hi[some], diagonal[some], origin=origin, dense=dense, keys=len(keys),
+                    row_keys=_row_keys(lo[some], hi[some]),
+                )  # fmt: skip
                 calls.append(ranges.to(self.device))
-        return Part(transfer, keys.to(self.device), calls)
+        return Part(transfer, len(keys) if transfer is None else own_keys or 0, keys.to(self.device), calls)
+
+
+def _row_keys(lo: Tensor, hi: Tensor) -> int:
+    """`KeyRanges.row_keys` of ranges on the host."""
+    seen = int((hi.long() - lo).clamp(min=0).sum()) / max(lo[0].numel(), 1)
+    return 1 << max(0, round(math.log2(max(seen, 1))))
 
 
 def _rows(ranges: KeyRanges, rows: Tensor) -> KeyRanges:

@@ -95,9 +95,14 @@ class Corpus:
     @cached_property
     def tokenizer(self) -> tuple[Any, ...]:
         """What tells tokenizers apart."""
-        name = self.index["tokenizer"]
-        text = b"" if name == "bytes" else (self.folder / name).read_bytes()
+        text = b"" if self.tokenizer_file is None else self.tokenizer_file.read_bytes()
         return self.vocab_size, self.stop, self.dtype, text
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer.json; None where tokens are bytes."""
+        name = self.index["tokenizer"]
+        return None if name == "bytes" else self.folder / name
 
     @property
     def stop(self) -> int:
@@ -294,7 +299,9 @@ class _Plans:
                 # Batches that are not full are packed again with the next group.
                 pieces += [piece for part in rest for piece in part]
                 pieces = [pieces[n] for n in random.permutation(len(pieces))]
-                full, rest = pack(pieces, tokens, 0.99, corpus.max_documents)
+                full, rest = packed = pack(pieces, tokens, 0.99, corpus.max_documents)
+                if 2 * packed.left() > sum(piece.length for piece in pieces):  # lengths that fill no batch
+                    full, rest = [*full, *rest], []
                 yield from (full[n] for n in random.permutation(len(full)))
                 index, group = index + len(full), group + 1
             yield from rest

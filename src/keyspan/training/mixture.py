@@ -45,7 +45,7 @@ class Mixture:
                     f"data: got {first.folder} and {corpus.folder} of other tokenizers, want all prepared with "
                     f"--tokenizer {name if name == 'bytes' else first.folder / name}"
                 )
-        self.vocab_size, self.stop = first.vocab_size, first.stop
+        self.vocab_size, self.stop, self.tokenizer_file = first.vocab_size, first.stop, first.tokenizer_file
         self.encode, self.decode = first.encode, first.decode
         self._bounds = np.cumsum(np.asarray(weights, np.float64) / math.fsum(weights))[:-1]
         self._known = 0, np.zeros(len(self.corpora), np.int64)  # micro-batches, and how many of them each source has
