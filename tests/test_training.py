@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -600,6 +601,37 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeyp
         again = replace(TINY, steps=4, out=run) if name == "out" else replace(read_config(run), resume=run)
         assert train(again, quiet=True).held_out == whole.held_out
         assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_kill_9_at_random_moments(tmp_path):
+    """Each start goes on from the last whole checkpoint; the losses are those of a run that nobody killed."""
+    words = {
+        "task": "reverse", "max-length": 6, "dim": 16, "layers": 2, "heads": 4, "kv-heads": 2, "tokens": 96,
+        "steps": 150, "warmup": 3, "lr": 1e-2, "eval-every": 1000, "eval-tokens": 96, "checkpoint-every": 1,
+        "device": "cpu",
+    }  # fmt: skip
+    given = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    run, source = tmp_path / "run", random.Random(0)
+    for _ in range(3):
+        start = ["--resume", str(run)] if checkpoint.exists(run) else [*given, "--out", str(run)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "keyspan", "train", *start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            before = len(read_metrics(run)) if run.exists() else 0
+            deadline = time.monotonic() + 100
+            while time.monotonic() < deadline and (not run.exists() or len(read_metrics(run)) < before + 3):
+                time.sleep(0.01)
+            time.sleep(source.random() * 0.2)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == -signal.SIGKILL, "ended before it was killed"
+    train(replace(read_config(run), resume=run), quiet=True)
+    train(replace(read_config(run), out=tmp_path / "whole"), quiet=True)
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_folders_are_not_overwritten(tmp_path):
