@@ -271,7 +271,10 @@ def _feed_forward(c: GPTConfig) -> SwiGLU | Experts:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): x [T, D] -> [T, D]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), of x [T, D].
+
+    Each sum is computed by the norm that reads it: a block takes and returns x and what is still to be added to it.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -283,12 +286,12 @@ class Block(nn.Module):
         self.mlp_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, more: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         dtype = gemm_dtype(x)  # of what the linear layers round their input to
-        h = self.attention(self.attention_norm(x, dtype), step)
+        h, x = (self.attention_norm(x, dtype), x) if more is None else self.attention_norm.add(x, more, dtype)
+        h = self.attention(h, step)
         h, x = self.mlp_norm.add(x, self.dropout(self.attention_post_norm(h)), dtype)
-        y: Tensor = x + self.dropout(self.mlp_post_norm(self.mlp(h)))
-        return y
+        return x, self.dropout(self.mlp_post_norm(self.mlp(h)))
 
 
 class GPT(nn.Module):
@@ -345,9 +348,10 @@ class GPT(nn.Module):
                 self.config.embedding_scale, dtype=x.dtype
             )  # rounded to the weights' dtype, as Gemma's
         x = self.dropout(x)
+        more = None
         for block in self.blocks:
-            x = block(x, step)
-        hidden: Tensor = self.norm(x)
+            x, more = block(x, more, step)
+        hidden: Tensor = self.norm(x) if more is None else self.norm.add(x, more)[0]
         return hidden
 
     def _step(
