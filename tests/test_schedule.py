@@ -8,6 +8,13 @@ import keyspan
 from keyspan.backends.schedule import row_blocks
 
 
+def test_ranges_may_begin_before_their_document():
+    lo, hi = torch.tensor([[[2, 3]]]), torch.tensor([[[9, 9]]])
+    (block,) = row_blocks(lo, hi, torch.tensor([[5, 5]]), 4)
+    assert block.origin == 2
+    assert [(begin, end) for begin, end, _ in block.spans[0].chunks(block.origin, 4, 9)] == [(2, 6), (6, 10)]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_row_blocks_cover_the_visible_area(data):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import keyspan
+from invariance_cases import Random, gradients_in_a_batch
 from keyspan.backends import Needs, reference
 from keyspan.backends.triton import launch
 from keyspan.core.problem import make_problem
@@ -46,6 +47,19 @@ def test_nan_in_hidden_keys_does_not_leak(terms, special):
         x[:, bad] = special
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), run(), clean, strict=True):
         torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_do_not_depend_on_the_batch(seed, dtype, monkeypatch):
+    """Those of the plain kernels, given the output, which depends on it: few rows share tiles and are split by load."""
+    monkeypatch.setattr(launch, "_rows_per_tile", lambda problem: 0)
+    monkeypatch.setattr(launch, "_splits", lambda *_: 1)
+    case = Random(200 + seed, dtype, small=True)
+    want = gradients_in_a_batch(case, "triton", 1, 0)
+    for batch, at in ((2, 1), (3, 0)):
+        for name, x in gradients_in_a_batch(case, "triton", batch, at).items():
+            assert torch.equal(x, want[name]), f"d{name} of entry {at} of {batch}"
 
 
 @pytest.mark.parametrize("page", [-1, 2**30])

@@ -90,10 +90,12 @@ def row_blocks(lo: Tensor, hi: Tensor, origin: Tensor | None, rows: int) -> list
     bounds = [over_blocks(x, reduce) for x, reduce in ((low, "amin"), (low, "amax"), (high, "amin"), (high, "amax"))]
     origins = at.flatten()[begins].tolist()
     ends = [*begins[1:].tolist(), B * M]
+    first = over_blocks(low.clamp(min=0).amin(0, keepdim=True).expand(S, -1), "amin")[0]
     found = []
     for n, (begin, end) in enumerate(zip(begins.tolist(), ends, strict=True)):
         spans = [Span(s, *(x[s][n] for x in bounds)) for s in range(S)]
         spans = [span for span in spans if span.first < span.last]
         b = begin // M
-        found.append(RowBlock(None if B == 1 else b, begin - b * M, end - b * M, origins[n], spans))
+        # Ranges made by hand may begin before their document does.
+        found.append(RowBlock(None if B == 1 else b, begin - b * M, end - b * M, min(origins[n], first[n]), spans))
     return found
