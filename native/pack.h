@@ -91,27 +91,35 @@ INLINE vf load_stored(int64_t stored, const char *p) {
 
 // `count` stored numbers times `scale`, in `dtype`.
 INLINE void restore_row(int64_t stored, const char *from, int64_t count, float scale, int64_t dtype, char *to) {
-    alignas(64) float wide[MAX_HEAD_DIM + W];
     int64_t i = 0;
-    for (; i + W <= count; i += W) store(wide + i, load_stored(stored, from + i));
-    if (i < count) {
-        char last[W] = {};
-        memcpy(last, from + i, (size_t)(count - i));
-        store(wide + i, load_stored(stored, last));
+    for (; i + W <= count; i += W) {
+        const vf x = load_stored(stored, from + i) * scale;
+        if (dtype == F32)
+            store((float *)to + i, x);
+        else
+            store((uint16_t *)to + i, dtype == BF16 ? narrow_bf16(x) : narrow_f16(x));
     }
-    narrow(dtype, wide, count, scale, to);
+    if (i == count) return;
+    char last[W] = {};
+    memcpy(last, from + i, (size_t)(count - i));
+    alignas(64) float wide[W];
+    store(wide, load_stored(stored, last));
+    narrow(dtype, wide, count - i, scale, to + i * dtype_size(dtype));
+}
+
+// The scale of `row` in group g, of scales [B, N / run, G]; a division takes longer than a row.
+INLINE float scale_of(const Params &p, const float *scale, int64_t run, int64_t b, int64_t row, int64_t g) {
+    return scale[((b ? b * (p.N / run) : 0) + (run == 1 ? row : row / run)) * p.G + g];
 }
 
 // Key or value `row` of group g, restored at `to`.
 INLINE void restore_key(const Params &p, int64_t b, int64_t row, int64_t g, char *to) {
-    const float scale = p.k_scale[(b * (p.N / p.k_run) + row / p.k_run) * p.G + g];
     const char *from = p.k + b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2];
-    restore_row(p.stored, from, p.K, scale, p.dtype, to);
+    restore_row(p.stored, from, p.K, scale_of(p, p.k_scale, p.k_run, b, row, g), p.dtype, to);
 }
 INLINE void restore_value(const Params &p, int64_t b, int64_t row, int64_t g, char *to) {
-    const float scale = p.v_scale[(b * (p.N / p.v_run) + row / p.v_run) * p.G + g];
     const char *from = p.v + b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2];
-    restore_row(p.stored, from, p.V, scale, p.dtype, to);
+    restore_row(p.stored, from, p.V, scale_of(p, p.v_scale, p.v_run, b, row, g), p.dtype, to);
 }
 
 // The hardware prefetcher does not follow rows of several heads, which lie far apart.

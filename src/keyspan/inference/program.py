@@ -130,8 +130,8 @@ class DecoderProgram:
     def reason_against(model: GPT) -> str | None:
         """Why a model runs through `GPT.forward` instead, or None."""
         c = model.config
-        if c.experts or c.activation != "silu":
-            return "mixtures of experts and GELU are not part of a program"
+        if c.experts:
+            return "mixtures of experts are not part of a program"
         if model.backend not in (None, "native") or type(model) is not GPT:
             return "a subclass of GPT, and one with another backend for attention, run as they say"
         plain = [x.weight for x in model.modules() if isinstance(x, Linear) and x.packed is None]
@@ -142,6 +142,7 @@ class DecoderProgram:
 
     def _make(self, tokens: int) -> None:
         from keyspan.backends.native import STORED
+        from keyspan.layers.native_kernels import ACTIVATIONS
 
         c, like = self._model.config, self._model.embedding.weight
         heads, width, K = c.heads + 2 * c.kv_heads, c.heads * c.head_dim, c.head_dim
@@ -188,7 +189,7 @@ class DecoderProgram:
             self._norm(block.mlp_norm, normed, added)
             mlp = cast(SwiGLU, block.mlp)
             self._linear(normed, mlp.w12, x12)
-            self._call("gate", x12=x12, out=gated, dtype=dtype, D=c.hidden)
+            self._call("gate", x12=x12, out=gated, dtype=dtype, activation=ACTIVATIONS.index(c.activation), D=c.hidden)
             self._linear(gated, mlp.w3, added)
             if c.post_norms:
                 self._norm_in_place(block.mlp_post_norm, added)

@@ -79,7 +79,7 @@ def rotate_qkv_backward(
     return out
 
 
-_ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh")
 """`Activation` of native/layers.h."""
 
 
@@ -87,7 +87,7 @@ def gate(x12: Tensor, activation: str) -> Tensor:
     """f(x1) · x2 [T, D] of x12 [T, 2 D]; f is silu, or gelu in its tanh form."""
     T, D = x12.shape[0], x12.shape[1] // 2
     out = x12.new_empty((T, D))
-    _run("gate", "gate", (x12, None, out, None), DTYPES[x12.dtype], _ACTIVATIONS.index(activation), T, D)
+    _run("gate", "gate", (x12, None, out, None), DTYPES[x12.dtype], ACTIVATIONS.index(activation), T, D)
     return out
 
 
@@ -95,7 +95,7 @@ def gate_backward(grad: Tensor, x12: Tensor, activation: str) -> tuple[Tensor, T
     """(gradient of x12 [T, 2 D], f(x1) · x2 [T, D] computed again), given the gradient of the latter."""
     T, D = grad.shape
     out, dx12 = torch.empty_like(grad), torch.empty_like(x12)
-    _run("gate_backward", "gate", (x12, grad, out, dx12), DTYPES[x12.dtype], _ACTIVATIONS.index(activation), T, D)
+    _run("gate_backward", "gate", (x12, grad, out, dx12), DTYPES[x12.dtype], ACTIVATIONS.index(activation), T, D)
     return dx12, out
 
 
