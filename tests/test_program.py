@@ -30,8 +30,14 @@ CONFIGS = {
     "norms of heads": GPTConfig(**BASE, qk_norm=True),
     "norms of heads, no positions": GPTConfig(**BASE, qk_norm=True, positions="none"),
     "norms behind layers, scaled embeddings": GPTConfig(
-        **BASE, qk_norm=True, post_norms=True, embedding_scale=9.8, windows=(None, 7, None), attention_softcap=15.0,
-        activation="gelu_tanh", local_rope_theta=100.0,
+        **BASE,
+        qk_norm=True,
+        post_norms=True,
+        embedding_scale=9.8,
+        windows=(None, 7, None),
+        attention_softcap=15.0,
+        activation="gelu_tanh",
+        local_rope_theta=100.0,
     ),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
