@@ -152,17 +152,17 @@ __attribute__((noinline)) void write_row(const Params &p, const RowTile &tile, i
     if (p.lse) p.lse[lse_row(p, tile, r)] = empty ? -INF : natural_lse(p, tile, r);
 }
 
+// Rows of `width` words, padded with zeros to plan.key_width elements.
 template <class T>
-INLINE void load_queries(const Plan &plan, const RowTile &tile, T *queries) {
+INLINE void load_queries(const Plan &plan, const RowTile &tile, T *queries, int64_t width) {
     const Params &p = *plan.params;
-    for (int r = 0; r < tile.rows; r++) {
+    for (int r = 0; r < tile.rows; r++, queries += width) {
         if (r + PREFETCH_ROWS < tile.rows)
             prefetch_row(query_row(p, tile, r + PREFETCH_ROWS), p.K * dtype_size(p.dtype));
         if constexpr (PER_WORD<T> == 1)
-            pack_row(p.dtype, query_row(p, tile, r), p.q_stride[4], p.K, plan.key_width, queries + r * plan.key_width);
+            pack_row(p.dtype, query_row(p, tile, r), p.q_stride[4], p.K, plan.key_width, queries);
         else
-            pack_row(p.dtype, query_row(p, tile, r), p.q_stride[4], p.K, plan.key_width,
-                     (uint16_t *)queries + r * plan.key_width);
+            pack_row(p.dtype, query_row(p, tile, r), p.q_stride[4], p.K, plan.key_width, (uint16_t *)queries);
     }
 }
 
@@ -256,7 +256,7 @@ void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Tile &o
     Span spans[TILE_ROWS / ROWS], seen[TILE_ROWS];
     const float multiplier = score_multiplier(p);
 
-    load_queries(plan, tile, queries);
+    load_queries(plan, tile, queries, plan.key_width / PER_WORD<T>);
     init_softmax(p, tile, out, plan.value_width);
     const T *by_dim = (const T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);
     const T *by_row = (const T *)(plan.value_rows + slot * plan.value_rows_stride);

@@ -151,67 +151,81 @@ INLINE void interleave_rows(const uint16_t *a, const uint16_t *b, int64_t width,
 
 constexpr int SQUARE = W;
 
-// Transposes W vectors of words and stores them as [W][to_width].
-INLINE void store_transposed(const vu *from, uint32_t *to, int64_t to_width) {
+// Transposes W vectors of words.
+INLINE void transpose_vectors(vu (&rows)[W]) {
 #if KEYSPAN_VECTOR == 64
     // Four rounds of exchanges between rows 1, 2, 4 and 8 apart.
-    __m512i x[SQUARE], y[SQUARE];
-    for (int i = 0; i < SQUARE; i++) x[i] = (__m512i)from[i];
-    for (int i = 0; i < SQUARE; i += 2) {
+    __m512i x[W], y[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) x[i] = (__m512i)rows[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i += 2) {
         y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
         y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
     }
-    for (int i = 0; i < SQUARE; i += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i += 4) {
         x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
         x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
         x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
         x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
         y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
         y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
         y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(to + i * to_width, _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * to_width, _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd));
-        _mm512_storeu_si512(to + (i + 4) * to_width, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88));
-        _mm512_storeu_si512(to + (i + 12) * to_width, _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd));
+        rows[i] = (vu)_mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+        rows[i + 8] = (vu)_mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+        rows[i + 4] = (vu)_mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88);
+        rows[i + 12] = (vu)_mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd);
     }
 #elif KEYSPAN_VECTOR == 32
-    __m256 x[SQUARE], y[SQUARE];
-    for (int i = 0; i < SQUARE; i++) x[i] = (__m256)from[i];
-    for (int i = 0; i < SQUARE; i += 2) {
+    __m256 x[W], y[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i++) x[i] = (__m256)rows[i];
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i += 2) {
         y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
         y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
     }
-    for (int i = 0; i < SQUARE; i += 4) {
+#pragma GCC unroll 2
+    for (int i = 0; i < W; i += 4) {
         x[i] = _mm256_shuffle_ps(y[i], y[i + 2], 0x44);
         x[i + 1] = _mm256_shuffle_ps(y[i], y[i + 2], 0xee);
         x[i + 2] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0x44);
         x[i + 3] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0xee);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        store((float *)to + i * to_width, (vf)_mm256_permute2f128_ps(x[i], x[i + 4], 0x20));
-        store((float *)to + (i + 4) * to_width, (vf)_mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+        rows[i] = (vu)_mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
+        rows[i + 4] = (vu)_mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
     }
 #else
-    for (int k = 0; k < SQUARE; k++)
-        for (int i = 0; i < SQUARE; i++) to[k * to_width + i] = from[i][k];
+    vu x[W];
+    for (int k = 0; k < W; k++)
+        for (int i = 0; i < W; i++) x[k][i] = rows[i][k];
+    for (int k = 0; k < W; k++) rows[k] = x[k];
 #endif
 }
 
 // Transposes a square of words: [SQUARE][from_width] to [SQUARE][to_width].
 INLINE void transpose_square(const uint32_t *from, int64_t from_width, uint32_t *to, int64_t to_width) {
     vu rows[SQUARE];
+#pragma GCC unroll 16
     for (int i = 0; i < SQUARE; i++) rows[i] = load(from + i * from_width);
-    store_transposed(rows, to, to_width);
+    transpose_vectors(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < SQUARE; i++) store(to + i * to_width, rows[i]);
 }
 
-// [PANEL][width] words to [count][PANEL].
-INLINE void transpose(const uint32_t *from, int64_t width, int64_t count, uint32_t *to) {
-    for (int64_t n = 0; n < PANEL; n += SQUARE) {
+// [rows][width] words to [count][PANEL]; `rows` is a multiple of SQUARE.
+INLINE void transpose(const uint32_t *from, int64_t width, int64_t count, int64_t rows, uint32_t *to) {
+    for (int64_t n = 0; n < rows; n += SQUARE) {
         int64_t k = 0;
         for (; k + SQUARE <= count; k += SQUARE)
             transpose_square(from + n * width + k, width, to + k * PANEL + n, PANEL);
@@ -220,9 +234,10 @@ INLINE void transpose(const uint32_t *from, int64_t width, int64_t count, uint32
     }
 }
 
-// Packs `count` keys or values of a panel in the forms that are not null; whether one is infinite or NaN.
-INLINE bool pack_panel(int64_t dtype, const char *const *rows, int count, int64_t dims, int64_t stride, int64_t width,
-                       float *by_dim, float *by_row) {
+// Packs `count` keys or values of a panel, and zeros up to `padded`, a multiple of SQUARE, in the forms that are not null;
+// whether one is infinite or NaN.
+INLINE bool pack_panel(int64_t dtype, const char *const *rows, int count, int padded, int64_t dims, int64_t stride,
+                       int64_t width, float *by_dim, float *by_row) {
     alignas(64) float buffer[PANEL * MAX_HEAD_DIM];
     float *all_rows = by_row ? by_row : buffer;
     bool found = false;
@@ -230,23 +245,23 @@ INLINE bool pack_panel(int64_t dtype, const char *const *rows, int count, int64_
         if (n + PREFETCH_ROWS < count) prefetch_row(rows[n + PREFETCH_ROWS], dims * dtype_size(dtype));
         found |= pack_row(dtype, rows[n], stride, dims, width, all_rows + n * width);
     }
-    memset(all_rows + count * width, 0, (size_t)((PANEL - count) * width * 4));
-    if (by_dim) transpose((const uint32_t *)all_rows, width, dims, (uint32_t *)by_dim);
+    memset(all_rows + count * width, 0, (size_t)((padded - count) * width * 4));
+    if (by_dim) transpose((const uint32_t *)all_rows, width, dims, padded, (uint32_t *)by_dim);
     return found;
 }
 
-INLINE bool pack_panel(int64_t dtype, const char *const *rows, int count, int64_t dims, int64_t stride, int64_t width,
-                       uint32_t *by_dim, uint32_t *by_row) {
+INLINE bool pack_panel(int64_t dtype, const char *const *rows, int count, int padded, int64_t dims, int64_t stride,
+                       int64_t width, uint32_t *by_dim, uint32_t *by_row) {
     alignas(64) uint16_t buffer[PANEL * MAX_HEAD_DIM];
     bool found = false;
     for (int n = 0; n < count; n++) {
         if (n + PREFETCH_ROWS < count) prefetch_row(rows[n + PREFETCH_ROWS], dims * dtype_size(dtype));
         found |= pack_row(dtype, rows[n], stride, dims, width, buffer + n * width);
     }
-    memset(buffer + count * width, 0, (size_t)((PANEL - count) * width * 2));
-    if (by_dim) transpose((const uint32_t *)buffer, width / 2, (dims + 1) / 2, by_dim);
+    memset(buffer + count * width, 0, (size_t)((padded - count) * width * 2));
+    if (by_dim) transpose((const uint32_t *)buffer, width / 2, (dims + 1) / 2, padded, by_dim);
     if (by_row)
-        for (int n = 0; n < PANEL; n += 2)
+        for (int n = 0; n < padded; n += 2)
             interleave_rows(buffer + n * width, buffer + (n + 1) * width, width, by_row + n / 2 * width);
     return found;
 }
@@ -293,10 +308,12 @@ void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t
         k_by_row = (T *)(plan.key_rows + slot * plan.key_rows_stride) + first / per_word * plan.key_width;
         v_by_dim = (T *)(plan.values_by_dim + slot * plan.values_by_dim_stride) + first * words<T>(p.V);
     }
-    if (pack_panel(p.dtype, k_rows, count, p.K, k_step, plan.key_width, k_by_dim + first * words<T>(p.K),
+    // Forward reads whole vectors of the keys that rows see, backward sums whole panels.
+    const int padded = backward ? PANEL : (count + SQUARE - 1) / SQUARE * SQUARE;
+    if (pack_panel(p.dtype, k_rows, count, padded, p.K, k_step, plan.key_width, k_by_dim + first * words<T>(p.K),
                    k_by_row))
         plan.nonfinite_keys[slot * plan.segment_count + s].store(1, std::memory_order_relaxed);
-    if (pack_panel(p.dtype, v_rows, count, p.V, v_step, plan.value_width, v_by_dim,
+    if (pack_panel(p.dtype, v_rows, count, padded, p.V, v_step, plan.value_width, v_by_dim,
                    v_by_row + first / per_word * plan.value_width))
         plan.nonfinite_values[slot * plan.segment_count + s].store(1, std::memory_order_relaxed);
 }

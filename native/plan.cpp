@@ -376,8 +376,9 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     }
     int64_t scratch = 64 * 32 + 8 * BLOCK_KEYS * 4;
     if (plan.decode)
-        scratch += (DECODE_PANEL * MAX_HEAD_DIM + 3 * BLOCK_KEYS) * 8 +
-                   p.G * (sizeof(RowTile) + STATS_BYTES + 64 * 8 + rows * (plan.key_width + 2 * plan.value_width + 2 * BLOCK_KEYS + 4) * 4);
+        scratch += 3 * BLOCK_KEYS * 8 +
+                   p.G * (sizeof(RowTile) + STATS_BYTES + 64 * 8 +
+                          rows * (QUERY_WORDS + 2 * plan.value_width + 2 * BLOCK_KEYS + 4) * 4);
     else
         scratch += sizeof(RowTile) + STATS_BYTES + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
                    rows * BLOCK_KEYS * (backward ? 16 : 6) + rows * 8;

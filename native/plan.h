@@ -40,9 +40,9 @@ constexpr int STATS_BYTES = 5 * TILE_ROWS * 4;      // BlockStats of forward.h
 constexpr int MAX_RANGES = 4;                    // key ranges of a row
 constexpr int CHUNK_TILES = 8;                    // tiles of a chunk
 constexpr int SPLIT_BLOCKS = 4;                  // blocks of one unit of work in decoding, where threads share a row
+constexpr int QUERY_WORDS = MAX_HEAD_DIM + 16;  // of a query row in decoding; no power of two, whose rows share cache sets
 constexpr int LONG_KEYS = 1024;                  // keys of a long cache
 constexpr int DECODE_ROWS = 48;   // most query rows for each key for which keys of a long cache are not packed
-constexpr int DECODE_PANEL = 32;  // most keys that are transposed at a time in decoding
 
 // ---- clamps
 // ----------------------------------------------------------------------------------------------------------

@@ -65,6 +65,16 @@ INLINE Span row_span(const RowTile &tile, int s, int r, int64_t first, int64_t l
     return begin < end ? Span{(int)(begin - first), (int)(end - first)} : Span{0, 0};
 }
 
+// The keys of block [first, last) that any row sees in range s.
+INLINE Span rows_span(const RowTile &tile, int s, int64_t first, int64_t last) {
+    Span all{BLOCK_KEYS, 0};
+    for (int r = 0; r < tile.rows; r++) {
+        const Span one = row_span(tile, s, r, first, last);
+        if (one.begin < one.end) all = Span{min(all.begin, one.begin), max(all.end, one.end)};
+    }
+    return all;
+}
+
 // The spans of all rows, and their union for each group of ROWS rows, widened to whole vectors.
 INLINE void row_spans(const RowTile &tile, int s, int64_t first, int64_t last, Span *seen, Span *groups) {
     for (int r0 = 0; r0 < tile.rows; r0 += ROWS, groups++) {

@@ -46,11 +46,11 @@ typedef uint16_t vh_any __attribute__((vector_size(KEYSPAN_VECTOR / 2), aligned(
 typedef uint32_t vu_halves __attribute__((vector_size(KEYSPAN_VECTOR), aligned(2), may_alias));
 
 template <class T>
-INLINE T min(T a, T b) {
+INLINE constexpr T min(T a, T b) {
     return a < b ? a : b;
 }
 template <class T>
-INLINE T max(T a, T b) {
+INLINE constexpr T max(T a, T b) {
     return a > b ? a : b;
 }
 
