@@ -25,21 +25,15 @@ LARGEST_MASK = 2**17
 """Most entries of a cached lowered tensor: 0.5 MiB. Next to attention over more rows, lowering takes no time."""
 
 
-class Signature(NamedTuple):
-    """What recorded computations depend on, and where the tensors lie."""
-
-    form: tuple[object, ...]
-    """Shape, strides, dtype, device and alignment of each tensor, and which of them share an address."""
-    pointers: list[int]
-
-
-def signature(tensors: Iterable[Tensor]) -> Signature | None:
-    """The signature of some tensors; None where a pointer does not say all about one of them."""
+def signature(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], list[int]] | None:
+    """What recorded computations depend on: shape, strides, dtype, device and alignment of each tensor, and which of
+    them share an address. And their addresses. None where a pointer does not say all about one of the tensors."""
     form: list[object] = []
     pointers: list[int] = []
+    plain = shims.PLAIN
     try:
         for x in tensors:
-            if type(x) not in shims.PLAIN or x.is_neg():
+            if type(x) not in plain or x.is_neg():
                 return None
             pointer = x.data_ptr()
             if not pointer and (x.numel() or x.is_meta):  # zeros without memory, freed storage
@@ -50,7 +44,7 @@ def signature(tensors: Iterable[Tensor]) -> Signature | None:
         return None
     if len(set(pointers)) < len(pointers):
         form.append(tuple(map(pointers.index, pointers)))
-    return Signature(tuple(form), pointers)
+    return tuple(form), pointers
 
 
 class Cache:

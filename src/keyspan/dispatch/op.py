@@ -137,8 +137,9 @@ def run_forward(problem: Problem, backend: str, cached: bool) -> tuple[Tensor, T
         def record() -> tuple[list[Tensor], Replay[list[Tensor]] | None]:
             return recording.record_forward(problem, given, problem.shapes)
 
-        key = (backend, _form(problem), found.form)
-        out, lse = CACHE.run(key, found.pointers, given, lambda: list(module.forward(problem)), record)
+        form, pointers = found
+        key = (backend, _form(problem), form)
+        out, lse = CACHE.run(key, pointers, given, lambda: list(module.forward(problem)), record)
         return out, lse
 
 
@@ -164,8 +165,9 @@ def _run_backward(
         def record() -> tuple[Gradients, Replay[Gradients] | None]:
             return recording.record_backward(problem, given, *backward)
 
-        key = (backend, _form(problem), tuple(needs), grad_lse is None, found.form)
-        return CACHE.run(key, found.pointers, given, lambda: module.backward(problem, *backward), record)
+        form, pointers = found
+        key = (backend, _form(problem), tuple(needs), grad_lse is None, form)
+        return CACHE.run(key, pointers, given, lambda: module.backward(problem, *backward), record)
 
 
 def _form(problem: Problem) -> tuple[object, ...]:

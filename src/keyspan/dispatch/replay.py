@@ -131,7 +131,8 @@ def _lookup(
             needs = None
         elif shims.saved_tensors_hooked():
             return None  # checkpointing compares what a call and its repetition save; a replay saves other tensors
-    return Call((numbers, fields, masked, needs, found.form), found.pointers, tensors, fields, needs is not None)
+    form, pointers = found
+    return Call((numbers, fields, masked, needs, form), pointers, tensors, fields, needs is not None)
 
 
 def _autocast_done(tensors: Sequence[Tensor]) -> bool:
@@ -294,10 +295,11 @@ class _Recorded:
             given = [*tensors, out, lse, grad_out] if grad_lse is None else [*tensors, out, lse, grad_out, grad_lse]
             found = signature(given)
             if found is not None:
-                key = (self, needed, found.form)
+                form, pointers = found
+                key = (self, needed, form)
                 replay = CACHE.get(key)
                 if callable(replay):
-                    every = replay(found.pointers, given)
+                    every = replay(pointers, given)
                 if every is None:
                     every = self._computed(key, given, needed, grad_out, grad_lse)
                 else:

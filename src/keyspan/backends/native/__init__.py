@@ -7,6 +7,8 @@ into the C structs of native/params.h; masks arrive as key ranges.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import struct
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -72,14 +74,14 @@ def record_forward(
     call_pointers, numbers = _forward(problem, out, lse)
     if len(results) == 1:  # the library need not write lse
         call_pointers[call_pointers.index(lse.data_ptr())] = 0
-    pick = _picker(problem, call_pointers, [*given, *results])
-    if pick is None:
+    pack = _packer(problem, call_pointers, [*given, *results], numbers)
+    if pack is None:
         return results, None
     templates = [template(x, x.shape) for x in results]
 
     def replay(pointers: list[int], tensors: Sequence[Tensor]) -> list[Tensor]:
         made = [*map(empty_like, templates)]
-        _run(binding.FORWARD, pick([*pointers, *(x.data_ptr() for x in made)]), numbers)
+        _call(binding.FORWARD, pack, [*pointers, *[x.data_ptr() for x in made]])
         return made
 
     return results, replay
@@ -108,19 +110,47 @@ def pack_forward(problem: Problem, out: Tensor) -> tuple[bytes, object]:
     return POINTERS.pack(*pointers, 0, *_state()) + call.numbers(), call
 
 
-def _picker(
-    problem: Problem, call_pointers: Sequence[int], tensors: Sequence[Tensor]
-) -> Callable[[list[int]], Sequence[int]] | None:
-    """Orders addresses of `tensors` as a call has them; None where the call reads a copy or an array of dense terms."""
+def _packer(
+    problem: Problem, call_pointers: Sequence[int], tensors: Sequence[Tensor], numbers: bytes
+) -> Callable[[Sequence[int], int], bytes] | None:
+    """Packs `Params` of a call again, from the addresses that `tensors` have then and that of a workspace.
+
+    None where the call reads a copy or an array of dense terms.
+    """
     if problem.dense is not None or problem.biases or 0 in problem.shapes[1]:
         return None
     own = [x for x in (problem.lo, problem.hi, problem.diagonal, problem.origin) if x is not None]
-    constants = [0, *(x.data_ptr() for x in own)]
-    known = [*(x.data_ptr() for x in tensors), *constants]
-    if not set(call_pointers) <= set(known):
+    given = [x.data_ptr() for x in tensors]
+    constants = {0, *(x.data_ptr() for x in own)}
+    if not set(call_pointers) <= {*given, *constants}:
         return None
-    order = itemgetter(*map(known.index, call_pointers))
-    return lambda pointers: order(pointers + constants)
+    # Addresses of `tensors` are packed one by one, all between them as bytes that stay the same.
+    codes: list[str] = []
+    values: list[int | bytes] = []  # an index in `tensors`, or bytes
+    for constant, run in itertools.groupby(call_pointers, lambda pointer: pointer not in given):
+        listed = list(run)
+        if constant:
+            values.append(struct.pack(f"={len(listed)}q", *listed))
+            codes.append(f"{8 * len(listed)}s")
+        else:
+            values += map(given.index, listed)
+            codes.append(f"{len(listed)}q")
+    ends: dict[tuple[int, int], bytes] = {}
+    pack = struct.Struct("=" + "".join(codes)).pack
+    fixed = [x for x in values if isinstance(x, bytes)]
+    places = iter(range(len(tensors), len(tensors) + len(fixed)))
+    order = itemgetter(*[next(places) if isinstance(x, bytes) else x for x in values])
+
+    def packed(pointers: Sequence[int], workspace: int) -> bytes:
+        state = _state()
+        end = None if workspace else ends.get(state)
+        if end is None:
+            end = struct.pack("=3q", workspace, *state) + numbers
+            if not workspace:
+                ends[state] = end
+        return pack(*order([*pointers, *fixed])) + end
+
+    return packed
 
 
 def backward(
@@ -145,8 +175,8 @@ def record_backward(
         return _zero_gradients(problem, needs), None
     made, call_pointers, numbers = _backward(problem, grad_out, grad_lse, out, lse, needs)
     forms = _forms(problem)
-    pick = _picker(problem, call_pointers, [*given, *(x for x in made if x is not None)])
-    if pick is None:
+    pack = _packer(problem, call_pointers, [*given, *(x for x in made if x is not None)], numbers)
+    if pack is None:
         return _reduced(made, forms), None
     templates = [None if x is None else template(x, x.shape) for x in made]
     first_sum = 1 if problem.block_table is not None else 3
@@ -156,7 +186,7 @@ def record_backward(
         for x in made[first_sum:]:  # what the library adds to
             if x is not None:
                 x.zero_()
-        _run(binding.BACKWARD, pick([*pointers, *(x.data_ptr() for x in made if x is not None)]), numbers)
+        _call(binding.BACKWARD, pack, [*pointers, *[x.data_ptr() for x in made if x is not None]])
         return _reduced(made, forms)
 
     return _reduced(made, forms), replay
@@ -357,9 +387,14 @@ def _state() -> tuple[int, int]:
 
 
 def _run(function: Any, pointers: Sequence[int], numbers: bytes) -> None:
-    """Calls forward or backward; where it asks for a workspace, again with one from torch's allocator."""
+    """Calls forward or backward."""
     state = _state()
-    size = function(POINTERS.pack(*pointers, 0, *state) + numbers)
+    _call(function, lambda pointers, workspace: POINTERS.pack(*pointers, workspace, *state) + numbers, pointers)
+
+
+def _call(function: Any, pack: Callable[[Sequence[int], int], bytes], pointers: Sequence[int]) -> None:
+    """Calls forward or backward; where it asks for a workspace, again with one from torch's allocator."""
+    size = function(pack(pointers, 0))
     if size:
         workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
-        function(POINTERS.pack(*pointers, workspace.data_ptr(), *state) + numbers)
+        function(pack(pointers, workspace.data_ptr()))
