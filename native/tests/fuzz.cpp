@@ -1,90 +1,23 @@
-// Fuzz test of the C ABI: random problems against a plain double-precision loop, for builds with sanitizers.
+// Fuzz test of the C ABI: random problems against a plain double-precision loop, for builds with sanitizers. This file
+// holds attention; program.h products with a weight, the layers and programs of both.
 //
 //     fuzz COUNT [FIRST SEED]
 //
 // `make sanitize` builds and runs it. A failure prints its seed; `fuzz 1 SEED` repeats that problem. Every array ends
 // with its last element and holds NaN in the gaps between strides, and so does the workspace: a read of memory that holds
 // no data is an error of the address sanitizer, or a NaN in a result.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
-#include <vector>
-
-#include "../params.h"
-
-using namespace keyspan;
+#include "program.h"
+#include "random.h"
 
 extern "C" {
 int64_t keyspan_supports(int64_t);
 int64_t keyspan_forward(const Params *);
 int64_t keyspan_backward(const Params *);
-void keyspan_run(const void *calls, int64_t count, int64_t threads);
 }
 
 namespace {
 
-constexpr double EPSILON[] = {0x1p-23, 0x1p-7, 0x1p-10};
-const char *const ISA_NAMES[] = {"portable", "avx2", "avx512", "avx512bf16"};
-
-// ---- random numbers ------------------------------------------------------------------------------------------------
-
-struct Random {
-    uint64_t state;
-    uint64_t next() {  // splitmix64
-        uint64_t x = state += 0x9E3779B97F4A7C15u;
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-        return x ^ (x >> 31);
-    }
-    int64_t from(int64_t low, int64_t high) { return low + (int64_t)(next() % (uint64_t)(high - low + 1)); }
-    bool chance(double p) { return (double)(next() >> 11) * 0x1p-53 < p; }
-    double value() { return ((double)(next() >> 11) * 0x1p-53 - 0.5) * 3; }
-    template <size_t N>
-    int64_t among(const int64_t (&list)[N]) { return list[next() % N]; }
-};
-
 // ---- arrays --------------------------------------------------------------------------------------------------------
-
-double read(int64_t dtype, const char *memory, int64_t i) {
-    if (dtype == F32) {
-        float x;
-        memcpy(&x, memory + 4 * i, 4);
-        return x;
-    }
-    uint16_t half;
-    memcpy(&half, memory + 2 * i, 2);
-    if (dtype == BF16) {
-        const uint32_t bits = (uint32_t)half << 16;
-        float x;
-        memcpy(&x, &bits, 4);
-        return x;
-    }
-    const int exponent = half >> 10 & 31, mantissa = half & 1023;
-    const double size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                        : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
-                                       : std::ldexp(mantissa, -24);
-    return half >> 15 ? -size : size;
-}
-
-// Values are truncated to the dtype.
-void write(int64_t dtype, char *memory, int64_t i, double value) {
-    const float single = (float)value;
-    uint32_t bits;
-    memcpy(&bits, &single, 4);
-    if (dtype == F32) {
-        memcpy(memory + 4 * i, &bits, 4);
-        return;
-    }
-    uint16_t half = (uint16_t)(bits >> 16);
-    if (dtype == F16) {
-        const int exponent = (int)(bits >> 23 & 255) - 112;
-        half = (uint16_t)((bits >> 16 & 0x8000) | (exponent > 0 ? (uint32_t)exponent << 10 | (bits >> 13 & 1023) : 0));
-    }
-    memcpy(memory + 2 * i, &half, 2);
-}
 
 struct Array {
     int64_t dtype = F32;
@@ -137,14 +70,6 @@ Array make_array(Random &random, int64_t dtype, std::vector<int64_t> shape, bool
     }
     return a;
 }
-
-template <class T>
-T *begin_of(std::vector<T> &x) {
-    return x.empty() ? nullptr : x.data();
-}
-
-// Memory for a result, filled with NaN.
-std::vector<char> blank(int64_t bytes) { return std::vector<char>((size_t)bytes, (char)0xff); }
 
 // ---- problems ------------------------------------------------------------------------------------------------------
 
@@ -535,10 +460,6 @@ Answer solve(const Problem &problem) {
 
 // ---- comparison ----------------------------------------------------------------------------------------------------
 
-struct Failure {
-    std::string text;
-};
-
 struct Workspace {
     char *start;
     explicit Workspace(int64_t size) {
@@ -642,15 +563,12 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
     // Three times as calls of one program, whose threads stay awake between them.
     std::vector<char> results[3];
     Params calls[3];
-    struct {
-        int64_t function;
-        const void *arguments;
-    } program[3];
+    Call program[3];
     for (int i = 0; i < 3; i++) {
         results[i] = blank((int64_t)out.size());
         calls[i] = p;
         calls[i].out = results[i].data();
-        program[i] = {6, &calls[i]};  // ATTENTION of native/program.cpp
+        program[i] = {ATTENTION, &calls[i]};
     }
     keyspan_run(program, 3, p.threads);
     for (const std::vector<char> &result : results)
@@ -728,6 +646,7 @@ int main(int count, char **words) {
         // Printed before the run, so that it stands above a sanitizer's report.
         const Params &p = problem.p;
         fprintf(stderr, "\rseed %lu", seed);
+        if (!check_layers(seed)) return 1;
         const Answer want = solve(problem);
         for (int64_t isa = 0; isa < ISAS; isa++) {
             if (!keyspan_supports(isa)) continue;
