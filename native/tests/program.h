@@ -29,8 +29,9 @@ struct Call {
 struct Store {
     const char *from;
     char *to;
+    float *scale;
     const int64_t *slots;
-    int64_t T, bytes, from_stride, to_stride;
+    int64_t threads, dtype, stored, T, heads, D, from_stride;
 };
 
 struct HeadNorm {
@@ -159,7 +160,7 @@ void check_product(Product &made, int64_t isa) {
 // A norm, a product, norms of heads, a rotation, a gate, and rows stored at slots, such as a decoder's step is made of.
 // `step` computes call i on memory of its own.
 struct Step {
-    int64_t dtype, threads, T, D, heads, K;
+    int64_t dtype, threads, T, D, heads, K, bits;  // `bits`: how the last call stores, as INT8 or E4M3
     std::vector<char> x, weight, bias;
     std::vector<float> norm, head_norm, cosine, sine;
     std::vector<int64_t> slots;
@@ -183,19 +184,22 @@ struct Step {
         head_norm = numbers(K);
         cosine = numbers(T * K / 2);
         sine = numbers(T * K / 2);
-        for (int64_t t = 0; t < T; t++) slots.push_back(t * 7 % T);  // a permutation, or not
+        // A permutation: units of 8-bit rows are stored in any order.
+        for (int64_t t = 0; t < T; t++) slots.push_back((t + T / 2) % T);
+        bits = random.from(INT8, E4M3);
     }
 
     struct Memory {
-        std::vector<char> normed, product, rotated, gated, stored;
-        std::vector<float> inverse, head_inverse;
+        std::vector<char> normed, product, rotated, gated, stored, bytes;
+        std::vector<float> inverse, head_inverse, scale;
     };
 
     // All that a step leaves in memory, computed call by call or as one program.
     Memory compute(int64_t isa, bool program) const {
         const int64_t size = size_of(dtype), width = 2 * heads * K;
         Memory to{blank(T * D * size), blank(T * width * size), blank(T * width * size), blank(T * width / 2 * size),
-                  blank(T * width * size), std::vector<float>((size_t)T), std::vector<float>((size_t)(T * heads))};
+                  blank(T * width * size), blank(T * width), std::vector<float>((size_t)T),
+                  std::vector<float>((size_t)(T * heads)), std::vector<float>((size_t)(2 * T * heads))};
         RmsNorm norms{};
         norms.x = x.data();
         norms.weight = norm.data();
@@ -243,11 +247,16 @@ struct Step {
         gate.dtype = dtype;
         gate.T = T;
         gate.D = width / 2;
-        const Store store{to.rotated.data(), to.stored.data(), slots.data(), T, width * size, width * size, width * size};
-        const Call calls[] = {{RMS_NORM, &norms},  {LINEAR, &linear}, {HEAD_NORM, &of_heads},
-                              {ROTARY, &rotary}, {GATE, &gate},     {STORE, &store}};
+        Store store{to.rotated.data(), to.stored.data(), nullptr, slots.data(), threads, dtype, AS_DTYPE, T, 2 * heads, K,
+                    width * size};
+        Store store_bytes = store;
+        store_bytes.to = to.bytes.data();
+        store_bytes.scale = to.scale.data();
+        store_bytes.stored = bits;
+        const Call calls[] = {{RMS_NORM, &norms}, {LINEAR, &linear}, {HEAD_NORM, &of_heads}, {ROTARY, &rotary},
+                              {GATE, &gate},      {STORE, &store},   {STORE, &store_bytes}};
         if (program)
-            keyspan_run(calls, 6, threads);
+            keyspan_run(calls, 7, threads);
         else
             for (const Call &call : calls) keyspan_run(&call, 1, 1);
         return to;
@@ -258,7 +267,8 @@ void check_step(const Step &step, int64_t isa) {
     const int64_t width = 2 * step.heads * step.K, dtype = step.dtype;
     const Step::Memory alone = step.compute(isa, false), together = step.compute(isa, true);
     if (alone.normed != together.normed || alone.product != together.product || alone.rotated != together.rotated ||
-        alone.gated != together.gated || alone.stored != together.stored)
+        alone.gated != together.gated || alone.stored != together.stored || alone.bytes != together.bytes ||
+        alone.scale != together.scale)
         throw Failure{"a step's results differ in a program"};
     const double error = 4 * EPSILON[dtype] + 64 * EPSILON[F32];
     for (int64_t t = 0; t < step.T; t++) {
@@ -289,11 +299,19 @@ void check_step(const Step &step, int64_t isa) {
                            error * std::fabs(want) + 0x1p-22);
         }
     }
-    for (int64_t s = 0; s < step.T; s++) {
-        const auto last = std::find(step.slots.rbegin(), step.slots.rend(), s);
-        if (last == step.slots.rend()) continue;
-        const int64_t t = (int64_t)(step.slots.rend() - last) - 1, bytes = width * size_of(dtype);
-        if (memcmp(&alone.stored[s * bytes], &alone.rotated[t * bytes], bytes)) throw Failure{"a row is stored elsewhere"};
+    for (int64_t t = 0; t < step.T; t++) {
+        const int64_t slot = step.slots[t], bytes = width * size_of(dtype);
+        if (memcmp(&alone.stored[slot * bytes], &alone.rotated[t * bytes], bytes)) throw Failure{"a row is stored elsewhere"};
+        for (int64_t i = 0; i < width; i++) {
+            const uint8_t byte = (uint8_t)alone.bytes[slot * width + i];
+            const double scale = alone.scale[slot * 2 * step.heads + i / step.K];
+            const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+            const double magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+            const double number = step.bits == INT8 ? (int8_t)byte : byte >> 7 ? -magnitude : magnitude;
+            const double want = read(dtype, alone.rotated.data(), t * width + i);
+            const double step_size = step.bits == INT8 ? 1 : std::max(0x1p-9, magnitude / 8);
+            compare_number("8 bits", i, number * scale, want, 0.502 * step_size * scale + 0x1p-22);
+        }
     }
 }
 
