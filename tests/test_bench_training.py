@@ -41,7 +41,7 @@ def test_a_provider_with_another_loss_gets_no_figure(monkeypatch, tmp_path, caps
 
 def test_times_that_spread_give_no_ratio():
     def row(provider, spread):
-        return training.Row(provider, 100.0, 1.0, spread, 1.0, 1.0, 0.5)
+        return training.Row(provider, 100.0, 1.0, spread, 1.0, 1.0, 0.5, 2.0, 3.0)
 
     assert "| 1.00 |" in training.table([row("keyspan", 0.2), row("other", 0.3)]).splitlines()[-1]
     for spreads in ((0.9, 0.1), (0.1, 0.9)):
@@ -71,7 +71,7 @@ def test_a_provider_that_takes_too_long_is_a_line(monkeypatch, tmp_path, capsys)
 
     monkeypatch.setitem(training.PROVIDERS, "SDPA, dense mask", (slow, False))
     rows = main(Bench("tiny", providers=("keyspan", "SDPA, dense mask"), repeats=1, limit=0.5, out=tmp_path))
-    assert rows[1].note == "TimeoutError: took more than 0.5 s"
+    assert rows[1].note == "TimeoutError: not ready after 0.5 s, compilation included"
     assert rows[0].tokens_per_second is not None
 
 
@@ -124,3 +124,19 @@ def test_padded_batches_hold_every_token_once_and_keep_the_budget():
 def test_wrong_options(change, message):
     with pytest.raises(ValueError, match=message):
         main(Bench(**change))
+
+
+def test_what_a_provider_computes():
+    """Documents of 3, 1 and 2 tokens, at most 6 a batch: as they come [3, 1] and [2], sorted [3, 2] and [1]."""
+    size = training.Size(SIZES["tiny"].config, 6, 1, 3)
+    data = training.Documents(torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64), [3, 1, 2])
+    wanted = {
+        "keyspan": (6, 6 + 1 + 3),
+        "flex, packed, compiled": (6, 6 + 1 + 3),
+        "SDPA, padded": (2 * 3 + 2, 2 * 6 + 3),
+        "SDPA, padded, sorted": (2 * 3 + 1, 2 * 6 + 1),
+        "SDPA, padded, compiled": (3 * 64, 3 * 64 * 65 // 2),
+        "SDPA, dense mask": (6, 36),
+        "SDPA, rows that leak": (6, 21),
+    }
+    assert {name: training.computed(name, size, data) for name in wanted} == wanted
