@@ -219,7 +219,9 @@ def test_a_reader_that_ends_early_prints_no_traceback():
 
 
 def test_ctrl_c_while_importing_prints_no_traceback(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    # Under nohup, and behind `&` in a script, SIGINT is ignored from the start.
+    handled = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    (tmp_path / "torch.py").write_text(f"{handled}; os.kill(os.getpid(), signal.SIGINT)")
     path = [str(tmp_path), *sys.path]
     code = f"import sys; sys.path[:0] = {path!r}; from keyspan_command import main; sys.exit(main())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
