@@ -117,9 +117,10 @@ def _starts(x: Tensor) -> Tensor:
 
 
 def _refuse(others: dict[str, object]) -> None:
+    """Raise ValueError for an argument that only CuTe kernels can honour."""
     for name, value in others.items():
         if value is not None:
-            raise ValueError(
-                f"{name}: got {type(value).__name__}, want None; keyspan.interop.torch.find_ranges takes a mask_mod "
-                "written in torch"
+            hint = (
+                "; keyspan.interop.torch.find_ranges takes one that is written in torch" if name == "mask_mod" else ""
             )
+            raise ValueError(f"{name}: got {type(value).__name__}, want None{hint}")
