@@ -314,7 +314,7 @@ def test_openais_client_gets_the_embedders_numbers(client, server):
         ({"model": "tiny", "input": "b", "truncate_prompt_tokens": 2}, 400, "truncate: got 2, want 3"),
         ({"model": "tiny", "input": [[1]], "truncate_prompt_tokens": 0}, 400, "truncate: got 0, want 3"),
         ({"model": "tiny", "input": ["b", 1]}, 400, "input"),
-        ({"model": "tiny", "input": "b", "pooling": "cls"}, 400, "pooling: Extra inputs"),
+        ({"model": "tiny", "input": "b", "pooling": "cls"}, 400, "pooling: got 'cls'; Extra inputs"),
         ({"model": "other", "input": "b"}, 404, "model: got 'other', want 'tiny'"),
         ({"model": "tiny", "input": "b" * 100_001}, 413, "the body is larger"),
     ],

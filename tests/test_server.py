@@ -13,10 +13,9 @@ import httpx2 as httpx
 import openai
 import pytest
 import torch
-import uvicorn
 
 from keyspan.inference.engine import Engine
-from keyspan.inference.http import Limits, make_config
+from keyspan.inference.http import Limits, Server, listen, make_config
 from keyspan.inference.sampling import Sampling
 from keyspan.inference.serve import allow_files, load_model
 from keyspan.inference.server import make_app
@@ -52,12 +51,13 @@ class Running:
     """A server on a port of this machine, in a thread."""
 
     def __init__(self, app, limits, connections=2048):
-        self.server = uvicorn.Server(make_config(app, limits, connections, port=0, log_level="critical"))
-        self.thread = threading.Thread(target=self.server.run)
+        self.server = Server(make_config(app, limits, connections, log_level="critical"))
+        sockets = listen("127.0.0.1", 0)
+        self.port = sockets[0].getsockname()[1]
+        self.thread = threading.Thread(target=self.server.run, args=(sockets,))
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def close(self):
@@ -221,12 +221,17 @@ def test_models_health_metrics_and_page(client, server):
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
-        ("completions", "{", 400, "JSON decode error"),
+        ("completions", "{", 400, "body: got no JSON: Expecting property name enclosed in double quotes at character 1"),
+        ("completions", "[]", 400, "body: got []; Input should be a valid dictionary"),
+        ("completions", {"model": "tiny", "prompt": []}, 400, "prompt: got an empty list, want at least one token"),
+        ("completions", {"model": "tiny", "prompt": ["a", [1]]}, 400, "prompt: got ['a', [1]]; Input should be"),
+        ("completions", {"model": "tiny", "prompt": "a", "suffix": "b"}, 400, "suffix: got 'b'; Input should be None"),
+        ("completions", {"model": "tiny", "prompt": "a", "stop": 5}, 400, "stop: got 5; Input should be a valid string"),
         ("completions", {"model": "tiny"}, 400, "prompt: Field required"),
         ("completions", {"model": "tiny", "prompt": ""}, 400, "prompt: got no token"),
         ("completions", {"model": "tiny", "prompt": "a", "temperature": -1}, 400, "temperature"),
         ("completions", {"model": "tiny", "prompt": "a", "logit_bias": {"1": 2}}, 400, "logit_bias"),
-        ("completions", {"model": "tiny", "prompt": "a", "beam": 3}, 400, "beam: Extra inputs"),
+        ("completions", {"model": "tiny", "prompt": "a", "beam": 3}, 400, "beam: got 3; Extra inputs"),
         ("completions", {"model": "tiny", "prompt": [300]}, 400, "prompt: got tokens 300"),
         ("completions", {"model": "tiny", "prompt": "a", "max_tokens": 65}, 400, "max_tokens: got 65, want at most 64"),
         ("completions", {"model": "tiny", "prompt": "a", "n": 5}, 400, "n: got 5 answers in all, want 1 … 4"),
@@ -253,7 +258,7 @@ def test_models_health_metrics_and_page(client, server):
         ("completions", {"model": "tiny", "prompt": [[1], [2]], "n": 3}, 400, "n: got 6 answers in all"),
         ("completions", {"model": "tiny", "prompt": "a", **{f"x{n}": 1 for n in range(99)}}, 400, "got 101 keys"),
         ("completions", {"model": "tiny", "prompt": "a", "metadata": {f"x{n}": "" for n in range(99)}}, 400,
-         "metadata: Value error, got 99 keys, want at most 64"),
+         "Value error, got 99 keys, want at most 64"),
         ("completions", {"model": "tiny", "prompt": "a", "stop": ["b"] * 17}, 400, "stop"),
         ("completions", {"model": "tiny", "prompt": "a", "stop": "b" * 257}, 400, "stop"),
         ("completions", {"model": "tiny", "prompt": "a", "stop": [""]}, 400, "stop"),
@@ -275,13 +280,26 @@ def test_wrong_requests_are_refused_in_words(server, path, body, status, message
     assert not server.engine.busy()
 
 
+def test_a_form_is_refused_by_its_type(server):
+    got = httpx.post(f"{server.url}/v1/completions", data={"model": "tiny", "prompt": "a"})
+    assert got.status_code == 400
+    message = got.json()["error"]["message"]
+    assert message == "body: got content-type 'application/x-www-form-urlencoded', want application/json"
+
+
+def test_wrong_methods_name_the_right_one(server):
+    got = httpx.get(f"{server.url}/v1/completions")
+    assert (got.status_code, got.headers["allow"]) == (405, "POST")
+
+
 def test_keys(folder):
     found = start(folder, keys=("secret",))
     try:
         with pytest.raises(openai.AuthenticationError, match="a valid API key is missing"):
             openai.OpenAI(base_url=f"{found.url}/v1", api_key="wrong", max_retries=0).models.list()
         for value in ("secret", "Basic secret", "Bearer", "Bearer  secret", "Bearer secret2"):
-            assert httpx.get(f"{found.url}/v1/models", headers={"authorization": value}).status_code == 401
+            got = httpx.get(f"{found.url}/v1/models", headers={"authorization": value})
+            assert (got.status_code, got.headers["www-authenticate"]) == (401, "Bearer")
         assert httpx.get(f"{found.url}/v1/models", headers={"authorization": "bearer secret"}).status_code == 200
         assert openai.OpenAI(base_url=f"{found.url}/v1", api_key="secret").models.list().data[0].id == "tiny"
         assert httpx.get(f"{found.url}/health").status_code == 200
@@ -304,6 +322,38 @@ def test_a_client_that_leaves_is_cancelled(server, client):
     assert not server.engine.busy()
     assert server.engine.counters.answer_tokens <= before + 128
     assert server.engine.cache.available() == server.engine.cache.pages
+
+
+def test_a_client_that_leaves_is_cancelled_where_wait_for_swallows_it(folder, monkeypatch):
+    """As `asyncio.wait_for` of Python 3.11 and before does, where what it waits for is ready at the same moment."""
+    found = start(folder, Limits(max_tokens=4000))
+    found.engine.step = slow(found.engine.step)
+    swallowed, waits = [], asyncio.wait_for
+
+    async def swallow(what, timeout):
+        task = asyncio.ensure_future(what)
+        try:
+            return await waits(asyncio.shield(task), timeout)
+        except asyncio.CancelledError:
+            swallowed.append(1)
+            return await task
+
+    monkeypatch.setattr("keyspan.inference.server.asyncio.wait_for", swallow)
+    try:
+        with socket.create_connection(("127.0.0.1", found.port)) as raw:
+            body = json.dumps({"model": "tiny", "prompt": "Hello", "max_tokens": 500, "ignore_eos": True})
+            raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                        f"content-length: {len(body)}\r\n\r\n{body}".encode())  # fmt: skip
+            while not found.engine.busy():
+                time.sleep(0.005)
+        deadline = time.monotonic() + 60
+        while found.engine.busy() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert swallowed, "nothing was swallowed"
+        assert not found.engine.busy()
+        assert found.engine.counters.answer_tokens < 500
+    finally:
+        found.close()
 
 
 def test_a_client_that_leaves_before_the_first_part_is_cancelled(folder):
@@ -569,23 +619,51 @@ def test_an_engine_that_fails_is_reported(folder, stream):
         found.close()
 
 
-def test_shutdown_ends_running_requests(folder):
-    found = start(folder)
-    statuses = []
+@pytest.mark.parametrize("stream", [False, True])
+def test_shutdown_ends_running_requests(folder, stream):
+    found = start(folder, Limits(max_tokens=100_000))
+    found.engine.step = slow(found.engine.step)
+    answers = []
 
     def ask():
-        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 64, "ignore_eos": True, "stream": True}
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 3000, "ignore_eos": True, "stream": stream}
         with httpx.stream("POST", f"{found.url}/v1/completions", json=body, timeout=60) as response:
-            statuses.append((response.status_code, "".join(response.iter_text())))
+            answers.append((response.status_code, "".join(response.iter_text())))
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while not found.engine.busy() and thread.is_alive():
+    while found.engine.counters.answer_tokens < 3 and thread.is_alive():
         time.sleep(0.005)
     found.close()
     thread.join(20)
     assert not thread.is_alive()
-    assert statuses[0][0] == 200
+    [(status, text)] = answers
+    assert "the server is shutting down" in text
+    assert status == (200 if stream else 503)
+    assert found.engine.counters.answer_tokens < 3000
+
+
+def slow(step):
+    """A step that takes a while, so that a request outlasts the patience of a server that shuts down."""
+
+    def run():
+        time.sleep(0.02)
+        return step()
+
+    return run
+
+
+def test_what_cannot_be_listened_on_is_refused():
+    with pytest.raises(ValueError, match="port: got 80000, want 0 … 65535"):
+        listen("127.0.0.1", 80000)
+    with pytest.raises(ValueError, match="host: got '256.1.1.1', want a name or address of this machine"):
+        listen("256.1.1.1", 0)
+    [taken] = listen("127.0.0.1", 0)
+    with taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port: 127.0.0.1:{port} is in use, want a free one"):
+            listen("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ class Batcher:
         self.embedder = embedder
         self.texts = self.tokens = self.steps = 0
         self.busy_seconds = 0.0
+        self._stopped = False
         self._jobs: deque[_Job] = deque()
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "keyspan-embedder")
@@ -75,6 +76,8 @@ class Batcher:
 
     async def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings [sequences, dim] of tokens that `Embedder.check` accepts. Cancelling it takes them out again."""
+        if self._stopped:
+            raise HTTPException(503, "the server is shutting down")
         job = _Job(
             sequences, torch.empty(len(sequences), self.embedder.dim), asyncio.get_running_loop().create_future()
         )
@@ -97,6 +100,7 @@ class Batcher:
                 else:
                     self._wake.clear()
         finally:
+            self._stopped = True
             for job in self._jobs:
                 self._fail(job, HTTPException(503, "the server is shutting down"))
             self._thread.shutdown(wait=False)
@@ -166,7 +170,7 @@ def make_embedding_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         task.append(asyncio.create_task(batcher.run()))
         yield
-        task[0].cancel()
+        stop()
         await asyncio.wait(task)
 
     def failure() -> str | None:
@@ -179,7 +183,11 @@ def make_embedding_app(
         yield CounterMetricFamily, "busy_seconds", batcher.busy_seconds
         yield GaugeMetricFamily, "waiting_texts", batcher.waiting
 
-    site = Site(name, limits or Limits(), keys, failure, metrics, most=waiting)
+    def stop() -> None:
+        for running in task:
+            running.cancel()
+
+    site = Site(name, limits or Limits(), keys, failure, metrics, most=waiting, stop=stop)
     app = make_site(site, lifespan)
 
     @app.post("/v1/embeddings")

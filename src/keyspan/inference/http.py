@@ -6,14 +6,19 @@ An option that cannot be honoured is an error (400), never ignored.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
+import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from reprlib import Repr
 from typing import Annotated, Any, TypeVar, cast
 
+import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -65,6 +70,8 @@ class Site:
     metrics: Callable[[], Iterable[Metric]]
     most: int
     """Requests for the model that are worked on at once; one more is answered 429."""
+    stop: Callable[[], None]
+    """End what is worked on, and refuse more; called on the event loop when the server shuts down."""
     started: float = field(default_factory=time.time)
     open: int = 0
     """Requests for the model whose bodies have arrived, and whose answers have not been sent."""
@@ -82,6 +89,7 @@ class Site:
 def make_site(site: Site, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
     """An application with everything but the paths that ask the model."""
     app = FastAPI(title="keyspan", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.stop = site.stop
     app.add_middleware(_Guard, site=site)
     _handle_errors(app)
 
@@ -174,12 +182,32 @@ def _too_many(message: str) -> JSONResponse:
     return response
 
 
+def _complaint(error: dict[str, Any], headers: Mapping[str, str]) -> str:
+    """pydantic's account of a wrong body in our words: what, got, want."""
+    if error["type"] == "json_invalid":
+        return f"body: got no JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+    # Not the branches of unions, which pydantic puts in too, such as `constrained-str` and `list[int]`.
+    parts = [str(part) for part in error["loc"][1:]]
+    where = ".".join(part for n, part in enumerate(parts) if part.isidentifier() or part.isdecimal() or not n)
+    if not where:
+        kind = headers.get("content-type", "none")
+        if "json" not in kind:
+            return f"body: got content-type {kind!r:.100}, want application/json"
+        where = "body"
+    if error["type"] == "missing":
+        return f"{where:.200}: {error['msg']}"
+    return f"{where:.200}: got {_SHORT.repr(error['input'])}; {error['msg']}"
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 2
+
+
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(x) for x in first["loc"][1:])
-        return error_response(400, f"{where:.200}: {first['msg']}", "invalid_value")
+        return error_response(400, _complaint(error.errors()[0], request.headers), "invalid_value")
 
     @app.exception_handler(ValueError)
     async def refused(request: Request, error: ValueError) -> JSONResponse:
@@ -192,7 +220,9 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)  # fastapi's own, and those of unknown paths
     async def failed(request: Request, error: StarletteHTTPException) -> JSONResponse:
         code = _CODES.get(error.status_code, "invalid_value")
-        return error_response(error.status_code, str(error.detail), code)
+        response = error_response(error.status_code, str(error.detail), code)
+        response.headers.update(error.headers or {})  # such as Allow
+        return response
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
@@ -249,7 +279,9 @@ class _Guard:
         if scheme.lower() == b"bearer" and sum(hmac.compare_digest(given, key.encode()) for key in keys):
             return None
         text = "a valid API key is missing: Authorization: Bearer KEY"
-        return error_response(401, text, "invalid_api_key", close=True)
+        response = error_response(401, text, "invalid_api_key", close=True)
+        response.headers["www-authenticate"] = "Bearer"
+        return response
 
     async def _body(self, receive: Receive) -> tuple[Response | None, bytes]:
         limits, body, more = self._site.limits, bytearray(), True
@@ -283,13 +315,52 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T | None:
         task.cancel()
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which waits at its end for clients to have their answers; these end when the wait begins."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.stop()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets bound to the addresses of a host, before a model is loaded for them; port 0: one that is free.
+
+    Raises ValueError for a port or a host that cannot be listened on.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port: got {port}, want 0 … 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ValueError(f"host: got {host!r}, want a name or address of this machine ({error.strerror})") from None
+    sockets: list[socket.socket] = []
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        one = socket.socket(family, kind, protocol)
+        sockets.append(one)
+        try:
+            if sys.platform != "win32":
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind((address[0], port, *address[2:]))
+        except OSError as error:
+            for opened in sockets:
+                opened.close()
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(f"port: {host}:{port} is in use, want a free one (another server?)") from None
+            raise ValueError(f"host: cannot listen on {host}:{port}: {error.strerror}") from None
+        port = one.getsockname()[1]
+    return sockets
+
+
 def make_config(app: ASGIApp, limits: Limits, connections: int, **options: Any) -> Config:
     """What uvicorn runs an application with, so that silent and slow connections are closed.
 
     Args:
         limits: those of the application.
         connections: most of them; a request on one more is answered 503.
-        options: more of `uvicorn.Config`, such as host and port.
+        options: more of `uvicorn.Config`.
     """
     return Config(
         app, http=_timed(limits), ws="none", limit_concurrency=connections, timeout_graceful_shutdown=5, **options

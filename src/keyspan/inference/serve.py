@@ -102,7 +102,7 @@ class Serve:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of this machine."""
     port: int = 8000
-    """Port to listen on."""
+    """Port to listen on; 0 for one that is free."""
     dtype: str | None = None
     """fp32, bf16 or fp16. Default: as the folder says."""
     weights: str | None = None
@@ -134,9 +134,7 @@ def serve(options: Serve) -> None:
     """Load the model, then serve until SIGINT or SIGTERM; running answers end then."""
     import gc
 
-    import uvicorn
-
-    from keyspan.inference.http import Limits, make_config
+    from keyspan.inference.http import Limits, Server, listen, make_config
 
     keys: tuple[str, ...] = ()
     if options.api_key_file is not None:
@@ -144,20 +142,19 @@ def serve(options: Serve) -> None:
         if not keys:
             raise ValueError(f"api_key_file: {options.api_key_file} holds no key, want one a line")
     limits = Limits()
-    app = _app(options, limits, keys)
+    sockets = listen(options.host, options.port)
+    app = _app(options, f"http://{options.host}:{sockets[0].getsockname()[1]}", limits, keys)
     allow_files(options.connections + 100)
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector would look through it again and again while bodies are parsed
-    config = make_config(app, limits, options.connections, host=options.host, port=options.port, log_level="warning")
-    uvicorn.Server(config).run()
+    Server(make_config(app, limits, options.connections, log_level="warning")).run(sockets)
 
 
-def _app(options: Serve, limits: Any, keys: tuple[str, ...]) -> Any:
+def _app(options: Serve, where: str, limits: Any, keys: tuple[str, ...]) -> Any:
     """The application for the model that the options name."""
     from keyspan.models.encoder import is_encoder
 
     name = options.name or options.model.resolve().name
-    where = f"http://{options.host}:{options.port}"
     if is_encoder(options.model):
         from keyspan.inference.embedding import load_embedder
         from keyspan.inference.embedding_server import make_embedding_app

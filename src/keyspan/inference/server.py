@@ -64,7 +64,7 @@ class EngineThread(threading.Thread):
         id = uuid.uuid4().hex
         with self._wake:
             if self._closing or self.failure is not None:
-                raise HTTPException(503, "the server is shutting down" if self._closing else "the engine has stopped")
+                raise HTTPException(503, self.reason())
             self._queues[id] = asyncio.get_running_loop(), queue
             try:
                 self.engine.add(prompt, sampling, id)
@@ -81,12 +81,15 @@ class EngineThread(threading.Thread):
                 self.engine.cancel(id)
                 self._wake.notify()
 
-    def close(self) -> None:
-        """Finish the step in hand, end all requests, and wait for the thread."""
+    def stop(self) -> None:
+        """Finish the step in hand, then end all requests."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self.join()
+
+    def reason(self) -> str:
+        """Why requests end without a word of the engine."""
+        return "the server is shutting down" if self._closing else "the engine has stopped"
 
     def run(self) -> None:
         try:
@@ -249,15 +252,17 @@ def make_app(engine: Engine, name: str, limits: Limits | None = None, keys: tupl
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         thread.start()
         yield
-        await asyncio.to_thread(thread.close)
+        thread.stop()
+        await asyncio.to_thread(thread.join)
 
     site = Site(
         name,
         limits or Limits(),
         keys,
-        lambda: None if thread.is_alive() else "the engine has stopped",
+        lambda: None if thread.is_alive() else thread.reason(),
         lambda: _metrics(engine),
         most=engine.running_limit + engine.waiting_limit,
+        stop=thread.stop,
     )
     app = make_site(site, lifespan)
     _routes(app, _Server(engine, thread, site))
@@ -284,6 +289,8 @@ def _routes(app: FastAPI, server: _Server) -> None:
     async def completions(body: Completion, request: Request) -> Response:
         server.site.check_model(body.model)
         prompts = as_list(body.prompt)
+        if not prompts:
+            raise ValueError("prompt: got an empty list, want at least one token or text")
         _check_count(server, len(prompts) * body.n)
         prompts = [prompt for prompt in prompts for _ in range(body.n)]
         each = [body.sampling(server.limits, body.logprobs, 16, n % body.n) for n in range(len(prompts))]
@@ -399,7 +406,11 @@ async def _answer(
     if body.stream:
         parts = _stream(server, body, form, events, usage)
         return _Parts(server, ids, parts)
-    return await _whole(server, request, form, events, usage, len(prompts))
+    try:
+        return await _whole(server, request, form, events, usage, len(prompts))
+    finally:  # cancelling a task does not always reach what it waits for: Python 3.11's wait_for may swallow it
+        for id in ids:
+            server.thread.cancel(id)
 
 
 class _Parts(StreamingResponse):
@@ -438,7 +449,7 @@ async def _events(server: _Server, ids: list[str], queue: Events) -> AsyncIterat
         while left:
             event = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
             if event is None:
-                raise HTTPException(503, "the engine has stopped")
+                raise HTTPException(503, server.thread.reason())
             yield left[event.id] if event.finished is None else left.pop(event.id), event
     except asyncio.TimeoutError:
         for id, index in left.items():
