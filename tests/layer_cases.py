@@ -14,6 +14,19 @@ from keyspan.layers import add_rms_norm, geglu, linear_cross_entropy, rms_norm, 
 from keyspan.layers.rope import rotate, rotate_qkv
 from keyspan.models.gpt import GPT, GPTConfig
 
+LOW = [torch.bfloat16, torch.float16]
+
+
+def within_a_rounding(got, exact, dtype):
+    """Half a unit in the last place of the exact value, and fp32's own error on the way."""
+    bound = exact.abs() * (torch.finfo(dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps) + 1e-6
+    assert got.dtype == dtype
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+def wide(*tensors):
+    return [x.double().requires_grad_() for x in tensors]
+
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 48), (33, 300)])
 @pytest.mark.parametrize("add", [False, True])
@@ -108,6 +121,22 @@ def test_cross_entropy(kernels, C, softcap, with_bias, z_loss, dtype):
     assert torch.equal(fresh.isnan(), torch.zeros(T, dtype=torch.bool))
     unit = kernels.cross_entropy_(z.clone(), bias, targets, got_lse, None, gradient=dtype, **options)
     torch.testing.assert_close(unit.double() * grads[:, None], wide.grad, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("C", [5, 64, 999])
+def test_cross_entropy_of_16_bits(kernels, dtype, C):
+    z = (3 * torch.randn(6, C)).to(dtype)
+    targets = torch.randint(C, (6,))
+    (z64,) = wide(z)
+    want = F.cross_entropy(z64, targets, reduction="none")
+    want.sum().backward()
+    lse, losses = torch.empty(6), torch.empty(6)
+    options = {"ignore_index": -100, "softcap": None, "z_loss": 0.0}
+    dz = kernels.cross_entropy_(z, None, targets, lse, losses, gradient=dtype, **options)
+    assert dz.data_ptr() == z.data_ptr()
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=1e-6, atol=1e-6)
+    within_a_rounding(dz, z64.grad, dtype)
 
 
 def test_a_target_out_of_range_gives_nan(kernels):

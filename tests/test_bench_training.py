@@ -39,6 +39,21 @@ def test_a_provider_with_another_loss_gets_no_figure(monkeypatch, tmp_path, caps
     assert rows[1].note.startswith("its loss differs")
 
 
+def test_a_provider_with_other_gradients_gets_no_figure(monkeypatch, tmp_path):
+    def partly(gpt, data, size, fast):
+        found = training._keyspan(gpt, data, size, fast)
+        mlp = found.model.blocks[0].mlp
+        mlp.register_forward_hook(lambda module, inputs, out: out.detach())
+        return found
+
+    monkeypatch.setitem(training.PROVIDERS, "SDPA, dense mask", (partly, False))
+    rows = main(Bench("tiny", providers=("keyspan", "SDPA, dense mask"), repeats=1, out=tmp_path))
+    assert rows[0].tokens_per_second is not None
+    assert rows[1].tokens_per_second is None
+    assert rows[1].loss == rows[0].loss
+    assert rows[1].note.startswith("its gradient's norm differs")
+
+
 def test_times_that_spread_give_no_ratio():
     def row(provider, spread):
         return training.Row(provider, 100.0, 1.0, spread, 1.0, 1.0, 0.5, 2.0, 3.0)
@@ -63,6 +78,23 @@ def test_goals_are_judged_by_the_fastest_and_the_leanest():
     for goals in training.GOALS.values():
         for goal in goals:
             assert {goal.ours, *goal.against} <= set(training.PROVIDERS)
+
+
+def test_kernels_are_counted_by_kind():
+    names = {
+        "attention": ["forward_kernel", "hopper_backward_kernel", "pytorch_flash::flash_fwd_kernel<>",
+                      "triton_tem_fused_flex_attention_backward_3"],
+        "cross-entropy": ["cross_entropy_kernel", "triton_red_fused__log_softmax_nll_loss_forward_1"],
+        "products": ["nvjet_hsh_128x256_64x4", "sm90_xmma_gemm_bf16bf16", "void cublasLt::splitKreduce_kernel<32>"],
+        "optimizer": ["void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>"],
+        "elementwise": ["rms_norm_forward_kernel", "triton_poi_fused_add_silu_2", "Memset (Device)"],
+    }  # fmt: skip
+    found = training.by_kind((name, 1.0) for some in names.values() for name in some)
+    assert found == {kind: len(some) for kind, some in names.items()}
+    row = training.Row("keyspan", device=found)
+    assert training.device_table([training.Row("other"), row]).splitlines()[2:] == [
+        "| keyspan | 4.0 | 2.0 | 3.0 | 1.0 | 3.0 | 13.0 |"
+    ]
 
 
 def test_a_provider_that_takes_too_long_is_a_line(monkeypatch, tmp_path, capsys):

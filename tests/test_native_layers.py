@@ -12,28 +12,16 @@ from keyspan.layers import gemm, native_kernels, rms_norm, rotary_table
 from keyspan.layers.kernels import kernels_for
 from keyspan.layers.rope import rotate, rotate_qkv
 from layer_cases import *  # noqa: F403
+from layer_cases import LOW, wide, within_a_rounding
 
 if binding.WHY_ABSENT is not None:
     pytest.skip(binding.WHY_ABSENT, allow_module_level=True)
-
-LOW = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=binding.SUPPORTED)
 def kernels(request):
     with use_isa(request.param):
         yield native_kernels
-
-
-def within_a_rounding(got, exact, dtype):
-    """Half a unit in the last place of the exact value, and fp32's own error on the way."""
-    bound = exact.abs() * (torch.finfo(dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps) + 1e-6
-    assert got.dtype == dtype
-    assert ((got.double() - exact).abs() <= bound).all()
-
-
-def wide(*tensors):
-    return [x.double().requires_grad_() for x in tensors]
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -86,22 +74,6 @@ def test_gate_at_the_ends_of_the_range(kernels, value, activation):
     if math.isfinite(value):
         dx12, _ = kernels.gate_backward(torch.ones(1, 1), x12, activation)
         torch.testing.assert_close(dx12[:, :1].double(), wide.grad, rtol=1e-5, atol=1e-30)
-
-
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("C", [5, 64, 999])
-def test_cross_entropy_of_16_bits(kernels, dtype, C):
-    z = (3 * torch.randn(6, C)).to(dtype)
-    targets = torch.randint(C, (6,))
-    (z64,) = wide(z)
-    want = F.cross_entropy(z64, targets, reduction="none")
-    want.sum().backward()
-    lse, losses = torch.empty(6), torch.empty(6)
-    options = {"ignore_index": -100, "softcap": None, "z_loss": 0.0}
-    dz = kernels.cross_entropy_(z, None, targets, lse, losses, gradient=dtype, **options)
-    assert dz.data_ptr() == z.data_ptr()
-    torch.testing.assert_close(losses.double(), want.detach(), rtol=1e-6, atol=1e-6)
-    within_a_rounding(dz, z64.grad, dtype)
 
 
 def test_infinite_and_nan_logits_are_those_of_torch(kernels):

@@ -1,12 +1,13 @@
 """`keyspan bench training`: one optimizer step of a GPT on packed documents, beside what a user would train instead.
 
-Every provider has the same weights, documents and targets. A provider whose loss differs gets no figure.
+Every provider has the same weights, documents and targets. One whose loss or gradients differ gets no figure.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -96,7 +97,11 @@ class Row:
     """FLOP of a step, padding and hidden scores included, over those of the tokens and visible scores."""
     ready: float | None = None
     """Seconds until the first steps were done, compilation included."""
+    device: dict[str, float] = field(default_factory=dict)
+    """Milliseconds that a GPU is busy in a step, by kind of kernel, see `KINDS`."""
     loss: float | None = None
+    norm: float | None = None
+    """Of all gradients of the first step."""
     note: str = ""
 
 
@@ -349,6 +354,14 @@ PROVIDERS: dict[str, tuple[Make, bool]] = {
 }
 """By name: what makes it, and whether it is compiled."""
 
+KINDS = {
+    "attention": r"flash|fmha|flex_attention|hopper_|^(forward|combine|stats|bounds|keys|queries)_kernel|attention",
+    "cross-entropy": r"cross_entropy|softmax|nll_loss",
+    "products": r"gemm|nvjet|cutlass|xmma|cublas|splitk|triton_tem_fused_(add)?mm",
+    "optimizer": r"adam|multi_tensor",
+}
+"""What a step's kernels are for, by their names; the first that fits counts, and the rest is elementwise."""
+
 LEAKS = "documents see each other"
 
 
@@ -458,7 +471,7 @@ def main(options: Bench) -> list[Row]:
     gpt = GPT(size.config)
     names = list(options.providers) or [name for name in PROVIDERS if able(name, size, options, device)]
     rows = measure(names, gpt, data, size, options, device)
-    text = table(rows)
+    text = "\n\n".join(filter(None, (table(rows), device_table(rows))))
     verdicts = judge(rows, options)
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out, machine(device))
@@ -474,10 +487,9 @@ def main(options: Bench) -> list[Row]:
 
 
 def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Bench, device: torch.device) -> list[Row]:
-    """Each provider's losses are compared first; then their steps are timed in turns."""
+    """Each provider's loss and gradients are compared first; then their steps are timed in turns."""
     rows, steps = [], {}
-    tolerance = 1e-4 if options.precision == "fp32" else 2e-3
-    wanted = None
+    wanted: dict[str, float] = {}
     for name in names:
         row = Row(name)
         rows.append(row)
@@ -486,17 +498,19 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
             with time_limit(options.limit):
                 make, fast = PROVIDERS[name]
                 step = Step(make(gpt, data, size, fast), options, device)
-                row.loss = step.run()
+                row.loss, row.norm = step.first()
         except Exception as error:  # a provider that fails here is a result
             row.note = _note(error)
             print(f"{name}: {row.note}", flush=True)
             continue
-        wanted = row.loss if wanted is None else wanted
+        got = {"loss": row.loss, "gradient's norm": row.norm}
+        wanted = wanted or got
         if "leak" in name:
             row.note = LEAKS
-        elif abs(row.loss - wanted) > tolerance * abs(wanted):
-            row.note = f"its loss differs: {row.loss:.5f}, not {wanted:.5f}"
-            continue
+        else:
+            row.note = differs(got, wanted, options.precision)
+            if row.note:
+                continue
         try:
             with time_limit(options.limit):
                 for _ in range(2 if fast else 1):  # a second shape or a second step may compile too
@@ -524,7 +538,19 @@ def measure(names: list[str], gpt: GPT, data: Documents, size: Size, options: Be
             row.tokens_per_second = size.tokens / seconds
             row.mfu = work / seconds / rate
             row.arithmetic = flops(size, *computed(row.provider, size, data)) / work
+            row.device = steps[row.provider].device_times()
     return rows
+
+
+def differs(got: dict[str, float], wanted: dict[str, float], precision: str) -> str:
+    """What of a provider's first step differs from the first provider's; empty where nothing does."""
+    tolerances = (
+        {"loss": 1e-4, "gradient's norm": 1e-3} if precision == "fp32" else {"loss": 2e-3, "gradient's norm": 2e-2}
+    )
+    for name, tolerance in tolerances.items():
+        if not abs(got[name] - wanted[name]) <= tolerance * abs(wanted[name]):
+            return f"its {name} differs: {got[name]:.5f}, not {wanted[name]:.5f}"
+    return ""
 
 
 def _note(error: Exception) -> str:
@@ -559,15 +585,28 @@ class Step:
         self.optimizer = torch.optim.AdamW(trained.model.parameters(), lr=1e-5, fused=True)
 
     def __call__(self) -> Tensor:
+        total = self.gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def gradients(self) -> Tensor:
+        """Fills the gradients; returns the loss."""
         total = torch.zeros((), device=self.device)
         for batch in self.trained.batches:
             with self.autocast():
                 loss = batch()
             loss.backward()
             total += loss.detach()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return total
+
+    def first(self) -> tuple[float, float]:
+        """Loss and norm of the gradients, without a step of the optimizer."""
+        loss = self.gradients()
+        grads = [p.grad for p in self.trained.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        self.optimizer.zero_grad()
+        return float(loss), float(norm)
 
     def run(self) -> float:
         return float(self())
@@ -592,11 +631,30 @@ class Step:
         self()
         return (torch.cuda.max_memory_allocated(self.device) - others) / 2**20
 
+    def device_times(self) -> dict[str, float]:
+        """See `Row.device`; empty on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self()
+            synchronize(self.device)
+        on_device = (event for event in profile.key_averages() if event.device_type.name == "CUDA")
+        return by_kind((event.key, event.self_device_time_total / 1e3) for event in on_device)
+
     def resident(self) -> int:
         """Bytes of weights and optimizer state."""
         parameters = list(self.trained.model.parameters())
         state = [x for p in parameters for x in self.optimizer.state[p].values() if isinstance(x, Tensor)]
         return sum(x.nbytes for x in (*parameters, *state))
+
+
+def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The sums of kernels' times by kind, see `KINDS`; what fits none is "elementwise"."""
+    found = dict.fromkeys((*KINDS, "elementwise"), 0.0)
+    for name, taken in kernels:
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "elementwise")
+        found[kind] += taken
+    return found
 
 
 def product_rate(precision: str, device: torch.device) -> float:
@@ -632,6 +690,16 @@ def table(rows: list[Row]) -> str:
         numbers = (f"{row.tokens_per_second:.0f}", f"{row.milliseconds:.1f}", f"{row.host:.1f}", f"{row.peak_mib:.0f}")
         lines.append((name, *numbers, f"{row.mfu:.0%}", f"{row.ready:.0f}", f"{row.arithmetic:.2f}", ratio))
     return markdown_table(header, lines)
+
+
+def device_table(rows: list[Row]) -> str:
+    """Markdown: milliseconds of a step in which a GPU is busy, by kind of kernel. Empty where none was measured."""
+    lines = [
+        (row.provider, *(f"{taken:.1f}" for taken in row.device.values()), f"{sum(row.device.values()):.1f}")
+        for row in rows
+        if row.device
+    ]
+    return markdown_table(("ms on the device", *KINDS, "elementwise", "all"), lines) if lines else ""
 
 
 def _noise(ours: Row, other: Row) -> float:

@@ -33,12 +33,17 @@ class _Options(NamedTuple):
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Logits of one chunk, written to `out`: fp32 on a GPU, in the operands' dtype on a CPU."""
+    """Logits of one chunk, written to `out` in the operands' dtype."""
     if native(hidden.dtype, hidden, weight):
         return native_linear(hidden, weight, None, out)
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
     return torch.mm(hidden, weight.t(), out=out)
+
+
+def _buffer(tokens: int, weight: Tensor) -> Tensor:
+    """Memory for the logits of so many tokens. On a GPU rows begin at multiples of 128 bytes, for fast products."""
+    C = len(weight)
+    width = C if weight.is_cpu else -(-C // 64) * 64
+    return weight.new_empty((tokens, width))[:, :C]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -135,8 +140,7 @@ def _run(
         if chunk < T:
             chunks = -(-T // chunk)
             chunk = min(chunk, -(-T // chunks // 256) * 256)  # as few chunks, of about one size
-        logits = wide if hidden.is_cuda else w.dtype  # see `_logits`
-        buffer = hidden.new_empty((min(chunk, T), len(weight)), dtype=logits)
+        buffer = _buffer(min(chunk, T), w)
         for start in range(0, T, chunk):
             rows = slice(start, min(start + chunk, T))
             h = operand(hidden[rows], options.dtype)
@@ -316,8 +320,8 @@ def linear_cross_entropy(
             tokens, on a CPU; at least 256 tokens.
 
     Returns:
-        The loss in nats, fp32 (fp64 for fp64). Products run in autocast's dtype where autocast is on; logits and
-        softmax are fp32. Differentiable once.
+        The loss in nats, fp32 (fp64 for fp64). Products run in autocast's dtype where autocast is on, and logits are
+        rounded to it, as those of torch's formula are; the softmax is fp32. Differentiable once.
 
     Raises:
         ValueError: for arguments that do not fit, on a CPU also for targets outside [0, C); on a GPU, which is not
@@ -342,12 +346,14 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss: got {z_loss}, want a number ≥ 0")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, want 'mean', 'sum' or 'none'")
+    dtype = gemm_dtype(hidden, weight=weight)
     if chunk is None:
         size, most = _CHUNKS.get(hidden.device.type, _CHUNKS["cuda"])
-        chunk = max(_CHUNK_TOKENS, min(most, size // (4 * C) // 256 * 256))
+        number = 4 if hidden.is_cpu else dtype.itemsize
+        chunk = max(_CHUNK_TOKENS, min(most, size // (number * C) // 256 * 256))
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, want at least 1 token")
-    options = _Options(ignore_index, softcap, z_loss, chunk, gemm_dtype(hidden, weight=weight))
+    options = _Options(ignore_index, softcap, z_loss, chunk, dtype)
     if reduction == "none":
         losses: Tensor = _Each.apply(hidden, weight, bias, targets, options)  # type: ignore[no-untyped-call]
         return losses

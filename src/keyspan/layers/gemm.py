@@ -60,6 +60,15 @@ def gemm_dtype(x: Tensor, **weights: Tensor | None) -> torch.dtype:
     return x.dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, for results of an autograd Function's forward.
+
+    A cast that changes nothing returns its own argument. Where `torch.compile` of torch 2.11 traces two variables for
+    the tensor that forward returns, the gradient is lost: it is zero (pytorch#180642).
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` rounded to `dtype`, held in what this device multiplies at full speed: `dtype` itself or fp32."""
     x = x.to(dtype)
@@ -71,7 +80,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     if native_multiplies(x, weight, bias, dtype):
         return native_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     bias = None if bias is None else operand(bias, dtype)
-    return F.linear(operand(x, dtype), operand(weight, dtype), bias).to(dtype)
+    return cast(F.linear(operand(x, dtype), operand(weight, dtype), bias), dtype)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keyspan.layers.gemm import cast
 from keyspan.layers.kernels import kernels_for
 
 
@@ -24,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = _wide(x)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, r)
-        return (wide * r * _wide(weight)).to(dtype)
+        return cast(wide * r * _wide(weight), dtype)
 
     @staticmethod
     @once_differentiable

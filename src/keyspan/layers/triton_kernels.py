@@ -290,9 +290,9 @@ def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_
                          z_loss, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,
                          KNOWN: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
                          BC: tl.constexpr):  # fmt: skip
-    """One row of fp32 logits: its lse and loss (where KNOWN, an earlier pass found the lse), then its gradient.
+    """One row of logits: its lse and loss (where KNOWN, an earlier pass found the lse), then its gradient.
 
-    The gradient may overwrite the logits, in a dtype of the same or of half the size.
+    The gradient may overwrite the logits, in their dtype or in one of half the size.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
@@ -353,14 +353,14 @@ def cross_entropy_(
     grads: Tensor | None = None,
     gradient: torch.dtype | None = None,
 ) -> Tensor:
-    """Cross-entropy of fp32 logits z [T, C], which the gradient overwrites.
+    """Cross-entropy of logits z [T, C] in fp32 or of 16 bits, with rows in one piece, which the gradient overwrites.
 
     Args:
         bias: [C], added to the logits; targets: int64 [T].
         lse: fp32 [T], written where `losses` is given, else read.
         losses: fp32 [T], written; NaN for a target outside [0, C).
         grads: fp32 [T], the gradient of each loss; None for 1.
-        gradient: dtype of the gradient of the logits, fp32 or of 16 bits; None where it is not wanted.
+        gradient: dtype of the gradient of the logits, z's or one of 16 bits; None where it is not wanted.
 
     Returns:
         The gradient [T, C], a view of z's memory; z itself where it is not wanted.
@@ -368,7 +368,7 @@ def cross_entropy_(
     T, C = z.shape
     dz = z if gradient in (None, z.dtype) else z.view(gradient)[:, :C]
     # Wide programs: few rows are at work at a time, so that the second reading of a row finds it in the L2 cache.
-    BC = min(16384, triton.next_power_of_2(C))
+    BC = min(16384 if z.dtype == torch.float32 else 8192, triton.next_power_of_2(C))
     with _on(z):
         cross_entropy_kernel[(T,)](
             z, z.stride(0), bias, targets, lse, losses, grads, dz, dz.stride(0), C, ignore_index, softcap or 1.0,
