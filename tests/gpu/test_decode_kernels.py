@@ -32,7 +32,8 @@ def test_heads_are_rotated_and_stored(dtype, heads, K):
 @pytest.mark.parametrize(
     ("D", "N", "norm", "add"), [(20, 6, True, True), (33, 5, True, False), (1100, 3, False, False)]
 )
-def test_products_of_one_row(dtype, gate, bias, D, N, norm, add):
+@pytest.mark.parametrize("out", [None, torch.float32])
+def test_products_of_one_row(dtype, gate, bias, D, N, norm, add, out):
     from keyspan.inference.decode_kernels import row_product
 
     layer = Linear(D, 2 * N if gate else N, bias=bias).to(dtype)
@@ -40,7 +41,9 @@ def test_products_of_one_row(dtype, gate, bias, D, N, norm, add):
     torch.nn.init.normal_(normed.weight)
     x, residual = torch.randn(2, 1, D).to(dtype).unbind()
     with torch.no_grad():
-        got, total = row_product(x, layer, normed if norm else None, residual if add else None, gate=gate)
+        got, total = row_product(
+            x, layer.weight, layer.bias, normed if norm else None, residual if add else None, gate=gate, dtype=out
+        )
         want = x + residual if add else x
         assert torch.equal(total, want)
         y, layer64 = want.double(), layer.double()
@@ -50,7 +53,7 @@ def test_products_of_one_row(dtype, gate, bias, D, N, norm, add):
         if gate:
             a, b = y.chunk(2, -1)
             y = torch.nn.functional.silu(a) * b
-    assert got.dtype == dtype
+    assert got.dtype == (out or dtype)
     # One rounding of the result, and those of sums in fp32.
-    error = torch.finfo(dtype).eps * y.abs() + D**0.5 * torch.finfo(torch.float32).eps * y.abs().max()
+    error = torch.finfo(got.dtype).eps * y.abs() + D**0.5 * torch.finfo(torch.float32).eps * y.abs().max()
     assert ((got.double() - y).abs() <= error).all()

@@ -1,23 +1,48 @@
 """Triton kernels for decoding on a GPU. Imported by the first step that is captured.
 
 Products with one row read each weight once and compute little: what stands before and behind them, a norm and the gate
-of SwiGLU, is computed by the same launch.
+of SwiGLU, is computed by the same launch. On Hopper and later a kernel starts while the one before it still runs
+(programmatic dependent launch): it reads its first weights, then waits for what the other computes.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from keyspan.layers import Linear, RMSNorm
+from keyspan.layers import RMSNorm
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether kernels may start before those in front of them have ended."""
+    hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return hopper and hasattr(tl.extra.cuda, "gdc_wait")
+
+
+def _overlap(x: Tensor) -> dict[str, Any]:
+    """The arguments of a launch that say so."""
+    return {"PDL": True, "launch_pdl": True} if _overlaps(x.device) else {"PDL": False}
+
+
+@triton.jit
+def start_next_and_wait(PDL: tl.constexpr):
+    """Let the next kernel start, and wait for all that the kernels before have written."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def rotate_and_store_kernel(x, cosine, sine, keys, values, before, table, stride, width, page, Q, G,
-                            HALF: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+                            HALF: tl.constexpr, BH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program for each head of a token: Q of query, G of key, G of value."""
+    start_next_and_wait(PDL)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, BH)  # [BH]
     inside = pair < HALF
@@ -69,28 +94,36 @@ def rotate_and_store(
     Q, G = heads
     rotate_and_store_kernel[len(qkv), Q + 2 * G](
         qkv, *turns, *storage, before, table, qkv.stride(0), table.shape[1], page_size, Q, G, half,
-        triton.next_power_of_2(half), num_warps=1,
+        triton.next_power_of_2(half), num_warps=1, **_overlap(qkv),
     )  # fmt: skip
 
 
 @triton.jit
 def row_product_kernel(x, residual, norm, total, weight, bias, out, eps, N, D: tl.constexpr, BN: tl.constexpr,
                        BK: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
-                       BIAS: tl.constexpr):  # fmt: skip
+                       BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BN of the N outputs a program. With GATE the weight has 2 N rows: silu of the first half times the second."""
     program = tl.program_id(0)
     rows = (program * BN + tl.arange(0, BN)).to(tl.int64)  # [BN]
+    here = tl.arange(0, BK)  # [BK]
+    at = weight + rows[:, None] * D + here[None, :]
+    w = tl.load(at, mask=(rows < N)[:, None] & (here < D)[None, :], other=0.0)  # [BN, BK]
+    g = w
+    if GATE:
+        g = tl.load(at + N.to(tl.int64) * D, mask=(rows < N)[:, None] & (here < D)[None, :], other=0.0)
+    start_next_and_wait(PDL)
     sums = tl.zeros([BN, BK], tl.float32)
     gated = tl.zeros([BN, BK], tl.float32)
     squares = tl.zeros([BK], tl.float32)
-    for first in range(0, D, BK):
-        column = first + tl.arange(0, BK)  # [BK]
+    for first in tl.static_range(0, D, BK):
+        column = first + here
         inside = column < D
-        at = weight + rows[:, None] * D + column[None, :]
-        wanted = (rows < N)[:, None] & inside[None, :]
-        w = tl.load(at, mask=wanted, other=0.0)  # [BN, BK]
-        if GATE:
-            g = tl.load(at + N.to(tl.int64) * D, mask=wanted, other=0.0)
+        next_w, next_g = w, g
+        if first + BK < D:
+            wanted = (rows < N)[:, None] & (column + BK < D)[None, :]
+            next_w = tl.load(at + (first + BK), mask=wanted, other=0.0)
+            if GATE:
+                next_g = tl.load(at + (first + BK) + N.to(tl.int64) * D, mask=wanted, other=0.0)
         v = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         if ADD:
             v += tl.load(residual + column, mask=inside, other=0.0).to(tl.float32)
@@ -103,6 +136,7 @@ def row_product_kernel(x, residual, norm, total, weight, bias, out, eps, N, D: t
         sums += w.to(tl.float32) * v[None, :]
         if GATE:
             gated += g.to(tl.float32) * v[None, :]
+        w, g = next_w, next_g
     y = tl.sum(sums, 1)
     up = tl.sum(gated, 1)
     if NORM:  # what all numbers of the row share is a factor of the sum
@@ -119,28 +153,33 @@ def row_product_kernel(x, residual, norm, total, weight, bias, out, eps, N, D: t
 
 
 def row_product(
-    x: Tensor, layer: Linear, norm: RMSNorm | None = None, residual: Tensor | None = None, *, gate: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
+    *,
+    gate: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`layer(norm(x + residual))` of one row, and the sum of x and residual, which is rounded, as the result is.
+    """`norm(x + residual) @ weight.T + bias` of one row, and the sum of x and residual, rounded to their dtype.
 
-    x, residual [1, D] -> [1, N], [1, D]. With `gate`: silu of the product's first half times its second.
+    x, residual [1, D], weight [N, D], bias [N] -> [1, N] of `dtype`, by default that of x, and [1, D]. With `gate`
+    weight and bias have 2 N rows, and the result is silu of the product's first half times its second.
     """
-    D, N = x.shape[1], len(layer.weight) // (2 if gate else 1)
-    out = x.new_empty((1, N))
+    D, N = x.shape[1], len(weight) // (2 if gate else 1)
+    out = x.new_empty((1, N), dtype=dtype)
     total = x if residual is None else torch.empty_like(x)
     BN, BK, warps = _tile(N, D, gate)
     row_product_kernel[(triton.cdiv(N, BN),)](
-        x, residual, None if norm is None else norm.weight, total, layer.weight, layer.bias, out,
+        x, residual, None if norm is None else norm.weight, total, weight, bias, out,
         0.0 if norm is None else norm.eps, N, D, BN, BK, norm is not None, residual is not None, gate,
-        layer.bias is not None, num_warps=warps,
+        bias is not None, num_warps=warps, **_overlap(x),
     )  # fmt: skip
     return out, total
 
 
 def _tile(N: int, D: int, gate: bool) -> tuple[int, int, int]:
     """(BN, BK, warps) for N outputs of D inputs, by measurements on an H100."""
-    if gate or D >= 4096:
-        BN, BK = 1, 2048
-    else:
-        BN, BK = (2, 2048) if N <= 2048 else (4, 1024)
-    return BN, min(BK, triton.next_power_of_2(D)), 4
+    BN, BK, warps = (1, 2048, 4) if gate else (2, 4096, 8) if D >= 4096 else (4, 1024, 4)
+    return BN, min(BK, triton.next_power_of_2(D)), warps

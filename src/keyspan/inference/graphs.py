@@ -101,21 +101,21 @@ class DecodeGraphs:
         c = self._model.config
         fused = c.positions == "rope" and not c.qk_norm and not c.post_norms and c.embedding_scale == 1
         if fused and self._cache.storage(0).key_scale is None:
-            hidden = self._hidden(tokens, before, tables)
+            logits = self._logits(tokens, before, tables)
         else:
             ones = self._ones[:B]
             self._cache.begin_from(ones, before.int(), tables)
-            hidden = self._model(tokens, ones, cache=self._cache)
-        logits = self._model.logits(hidden).float()
+            logits = self._model.logits(self._model(tokens, ones, cache=self._cache)).float()
         return logits, _argmax(logits)
 
-    def _hidden(self, tokens: Tensor, before: Tensor, tables: dict[int | None, Tensor]) -> Tensor:
-        """`GPT.forward` in fewer launches: sums are part of what reads them, and one kernel rotates and stores."""
+    def _logits(self, tokens: Tensor, before: Tensor, tables: dict[int | None, Tensor]) -> Tensor:
+        """fp32 [B, C], in fewer launches: sums are part of what reads them, and one kernel rotates and stores."""
         model, cache, page_size = self._model, self._cache, self._cache.page_size
         masks = self._masks(before, tables)
         turns = self._turns(next(iter(tables.values())).shape[1])
         x, h = model.embedding(tokens), None
-        product = _row_product if x.is_cuda and len(x) == 1 and _of_one_row(model) else _product
+        alone = x.is_cuda and len(x) == 1 and _of_one_row(model)
+        product = _row_product if alone else _product
         for n, module in enumerate(model.blocks):
             block = cast(Block, module)
             layer, window, storage = block.attention, block.attention.window, cache.storage(n)[:2]
@@ -126,7 +126,7 @@ class DecodeGraphs:
                 backend=model.backend,
             )  # fmt: skip
             h, _ = product(out.reshape(len(x), -1), layer.out)
-            if product is _row_product:
+            if alone:
                 mlp = cast(SwiGLU, block.mlp)
                 gated, x = _row_product(x, mlp.w12, block.mlp_norm, h, gate=True)
                 h, _ = _row_product(gated, mlp.w3)
@@ -134,8 +134,11 @@ class DecodeGraphs:
                 normed, x = block.mlp_norm.add(x, h)
                 h = block.mlp(normed)
         assert h is not None
-        hidden: Tensor = model.norm.add(x, h)[0]
-        return hidden
+        if alone and model.config.logit_softcap is None:
+            from keyspan.inference.decode_kernels import row_product
+
+            return row_product(x, model.head_weight, None, model.norm, h, dtype=torch.float32)[0]
+        return model.logits(model.norm.add(x, h)[0]).float()
 
     def _masks(self, before: Tensor, tables: dict[int | None, Tensor]) -> dict[int | None, KeyRanges]:
         """What `PagedKeys & Causal("bottom_right")` and a window lower to for one query of each sequence."""
@@ -159,7 +162,7 @@ class DecodeGraphs:
 
 def _argmax(x: Tensor) -> Tensor:
     """`x.argmax(-1)` of a few long rows [B, C] in two steps: one processor a row would take as long as a layer."""
-    parts = 64
+    parts = 256
     if x.shape[1] % parts:
         return x.argmax(-1)
     values, at = x.view(len(x), parts, -1).max(-1)
@@ -204,10 +207,10 @@ def _product(
     return layer(normed), x
 
 
-def _row_product(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def _row_product(x: Tensor, layer: Linear, *of: Any, **options: Any) -> tuple[Tensor, Tensor]:
     from keyspan.inference.decode_kernels import row_product
 
-    return row_product(*args, **options)
+    return row_product(x, layer.weight, layer.bias, *of, **options)
 
 
 def _rounded(count: int) -> int:
