@@ -140,6 +140,33 @@ void rms_norm_backward(const RmsNorm &p, int64_t first, int64_t last, float *dwe
     }
 }
 
+// ---- LayerNorm -----------------------------------------------------------------------------------------------------
+
+void layer_norm(const LayerNorm &p, int64_t first, int64_t last, float *scratch) {
+    const int64_t D = p.D, whole = D / W * W;
+    for (int64_t t = first; t < last; t++) {
+        read_row(scratch, p.x, p.dtype, t, D, D);
+        if (p.residual) add_row(scratch, p.residual, p.dtype, t, D, D);
+        vf sums{};
+        for (int64_t i = 0; i < D; i += W) sums += load(scratch + i);
+        const float mean = reduce_add(sums) / (float)D;
+        vf squares{};
+        for (int64_t i = 0; i < D; i += W) {
+            vf x = load(scratch + i) - mean;
+            if (i == whole)
+                for (int64_t n = D - whole; n < W; n++) x[n] = 0;  // what counts for nothing
+            store(scratch + i, x);
+            squares += x * x;
+        }
+        const float r = 1 / std::sqrt(reduce_add(squares) / (float)D + (float)p.eps);
+        for (int64_t i = 0; i < D; i += W) {
+            const vf weight = read_some<Single>(p.weight + i, D - i), bias = read_some<Single>(p.bias + i, D - i);
+            store(scratch + i, load(scratch + i) * r * weight + bias);
+        }
+        write_row(scratch, p.out, p.dtype, t, D, D);
+    }
+}
+
 // ---- rotary embedding ----------------------------------------------------------------------------------------------
 
 template <class D>
@@ -344,7 +371,7 @@ void cross_entropy(const CrossEntropy &p, int64_t first, int64_t last, float *sc
 }  // namespace
 
 const LayerKernels *layer_kernels() {
-    static const LayerKernels table{rms_norm, rms_norm_backward, rotary, gate, gate_backward, cross_entropy};
+    static const LayerKernels table{rms_norm, rms_norm_backward, layer_norm, rotary, gate, gate_backward, cross_entropy};
     return &table;
 }
 

@@ -50,6 +50,7 @@ struct Scratch {
 using namespace keyspan;
 
 EXPORT const char *keyspan_rms_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_RMS_NORM_FIELDS); }
+EXPORT const char *keyspan_layer_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_LAYER_NORM_FIELDS); }
 EXPORT const char *keyspan_rotary_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_ROTARY_FIELDS); }
 EXPORT const char *keyspan_gate_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_GATE_FIELDS); }
 EXPORT const char *keyspan_cross_entropy_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_CROSS_ENTROPY_FIELDS); }
@@ -73,6 +74,13 @@ EXPORT void keyspan_rms_norm_backward(const RmsNorm *p) {
     if (!p->dweight) return;
     for (int64_t part = 1; part < p->parts; part++)
         for (int64_t i = 0; i < p->D; i++) p->dweight[i] += p->dweight[part * p->D + i];
+}
+
+EXPORT void keyspan_layer_norm(const LayerNorm *p) {
+    const Scratch scratch(p->threads, p->D);
+    for_rows(p->threads, p->T, p->D, [&](int64_t first, int64_t last, int64_t thread) {
+        kernels_of(p->isa)->layer_norm(*p, first, last, scratch.of(thread));
+    });
 }
 
 EXPORT void keyspan_rotary(const Rotary *p) {

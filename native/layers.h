@@ -1,5 +1,5 @@
-// The C ABI of the layers' kernels (RMSNorm, rotary embedding, the gate of SwiGLU and GeGLU, cross-entropy), and the table of their
-// kernels for one instruction set. Everything here works on contiguous rows: T rows (tokens) of D or C numbers.
+// The C ABI of the layers' kernels (RMSNorm, LayerNorm, rotary embedding, the gate of SwiGLU and GeGLU, cross-entropy), and
+// the table of their kernels for one instruction set. Everything here works on contiguous rows: T rows (tokens) of D or C numbers.
 // Storage is fp32, bf16 or fp16, arithmetic fp32. A row's result depends on that row alone.
 #pragma once
 #include "params.h"
@@ -16,6 +16,14 @@ namespace keyspan {
     POINTER(const void *, grad) POINTER(const void *, grad_total) POINTER(void *, dx) POINTER(float *, dweight)  \
     INT(isa, 1) INT(threads, 1) INT(total_dtype, 1) INT(residual_dtype, 1) INT(out_dtype, 1)                     \
     INT(T, 1) INT(D, 1) INT(parts, 1)                                                                            \
+    FLOAT(eps)
+
+// LayerNorm of a sum, forward only: out [T, D] = (z - mean) / sqrt(variance + eps) * weight + bias with z = x + residual
+// (or x where that is null). `out` may be x.
+#define KEYSPAN_LAYER_NORM_FIELDS(POINTER, INT, FLOAT)                                        \
+    POINTER(const void *, x) POINTER(const void *, residual) POINTER(const float *, weight)   \
+    POINTER(const float *, bias) POINTER(void *, out)                                         \
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(T, 1) INT(D, 1)                             \
     FLOAT(eps)
 
 // Heads of K numbers: `heads` of query and of key are rotated, those of value are copied, and written to `out` one
@@ -46,6 +54,10 @@ struct RmsNorm {
     KEYSPAN_RMS_NORM_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
 };
 
+struct LayerNorm {
+    KEYSPAN_LAYER_NORM_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
+};
+
 struct Rotary {
     KEYSPAN_ROTARY_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
 };
@@ -65,6 +77,7 @@ constexpr int64_t ROW_ALIGNMENT = 16;
 struct LayerKernels {
     void (*rms_norm)(const RmsNorm &, int64_t first, int64_t last, float *scratch);
     void (*rms_norm_backward)(const RmsNorm &, int64_t first, int64_t last, float *dweight, float *scratch);
+    void (*layer_norm)(const LayerNorm &, int64_t first, int64_t last, float *scratch);
     void (*rotary)(const Rotary &, int64_t first, int64_t last);
     void (*gate)(const Gate &, int64_t first, int64_t last);
     void (*gate_backward)(const Gate &, int64_t first, int64_t last);

@@ -26,7 +26,7 @@ constexpr int64_t SMALL_WORK = 1 << 17;  // multiply-adds that are not worth wak
 constexpr int64_t SMALL_WORK_OF_TEAM = 1 << 14;  // nor one that is awake
 
 void run(const Linear &p) {
-    if (p.storage == ROWS_OF_DTYPE && !p.scale && p.rows >= MANY_ROWS) {
+    if (p.storage == ROWS_OF_DTYPE && !p.scale && !p.applied && p.rows >= MANY_ROWS) {
         const Product product{p.x,     p.weight, p.bias, p.out,  p.isa,     p.threads,  p.dtype,       p.dtype, 0, 1, 0,
                               p.rows, p.inputs, p.outputs, p.x_stride, p.weight_stride};
         return keyspan_product(&product);

@@ -1,4 +1,4 @@
-// Products with a weight, out = x · weightᵀ · scale + bias: what Python passes, and the kernels of each instruction set.
+// Products with a weight, out = f(x · weightᵀ · scale + bias): what Python passes, and the kernels of each instruction set.
 //
 // A column of `out` is one row of the weight. Weights are read as words of 4 bytes along the summed dimension: one fp32
 // number, two bf16 or fp16 numbers, or four int8 numbers. They lie row by row as PyTorch has them, or packed in panels
@@ -11,6 +11,8 @@
 
 namespace keyspan {
 
+enum Applied : int64_t { NOTHING = 0, ERF_GELU = 1 };  // f(y) = y, or y · Φ(y) with the normal distribution's Φ
+
 enum Storage : int64_t { ROWS_OF_DTYPE = 0, PANELS_OF_DTYPE = 1, PANELS_OF_INT8 = 2 };
 
 // Fields as in params.h.
@@ -22,7 +24,7 @@ enum Storage : int64_t { ROWS_OF_DTYPE = 0, PANELS_OF_DTYPE = 1, PANELS_OF_INT8 
 #define KEYSPAN_LINEAR_FIELDS(POINTER, INT, FLOAT)                                                                  \
     POINTER(const char *, x) POINTER(const char *, weight) POINTER(const float *, scale) POINTER(const char *, bias) \
     POINTER(char *, out)                                                                                           \
-    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(storage, 1)                                                      \
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(storage, 1) INT(applied, 1)                                      \
     INT(rows, 1) INT(inputs, 1) INT(outputs, 1) INT(x_stride, 1) INT(weight_stride, 1)
 
 struct Linear {

@@ -106,6 +106,18 @@ INLINE void widen_bytes(const uint32_t *from, int64_t count, int64_t vectors, ui
         }
 }
 
+// x · Φ(x). The tail 1 − Φ(|x|) = erfc(|x| / √2) / 2 by Abramowitz & Stegun 7.1.26, absolute error 1e-7.
+INLINE vf erf_gelu(vf x) {
+    const vf size = maximum(x, -x), t = 1.0f / (1.0f + 0.2316418883f * size);
+    vf p = broadcast(0.5307027145f);
+    p = p * t - 0.7265760135f;
+    p = p * t + 0.7107068705f;
+    p = p * t - 0.142248368f;
+    p = p * t + 0.127414796f;
+    const vf tail = p * t * exp2<5>(size * size * -0.7213475204f);
+    return x * (x < broadcast(0.0f) ? tail : 1.0f - tail);
+}
+
 // T: float, or uint32_t for pairs of bf16.
 template <class T>
 void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
@@ -160,6 +172,8 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
                 for (int64_t i = 0; i < columns; i++) y[i] *= p.scale[first_column + i];
             if (p.bias)
                 for (int64_t i = 0; i < columns; i++) y[i] += bias[i];
+            if (p.applied == ERF_GELU)
+                for (int64_t i = 0; i < vectors * W; i += W) store(y + i, erf_gelu(load(y + i)));
             narrow(p.dtype, y, columns, 1.0f, p.out + ((first_row + r) * p.outputs + first_column) * size);
         }
         first_column = end;

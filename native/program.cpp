@@ -1,5 +1,5 @@
-// A program: calls of the library's functions one after the other, such as those of all layers of a decoder's step, so
-// that the caller pays for one call, and for one parallel region.
+// A program: calls of the library's functions one after the other, such as those of all layers of a decoder's step or of an
+// encoder, so that the caller pays for one call, and for one parallel region.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -12,6 +12,7 @@ using namespace keyspan;
 
 EXPORT void keyspan_linear(const Linear *);
 EXPORT void keyspan_rms_norm(const RmsNorm *);
+EXPORT void keyspan_layer_norm(const LayerNorm *);
 EXPORT void keyspan_rotary(const Rotary *);
 EXPORT void keyspan_gate(const Gate *);
 EXPORT int64_t keyspan_forward(const Params *);
@@ -43,7 +44,9 @@ EXPORT const char *keyspan_head_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSP
 
 namespace {
 
-enum Function : int64_t { LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, ATTENTION = 6 };
+enum Function : int64_t {
+    LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, LAYER_NORM = 6, ATTENTION = 7
+};
 
 struct Call {
     int64_t function;
@@ -153,6 +156,7 @@ void run(const Call &call) {
     case ROTARY: return keyspan_rotary((const Rotary *)call.arguments);
     case GATE: return keyspan_gate((const Gate *)call.arguments);
     case STORE: return store(*(const Store *)call.arguments);
+    case LAYER_NORM: return keyspan_layer_norm((const LayerNorm *)call.arguments);
     case HEAD_NORM: return head_norm(*(const HeadNorm *)call.arguments);
     case ATTENTION: return attend((const Params *)call.arguments);
     }

@@ -1,5 +1,6 @@
 """A step as one native call has the bits of `GPT.forward`; an answer has the same bits whatever else an engine does."""
 
+import copy
 import random
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from keyspan.backends.native import binding
 from keyspan.inference import Engine, Sampling
 from keyspan.inference.pages import PagedCache
-from keyspan.inference.program import DecoderProgram
+from keyspan.inference.program import DecoderProgram, EncoderProgram, _Program
+from keyspan.layers import Linear
 from keyspan.layers.gemm import _LargePages
-from keyspan.models import GPT, GPTConfig, RopeScaling
+from keyspan.models import GPT, Encoder, EncoderConfig, GPTConfig, RopeScaling
 
 pytestmark = pytest.mark.skipif(binding.LIBRARY is None, reason="the native library is not built")
 
@@ -205,3 +207,76 @@ def test_log_probabilities_are_those_of_a_training_step(dtype):
         got = rows.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         assert torch.equal(got, torch.tensor(answer.logprobs))
         start += len(document)
+
+
+# Encoders
+
+
+def encoder(dtype: torch.dtype) -> Encoder:
+    torch.manual_seed(0)
+    model = Encoder(EncoderConfig(vocab_size=97, dim=72, layers=3, heads=3, hidden=168, positions=40, first_position=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[5, 1, 38, 7], [1], [2], [30, 30, 30]])
+def test_an_encoder_is_as_near_to_fp64_as_its_forward_pass(dtype, lengths):
+    model = encoder(dtype)
+    tokens = torch.randint(0, 97, (sum(lengths),))
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(tokens, lengths)
+        plain = model(tokens, lengths)
+    model.pack()
+    got = EncoderProgram(model, 100).hidden(tokens, lengths)
+    error, bound = (got.double() - want).abs().max(), (plain.double() - want).abs().max()
+    assert error <= 1.5 * bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_document_has_the_same_bits_whatever_it_is_packed_with(dtype):
+    model = encoder(dtype)
+    model.pack()
+    documents = [torch.randint(0, 97, (n,)) for n in (3, 38, 1, 17, 30)]
+    program = EncoderProgram(model, 100)
+    alone = [program.hidden(tokens, [len(tokens)]).clone() for tokens in documents]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        together = program.hidden(torch.cat(documents), [*map(len, documents)])
+        torch.set_num_threads(1)
+        assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(program.hidden(documents[1], [38]), alone[1])
+
+
+def test_encoders_that_run_otherwise_and_wrong_lengths():
+    model = encoder(torch.float32)
+    assert EncoderProgram.reason_against(model) == "its weights are not packed"
+    with pytest.raises(ValueError, match="model: its weights are not packed"):
+        EncoderProgram(model, 10)
+    model.pack()
+    program = EncoderProgram(model, 50)
+    for count, lengths in ((6, [5]), (60, [30, 30]), (39, [39])):
+        with pytest.raises(ValueError, match="lengths: got"):
+            program.hidden(torch.zeros(count, dtype=torch.int64), lengths)
+    model.backend = "reference"
+    assert "another backend" in EncoderProgram.reason_against(model)
+
+
+@pytest.mark.parametrize("isa", binding.SUPPORTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_of_every_instruction_set(isa, dtype):
+    """x · Φ(x) of a product: as near to it as torch's."""
+    program = _Program()
+    layer = Linear(2, 150).to(dtype)
+    x = torch.stack([torch.linspace(-12, 12, 400), torch.ones(400)], 1).to(dtype)
+    with torch.no_grad(), binding.use_isa(isa):
+        layer.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        layer.bias.zero_()
+        out = torch.empty(400, 150, dtype=dtype)
+        program._linear(x, layer, out, applied=1)
+        program._finish()
+        program._run(tokens=400)
+    want = torch.nn.functional.gelu(x[:, :1].double()).expand(400, 150)
+    assert ((out.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 2e-7 * x[:, :1].abs()).all()

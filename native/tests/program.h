@@ -19,7 +19,9 @@ void keyspan_run(const void *calls, int64_t count, int64_t threads);
 namespace {
 
 // `Function` and the structs of native/program.cpp.
-enum Function : int64_t { LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, ATTENTION = 6 };
+enum Function : int64_t {
+    LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, LAYER_NORM = 6, ATTENTION = 7
+};
 
 struct Call {
     int64_t function;
@@ -85,6 +87,7 @@ Product make_product(Random &random) {
     p.threads = random.from(1, 3);
     p.dtype = random.from(0, 2);
     p.storage = random.chance(0.3) ? PANELS_OF_INT8 : ROWS_OF_DTYPE;
+    p.applied = random.chance(0.3) ? ERF_GELU : NOTHING;
     p.rows = random.chance(0.1) ? 0 : random.chance(0.2) ? random.from(180, 400) : random.from(1, 40);
     p.outputs = random.chance(0.05) ? 0 : random.from(1, 200);
     const int64_t numbers = numbers_per_word(p);
@@ -129,8 +132,11 @@ void check_product(Product &made, int64_t isa) {
                 terms += std::fabs(x);
             }
             const double scale = p.scale ? p.scale[c] : 1, bias = p.bias ? read(p.dtype, p.bias, c) : 0;
-            const double want = sum * scale + bias;
-            const double computed = EPSILON[F32] * (16 + std::sqrt((double)p.inputs)) * terms * std::fabs(scale);
+            const double plain = sum * scale + bias;
+            const double want = p.applied == ERF_GELU ? plain * std::erfc(-plain / std::sqrt(2.0)) / 2 : plain;
+            // gelu changes by at most 1.13 times what it is given changes; its own error is 2e-7 of that.
+            const double computed = 1.13 * EPSILON[F32] * (16 + std::sqrt((double)p.inputs)) * terms * std::fabs(scale) +
+                                    (p.applied == ERF_GELU ? 2e-7 * std::fabs(plain) : 0);
             compare_number("product", r * p.outputs + c, read(p.dtype, out.data(), r * p.outputs + c), want,
                            computed + EPSILON[p.dtype] * (std::fabs(want) + std::fabs(bias)) + 0x1p-24);
         }
@@ -157,7 +163,7 @@ void check_product(Product &made, int64_t isa) {
 
 // ---- programs ------------------------------------------------------------------------------------------------------
 
-// A norm, a product, norms of heads, a rotation, a gate, and rows stored at slots, such as a decoder's step is made of.
+// Norms, a product, norms of heads, a rotation, a gate, and rows stored at slots, such as a decoder's step is made of.
 // `step` computes call i on memory of its own.
 struct Step {
     int64_t dtype, threads, T, D, heads, K, bits;  // `bits`: how the last call stores, as INT8 or E4M3
@@ -190,14 +196,14 @@ struct Step {
     }
 
     struct Memory {
-        std::vector<char> normed, product, rotated, gated, stored, bytes;
+        std::vector<char> normed, centred, product, rotated, gated, stored, bytes;
         std::vector<float> inverse, head_inverse, scale;
     };
 
     // All that a step leaves in memory, computed call by call or as one program.
     Memory compute(int64_t isa, bool program) const {
         const int64_t size = size_of(dtype), width = 2 * heads * K;
-        Memory to{blank(T * D * size), blank(T * width * size), blank(T * width * size), blank(T * width / 2 * size),
+        Memory to{blank(T * D * size), blank(T * D * size), blank(T * width * size), blank(T * width * size), blank(T * width / 2 * size),
                   blank(T * width * size), blank(T * width), std::vector<float>((size_t)T),
                   std::vector<float>((size_t)(T * heads)), std::vector<float>((size_t)(2 * T * heads))};
         RmsNorm norms{};
@@ -211,6 +217,8 @@ struct Step {
         norms.T = T;
         norms.D = D;
         norms.eps = 1e-5;
+        const LayerNorm centred{x.data(), to.normed.data(), norm.data(), norm.data(), to.centred.data(), isa, threads,
+                                dtype, T, D, 1e-5};
         Linear linear{};
         linear.x = to.normed.data();
         linear.weight = weight.data();
@@ -254,9 +262,9 @@ struct Step {
         store_bytes.scale = to.scale.data();
         store_bytes.stored = bits;
         const Call calls[] = {{RMS_NORM, &norms}, {LINEAR, &linear}, {HEAD_NORM, &of_heads}, {ROTARY, &rotary},
-                              {GATE, &gate},      {STORE, &store},   {STORE, &store_bytes}};
+                              {GATE, &gate},      {STORE, &store},   {STORE, &store_bytes},  {LAYER_NORM, &centred}};
         if (program)
-            keyspan_run(calls, 7, threads);
+            keyspan_run(calls, 8, threads);
         else
             for (const Call &call : calls) keyspan_run(&call, 1, 1);
         return to;
@@ -267,7 +275,7 @@ void check_step(const Step &step, int64_t isa) {
     const int64_t width = 2 * step.heads * step.K, dtype = step.dtype;
     const Step::Memory alone = step.compute(isa, false), together = step.compute(isa, true);
     if (alone.normed != together.normed || alone.product != together.product || alone.rotated != together.rotated ||
-        alone.gated != together.gated || alone.stored != together.stored || alone.bytes != together.bytes ||
+        alone.gated != together.gated || alone.centred != together.centred || alone.stored != together.stored || alone.bytes != together.bytes ||
         alone.scale != together.scale)
         throw Failure{"a step's results differ in a program"};
     const double error = 4 * EPSILON[dtype] + 64 * EPSILON[F32];
@@ -279,6 +287,22 @@ void check_step(const Step &step, int64_t isa) {
             const double want = read(dtype, step.x.data(), t * step.D + i) * inverse * step.norm[i];
             compare_number("norm", t * step.D + i, read(dtype, alone.normed.data(), t * step.D + i), want,
                            error * std::fabs(want) + 0x1p-22);
+        }
+        double mean = 0, variance = 0, largest = 0;
+        const auto sum_at = [&](int64_t i) {
+            return read(dtype, step.x.data(), t * step.D + i) + read(dtype, alone.normed.data(), t * step.D + i);
+        };
+        for (int64_t i = 0; i < step.D; i++) mean += sum_at(i) / (double)step.D;
+        for (int64_t i = 0; i < step.D; i++) {
+            variance += std::pow(sum_at(i) - mean, 2) / (double)step.D;
+            largest = std::max(largest, std::fabs(sum_at(i)));
+        }
+        const double deviation = std::sqrt(variance + 1e-5);
+        for (int64_t i = 0; i < step.D; i++) {
+            const double want = (sum_at(i) - mean) / deviation * step.norm[i] + step.norm[i];
+            compare_number("layer norm", t * step.D + i, read(dtype, alone.centred.data(), t * step.D + i), want,
+                           EPSILON[dtype] * std::fabs(want) + 0x1p-22 +
+                               16 * EPSILON[F32] * (largest / deviation + 1) * std::fabs(step.norm[i]));
         }
         for (int64_t h = 0; h < 2 * step.heads; h++)
             for (int64_t i = 0; i < step.K / 2; i++) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keyspan.files import read_json
+from keyspan.inference.program import EncoderProgram
 from keyspan.inference.serve import DTYPES
 from keyspan.info import find_device
 from keyspan.models.encoder import Encoder, load_encoder
@@ -59,6 +61,9 @@ class Embedder:
             raise ValueError(f"pooling: got {pooling!r}, want one of {', '.join(get_args(Pooling))}")
         self.model, self.tokenizer, self.pooling, self.normalize = model.eval(), tokenizer, pooling, normalize
         self.prefix, self.lower, self.step_tokens = prefix, lower, step_tokens
+        self._program: EncoderProgram | None = None
+        self._lock = threading.Lock()
+        """For the program, whose results the next call overwrites."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
@@ -137,7 +142,15 @@ class Embedder:
     def _pooled(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         lengths = [len(tokens) for tokens in sequences]
         tokens = torch.tensor([token for part in sequences for token in part], device=self.model.tokens.weight.device)
-        hidden = self.model(tokens, lengths).float()
+        if EncoderProgram.reason_against(self.model) is not None:
+            return self._pool(self.model(tokens, lengths), lengths)
+        with self._lock:
+            if self._program is None or self._program.tokens < len(tokens):
+                self._program = EncoderProgram(self.model, max(len(tokens), self.step_tokens))
+            return self._pool(self._program.hidden(tokens, lengths), lengths)
+
+    def _pool(self, hidden: Tensor, lengths: list[int]) -> Tensor:
+        hidden = hidden.float()
         sizes = torch.tensor(lengths, device=hidden.device)
         if self.pooling in ("mean", "max"):
             pooled = torch.segment_reduce(hidden, self.pooling, lengths=sizes)

@@ -1,27 +1,28 @@
-"""A step of a decoder on a CPU as one call of the native library, so that a token does not pay for some 400 in Python.
+"""A step of a model on a CPU as one call of the native library, so that a token does not pay for some 400 in Python.
 
 All structs of all calls lie in one tensor of 8-byte words, and what they point to stays where it is: a step writes its
-tokens' positions and slots there, and numbers that differ from the last step's into the structs. The results are, bit
-for bit, those of `GPT.forward`, whose kernels run on the same numbers.
+tokens' positions and slots there, and numbers that differ from the last step's into the structs. A decoder's results are,
+bit for bit, those of `GPT.forward`, whose kernels run on the same numbers.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain, repeat
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from keyspan.core.problem import make_problem
+from keyspan.core.problem import Problem, make_problem
 from keyspan.core.ranges import KeyRanges
 from keyspan.inference.pages import PagedCache
 from keyspan.layers import RMSNorm, SwiGLU
 from keyspan.layers.gemm import Linear, PackedWeight
+from keyspan.models.encoder import Encoder, EncoderBlock
 from keyspan.models.gpt import GPT, Attention, Block, Stored
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -82,7 +83,109 @@ class _Window:
     """Words in which the table's address stands."""
 
 
-class DecoderProgram:
+class _Program:
+    """Calls of the library's functions, made once and run again and again.
+
+    Args:
+        counts: names of numbers that steps change, beside `tokens` and `threads`.
+        per_token: fields of structs that are the number of tokens.
+    """
+
+    def __init__(self, counts: Sequence[str] = (), per_token: Sequence[str] = ("T", "rows", "M")) -> None:
+        from keyspan.backends.native import binding
+
+        self._binding, self._library, self._per_token = binding, cast(Any, binding.LIBRARY), per_token
+        self._kept: list[Any] = []
+        """What addresses refer to."""
+        self._words: list[int] = []
+        """While the program is made: all structs, one behind the other."""
+        self._calls: list[tuple[int, int]] = []
+        """(function, index of its struct's first word)."""
+        self._counts: dict[str, list[int]] = {name: [] for name in ("tokens", "threads", *counts)}
+        """Indices of words that are these numbers."""
+        self._now = dict.fromkeys(self._counts, 0)
+        """What stands there."""
+
+    def _finish(self) -> None:
+        """Write down all calls."""
+        self._arena = torch.tensor(self._words, dtype=torch.int64)
+        start = self._arena.data_ptr()
+        self._list = torch.tensor([(function, start + 8 * at) for function, at in self._calls], dtype=torch.int64)
+        self._where = {name: torch.tensor(words, dtype=torch.int64) for name, words in self._counts.items()}
+
+    def _run(self, **now: int) -> None:
+        """Make all calls, with these numbers."""
+        threads = torch.get_num_threads()
+        for name, number in {**now, "threads": threads}.items():
+            if number != self._now[name]:
+                self._arena[self._where[name]] = self._now[name] = number
+        self._library.keyspan_run(self._list.data_ptr(), len(self._list), threads)
+
+    def _fields(self, name: str) -> tuple[tuple[str, str], ...]:
+        """(field, type) of a struct."""
+        binding = self._binding
+        known: dict[str, tuple[tuple[str, str], ...]]
+        known = {"params": binding.PARAMS_FIELDS, "linear": binding.LINEAR_FIELDS, **binding.LAYER_FIELDS}
+        return known[name]
+
+    def _index(self, name: str, wanted: str) -> int:
+        """The word of a struct at which a field begins."""
+        fields = self._fields(name)
+        before = [found for found, _ in fields].index(wanted)
+        return sum(_size(kind) for _, kind in fields[:before])
+
+    def _call(self, name: str, **values: Any) -> int:
+        """Add a call; the index of its struct's first word. Fields without a value are 0."""
+        at = len(self._words)
+        for found, kind in self._fields(name):
+            value = values.pop(found, 0)
+            if isinstance(value, Tensor):
+                self._kept.append(value)
+                value = value.data_ptr()
+            count = "tokens" if found in self._per_token else found
+            if count in self._counts:
+                self._counts[count].append(len(self._words))
+            elif found == "isa":
+                value = self._binding.isa_number()
+            elif kind == "float" and isinstance(value, float):
+                (value,) = struct.unpack("q", struct.pack("d", value))
+            self._words += value if isinstance(value, tuple) else (value,) + (0,) * (_size(kind) - 1)
+        assert not values, values
+        self._calls.append((self._binding.PROGRAM_FUNCTIONS.index(name), at))
+        return at
+
+    def _attention(self, problem: Problem, out: Tensor, **steps: int) -> int:
+        """A call of a problem of two tokens, of which the numbers that steps change are written over."""
+        from keyspan.backends.native import pack_forward
+
+        packed, kept = pack_forward(problem, out)
+        self._kept.append(kept)
+        values: dict[str, Any] = {}
+        words = struct.unpack(f"{len(packed) // 8}q", packed)
+        for name, kind in self._fields("params"):
+            at = self._index("params", name)
+            values[name] = words[at] if _size(kind) == 1 else words[at : at + _size(kind)]
+        return self._call("params", **(values | steps))
+
+    def _weight(self, weight: Tensor, packed: PackedWeight | None) -> PackedWeight:
+        return PackedWeight(weight) if packed is None else packed
+
+    def _linear(self, x: Tensor, layer: Linear, out: Tensor, applied: int = 0) -> None:
+        """`applied`: a function of the result, `Applied` of native/linear.h."""
+        weight = self._weight(layer.weight, layer.packed)
+        bias = layer.bias
+        self._call(
+            "linear", x=x, weight=weight.words, scale=0 if weight.scale is None else weight.scale,
+            bias=0 if bias is None else bias.detach().contiguous(), out=out, dtype=_DTYPES[x.dtype],
+            storage=weight.storage, applied=applied, inputs=weight.inputs, outputs=weight.outputs, x_stride=x.stride(0),
+        )  # fmt: skip
+
+    @staticmethod
+    def _float(weight: Tensor) -> Tensor:
+        return weight.detach().float().contiguous()
+
+
+class DecoderProgram(_Program):
     """`GPT.forward` and `GPT.logits` over a paged cache.
 
     Args:
@@ -94,23 +197,11 @@ class DecoderProgram:
     """
 
     def __init__(self, model: GPT, cache: PagedCache, tokens: int) -> None:
-        from keyspan.backends.native import binding
-
         reason = self.reason_against(model)
         if reason is not None:
             raise ValueError(f"model: {reason}")
-        self._model, self._cache, self._binding = model, cache, binding
-        self._library: Any = binding.LIBRARY
-        self._kept: list[Any] = []
-        """What addresses refer to."""
-        self._words: list[int] = []
-        """While the program is made: all structs, one behind the other."""
-        self._calls: list[tuple[int, int]] = []
-        """(function, index of its struct's first word)."""
-        self._counts: dict[str, list[int]] = {"tokens": [], "threads": [], "sequences": [], "pages": []}
-        """Indices of words that are these numbers."""
-        self._now = dict.fromkeys(self._counts, 0)
-        """What stands there."""
+        super().__init__(("sequences", "pages"))
+        self._model, self._cache = model, cache
         self._ends, self._positions, self._owners = (_Numbers("i", tokens) for _ in range(3))
         """Of each token of a step: one past the last key that it sees, its position, its sequence."""
         self._windows: dict[int | None, _Window] = {}
@@ -119,10 +210,7 @@ class DecoderProgram:
         self._make(tokens)
         head = model._packed_head if model.config.tie_embeddings else model.head.packed
         self._head = self._weight(model.head_weight, head)
-        self._arena = torch.tensor(self._words, dtype=torch.int64)
-        start = self._arena.data_ptr()
-        self._list = torch.tensor([(function, start + 8 * at) for function, at in self._calls], dtype=torch.int64)
-        self._where = {name: torch.tensor(words, dtype=torch.int64) for name, words in self._counts.items()}
+        self._finish()
         scale = model.config.embedding_scale
         self._scale = None if scale == 1 else torch.tensor(scale, dtype=model.embedding.weight.dtype)
 
@@ -203,10 +291,7 @@ class DecoderProgram:
         return self._turns[kind]
 
     def _attend(self, layer: Attention, storage: Stored, window: int | None, shared: _Window) -> None:
-        """Attention of one layer, as `GPT` calls it: a problem of two tokens, of which the numbers that steps change
-        are written over."""
-        from keyspan.backends.native import pack_forward
-
+        """Attention of one layer, as `GPT` calls it."""
         c, two = self._model.config, torch.zeros(2, dtype=torch.int32)
         rows = two.view(1, 1, 2)
         mask = KeyRanges(rows, rows, rows, two, two[None], self._cache.page_size)
@@ -216,64 +301,11 @@ class DecoderProgram:
             query, storage.key, storage.value, mask=mask, bias=self._model.bias, scale=layer.scale,
             softcap=layer.softcap, sinks=sinks, key_scale=storage.key_scale, value_scale=storage.value_scale,
         )  # fmt: skip
-        packed, kept = pack_forward(problem, self._attended[:2])
-        self._kept.append(kept)
-        values: dict[str, Any] = {}
-        words = struct.unpack(f"{len(packed) // 8}q", packed)
-        for name, kind in self._fields("params"):
-            at = self._index("params", name)
-            values[name] = words[at] if _size(kind) == 1 else words[at : at + _size(kind)]
-        values |= {
-            "lo": shared.first.address, "hi": self._ends.address, "diagonal": self._positions.address,
-            "sequence": self._owners.address, "block_table": shared.table.address,
-        }  # fmt: skip
-        at = self._call("params", **values)
-        shared.tables.append(at + self._index("params", "block_table"))
-
-    def _fields(self, name: str) -> tuple[tuple[str, str], ...]:
-        """(field, type) of a struct."""
-        binding = self._binding
-        known: dict[str, tuple[tuple[str, str], ...]]
-        known = {"params": binding.PARAMS_FIELDS, "linear": binding.LINEAR_FIELDS, **binding.LAYER_FIELDS}
-        return known[name]
-
-    def _index(self, name: str, wanted: str) -> int:
-        """The word of a struct at which a field begins."""
-        fields = self._fields(name)
-        before = [found for found, _ in fields].index(wanted)
-        return sum(_size(kind) for _, kind in fields[:before])
-
-    def _call(self, name: str, **values: Any) -> int:
-        """Add a call; the index of its struct's first word. Fields without a value are 0."""
-        at = len(self._words)
-        for found, kind in self._fields(name):
-            value = values.pop(found, 0)
-            if isinstance(value, Tensor):
-                self._kept.append(value)
-                value = value.data_ptr()
-            count = {"T": "tokens", "rows": "tokens", "M": "tokens"}.get(found, found)
-            if count in self._counts:
-                self._counts[count].append(len(self._words))
-            elif found == "isa":
-                value = self._binding.isa_number()
-            elif kind == "float" and isinstance(value, float):
-                (value,) = struct.unpack("q", struct.pack("d", value))
-            self._words += value if isinstance(value, tuple) else (value,) + (0,) * (_size(kind) - 1)
-        assert not values, values
-        self._calls.append((self._binding.PROGRAM_FUNCTIONS.index(name), at))
-        return at
-
-    def _weight(self, weight: Tensor, packed: PackedWeight | None) -> PackedWeight:
-        return PackedWeight(weight) if packed is None else packed
-
-    def _linear(self, x: Tensor, layer: Linear, out: Tensor) -> None:
-        weight = self._weight(layer.weight, layer.packed)
-        bias = layer.bias
-        self._call(
-            "linear", x=x, weight=weight.words, scale=0 if weight.scale is None else weight.scale,
-            bias=0 if bias is None else bias.detach().contiguous(), out=out, dtype=_DTYPES[x.dtype],
-            storage=weight.storage, inputs=weight.inputs, outputs=weight.outputs, x_stride=x.stride(0),
+        at = self._attention(
+            problem, self._attended[:2], lo=shared.first.address, hi=self._ends.address,
+            diagonal=self._positions.address, sequence=self._owners.address, block_table=shared.table.address,
         )  # fmt: skip
+        shared.tables.append(at + self._index("params", "block_table"))
 
     def _norm(self, norm: RMSNorm, out: Tensor, residual: Tensor | None) -> None:
         """The residual stream becomes the sum, and `out` its norm."""
@@ -291,10 +323,6 @@ class DecoderProgram:
             "rms_norm", x=x, weight=self._float(norm.weight), out=x, inverse=self._inverse, total_dtype=dtype,
             residual_dtype=dtype, out_dtype=dtype, D=x.shape[1], eps=norm.eps,
         )  # fmt: skip
-
-    @staticmethod
-    def _float(weight: Tensor) -> Tensor:
-        return weight.detach().float().contiguous()
 
     # Running it
 
@@ -319,13 +347,7 @@ class DecoderProgram:
             positions, end = torch.tensor(step.positions), max(ends)
             for turns in self._turns.values():
                 turns.write(positions, end)
-        threads = torch.get_num_threads()
-        now = {"tokens": T, "threads": threads, "sequences": len(step.lengths), "pages": step.pages}
-        for name, number in now.items():
-            if number != self._now[name]:
-                self._arena[self._where[name]] = number
-        self._now = now
-        self._library.keyspan_run(self._list.data_ptr(), len(self._list), threads)
+        self._run(tokens=T, sequences=len(step.lengths), pages=step.pages)
         return self._h[:T]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -337,3 +359,82 @@ class DecoderProgram:
 def _size(kind: str) -> int:
     """Words of a field."""
     return int(kind[3:]) if kind.startswith("int") else 1
+
+
+class EncoderProgram(_Program):
+    """`Encoder.forward` without autograd; its results are rounded less often, so their bits are others.
+
+    Args:
+        model: whose weights are packed; later changes of others are not seen.
+        tokens: most of a step.
+
+    Raises ValueError where `reason_against` has a reason.
+    """
+
+    def __init__(self, model: Encoder, tokens: int) -> None:
+        reason = self.reason_against(model)
+        if reason is not None:
+            raise ValueError(f"model: {reason}")
+        super().__init__(per_token=("T", "rows", "M", "N"))
+        c, like, self._model = model.config, model.tokens.weight, model
+        self.tokens = tokens
+        """Most of a step."""
+        self._x, self._added = (like.new_empty((tokens, c.dim)) for _ in range(2))
+        # Two rows at least, of which the pattern of attention is made.
+        self._qkv, attended = (like.new_empty((max(2, tokens), n)) for n in (3 * c.dim, c.dim))
+        hidden = like.new_empty((tokens, c.hidden))
+        self._positions = (model.positions.weight + model.types.weight[0]).detach()
+        self._first, self._end, self._own = (_Numbers("i", tokens) for _ in range(3))
+        """Of each token, the first key of its document, one past the last, and itself."""
+        self._norm(model.norm)
+        for module in model.blocks:
+            block = cast(EncoderBlock, module)
+            self._linear(self._x, block.qkv, self._qkv)
+            q, k, v = self._qkv[:2].view(1, 2, 3 * c.heads, -1).split(c.heads, dim=2)
+            two = torch.zeros(1, 1, 2, dtype=torch.int32)
+            problem, _ = make_problem(q, k, v, mask=KeyRanges(two, two, two))
+            self._attention(
+                problem, attended[:2], lo=self._first.address, hi=self._end.address, diagonal=self._own.address,
+                origin=self._first.address,
+            )  # fmt: skip
+            self._linear(attended, block.out, self._added)
+            self._norm(block.attention_norm)
+            self._linear(self._x, block.up, hidden, applied=1)
+            self._linear(hidden, block.down, self._added)
+            self._norm(block.norm)
+        self._finish()
+
+    @staticmethod
+    def reason_against(model: Encoder) -> str | None:
+        """Why a model runs through `Encoder.forward` instead, or None."""
+        if any(isinstance(x, Linear) and x.packed is None for x in model.modules()):
+            return "its weights are not packed"
+        if model.backend not in (None, "native") or type(model) is not Encoder:
+            return "a subclass of Encoder, and one with another backend for attention, run as they say"
+        return None
+
+    def _norm(self, norm: nn.LayerNorm) -> None:
+        """The stream becomes the norm of its sum with what was added."""
+        self._call(
+            "layer_norm", x=self._x, residual=self._added, weight=self._float(norm.weight), bias=self._float(norm.bias),
+            out=self._x, dtype=_DTYPES[self._x.dtype], D=self._x.shape[1], eps=norm.eps,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """`Encoder.forward`. The result is overwritten by the next call."""
+        T, most, first = tokens.numel(), self.tokens, self._model.config.first_position
+        if sum(lengths) != T or most < T or max(lengths, default=0) > self._model.config.longest:
+            raise ValueError(
+                f"lengths: got {sum(lengths)} tokens in all and {max(lengths, default=0)} in the longest document, "
+                f"want {T} in all, at most {most}, and at most {self._model.config.longest} in one"
+            )
+        torch.index_select(self._model.tokens.weight, 0, tokens, out=self._x[:T])
+        positions = torch.cat([torch.arange(first, first + n) for n in lengths or [0]])
+        torch.index_select(self._positions, 0, positions, out=self._added[:T])
+        starts = list(accumulate(lengths, initial=0))
+        self._first.write(chain.from_iterable(repeat(at, n) for at, n in zip(starts, lengths, strict=False)))
+        self._end.write(chain.from_iterable(repeat(at + n, n) for at, n in zip(starts, lengths, strict=False)))
+        self._own.write(range(T))
+        self._run(tokens=T)
+        return self._x[:T]

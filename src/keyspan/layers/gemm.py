@@ -139,7 +139,7 @@ def _run(
     call = library.LINEAR.pack(
         rows.data_ptr(), weight.data_ptr(), 0 if scale is None else scale.data_ptr(),
         0 if bias is None else bias.data_ptr(), out.data_ptr(), library.isa_number(), torch.get_num_threads(),
-        _NATIVE[x.dtype], storage, len(rows), inputs, outputs, inputs, weight.stride(0),
+        _NATIVE[x.dtype], storage, 0, len(rows), inputs, outputs, inputs, weight.stride(0),
     )  # fmt: skip
     with torch.profiler.record_function("keyspan::linear") if profiled() else nullcontext():
         library.LINEAR_PRODUCT(call)

@@ -54,7 +54,7 @@ DENSE_FIELDS: _Fields = (
 """Those of `Dense`."""
 LINEAR_FIELDS: _Fields = (
     *_fields("pointer", "x weight scale bias out"),
-    *_fields("int1", "isa threads dtype storage rows inputs outputs x_stride weight_stride"),
+    *_fields("int1", "isa threads dtype storage applied rows inputs outputs x_stride weight_stride"),
 )
 """Those of `Linear`, in native/linear.h."""
 PRODUCT_FIELDS: _Fields = (
@@ -66,6 +66,11 @@ LAYER_FIELDS: dict[str, _Fields] = {
     "rms_norm": (
         *_fields("pointer", "x residual weight total out inverse grad grad_total dx dweight"),
         *_fields("int1", "isa threads total_dtype residual_dtype out_dtype T D parts"),
+        *_fields("float", "eps"),
+    ),
+    "layer_norm": (
+        *_fields("pointer", "x residual weight bias out"),
+        *_fields("int1", "isa threads dtype T D"),
         *_fields("float", "eps"),
     ),
     "rotary": (
@@ -91,7 +96,7 @@ LAYER_FIELDS: dict[str, _Fields] = {
     ),
 }
 """Those of the structs of native/layers.h and native/program.cpp, by the name of the function that takes one."""
-PROGRAM_FUNCTIONS = ("linear", "rms_norm", "rotary", "gate", "store", "head_norm", "params")
+PROGRAM_FUNCTIONS = ("linear", "rms_norm", "rotary", "gate", "store", "head_norm", "layer_norm", "params")
 """`Function` of native/program.cpp, each by the name of its struct."""
 
 
