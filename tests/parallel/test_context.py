@@ -212,8 +212,9 @@ def peaks() -> None:
             found[exchange, ranks] = peak_memory(call)
     if dist.get_rank() == 0:
         print(found)
-        assert found["gather", 2] < 0.6 * found["gather", 1], found
-        assert found["gather", 4] < 0.6 * found["gather", 2], found
+        for ranks in (2, 4):
+            in_order = 2 * (M / ranks + 99) * 4 * 32 * 4  # bytes of the keys and values that a rank's rows see
+            assert found["gather", ranks] < 1.2 * (found["gather", 1] / ranks + in_order), found
         assert found["ring", 4] < 0.9 * found["ring", 1], found  # how many rounds' keys are held is a matter of timing
 
 

@@ -244,12 +244,18 @@ class _ContextAttention(torch.autograd.Function):
             transfer, heads, message = returning
             returning = None
             like = tensors.key[:, :, heads], tensors.value[:, :, heads]
-            for rows, pair in zip(transfer.send, message.parts(list(map(len, transfer.send)), like), strict=True):
-                for index, grad in zip((1, 2), pair, strict=True):
-                    if needed[index] and len(rows):
-                        before = total[index].get(heads.start)
-                        before = torch.zeros_like(like[index - 1]) if before is None else before
-                        total[index][heads.start] = _wide(before).index_add_(1, rows, _wide(grad))
+            pairs = message.parts(list(map(len, transfer.send)), like)
+            for index, *grads in zip((1, 2), *pairs, strict=True):
+                if not needed[index]:
+                    continue
+                before = total[index].get(heads.start)
+                before = torch.zeros_like(like[index - 1]) if before is None else before
+                # Rounded once, so that sums stay wide while more are to come.
+                before = _wide(before) if len(plan.parts) > 2 else before
+                rows = _wide(before.index_select(1, transfer.sent))
+                for places, grad in zip(transfer.places, grads, strict=True):
+                    rows.index_add_(1, places, _wide(grad))
+                total[index][heads.start] = before.index_copy_(1, transfer.sent, rows.to(before.dtype))
 
         for number, heads, key, value in _rounds(plan, tensors):
             part = plan.parts[number]
@@ -281,12 +287,11 @@ class _ContextAttention(torch.autograd.Function):
                     for grad, x in zip(of_keys, (key, value), strict=True)
                 ]
                 add_returned()
-                back = [_rows_of(x, transfer.places, part.own, x.shape[1]) for x in grads]
-                returning = transfer, heads, _send_back(transfer, back, plan.mask.group)
+                returning = transfer, heads, _send_back(transfer, grads, plan.mask.group)
                 for index, grad in zip((1, 2), grads, strict=True):
                     if part.own and needed[index]:
-                        add(index, heads, _rows_of(grad, transfer.places, 0, part.own))
-                del grads, back
+                        add(index, heads, _piece(grad, transfer, 0))
+                del grads
             del of_keys
         add_returned()
         joined = [_join([of[n] for n in sorted(of)], dim) if of else None for of, dim in zip(total, dims, strict=True)]
@@ -362,28 +367,28 @@ def _fetch(transfer: Transfer, pair: tuple[Tensor, Tensor], group: Any) -> _Mess
 
 
 def _send_back(transfer: Transfer, grads: list[Tensor], group: Any) -> _Message:
-    """Send gradients of received keys and values, which come by rank, to their owners, and begin to receive those of
-    this rank's."""
-    parts = zip(*(x.split(transfer.receive, 1) for x in grads), strict=True)
-    sent = torch.cat([x.flatten() for pair in parts for x in pair])
+    """Send gradients of received keys and values, which stand as `_in_order` put them, to their owners, and begin to
+    receive those of this rank's."""
+    pieces = [_piece(x, transfer, 1 + rank) for rank in range(len(transfer.receive)) for x in grads]
     size = sum(x.shape[0] * math.prod(x.shape[2:]) for x in grads)  # of a row
+    sent = torch.cat([x.flatten() for x in pieces])
     return _Message(sent, [n * size for n in transfer.receive], [len(rows) * size for rows in transfer.send], group)
 
 
-def _in_order(pieces: list[Tensor], places: Tensor | None) -> Tensor:
-    """Rows of several tensors, put at these places; None: one after another."""
-    if places is None:
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-    B, _, *rest = pieces[0].shape
-    found, at = pieces[0].new_empty(B, len(places), *rest), 0
-    for x in pieces:
-        found.index_copy_(1, places[at : (at := at + x.shape[1])], x)
-    return found
+def _in_order(pieces: list[Tensor], transfer: Transfer) -> Tensor:
+    """The rows of the rank and of others, keys ascending."""
+    runs = [pieces[n][:, first:stop] for n, first, stop in transfer.order]
+    return runs[0] if len(runs) == 1 else torch.cat(runs or [pieces[0][:, :0]], 1)
 
 
-def _rows_of(x: Tensor, places: Tensor | None, first: int, stop: int) -> Tensor:
-    """Some of the rows that `_in_order` put together."""
-    return x[:, first:stop] if places is None else x.index_select(1, places[first:stop])
+def _piece(x: Tensor, transfer: Transfer, piece: int) -> Tensor:
+    """The rows of a piece out of those that `_in_order` put together."""
+    runs, at = [], 0
+    for n, first, stop in transfer.order:
+        if n == piece:
+            runs.append(x[:, at : at + stop - first])
+        at += stop - first
+    return runs[0] if len(runs) == 1 else torch.cat(runs or [x[:, :0]], 1)
 
 
 def _rounds(plan: _Plan, tensors: _Tensors) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
@@ -403,9 +408,8 @@ def _rounds(plan: _Plan, tensors: _Tensors) -> Iterator[tuple[int, slice, Tensor
         key, value = own(heads)
         part = plan.parts[number]
         if part.transfer is not None and coming is not None:
-            found = [(key[:, : part.own], value[:, : part.own]), *coming.parts(part.transfer.receive, (key, value))]
-            filled = [pair for pair in found if pair[0].shape[1]] or found[:1]
-            key, value = (_in_order([pair[n] for pair in filled], part.transfer.places) for n in (0, 1))
-            del found, filled
+            found = [(key, value), *coming.parts(part.transfer.receive, (key, value))]
+            key, value = (_in_order([pair[n] for pair in found], part.transfer) for n in (0, 1))
+            del found
         coming = None if following is None else fetch(*following)
         yield number, heads, key, value

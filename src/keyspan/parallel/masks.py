@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -21,8 +22,10 @@ MOST_RANGES = 4
 """Ranges of a row in one call: the most that every backend takes."""
 LEAST_ROWS = 2**16
 """Rows × query heads of a call that fill a GPU: with fewer, fewer calls are made."""
-SLICES = 4
-"""Slices into which heads are cut where keys are gathered: those of the next slice are on their way meanwhile."""
+WAITED = 0.2
+"""Keys that are waited for before anything is computed, at most this share of the queries: heads are cut into slices,
+and the keys of a slice travel while the one before is computed. Each slice costs time, since a smaller call fills a GPU
+less evenly."""
 
 
 class Context(NamedTuple):
@@ -42,11 +45,15 @@ class Transfer(NamedTuple):
 
     send: list[Tensor]
     """For each rank the local rows that it is sent, int64."""
+    sent: Tensor
+    """Those that any rank is sent, each once, ascending."""
+    places: list[Tensor]
+    """For each rank where its rows stand among `sent`."""
     receive: list[int]
     """From each rank so many rows."""
-    places: Tensor | None
-    """Where each row of the part, received ones by rank behind its own, is in ascending order; None where they are so
-    already."""
+    order: list[tuple[int, int, int]]
+    """The runs (piece, first row, one past the last) that make the part, keys ascending. Piece 0 is of the rank's own
+    keys, piece 1 + r came from rank r."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +152,8 @@ class ContextMask:
         if self.exchange == "ring" or (self.exchange == "auto" and not small):
             return "ring", 1
         enough = small or possible[-1:]
-        return "gather", next((n for n in enough if n >= SLICES), enough[-1])
+        ahead = [n for n in enough if received * kv_heads <= WAITED * n * held * query_heads]
+        return "gather", min(ahead, default=enough[-1])
 
     def parts(self, form: Literal["ring", "gather"], positions: bool) -> list[Part]:
         """The rounds of a call, the rank's own keys first.
@@ -175,13 +183,13 @@ class ContextMask:
         own, mine = self.keys.rows(self.rank), self._seen[self.rank]
         send = [self._seen[r][own].nonzero()[:, 0] if r in targets else nothing for r in ranks]
         come = [(rows := self.keys.rows(s))[mine[rows]] if s in sources else nothing for s in ranks]
-        numbers, order = torch.cat([own, *come] if with_own else come).sort()
-        in_order = bool((order[1:] > order[:-1]).all())
-        transfer = Transfer(
-            [x.to(self.device) for x in send],
-            list(map(len, come)),
-            None if in_order else order.argsort().to(self.device),
-        )
+        pieces = [own if with_own else nothing, *come]
+        numbers, order = torch.cat(pieces).sort()
+        sent = torch.cat(send).unique()
+        places = [torch.searchsorted(sent, x) for x in send]
+        send, places = ([x.to(self.device) for x in of] for of in (send, places))
+        runs = _runs(order, list(map(len, pieces)))
+        transfer = Transfer(send, sent.to(self.device), places, list(map(len, come)), runs)
         return self._part(transfer, numbers, positions, len(own) if with_own else None)
 
     def _part(self, transfer: Transfer | None, keys: Tensor, positions: bool, own_keys: int | None = None) -> Part:
@@ -217,6 +225,19 @@ class ContextMask:
                 )  # fmt: skip
                 calls.append(ranges.to(self.device))
         return Part(transfer, len(keys) if transfer is None else own_keys or 0, keys.to(self.device), calls)
+
+
+def _runs(order: Tensor, sizes: list[int]) -> list[tuple[int, int, int]]:
+    """`Transfer.order` of rows that are numbered through all pieces."""
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    piece = torch.searchsorted(starts, order, right=True) - 1
+    begins = torch.ones_like(order, dtype=torch.bool)
+    begins[1:] = (order[1:] != order[:-1] + 1) | (piece[1:] != piece[:-1])
+    places = begins.nonzero()[:, 0].tolist()
+    lengths = [b - a for a, b in pairwise([*places, len(order)])]
+    of = piece[places].tolist()
+    firsts = (order[places] - starts[piece[places]]).tolist()
+    return [(n, first, first + length) for n, first, length in zip(of, firsts, lengths, strict=True)]
 
 
 def _row_keys(lo: Tensor, hi: Tensor) -> int:
