@@ -221,7 +221,7 @@ def test_models_health_metrics_and_page(client, server):
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
-        ("completions", "{", 400, "body: got no JSON: Expecting property name enclosed in double quotes at character 1"),
+        ("completions", "{", 400, "body: got no JSON: Expecting property name enclosed in double quotes at character"),
         ("completions", "[]", 400, "body: got []; Input should be a valid dictionary"),
         ("completions", {"model": "tiny", "prompt": []}, 400, "prompt: got an empty list, want at least one token"),
         ("completions", {"model": "tiny", "prompt": ["a", [1]]}, 400, "prompt: got ['a', [1]]; Input should be"),
@@ -656,13 +656,13 @@ def slow(step):
 def test_what_cannot_be_listened_on_is_refused():
     with pytest.raises(ValueError, match="port: got 80000, want 0 … 65535"):
         listen("127.0.0.1", 80000)
-    with pytest.raises(ValueError, match="host: got '256.1.1.1', want a name or address of this machine"):
+    with pytest.raises(ValueError, match=r"host: got '256\.1\.1\.1', want a name or address of this machine"):
         listen("256.1.1.1", 0)
     [taken] = listen("127.0.0.1", 0)
     with taken:
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port: 127.0.0.1:{port} is in use, want a free one"):
+        with pytest.raises(ValueError, match=rf"port: 127\.0\.0\.1:{port} is in use, want a free one"):
             listen("127.0.0.1", port)
 
 

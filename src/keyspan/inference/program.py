@@ -1,8 +1,8 @@
 """A step of a model on a CPU as one call of the native library, so that a token does not pay for some 400 in Python.
 
 All structs of all calls lie in one tensor of 8-byte words, and what they point to stays where it is: a step writes its
-tokens' positions and slots there, and numbers that differ from the last step's into the structs. A decoder's results are,
-bit for bit, those of `GPT.forward`, whose kernels run on the same numbers.
+tokens' positions and slots there, and numbers that differ from the last step's into the structs. A decoder's results
+are, bit for bit, those of `GPT.forward`, whose kernels run on the same numbers.
 """
 
 from __future__ import annotations
