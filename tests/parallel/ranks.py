@@ -50,6 +50,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     getattr(importlib.import_module(module), name)(*arguments)
     dist.destroy_process_group()
+    # DTensor's caches keep gloo's threads alive. One that still frees a tensor while Python ends aborts the process
+    # (pytorch/pytorch#179291).
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
