@@ -273,7 +273,7 @@ __attribute__((noinline)) void refine_large_lse(const Plan &plan, RowTile &tile,
             row_scores(plan, tile, s, r, first, span, score, nullptr);
             const int begin = span.begin / SUM_KEYS * SUM_KEYS;
             const int end = (span.end + SUM_KEYS - 1) / SUM_KEYS * SUM_KEYS;
-            block_softmax<float>(multiplier, begin, end, score, score, nullptr, stats, r);
+            block_softmax<float>(multiplier, begin, end, score, score, nullptr, nullptr, stats, r);
         }
         merge_block(tile, tile.rows, multiplier, stats);
     });

@@ -27,7 +27,7 @@ X86 = {
     "AVX2": "-mavx2 -mfma -mf16c",
     "AVX512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
 }
-X86["AVX512BF16"] = X86["AVX512"] + " -mavx512bf16"
+X86["AVX512BF16"] = X86["AVX512"] + " -mavx512bf16 -mavx512vbmi"
 
 
 class CannotBuildError(Exception):

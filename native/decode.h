@@ -10,7 +10,7 @@ namespace keyspan {
 namespace KEYSPAN_NAMESPACE {
 namespace {
 
-constexpr int PRODUCT_CHAINS = 4;             // products that are summed side by side, where rows are fewer
+constexpr int PRODUCTS = 4;                   // most products that are summed side by side
 constexpr int VALUE_ROWS = W == 16 ? 6 : 4;  // query rows that each loaded value is multiplied by
 // Values that are added up in registers. Of a cache in memory (more than CACHE_BYTES) few rows take VALUE_BYTES of all
 // groups at a time, which are read in the order of addresses.
@@ -18,11 +18,15 @@ constexpr int FEW_VALUES = 16, MANY_VALUES = 32;
 constexpr int64_t VALUE_BYTES = 8 << 10, CACHE_BYTES = 12 << 20;
 static_assert(BLOCK_KEYS % W == 0 && FEW_VALUES % 2 == 0 && MANY_VALUES % 2 == 0, "whole vectors and pairs");
 
-// How a row of keys or values is loaded: fp32, fp16, bf16 element by element, or bf16 in pairs.
+// How a row of keys or values is loaded. A vector of STEP elements is transposed as W words; a word has PARTS that are
+// multiplied, which `split` finds. Kinds: fp32, fp16, bf16 element by element, bf16 in pairs, and 8 bits as floats or as
+// pairs of bf16.
 template <int KIND>
 struct Row {
-    static constexpr int STEP = W, BYTES = KIND == F32 ? 4 : 2;
+    static constexpr int STEP = W, BYTES = KIND == F32 ? 4 : 2, PARTS = 1;
     typedef float Word;
+    explicit INLINE Row(int64_t) {}
+    static INLINE void split(vu word, vf (&parts)[PARTS]) { parts[0] = (vf)word; }
     static INLINE vf read(const char *p, int64_t i) {
         if constexpr (KIND == F32) return load((const float *)p + i);
         if constexpr (KIND == F16) return widen_f16((const uint16_t *)p + i);
@@ -36,16 +40,94 @@ struct Row {
         return widen_bf16((const uint16_t *)&half);
     }
 };
-constexpr int PAIRS = 3;
+constexpr int PAIRS = 3, STORED_FLOATS = 4, STORED_PAIRS = 5;
+constexpr bool is_stored(int kind) { return kind >= STORED_FLOATS; }
 template <>
 struct Row<PAIRS> {
-    static constexpr int STEP = 2 * W, BYTES = 2;
+    static constexpr int STEP = 2 * W, BYTES = 2, PARTS = 1;
     typedef uint32_t Word;
+    explicit INLINE Row(int64_t) {}
+    static INLINE void split(vu word, vu (&parts)[PARTS]) { parts[0] = word; }
     static INLINE vu read(const char *p, int64_t i) { return load_pairs((const uint16_t *)p + i); }
     static INLINE vu read_last(const char *p, int64_t i, int64_t count) {
         return load_first_pairs((const uint16_t *)p + i, count);
     }
 };
+template <>
+struct Row<STORED_FLOATS> {
+    static constexpr int STEP = 4 * W, BYTES = 1, PARTS = 4;
+    typedef float Word;
+    int64_t stored;
+    explicit INLINE Row(int64_t stored) : stored(stored) {}
+    INLINE void split(vu word, vf (&parts)[PARTS]) const {
+        for (int i = 0; i < PARTS; i++) parts[i] = widen_stored(stored, (vi)(word << (24 - 8 * i)) >> 24);
+    }
+    static INLINE vu read(const char *p, int64_t i) { return load_bytes(p + i); }
+    static INLINE vu read_last(const char *p, int64_t i, int64_t count) { return load_first_bytes(p + i, count); }
+    INLINE vf read_value(const char *p, int64_t i) const { return load_stored(stored, p + i); }
+    INLINE vf read_last_value(const char *p, int64_t i, int64_t count) const {
+        return load_first_stored(stored, p + i, count);
+    }
+};
+
+#if defined(KEYSPAN_AVX512BF16)
+// The bf16 numbers of all magnitudes that 8 bits store, as bytes. A sign is added to what is looked up.
+struct ByteTable {
+    alignas(64) uint8_t low[128], high[128];
+    uint64_t negated;  // all ones where a negative number is the two's complement of its magnitude
+    uint8_t lowest;    // the upper byte of the number that is stored as 128
+    explicit ByteTable(int64_t stored) : negated(stored == INT8 ? ~0ull : 0), lowest(stored == INT8 ? 0xc3 : 0x80) {
+        for (int i = 0; i < 128; i++) {
+            const char byte = (char)i;
+            const uint16_t x = to_bf16(load_first_stored(stored, &byte, 1)[0]);
+            low[i] = (uint8_t)x;
+            high[i] = (uint8_t)(x >> 8);
+        }
+    }
+};
+
+inline const ByteTable &byte_table(int64_t stored) {
+    static const ByteTable int8(INT8), e4m3(E4M3);
+    return stored == INT8 ? int8 : e4m3;
+}
+
+template <>
+struct Row<STORED_PAIRS> {
+    static constexpr int STEP = 4 * W, BYTES = 1, PARTS = 2;
+    typedef uint32_t Word;
+    __m512i low[2], high[2], lowest;
+    __mmask64 negated;
+    explicit INLINE Row(int64_t stored) {
+        const ByteTable &table = byte_table(stored);
+        for (int i = 0; i < 2; i++) {
+            low[i] = _mm512_load_si512(table.low + 64 * i);
+            high[i] = _mm512_load_si512(table.high + 64 * i);
+        }
+        lowest = _mm512_set1_epi8((char)table.lowest);
+        negated = table.negated;
+    }
+    // The lower and the upper bytes of the bf16 numbers of 64 stored ones.
+    INLINE void look_up(__m512i x, __m512i &lower, __m512i &upper) const {
+        const __m512i minus = _mm512_set1_epi8((char)0x80), index = _mm512_mask_abs_epi8(x, negated, x);
+        lower = _mm512_permutex2var_epi8(low[0], index, low[1]);
+        upper = _mm512_permutex2var_epi8(high[0], index, high[1]);
+        upper = _mm512_ternarylogic_epi32(upper, x, minus, 0xf8);  // upper | (x & minus)
+        upper = _mm512_mask_mov_epi8(upper, _mm512_cmpeq_epi8_mask(x, minus), lowest);
+    }
+    INLINE void split(vu word, vu (&parts)[PARTS]) const {
+        // Bytes 0, 2, 1, 3 of each word, so that those of a part are two apart.
+        const __m512i order = _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200);
+        const __m512i even = _mm512_set1_epi16(0xff);
+        __m512i lower, upper;
+        look_up(_mm512_shuffle_epi8((__m512i)word, order), lower, upper);
+        // even ? first : second
+        parts[0] = (vu)_mm512_ternarylogic_epi32(even, lower, _mm512_slli_epi16(upper, 8), 0xca);
+        parts[1] = (vu)_mm512_ternarylogic_epi32(even, _mm512_srli_epi16(lower, 8), upper, 0xca);
+    }
+    static INLINE vu read(const char *p, int64_t i) { return load_bytes(p + i); }
+    static INLINE vu read_last(const char *p, int64_t i, int64_t count) { return load_first_bytes(p + i, count); }
+};
+#endif
 
 // Prefetches what a unit of work reads, in the order of addresses and a fixed number of bytes ahead, in the next pass or
 // block too: without it memory would idle while a core computes. Requests are spread evenly over the work, because a
@@ -67,10 +149,6 @@ struct Ahead {
     Ahead(const Plan &plan, const Run &run, const RowTile &tile, int64_t sequence, int64_t together, int keys)
         : plan(plan), p(*plan.params), run(run), tile(tile), sequence(sequence), together(together),
           block(run.first_block) {
-        if (p.stored) {  // read row by row when a block begins
-            due = INT64_MIN / 2;
-            return;
-        }
         due = max<int64_t>(LEAST_BYTES, keys * row_bytes(false));
         while (due >= LINE) lines(4);
     }
@@ -100,7 +178,7 @@ private:
     // Bytes of one key or value of the groups that are read together.
     int64_t row_bytes(bool of_values) const {
         const int64_t *stride = of_values ? p.v_stride : p.k_stride;
-        return ((together - 1) * stride[2] + (of_values ? p.V : p.K)) * dtype_size(p.dtype);
+        return ((together - 1) * stride[2] + (of_values ? p.V : p.K)) * key_size(p);
     }
 
     __attribute__((noinline)) void lines_of_pieces(int count) {
@@ -120,7 +198,7 @@ private:
                 return false;
             }
         const int64_t *const stride = values ? p.v_stride : p.k_stride;
-        const int64_t size = dtype_size(p.dtype), row = physical_key(p, sequence, first + key);
+        const int64_t size = key_size(p), row = physical_key(p, sequence, first + key);
         const int64_t bytes = row_bytes(values);
         int64_t count = span.end - key;
         if (p.sequence) count = min(count, p.page_size - (first + key) % p.page_size);
@@ -155,7 +233,9 @@ private:
 };
 
 // Most query rows that each key is multiplied by. There are fewer versions for dtypes that are widened.
-constexpr int key_rows(int kind) { return W < 16 ? W / 2 : kind == F32 || kind == PAIRS ? 12 : 6; }
+constexpr int key_rows(int kind) {
+    return W < 16 ? W / 2 : kind == F32 || kind == PAIRS || kind == STORED_PAIRS ? 12 : 6;
+}
 
 // How many of `rows` query rows `score_rows` takes: parts as equal as can be, of 1 to 6, 8, 10 or 12 rows.
 template <int KIND>
@@ -182,6 +262,8 @@ __attribute__((noinline)) void score_keys(const Products<typename Row<KIND>::Wor
                                           Ahead &ahead) {
     typedef Row<KIND> Kind;
     typedef typename VectorOf<typename Kind::Word>::type Vector;
+    constexpr int WORD = Kind::STEP / W;  // elements
+    const Kind kind(ahead.p.stored);
     vf acc[C][R];
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
@@ -198,12 +280,19 @@ __attribute__((noinline)) void score_keys(const Products<typename Row<KIND>::Wor
                 words[k] = whole ? (vu)Kind::read(key, i) : (vu)Kind::read_last(key, i, dims - i);
             }
             transpose_vectors(words);
-            const auto *query = of[c].queries + i / Kind::STEP * W;
+            const auto *query = of[c].queries + i / Kind::STEP * W * Kind::PARTS;
 #pragma GCC unroll 16
-            for (int k = 0; k < W; k++)
+            for (int k = 0; k < W; k++) {
+                if (is_stored(KIND) && !whole && i + k * WORD >= dims) break;  // queries end there
+                Vector parts[Kind::PARTS];
+                kind.split(words[k], parts);
+#pragma GCC unroll 4
+                for (int j = 0; j < Kind::PARTS; j++)
 #pragma GCC unroll 12
-                for (int r = 0; r < R; r++)
-                    acc[c][r] = multiply_add(acc[c][r], (Vector)words[k], broadcast(query[r * QUERY_WORDS + k]));
+                    for (int r = 0; r < R; r++)
+                        acc[c][r] = multiply_add(acc[c][r], parts[j],
+                                                 broadcast(query[r * QUERY_WORDS + k * Kind::PARTS + j]));
+            }
         }
     };
     int64_t i = 0;
@@ -215,9 +304,16 @@ __attribute__((noinline)) void score_keys(const Products<typename Row<KIND>::Wor
         for (int r = 0; r < R; r++) store(of[c].scores + r * BLOCK_KEYS, acc[c][r]);
 }
 
+// How many products of so many query rows are computed side by side: as many as hide the latency of their sums, and no
+// more, because each reads other lines of W keys. Pairs take longer than floats.
+constexpr int products_of(int kind, int rows) {
+    if (rows <= 2) return rows == 1 ? PRODUCTS : 2;
+    return rows <= 4 && (kind == PAIRS || is_stored(kind)) ? 2 : 1;
+}
+
 template <int R, int KIND>
 INLINE void score_each(int count, const Products<typename Row<KIND>::Word> *of, int64_t dims, Ahead &ahead) {
-    constexpr int SIDE = max(1, PRODUCT_CHAINS / R);
+    constexpr int SIDE = products_of(KIND, R);
     if (count == SIDE) return score_keys<R, SIDE, KIND>(of, dims, ahead);
     for (int c = 0; c < count; c++) score_keys<R, 1, KIND>(of + c, dims, ahead);
 }
@@ -237,6 +333,7 @@ void score_rows(int rows, int count, const Products<typename Row<KIND>::Word> *o
 template <int R, int C, int KIND>
 INLINE void accumulate_columns(const float *weights, const char *const *values, int keys, int64_t offset,
                                int64_t column, int64_t count, float *out, int64_t width, Ahead &ahead) {
+    const Row<KIND> kind(ahead.p.stored);
     vf acc[R][C];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -248,7 +345,10 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
         if (C > 1) ahead.lines(C * W * Row<KIND>::BYTES / 64);
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++)
-            value[c] = C > 1 || count >= W ? Row<KIND>::read(at, column + c * W) : Row<KIND>::read_last(at, column, count);
+            if constexpr (is_stored(KIND))
+                value[c] = C > 1 || count >= W ? kind.read_value(at, column + c * W) : kind.read_last_value(at, column, count);
+            else
+                value[c] = C > 1 || count >= W ? kind.read(at, column + c * W) : kind.read_last(at, column, count);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             const vf weight = broadcast(weights[r * BLOCK_KEYS + n]);
@@ -298,7 +398,60 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
 #pragma GCC unroll 4
         for (int c = 0; c < 2 * C; c++) store(out + r * width + column + c * W, acc[r][c]);
 }
+
+// The same for 4 W columns of values of 8 bits, in yet another order.
+template <int R>
+INLINE void accumulate_stored_pairs(const uint32_t *weights, const char *const *values, int keys, int64_t offset,
+                                    int64_t column, int64_t count, float *out, int64_t width, Ahead &ahead) {
+    const Row<STORED_PAIRS> kind(ahead.p.stored);
+    vf acc[R][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) acc[r][c] = load(out + r * width + column + c * W);
+    const bool whole = count >= 4 * W;
+    for (int n = 0; n < keys; n += 2) {
+        ahead.lines(2);
+        const char *a = values[n] + offset + column, *b = values[n + 1] + offset + column;
+        const __m512i x = (__m512i)(whole ? load_bytes(a) : load_first_bytes(a, count));
+        const __m512i y = (__m512i)(whole ? load_bytes(b) : load_first_bytes(b, count));
+        const __m512i both[2] = {_mm512_unpacklo_epi8(x, y), _mm512_unpackhi_epi8(x, y)};
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m512i lower, upper;
+            kind.look_up(both[half], lower, upper);
+            const vu pair[2] = {(vu)_mm512_unpacklo_epi8(lower, upper), (vu)_mm512_unpackhi_epi8(lower, upper)};
+#pragma GCC unroll 6
+            for (int r = 0; r < R; r++) {
+                const vu weight = broadcast(weights[r * (BLOCK_KEYS / 2) + n / 2]);
+                acc[r][2 * half] = multiply_add(acc[r][2 * half], weight, pair[0]);
+                acc[r][2 * half + 1] = multiply_add(acc[r][2 * half + 1], weight, pair[1]);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) store(out + r * width + column + c * W, acc[r][c]);
+}
 #endif
+
+// Restores the order of the columns of a row that `accumulate_stored_pairs` has summed: of each vector the quarter q
+// belongs to vector q.
+INLINE void unpermute_stored_columns(float *out, int64_t width) {
+#if KEYSPAN_VECTOR == 64
+    for (int64_t v = 0; v < width; v += 4 * W) {
+        __m512 x[4];
+        for (int i = 0; i < 4; i++) x[i] = (__m512)load(out + v + i * W);
+        const __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[0], x[1], 0xee);
+        const __m512 c = _mm512_shuffle_f32x4(x[2], x[3], 0x44), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+        store(out + v, (vf)_mm512_shuffle_f32x4(a, c, 0x88));
+        store(out + v + W, (vf)_mm512_shuffle_f32x4(a, c, 0xdd));
+        store(out + v + 2 * W, (vf)_mm512_shuffle_f32x4(b, d, 0x88));
+        store(out + v + 3 * W, (vf)_mm512_shuffle_f32x4(b, d, 0xdd));
+    }
+#endif
+}
 
 // Restores the order of the columns of a row that `accumulate_pairs` has summed.
 INLINE void unpermute_columns(float *out, int64_t width) {
@@ -325,8 +478,13 @@ INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weig
             accumulate_pairs<R, 1>(weights, values, keys, offset, v, dims - v, out, width, ahead);
         return;
     }
+    if constexpr (KIND == STORED_PAIRS) {
+        for (; v < dims; v += 4 * W)
+            accumulate_stored_pairs<R>(weights, values, keys, offset, v, dims - v, out, width, ahead);
+        return;
+    }
 #endif
-    if constexpr (KIND != PAIRS) {
+    if constexpr (KIND != PAIRS && KIND != STORED_PAIRS) {
         for (; v + COLUMNS * W <= dims; v += COLUMNS * W)
             accumulate_columns<R, COLUMNS, KIND>(weights, values, keys, offset, v, COLUMNS * W, out, width, ahead);
         for (; v < dims; v += W)
@@ -365,11 +523,11 @@ struct Decoder {
     float *out, *sums, *scores, *dropout;
     const char **keys, **values;  // [BLOCK_KEYS], of the first group
     BlockStats *stats;  // [G]
-    char *restored = nullptr;  // keys and values of a block that are stored in 8 bits, [BLOCK_KEYS][G][K], [BLOCK_KEYS][G][V]
+    float *key_scales = nullptr, *value_scales = nullptr;  // of keys of 8 bits, [G][BLOCK_KEYS]
     Ahead ahead;
 
     Decoder(const Plan &plan, const Run &run, char *scratch)
-        : plan(plan), p(*plan.params), run(run), size(dtype_size(p.dtype)),
+        : plan(plan), p(*plan.params), run(run), size(key_size(p)),
           partial_size(p.G * plan.rows * (plan.value_width + 3)),
           sequence(plan.segments[plan.tiles[run.tile].segment].sequence),
           together(p.k_stride[1] > p.k_stride[2] ? p.G : 1), rows(load_tiles(plan, run, scratch)),
@@ -387,7 +545,10 @@ struct Decoder {
         keys = arena.reserve<const char *>(BLOCK_KEYS);
         values = arena.reserve<const char *>(BLOCK_KEYS);
         stats = arena.reserve<BlockStats>(p.G);
-        if (p.stored) restored = arena.reserve<char>(BLOCK_KEYS * p.G * (p.K + p.V) * size);
+        if (is_stored(KIND)) {
+            key_scales = arena.reserve<float>(p.G * BLOCK_KEYS);
+            value_scales = arena.reserve<float>(p.G * BLOCK_KEYS);
+        }
         for (int64_t g = 0; g < p.G; g++) {
             load_queries(plan, tiles[g], queries + g * plan.rows * QUERY_WORDS, QUERY_WORDS);
             init_softmax(p, tiles[g], row_of(out, g), plan.value_width);
@@ -396,7 +557,7 @@ struct Decoder {
 
     int few_values() const {
         const int64_t row = together * p.V * size;
-        if (p.stored || 2 * p.B * p.N * row <= CACHE_BYTES) return FEW_VALUES;
+        if (2 * p.B * p.N * row <= CACHE_BYTES) return FEW_VALUES;
         return (int)clamp(VALUE_BYTES / row / 2 * 2, 4, FEW_VALUES);
     }
 
@@ -410,38 +571,70 @@ struct Decoder {
     float *row_of(float *x, int64_t g) const { return x + g * plan.rows * plan.value_width; }
 
     // Addresses of keys begin to end - 1 of the block at `first`, and of those behind up to a multiple of W, as far as there
-    // are keys.
-    void find(int64_t first, int begin, int end) const {
+    // are keys; and the keys' scales.
+    void find(int64_t first, int begin, int end) {
         const int last = (end + W - 1) / W * W;
         const int most = (int)min<int64_t>(last, plan.logical_keys - first);
         const char *const k = p.k + run.batch * p.k_stride[0] * size, *const v = p.v + run.batch * p.v_stride[0] * size;
-        const int64_t k_step = p.k_stride[1] * size, v_step = p.v_stride[1] * size;
+        const int64_t k_step = p.k_stride[1] * size, v_step = p.v_stride[1] * size, N = p.N;
+        const char **const k_at = keys, **const v_at = values;
         for (int n = begin; n < most;) {
             const int64_t row = physical_key(p, sequence, first + n);  // one by one behind it, as far as the page goes
             const int64_t left = p.sequence ? p.page_size - (first + n) % p.page_size : most;
-            for (int64_t i = row; n < most && i < row + left; i++, n++) {
-                const int64_t there = clamp(i, 0, p.N - 1);
-                keys[n] = k + there * k_step;
-                values[n] = v + there * v_step;
-                if (p.stored) restore(n, there);
+            const int from = n, until = (int)min<int64_t>(most, n + left);
+            for (int64_t i = row; n < until; i++, n++) {
+                const int64_t there = clamp(i, 0, N - 1);
+                k_at[n] = k + there * k_step;
+                v_at[n] = v + there * v_step;
             }
+            if (!is_stored(KIND)) continue;
+            if (row >= 0 && row + until - from <= N) {
+                find_scales(from, until, row);
+                continue;
+            }
+            for (int i = from; i < until; i++) find_scales(i, i + 1, clamp(row + i - from, 0, N - 1));
         }
         for (int n = most; n < last; n++) {
             keys[n] = keys[most - 1];
             values[n] = values[most - 1];
+            for (int64_t g = 0; is_stored(KIND) && g < p.G; g++)
+                key_scales[g * BLOCK_KEYS + n] = value_scales[g * BLOCK_KEYS + n] = 0;
         }
     }
 
-    // Key `row` in memory, stored in 8 bits, is the block's key n.
-    void restore(int n, int64_t row) const {
-        char *const key = restored + n * p.G * p.K * size;
-        char *const value = restored + (BLOCK_KEYS * p.K + n * p.V) * p.G * size;
-        for (int64_t g = 0; g < p.G; g++) {
-            restore_key(p, run.batch, row, g, key + g * p.K * size);
-            restore_value(p, run.batch, row, g, value + g * p.V * size);
+    // The keys from `row` on in memory are the block's keys begin to end - 1.
+    void find_scales(int begin, int end, int64_t row) {
+        copy_scales(p.k_scale, p.k_run, begin, end, row, key_scales);
+        copy_scales(p.v_scale, p.v_run, begin, end, row, value_scales);
+    }
+    void copy_scales(const float *scale, int64_t keys_a_scale, int begin, int end, int64_t row, float *to) const {
+        const int64_t G = p.G;
+        for (int n = begin, next; n < end; n = next) {
+            const int64_t at = row + n - begin, step = keys_a_scale == 1 ? G : 0;
+            const float *const from = scales_of(p, scale, keys_a_scale, run.batch, at);
+            next = step ? end : (int)min<int64_t>(end, n + keys_a_scale - at % keys_a_scale);
+            for (int64_t g = 0; g < G; g++)
+                for (int i = n; i < next; i++) to[g * BLOCK_KEYS + i] = from[(i - n) * step + g];
         }
-        keys[n] = key;
-        values[n] = value;
+    }
+
+    // Whether all scales of values of group g in `span` are finite.
+    bool has_finite_scales(int64_t g, Span span) const {
+        vf differences{};
+        for (int n = span.begin / W * W; n < span.end; n += W) {
+            const vf x = load(value_scales + g * BLOCK_KEYS + n);
+            differences += x - x;
+        }
+        const float total = reduce_add(differences);
+        return total == 0;
+    }
+
+    Scales scales(int64_t g) const {
+        return is_stored(KIND) ? Scales{key_scales + g * BLOCK_KEYS, value_scales + g * BLOCK_KEYS} : Scales{};
+    }
+
+    float element(const char *from, int64_t i) const {
+        return is_stored(KIND) ? load_first_stored(p.stored, from + i, 1)[0] : load_element(p.dtype, from, i);
     }
 
     // Sums over the keys of `span`, an even number of them, of groups g0 to g1 - 1.
@@ -476,9 +669,8 @@ struct Decoder {
             for (int i = 0; i < count; i++)
                 for (int64_t v = 0; v < p.V; v++) {
                     const char *from = values[n + i] + offset + v * size;
-                    const float x = load_element(p.dtype, from, 0);
                     memset(clean[i] + v * size, 0, (size_t)size);
-                    if (x - x == 0) memcpy(clean[i] + v * size, from, (size_t)size);
+                    if (is_finite(element(from, 0))) memcpy(clean[i] + v * size, from, (size_t)size);
                 }
             for (int r = 0; r < rows; r += VALUE_ROWS)
                 accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, count, 0,
@@ -489,15 +681,17 @@ struct Decoder {
             for (int n = seen.begin; n < seen.end; n++) {
                 if (!is_visible(p, tiles[g], s, r, first + n)) continue;
                 for (int64_t v = 0; v < p.V; v++) {
-                    const float x = load_element(p.dtype, values[n] + offset, v);
-                    if (!(x - x == 0)) to[r * plan.value_width + permuted(v)] += x;
+                    const float x = unless_finite(element(values[n] + offset, v),
+                                                  is_stored(KIND) ? scales(g).values + n : nullptr);
+                    if (!is_finite(x)) to[r * plan.value_width + permuted(v)] += x;
                 }
             }
         }
     }
 
-    // Where `accumulate_pairs` sums column v.
+    // Where `accumulate_pairs` and `accumulate_stored_pairs` sum column v.
     static int64_t permuted(int64_t v) {
+        if (KIND == STORED_PAIRS) return v / 64 * 64 + v % 16 / 4 * 16 + v % 64 / 16 * 4 + v % 4;
         if (KIND != PAIRS) return v;
         const int64_t i = v % (2 * W);
         return v - i + i / 8 * 4 + i % 4 + (i % 8 / 4) * W;
@@ -518,8 +712,8 @@ struct Decoder {
         if (seen.begin >= seen.end) return false;
         const Span span{seen.begin / SUM_KEYS * SUM_KEYS, (seen.end + 1) / 2 * 2};
         find(first, span.begin, seen.end);
-        Products<Word> products[PRODUCT_CHAINS];
-        const int side = max(1, PRODUCT_CHAINS / rows);
+        Products<Word> products[PRODUCTS];
+        const int side = products_of(KIND, rows);
         int count = 0;
         const auto compute_products = [&] {
             ahead.reading(false, count * W, [&] {
@@ -544,11 +738,12 @@ struct Decoder {
         for (int64_t g = g0; g < g1; g++)
             for (int r = 0; r < rows; r++)
                 row_weights(plan, tiles[g], s, r, first, row_span(tiles[g], s, r, first, last), span,
-                            scores + (g * plan.rows + r) * BLOCK_KEYS, weights_of(g, r, 0), dropout, stats[g]);
+                            scores + (g * plan.rows + r) * BLOCK_KEYS, weights_of(g, r, 0), dropout, stats[g],
+                            scales(g));
         const Span added{seen.begin / 2 * 2, span.end};
         add_values(added, g0, g1);
         for (int64_t g = g0; g < g1; g++)
-            if (has_nonfinite_sums(g)) repair(s, g, first, last, added);
+            if (has_nonfinite_sums(g) || (is_stored(KIND) && !has_finite_scales(g, added))) repair(s, g, first, last, added);
         return true;
     }
 
@@ -591,6 +786,7 @@ struct Decoder {
 
     static void write(const Plan &plan, const RowTile &tile, int r, float *row) {
         if (KIND == PAIRS) unpermute_columns(row, plan.params->V);
+        if (KIND == STORED_PAIRS) unpermute_stored_columns(row, plan.params->V);
         write_row(*plan.params, tile, r, row);
     }
 };
@@ -626,6 +822,11 @@ void combine_kind(const Plan &plan, const Run &run, char *scratch) {
 
 #define KEYSPAN_DISPATCH_KIND(call)         \
     const int64_t dtype = plan.params->dtype; \
+    if (plan.params->stored) {                \
+        if constexpr (HAS_PAIRS)              \
+            if (plan.pairs) return call(STORED_PAIRS); \
+        return call(STORED_FLOATS);           \
+    }                                         \
     if (dtype == F32) return call(F32);       \
     if (dtype == F16) return call(F16);       \
     if constexpr (HAS_PAIRS)                  \

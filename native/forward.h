@@ -45,10 +45,11 @@ struct BlockStats {
 };
 
 // Scores [begin, end) of a row, within which all others are −inf, become weights, in place or as bf16. `begin` and `end`
-// are multiples of SUM_KEYS. `dropout` [end − begin] or null. T is uint32_t where weights are multiplied as bf16.
+// are multiples of SUM_KEYS. `dropout` [end − begin] or null; `scales` of the values, [end] or null. T is uint32_t where
+// weights are multiplied as bf16.
 template <class T>
 __attribute__((noinline)) void block_softmax(float multiplier, int begin, int end, const float *score, T *weight,
-                                             const float *dropout, BlockStats &stats, int r) {
+                                             const float *dropout, const float *scales, BlockStats &stats, int r) {
     constexpr bool ROUNDED = PER_WORD<T> == 2;
     vf max0 = load(score + begin), max1 = load(score + begin + W);
     for (int n = begin + SUM_KEYS; n < end; n += SUM_KEYS) {
@@ -65,18 +66,24 @@ __attribute__((noinline)) void block_softmax(float multiplier, int begin, int en
         sums += x;
         sums += y;
         if constexpr (ROUNDED) {
-            if (!dropout) {
+            if (!dropout && !scales) {
                 store_bf16((uint16_t *)weight + n, x, y, rounded_sums);
                 continue;
             }
-            x = round_to_bf16(x);
-            y = round_to_bf16(y);
-            rounded_sums += x;
-            rounded_sums += y;
+            if (!scales) {
+                x = round_to_bf16(x);
+                y = round_to_bf16(y);
+                rounded_sums += x;
+                rounded_sums += y;
+            }
         }
         if (dropout) {  // 0 or 1: the sums are those of all weights
             x *= load(dropout + n - begin);
             y *= load(dropout + n + W - begin);
+        }
+        if (scales) {
+            x *= finite_scales(scales + n);
+            y *= finite_scales(scales + n + W);
         }
         if constexpr (ROUNDED) {
             store((uint16_t *)weight + n, narrow_bf16(x));
@@ -87,7 +94,7 @@ __attribute__((noinline)) void block_softmax(float multiplier, int begin, int en
         }
     }
     stats.max[r] = block_max;
-    if constexpr (ROUNDED)
+    if (ROUNDED && !scales)
         reduce_add(sums, rounded_sums, stats.sum[r], stats.weight_sum[r]);
     else
         stats.sum[r] = stats.weight_sum[r] = reduce_add(sums);
@@ -117,7 +124,7 @@ __attribute__((noinline)) void merge_block(RowTile &tile, int rows, float multip
 // Products of row r in `span` of a block become weights, zero in the rest of `all`, and its part of `stats`.
 template <class T>
 INLINE void row_weights(const Plan &plan, const RowTile &tile, int s, int r, int64_t first, Span span, Span all,
-                        float *score, T *weight, float *dropout, BlockStats &stats) {
+                        float *score, T *weight, float *dropout, BlockStats &stats, Scales scales) {
     const Params &p = *plan.params;
     const auto clear = [&](int from, int to) {  // whole vectors
         for (int n = from; n < to; n += W)
@@ -131,11 +138,14 @@ INLINE void row_weights(const Plan &plan, const RowTile &tile, int s, int r, int
         return clear(all.begin, all.end);
     }
     const int begin = span.begin / SUM_KEYS * SUM_KEYS, end = (span.end + SUM_KEYS - 1) / SUM_KEYS * SUM_KEYS;
+    for (int n = begin; scales.keys && n < end; n += W)
+        store(score + n, load(score + n) * finite_or_nan_scales(scales.keys + n));
     row_scores(plan, tile, s, r, first, span, score, nullptr);
     if (p.seed) fill_dropout(p, tile, r, first + begin, end - begin, 1, dropout);
     clear(all.begin, begin);
     clear(end, all.end);
-    block_softmax<T>(score_multiplier(p), begin, end, score, weight, p.seed ? dropout : nullptr, stats, r);
+    block_softmax<T>(score_multiplier(p), begin, end, score, weight, p.seed ? dropout : nullptr, scales.values, stats,
+                     r);
 }
 
 // ---- results -----------------------------------------------------------------------------------------------------------
@@ -185,7 +195,8 @@ INLINE void block_scores(const RowTile &tile, const Span *spans, const T *rows, 
 template <class T>
 __attribute__((noinline)) void add_rows_nan_repair(const Plan &plan, const RowTile &tile, int s, int r0, int rows,
                                                    Span span, const T *weights, const T *by_row, int64_t width,
-                                                   int64_t dims, int64_t first, int64_t last, float *out) {
+                                                   int64_t dims, int64_t first, int64_t last, float *out,
+                                                   const float *scales) {
     constexpr int KEYS = 16;
     constexpr int64_t row = BLOCK_KEYS / PER_WORD<T>;
     alignas(64) T clean[KEYS / PER_WORD<T> * MAX_HEAD_DIM];
@@ -204,19 +215,19 @@ __attribute__((noinline)) void add_rows_nan_repair(const Plan &plan, const RowTi
         for (int n = seen.begin; n < seen.end; n++) {
             if (!is_visible(*plan.params, tile, s, r, first + n)) continue;
             for (int64_t v = 0; v < dims; v++) {
-                const float x = packed_element(by_row, width, first + n, v);
-                if (!(x - x == 0)) out[r * width + v] += x;
+                const float x = unless_finite(packed_element(by_row, width, first + n, v), scales ? scales + n : nullptr);
+                if (!is_finite(x)) out[r * width + v] += x;
             }
         }
     }
 }
 
 // out[r] = Σ_n weights[r][n] · by_row[n] for the keys in the span of each group of ROWS rows, added or merged to what
-// `out` holds. `scratch` [ROWS][width] is for NaN repair.
+// `out` holds. `scales`: those of the block's values, or null.
 template <Into INTO, class T>
 INLINE void add_weighted_rows(const Plan &plan, const RowTile &tile, int s, const Span *spans, const T *weights,
                               const T *by_row, int64_t width, int64_t dims, int64_t first, int64_t last, float *out,
-                              bool nonfinite, const BlockStats *stats = nullptr) {
+                              bool nonfinite, const BlockStats *stats = nullptr, const float *scales = nullptr) {
     constexpr int64_t row = BLOCK_KEYS / PER_WORD<T>;
     for (int r0 = 0, i = 0; r0 < tile.rows; r0 += ROWS, i++) {
         const Span span = spans[i];
@@ -228,12 +239,12 @@ INLINE void add_weighted_rows(const Plan &plan, const RowTile &tile, int s, cons
                        width / W,
                        INTO == MERGE ? Merge{stats->keep + r0, stats->take + r0} : Merge{});
         } else if (INTO == ADD) {
-            add_rows_nan_repair(plan, tile, s, r0, rows, span, weights, by_row, width, dims, first, last, out);
+            add_rows_nan_repair(plan, tile, s, r0, rows, span, weights, by_row, width, dims, first, last, out, scales);
         } else {
             alignas(64) float sums[ROWS * MAX_HEAD_DIM];
             memset(sums, 0, (size_t)(rows * width * 4));
             add_rows_nan_repair(plan, tile, s, r0, rows, span, weights, by_row, width, dims, first, last,
-                                sums - r0 * width);
+                                sums - r0 * width, scales);
             for (int r = 0; r < rows; r++)
                 merge_row(out + (r0 + r) * width, sums + r * width, stats->keep[r0 + r], stats->take[r0 + r], width);
         }
@@ -263,14 +274,16 @@ void forward(const Plan &plan, int64_t slot, int64_t b, int64_t g, const Tile &o
     const bool nonfinite =
         plan.nonfinite_values[slot * plan.segment_count + of.segment].load(std::memory_order_relaxed);
     each_block(plan, tile, [&](int s, int64_t first, int64_t last) {
+        const int64_t at = slot * plan.packed_keys + first;
+        const Scales scales = p.stored ? Scales{plan.key_scales + at, plan.value_scales + at} : Scales{};
         row_spans(tile, s, first, last, seen, spans);
         block_scores(tile, spans, queries, plan.key_width, p.K, by_dim, first, last - first, scores);
         for (int r = 0; r < tile.rows; r++)
             row_weights(plan, tile, s, r, first, seen[r], spans[r / ROWS], scores + r * BLOCK_KEYS,
-                        weights + r * BLOCK_KEYS / PER_WORD<T>, dropout, stats);
+                        weights + r * BLOCK_KEYS / PER_WORD<T>, dropout, stats, scales);
         merge_block(tile, tile.rows, multiplier, stats);
         add_weighted_rows<MERGE>(plan, tile, s, spans, weights, by_row, plan.value_width, p.V, first, last, out,
-                                 nonfinite, &stats);
+                                 nonfinite, &stats, scales.values);
     });
     for (int r = 0; r < tile.rows; r++) write_row(p, tile, r, out + r * plan.value_width);
 }

@@ -28,6 +28,8 @@ INLINE float load_element(int64_t dtype, const char *p, int64_t i) {
 }
 
 INLINE int64_t dtype_size(int64_t dtype) { return dtype == F32 ? 4 : 2; }
+// Bytes of an element of keys and values.
+INLINE int64_t key_size(const Params &p) { return p.stored ? 1 : dtype_size(p.dtype); }
 
 INLINE void widen(int64_t dtype, const char *from, int64_t stride, int64_t count, float *to) {
     int64_t i = 0;
@@ -75,12 +77,25 @@ INLINE bool has_nonfinite(const uint16_t *x, int64_t count) {
 }
 
 // ---- keys and values of 8 bits -------------------------------------------------------------------------------------
+//
+// A key is a stored number times its scale. Kernels multiply the stored numbers, which fp32, fp16 and bf16 hold exactly;
+// the product of a query and a key is multiplied by the key's scale, and the weight of a value by the value's.
 
-typedef int8_t v_bytes __attribute__((vector_size(KEYSPAN_VECTOR / 4), aligned(1), may_alias));
+// W bytes, extended by their signs.
+INLINE vi load_signed_bytes(const char *p) {
+#if KEYSPAN_VECTOR == 64
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif KEYSPAN_VECTOR == 32
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    vi x;
+    for (int i = 0; i < W; i++) x[i] = (signed char)p[i];
+    return x;
+#endif
+}
 
-// W stored numbers.
-INLINE vf load_stored(int64_t stored, const char *p) {
-    const vi x = __builtin_convertvector(*(const v_bytes *)p, vi);
+// Numbers of which `x` holds the stored bytes, extended by their signs.
+INLINE vf widen_stored(int64_t stored, vi x) {
     if (stored == INT8) return __builtin_convertvector(x, vf);
     // E4M3: four bits of exponent and three of mantissa. Exponent 0 counts multiples of 2^-9; 127 is NaN.
     const vi size = x & 127;
@@ -89,37 +104,53 @@ INLINE vf load_stored(int64_t stored, const char *p) {
     return size == 127 ? broadcast(__builtin_nanf("")) : (vf)bits;
 }
 
-// `count` stored numbers times `scale`, in `dtype`.
-INLINE void restore_row(int64_t stored, const char *from, int64_t count, float scale, int64_t dtype, char *to) {
+// W stored numbers, or the first `count` < W and zeros.
+INLINE vf load_stored(int64_t stored, const char *p) {
+    return widen_stored(stored, load_signed_bytes(p));
+}
+INLINE vf load_first_stored(int64_t stored, const char *p, int64_t count) {
+    char x[W] = {};
+    memcpy(x, p, (size_t)count);
+    return load_stored(stored, x);
+}
+
+// `count` stored numbers in `dtype`.
+INLINE void widen_row(int64_t stored, const char *from, int64_t count, int64_t dtype, char *to) {
     int64_t i = 0;
     for (; i + W <= count; i += W) {
-        const vf x = load_stored(stored, from + i) * scale;
+        const vf x = load_stored(stored, from + i);
         if (dtype == F32)
             store((float *)to + i, x);
         else
             store((uint16_t *)to + i, dtype == BF16 ? narrow_bf16(x) : narrow_f16(x));
     }
     if (i == count) return;
-    char last[W] = {};
-    memcpy(last, from + i, (size_t)(count - i));
     alignas(64) float wide[W];
-    store(wide, load_stored(stored, last));
-    narrow(dtype, wide, count - i, scale, to + i * dtype_size(dtype));
+    store(wide, load_first_stored(stored, from + i, count - i));
+    narrow(dtype, wide, count - i, 1, to + i * dtype_size(dtype));
 }
 
-// The scale of `row` in group g, of scales [B, N / run, G]; a division takes longer than a row.
-INLINE float scale_of(const Params &p, const float *scale, int64_t run, int64_t b, int64_t row, int64_t g) {
-    return scale[((b ? b * (p.N / run) : 0) + (run == 1 ? row : row / run)) * p.G + g];
+// The scales of `row`, one for each group, of scales [B, N / run, G]; a division takes longer than a row.
+INLINE const float *scales_of(const Params &p, const float *scale, int64_t run, int64_t b, int64_t row) {
+    return scale + ((b ? b * (p.N / run) : 0) + (run == 1 ? row : row / run)) * p.G;
 }
 
-// Key or value `row` of group g, restored at `to`.
-INLINE void restore_key(const Params &p, int64_t b, int64_t row, int64_t g, char *to) {
-    const char *from = p.k + b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2];
-    restore_row(p.stored, from, p.K, scale_of(p, p.k_scale, p.k_run, b, row, g), p.dtype, to);
+// The scales of the keys of a block and of their values: any numbers. Null where keys are not of 8 bits.
+struct Scales {
+    const float *keys = nullptr, *values = nullptr;
+};
+
+INLINE bool is_finite(float x) { return x - x == 0; }
+
+// What weights are multiplied by: a value whose scale is infinite or NaN is added by the NaN repair.
+INLINE vf finite_scales(const float *p) {
+    const vf x = load(p);
+    return x - x == vf{} ? x : vf{};
 }
-INLINE void restore_value(const Params &p, int64_t b, int64_t row, int64_t g, char *to) {
-    const char *from = p.v + b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2];
-    restore_row(p.stored, from, p.V, scale_of(p, p.v_scale, p.v_run, b, row, g), p.dtype, to);
+// What products are multiplied by: a scale that is infinite would hide keys.
+INLINE vf finite_or_nan_scales(const float *p) {
+    const vf x = load(p);
+    return x + (x - x);
 }
 
 // The hardware prefetcher does not follow rows of several heads, which lie far apart.
@@ -286,19 +317,26 @@ void pack_keys(const Plan &plan, bool backward, int64_t slot, int64_t b, int64_t
 
     const char *k_rows[PANEL], *v_rows[PANEL];
     int64_t k_step = p.k_stride[3], v_step = p.v_stride[3];
-    alignas(64) char restored[2][PANEL * MAX_HEAD_DIM * 4];  // keys and values that are stored in 8 bits
-    const int64_t size = dtype_size(p.dtype);
+    alignas(64) char widened[2][PANEL * MAX_HEAD_DIM * 4];  // keys and values that are stored in 8 bits
+    const int64_t size = key_size(p), wide_size = dtype_size(p.dtype);
     for (int n = 0; n < count; n++) {
         const int64_t row = clamped_key(p, segment.sequence, segment.begin + first - segment.offset + n);
         k_rows[n] = p.k + (b * p.k_stride[0] + row * p.k_stride[1] + g * p.k_stride[2]) * size;
         v_rows[n] = p.v + (b * p.v_stride[0] + row * p.v_stride[1] + g * p.v_stride[2]) * size;
         if (p.stored == AS_DTYPE) continue;
-        k_rows[n] = restored[0] + n * p.K * size;
-        v_rows[n] = restored[1] + n * p.V * size;
-        restore_key(p, b, row, g, restored[0] + n * p.K * size);
-        restore_value(p, b, row, g, restored[1] + n * p.V * size);
+        widen_row(p.stored, k_rows[n], p.K, p.dtype, widened[0] + n * p.K * wide_size);
+        widen_row(p.stored, v_rows[n], p.V, p.dtype, widened[1] + n * p.V * wide_size);
+        k_rows[n] = widened[0] + n * p.K * wide_size;
+        v_rows[n] = widened[1] + n * p.V * wide_size;
         k_step = v_step = 1;
+        const float scale = scales_of(p, p.v_scale, p.v_run, b, row)[g];
+        plan.key_scales[slot * plan.packed_keys + first + n] = scales_of(p, p.k_scale, p.k_run, b, row)[g];
+        plan.value_scales[slot * plan.packed_keys + first + n] = scale;
+        if (!is_finite(scale))
+            plan.nonfinite_values[slot * plan.segment_count + s].store(1, std::memory_order_relaxed);
     }
+    for (int n = count; p.stored && n < PANEL; n++)
+        plan.key_scales[slot * plan.packed_keys + first + n] = plan.value_scales[slot * plan.packed_keys + first + n] = 0;
     // Offsets in words of T: a panel has PANEL · dims of them, or half as many as pairs.
     constexpr int64_t per_word = PER_WORD<T>;
     T *k_by_dim = (T *)(plan.keys_by_dim + slot * plan.keys_by_dim_stride);

@@ -50,7 +50,7 @@ enum Isa : int64_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3, ISAS = 
 //                       dq, dk, dv of dtype (dk, dv of paged keys: fp32), dslopes, dtable, dsinks
 //                       [B, G, H(, 2 reach + 1)]
 //   workspace           null: the library uses its own memory where that is large enough
-//   stored              how keys and values are stored: as dtype, or in 8 bits, rows of all groups side by side; forward
+//   stored              how keys and values are stored: as dtype, or in 8 bits, the numbers of a row side by side; forward
 //                       only
 //   fold_batch, fold_groups   one unit of work computes all batch entries, or all groups: they share a bias gradient
 #define KEYSPAN_PARAMS_FIELDS(POINTER, INT, FLOAT)                                                                  \

@@ -23,7 +23,7 @@ bool supported(int64_t isa) {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (isa == AVX512BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == AVX512BF16) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     if (isa == AVX512) return avx512;
     if (isa == AVX2) return avx2;
 #endif
@@ -339,7 +339,7 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
             }
     const double queries_a_key = keys ? (double)pairs / (double)keys : 0;
     plan.decode = !backward && decodes(p, queries_a_key, (double)pairs / (double)std::max<int64_t>(p.M * p.RB, 1));
-    if (plan.decode && plan.pairs) plan.key_width = round_up(p.K, 32), plan.value_width = round_up(p.V, 32);
+    if (plan.decode && plan.pairs) plan.key_width = round_up(p.K, 32), plan.value_width = round_up(p.V, p.stored ? 64 : 32);
     int64_t limit = TILE_ROWS;
     cut_tiles(p, plan, limit);
     // Smaller tiles where the threads would have too few of them.
@@ -369,6 +369,10 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
         };
         take(plan.keys_by_dim, plan.keys_by_dim_stride, round_up(p.K, 2));
         take(plan.value_rows, plan.value_rows_stride, plan.value_width);
+        if (p.stored) {
+            plan.key_scales = plan.reserve<float>(plan.slots * plan.packed_keys * 4);
+            plan.value_scales = plan.reserve<float>(plan.slots * plan.packed_keys * 4);
+        }
         if (backward) {
             take(plan.key_rows, plan.key_rows_stride, plan.key_width);
             take(plan.values_by_dim, plan.values_by_dim_stride, round_up(p.V, 2));
@@ -382,7 +386,7 @@ void make_plan(const Params &p, bool backward, PlanStorage &plan) {
     else
         scratch += sizeof(RowTile) + STATS_BYTES + rows * (plan.key_width + plan.value_width) * (backward ? 16 : 4) +
                    rows * BLOCK_KEYS * (backward ? 16 : 6) + rows * 8;
-    if (plan.decode && p.stored) scratch += BLOCK_KEYS * p.G * (p.K + p.V) * 4 + 64;
+    if (plan.decode && p.stored) scratch += 2 * p.G * BLOCK_KEYS * 4 + 2 * 64;
     plan.scratch_stride = round_up(scratch, GUARD ? 64 : 4096) + GUARD;
     plan.scratch = plan.reserve<char>(p.threads * plan.scratch_stride);
     for (int64_t thread = 1; p.workspace && thread <= p.threads; thread++)

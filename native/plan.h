@@ -133,6 +133,7 @@ struct Plan {
     // are those between slots, in bytes.
     int64_t slots;
     char *keys_by_dim, *value_rows, *key_rows, *values_by_dim;
+    float *key_scales, *value_scales;  // of keys and values of 8 bits, [slots][packed_keys]
     int64_t keys_by_dim_stride, value_rows_stride, key_rows_stride, values_by_dim_stride;
     float *grad_keys, *grad_values;  // backward: fp32 sums, [slots][packed_keys][width]
     float *chunk_keys, *chunk_values;  // those of a chunk but for the first of a segment, [threads][packed_keys][width]

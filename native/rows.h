@@ -282,6 +282,9 @@ INLINE bool is_visible(const Params &p, const RowTile &tile, int s, int r, int64
 // weight · x, or x itself where it is infinite or NaN: a visible non-finite element is not hidden by a weight of 0.
 INLINE float multiply_unless_nonfinite(float weight, float x) { return x - x == 0 ? weight * x : x; }
 
+// A value, or what is infinite or NaN where its scale is: any number times the scale. `scale` may be null.
+INLINE float unless_finite(float x, const float *scale) { return !scale || is_finite(*scale) ? x : x * *scale; }
+
 // Element (row, i) of rows packed as floats, or as pairs of bf16 rows.
 INLINE float packed_element(const float *rows, int64_t width, int64_t row, int64_t i) { return rows[row * width + i]; }
 INLINE float packed_element(const uint32_t *rows, int64_t width, int64_t row, int64_t i) {

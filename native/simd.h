@@ -44,6 +44,7 @@ typedef float vf_any __attribute__((vector_size(KEYSPAN_VECTOR), aligned(4), may
 typedef uint32_t vu_any __attribute__((vector_size(KEYSPAN_VECTOR), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(KEYSPAN_VECTOR / 2), aligned(2), may_alias));
 typedef uint32_t vu_halves __attribute__((vector_size(KEYSPAN_VECTOR), aligned(2), may_alias));
+typedef uint32_t vu_bytes __attribute__((vector_size(KEYSPAN_VECTOR), aligned(1), may_alias));
 
 template <class T>
 INLINE constexpr T min(T a, T b) {
@@ -58,6 +59,7 @@ INLINE vf load(const float *p) { return *(const vf_any *)p; }
 INLINE void store(float *p, vf x) { *(vf_any *)p = x; }
 INLINE vu load(const uint32_t *p) { return *(const vu_any *)p; }
 INLINE vu load_pairs(const uint16_t *p) { return *(const vu_halves *)p; }
+INLINE vu load_bytes(const char *p) { return *(const vu_bytes *)p; }
 INLINE void store(uint32_t *p, vu x) { *(vu_any *)p = x; }
 INLINE void store(uint16_t *p, vh x) { *(vh_any *)p = x; }
 INLINE vf broadcast(float x) { return x - vf{}; }
@@ -248,6 +250,17 @@ INLINE vu load_first_pairs(const uint16_t *p, int64_t count) {
     uint16_t x[2 * W] = {};
     for (int64_t i = 0; i < count; i++) x[i] = p[i];
     return load_pairs(x);
+#endif
+}
+
+// The same for `count` < 4 W bytes.
+INLINE vu load_first_bytes(const char *p, int64_t count) {
+#if KEYSPAN_VECTOR == 64
+    return (vu)_mm512_maskz_loadu_epi8((__mmask64)((1ull << count) - 1), p);
+#else
+    char x[4 * W] = {};
+    memcpy(x, p, (size_t)count);
+    return load_bytes(x);
 #endif
 }
 

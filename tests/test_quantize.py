@@ -12,7 +12,7 @@ from keyspan.backends.native import binding
 from keyspan.core.problem import make_problem
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
-HAS_NATIVE = binding.LIBRARY is not None
+NATIVE = pytest.mark.skipif(binding.LIBRARY is None, reason="the native library is not built")
 STORED = pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
 
 
@@ -241,11 +241,11 @@ def test_explain_counts_stored_bytes(dtype):
     assert str(dtype)[6:] in told.shape
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native library is not built")
+@NATIVE
 def test_native_refuses_with_a_reason():
     q, k, v, scales = stored(INT8)
-    spread = torch.empty(2, 2, 8, 16, dtype=INT8).transpose(1, 2).copy_(k)
-    with pytest.raises(NotImplementedError, match=r"'native'.*head by head in each row, and key has strides"):
+    spread = torch.empty(2, 8, 16, 2, dtype=INT8).transpose(2, 3).copy_(k)
+    with pytest.raises(NotImplementedError, match=r"'native'.*side by side in each head, and key has strides"):
         keyspan.attention(q, spread, v, backend="native", **scales)
     problem = make_problem(q, spread, v, **scales)[0]
     assert [name for name in AUTOMATIC if load(name).reason_against(problem) is None] == ["chunked"]
@@ -253,14 +253,23 @@ def test_native_refuses_with_a_reason():
     assert next(name for name in AUTOMATIC if load(name).reason_against(problem) is None) == "native"
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native library is not built")
+@NATIVE
+@pytest.mark.parametrize(
+    ("H", "G", "K", "V"), [(6, 2, 40, 24), (4, 4, 64, 64), (12, 1, 128, 72), (3, 3, 3, 5), (10, 2, 80, 129)]
+)
+@pytest.mark.parametrize("isa", binding.SUPPORTED)
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @STORED
-def test_bits_of_a_row_do_not_depend_on_what_is_computed_with_it(dtype, of):
+def test_bits_of_a_row_do_not_depend_on_what_is_computed_with_it(dtype, of, isa, H, G, K, V):
     """Tiles of many rows and decoding of one, from pages and from consecutive keys."""
-    q, k, v, scales = stored(dtype, 1, M=600, N=600, B=1, H=6, G=2, K=40, V=24)
+    with binding.use_isa(isa):
+        _check_bits(dtype, of, dict(H=H, G=G, K=K, V=V))
+
+
+def _check_bits(dtype, of, sizes):
+    q, k, v, scales = stored(dtype, 1, M=600, N=600, B=1, **sizes)
     q = q.to(of)
-    want = keyspan.attention(q, k, v, mask=keyspan.Causal(), **scales)
+    want = keyspan.attention(q, k, v, mask=keyspan.Causal(), backend="native", **scales)
     for row in (0, 1, 255, 256, 400, 599):
         seen = {name: x[:, : row + 1] for name, x in scales.items()}
         alone = keyspan.attention(q[:, row : row + 1], k[:, : row + 1], v[:, : row + 1], backend="native", **seen)
@@ -271,6 +280,61 @@ def test_bits_of_a_row_do_not_depend_on_what_is_computed_with_it(dtype, of):
     moved = {name: x[:, slots.argsort()] for name, x in scales.items()}
     mask = keyspan.PagedKeys([600], [600], order[None].int(), 4) & keyspan.Causal("bottom_right")
     assert torch.equal(keyspan.attention(q, *paged, mask=mask, backend="native", **moved), want)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", binding.SUPPORTED)
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16], ids=str)
+@STORED
+def test_native_multiplies_all_numbers_of_8_bits_exactly(dtype, of, isa):
+    """One key, so that the output is its value, and the score a sum of stored numbers with a query of ones."""
+    every = torch.arange(-128, 128, dtype=torch.int8).view(dtype)
+    every = every[~every.float().isnan()]
+    one = torch.ones((), dtype=torch.float32)
+    with binding.use_isa(isa):
+        for row in every.split(8):
+            key = value = row.view(1, 1, 1, -1)
+            query = torch.ones(1, 1, 1, len(row), dtype=of)
+            out, lse = keyspan.attention(
+                query, key, value, scale=1.0, key_scale=one, value_scale=one, return_lse=True, backend="native"
+            )
+            assert torch.equal(out.flatten().float(), row.float())
+            assert lse.item() == row.float().sum().item()
+
+
+@NATIVE
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 40], ids="{} rows".format)
+@STORED
+def test_scales_that_are_not_finite_on_native(dtype, rows, of, special):
+    """They reach the rows that see their keys, and no others, in decoding and in tiles; so do numbers that are NaN."""
+    q, k, v, scales = stored(dtype, 1, B=1, M=rows, N=300, K=24, V=40)
+    q = q.to(of)
+    seen = torch.rand(rows, 300) < 0.7
+    seen[:, 7] = torch.arange(rows) % 2 == 1
+    want = keyspan.attention(q, k, v, mask=seen, backend="native", **scales)
+    for name in ("key_scale", "value_scale"):
+        spoiled = scales | {name: scales[name].clone()}
+        spoiled[name][:, 7] = special
+        got = keyspan.attention(q, k, v, mask=seen, backend="native", **spoiled)
+        assert torch.equal(got[:, ~seen[:, 7]], want[:, ~seen[:, 7]])
+        assert not got[:, seen[:, 7]].isfinite().any()
+    if dtype == FP8:
+        spoiled = v.clone()
+        spoiled.view(torch.int8)[:, 7] = 127
+        got = keyspan.attention(q, k, spoiled, mask=seen, backend="native", **scales)
+        assert torch.equal(got[:, ~seen[:, 7]], want[:, ~seen[:, 7]])
+        assert got[:, seen[:, 7]].isnan().all()
+
+
+@NATIVE
+@STORED
+def test_native_reads_heads_before_keys(dtype):
+    q, k, v, scales = stored(dtype, 1, M=2, N=300)
+    want = keyspan.attention(q, k, v, backend="native", **scales)
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    assert torch.equal(keyspan.attention(q, *apart, backend="native", **scales), want)
 
 
 @pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])

@@ -31,10 +31,11 @@ struct Array {
         return i;
     }
     double get(const std::vector<int64_t> &at) const { return read(dtype, memory.data(), index(at)); }
-    char *data() { return memory.data() + offset * (dtype == F32 ? 4 : 2); }
+    char *data() { return memory.data() + offset * element_size(dtype); }
 };
 
-// Plain arrays are contiguous; others have permuted dimensions, gaps between rows and an offset.
+// Plain arrays are contiguous; others have permuted dimensions, gaps between rows and an offset. Numbers of 8 bits lie side
+// by side in each row.
 Array make_array(Random &random, int64_t dtype, std::vector<int64_t> shape, bool plain, double factor = 1) {
     Array a;
     a.dtype = dtype;
@@ -46,8 +47,8 @@ Array make_array(Random &random, int64_t dtype, std::vector<int64_t> shape, bool
     int64_t step = 1;
     if (!plain) {
         if (random.chance(0.5)) std::swap(order[1], order[2]);
-        if (random.chance(0.2)) std::swap(order[dims - 1], order[dims - 2]);
-        if (random.chance(0.2)) step = 2;
+        if (dtype < BYTES_INT8 && random.chance(0.2)) std::swap(order[dims - 1], order[dims - 2]);
+        if (dtype < BYTES_INT8 && random.chance(0.2)) step = 2;
         a.offset = random.from(0, 3);
     }
     for (int i = dims - 1; i >= 0; i--) {
@@ -62,7 +63,7 @@ Array make_array(Random &random, int64_t dtype, std::vector<int64_t> shape, bool
         count *= shape[d];
     }
     if (!count) return a;
-    a.memory.assign((size_t)(last + 1) * (dtype == F32 ? 4 : 2), (char)0xff);
+    a.memory.assign((size_t)((last + 1) * element_size(dtype)), (char)0xff);
     std::vector<int64_t> at(dims, 0);
     for (int64_t i = 0; i < count; i++) {
         write(dtype, a.memory.data(), a.index(at), random.value() * factor);
@@ -89,7 +90,7 @@ struct Problem {
     std::vector<Bias> biases;
     std::vector<uint8_t> mask;
     std::vector<int64_t> mask_shape;
-    std::vector<float> slopes, table, sinks, grad_lse;
+    std::vector<float> slopes, table, sinks, grad_lse, k_scale, v_scale;
     std::vector<int64_t> seed;
     int64_t keys;          // logical keys, which a query can address
     bool disjoint = true;  // no two ranges of a row overlap; where they may, results are not compared
@@ -109,6 +110,13 @@ struct Problem {
         int64_t i = 0;
         for (int d = 0; d < 5; d++) i = i * mask_shape[d] + (mask_shape[d] > 1 ? at[d] : 0);
         return mask[i];
+    }
+    // Element i of key n, or of its value.
+    double key(int64_t b, int64_t n, int64_t g, int64_t i) const {
+        return k.get({b, n, g, i}) * (p.stored ? k_scale[(b * (p.N / p.k_run) + n / p.k_run) * p.G + g] : 1);
+    }
+    double value(int64_t b, int64_t n, int64_t g, int64_t i) const {
+        return v.get({b, n, g, i}) * (p.stored ? v_scale[(b * (p.N / p.v_run) + n / p.v_run) * p.G + g] : 1);
     }
     int64_t physical(int64_t m, int64_t j) const {
         if (sequence.empty()) return j;
@@ -239,10 +247,26 @@ Problem make_problem(uint64_t seed) {
         problem.keys = 0;
     }
 
+    if (p.N && random.chance(0.3)) {
+        p.stored = random.from(INT8, E4M3);
+        const auto run = [&] {  // a divisor of the number of keys
+            int64_t x = random.chance(0.5) ? 1 : random.from(1, p.N);
+            while (p.N % x) x--;
+            return x;
+        };
+        p.k_run = run();
+        p.v_run = run();
+        const double largest = p.stored == INT8 ? 128 : 448;
+        problem.k_scale = some_floats(random, p.B * (p.N / p.k_run) * p.G, 1.5 / largest);
+        problem.v_scale = some_floats(random, p.B * (p.N / p.v_run) * p.G, 1.5 / largest);
+        p.k_scale = problem.k_scale.data();
+        p.v_scale = problem.v_scale.data();
+    }
+    const int64_t key_dtype = p.stored == INT8 ? BYTES_INT8 : p.stored == E4M3 ? BYTES_E4M3 : p.dtype;
     const bool plain = random.chance(0.4);
     problem.q = make_array(random, p.dtype, {p.B, p.M, p.G, p.H, p.K}, plain);
-    problem.k = make_array(random, p.dtype, {p.B, p.N, p.G, p.K}, plain);
-    problem.v = make_array(random, p.dtype, {p.B, p.N, p.G, p.V}, plain);
+    problem.k = make_array(random, key_dtype, {p.B, p.N, p.G, p.K}, plain);
+    problem.v = make_array(random, key_dtype, {p.B, p.N, p.G, p.V}, plain);
     problem.grad_out = make_array(random, p.out_dtype, {p.B, p.M, p.G, p.H, p.V}, plain);
     const auto copy = [](const std::vector<int64_t> &from, int64_t *to) { memcpy(to, from.data(), from.size() * 8); };
     p.q = problem.q.data();
@@ -356,8 +380,8 @@ Answer solve(const Problem &problem) {
             // Keys and values of a group as doubles.
             std::vector<double> all_k(p.N * K), all_v(p.N * V);
             for (int64_t n = 0; n < p.N; n++) {
-                for (int64_t i = 0; i < K; i++) all_k[n * K + i] = problem.k.get({b, n, g, i});
-                for (int64_t i = 0; i < V; i++) all_v[n * V + i] = problem.v.get({b, n, g, i});
+                for (int64_t i = 0; i < K; i++) all_k[n * K + i] = problem.key(b, n, g, i);
+                for (int64_t i = 0; i < V; i++) all_v[n * V + i] = problem.value(b, n, g, i);
             }
             for (int64_t h = 0; h < H; h++)
                 for (int64_t m = 0; m < M; m++) {
@@ -576,6 +600,8 @@ void check(Problem &problem, const Answer &want, int64_t isa) {
     p.out = out.data();
     p.lse = lse.data();
 
+    if (p.stored) return;  // forward only
+
     // As in backends/native/__init__.py: shared bias gradients.
     for (const Bias &bias : problem.biases) {
         const auto &shape = bias.values.shape;
@@ -657,9 +683,9 @@ int main(int count, char **words) {
                 fprintf(stderr, "\nseed %lu on %s: %s\n", seed, ISA_NAMES[isa], failure.text.c_str());
                 fprintf(stderr,
                         "threads %ld, dtype %ld, out %ld, B %ld, M %ld, N %ld, G %ld, H %ld, K %ld, V %ld, S %ld, RB %ld, "
-                        "paged %d, mask %d, biases %ld, slopes %d, table %d, sinks %d, dropout %g, softcap %g, scale %g\n",
+                        "stored %ld, paged %d, mask %d, biases %ld, slopes %d, table %d, sinks %d, dropout %g, softcap %g, scale %g\n",
                         (long)p.threads, (long)p.dtype, (long)p.out_dtype, (long)p.B, (long)p.M, (long)p.N, (long)p.G,
-                        (long)p.H, (long)p.K, (long)p.V, (long)p.S, (long)p.RB, p.sequence != nullptr,
+                        (long)p.H, (long)p.K, (long)p.V, (long)p.S, (long)p.RB, (long)p.stored, p.sequence != nullptr,
                         !problem.mask.empty(), (long)problem.biases.size(), p.slopes != nullptr, p.table != nullptr,
                         p.sinks != nullptr, p.dropout_p, p.softcap, p.scale);
                 return 1;

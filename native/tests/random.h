@@ -36,7 +36,19 @@ struct Random {
 
 // ---- arrays --------------------------------------------------------------------------------------------------------
 
+// Numbers of 8 bits, as arrays hold them besides those of a Dtype.
+constexpr int64_t BYTES_INT8 = 3, BYTES_E4M3 = 4;
+int64_t element_size(int64_t dtype) { return dtype == F32 ? 4 : dtype >= BYTES_INT8 ? 1 : 2; }
+
 double read(int64_t dtype, const char *memory, int64_t i) {
+    if (dtype == BYTES_INT8) return (signed char)memory[i];
+    if (dtype == BYTES_E4M3) {
+        const int exponent = memory[i] >> 3 & 15, mantissa = memory[i] & 7;
+        const double size = exponent == 15 && mantissa == 7 ? NAN
+                            : exponent                      ? std::ldexp(8 + mantissa, exponent - 10)
+                                                            : std::ldexp(mantissa, -9);
+        return memory[i] & 0x80 ? -size : size;
+    }
     if (dtype == F32) {
         float x;
         memcpy(&x, memory + 4 * i, 4);
@@ -57,8 +69,16 @@ double read(int64_t dtype, const char *memory, int64_t i) {
     return half >> 15 ? -size : size;
 }
 
-// Values are truncated to the dtype.
+// Values are truncated to the dtype. Of 8 bits, all numbers there are take the place of -1.5 to 1.5.
 void write(int64_t dtype, char *memory, int64_t i, double value) {
+    if (dtype >= BYTES_INT8) {
+        const double share = std::max(-1.0, std::min(0.999, value / 1.5));
+        if (dtype == BYTES_INT8)
+            memory[i] = (char)(int)std::floor(share * 128);
+        else
+            memory[i] = (char)((int)std::fabs(share * 126.99) | (value < 0 ? 0x80 : 0));
+        return;
+    }
     const float single = (float)value;
     uint32_t bits;
     memcpy(&bits, &single, 4);

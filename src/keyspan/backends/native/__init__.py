@@ -42,8 +42,8 @@ def reason_against(problem: Problem) -> str | None:
         return f"its dtypes are float32, bfloat16 and float16, and query is {str(query.dtype)[6:]}"
     if problem.quantized:
         for name, x in (("key", problem.key), ("value", problem.value)):
-            if x.stride(3) != 1 or (x.shape[2] > 1 and x.stride(2) != x.shape[3]):
-                return f"keys and values of 8 bits lie head by head in each row, and {name} has strides {x.stride()}"
+            if x.shape[3] > 1 and x.stride(3) != 1:
+                return f"numbers of 8 bits lie side by side in each head, and {name} has strides {x.stride()}"
     elif problem.key.dtype not in _DTYPES:
         return f"its dtypes are float32, bfloat16 and float16, and key is {str(problem.key.dtype)[6:]}"
     if problem.output_dtype not in _DTYPES:
