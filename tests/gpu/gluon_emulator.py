@@ -142,7 +142,7 @@ class Descriptor:
 
     def __init__(self, tensor: torch.Tensor, block: list[int]):
         self.dtype, self.block_shape, self.layout = TYPES[tensor.dtype], list(block), None
-        self.data = tensor.detach().float().numpy()
+        self.tensor, self.data, self.stored = tensor, tensor.detach().float().numpy(), False
         self.block_type = SimpleNamespace(nbytes=int(np.prod(block)) * self.dtype.size)
 
     def load(self, at: list[Any], barrier: Barrier, to: Shared) -> None:
@@ -158,8 +158,10 @@ class Descriptor:
     def store(self, at: list[Any], source: Shared, add: bool = False) -> None:
         """Copied once the thread waits for it, as late as it may be."""
         window = tuple(slice(int(s), int(s) + n) for s, n in zip(at, self.block_shape, strict=True))
-        _here.copies.append((self.data[window], source, add))
+        to = self.data[window]
+        _here.copies.append((to, Shared(source.data[tuple(map(slice, to.shape))], source.dtype), add))
         _here.copies_read = False
+        self.stored = True
 
 
 class Product:
@@ -246,10 +248,15 @@ def _assembly(asm: str, constraints: str, given: list[Any], **_: Any) -> Any:
     elif "wait_group" in asm:
         if _here.copies and not _here.copies_read:
             time.sleep(2e-3)  # others may write to the source meanwhile
-        for to, source, add in _here.copies:
-            to[...] = to + source.data if add else source.data
-        _here.copies = []
+        _land()
     return given[0]
+
+
+def _land() -> None:
+    """The copies of this thread arrive."""
+    for to, source, add in _here.copies:
+        to[...] = to + source.data if add else source.data
+    _here.copies = []
 
 
 def _allocate(dtype: Type, shape: list[int], layout: Any) -> Shared:
@@ -273,7 +280,10 @@ def _warp_specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]
             with np.errstate(all="ignore"):
                 function(*arguments)
             assert not _here.products, "a product is never waited for"
-            assert not _here.copies, "a copy is never waited for"
+            # What has been read arrives once the kernel is over, at the latest.
+            assert not any(add for *_, add in _here.copies), "an addition is never waited for"
+            assert not _here.copies or _here.copies_read, "a copy is never waited for"
+            _land()
         except BaseException as error:
             errors.append(error)
 
@@ -396,12 +406,15 @@ def run(kernel: Callable[..., None], grid: tuple[int, ...], arguments: list[Any]
 
     Args:
         arguments: as of a launch: tensors, descriptors, numbers, and named tuples of such.
-        written: the tensors that the kernel writes to.
+        written: the tensors that the kernel writes to, but for what descriptors describe.
     """
     memory = _Memory()
     given = [memory(x) for x in arguments]
     for program in range(grid[0]):
         _here.program, _here.products, _here.polls = (np.int32(program), np.int32(grid[0])), [], 0
         kernel(*given)
+    for x in given:
+        if isinstance(x, Descriptor) and x.stored:
+            x.tensor.copy_(torch.from_numpy(x.data))
     for x in written:
         memory.write_back(x)

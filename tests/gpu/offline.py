@@ -251,11 +251,12 @@ def hopper_main(every: bool) -> None:
         from keyspan.backends.triton import hopper, launch
 
         hopper.reason_against, hopper.backward_reason_against = hopper.missing, hopper.backward_missing
+        hopper.keys_reason_against = hopper.keys_missing
         needs = Needs(True, True, True, False, False, False, [])
         for D, kind in HOPPER_ALL if every else HOPPER:
             problem = problem_of(Work("bfloat16", D, kind))
             out, lse = launch.forward(problem)
-            if hopper.backward_missing(problem, needs) is None:
+            if None in (hopper.backward_missing(problem, needs), hopper.keys_missing(problem, needs)):
                 launch.backward(problem, torch.zeros_like(out), None, out, lse, needs)
             for result in results:
                 print(json.dumps({"head_dim": D, "kind": kind, **result._asdict()}), flush=True)

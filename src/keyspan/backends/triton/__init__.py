@@ -58,10 +58,18 @@ def kernels(problem: Problem) -> str:
 
     needs = Needs(True, True, True, False, False, problem.sinks is not None, [False] * len(problem.biases))
     forward, backward = hopper.reason_against(problem), hopper.backward_reason_against(problem, needs)
-    if forward == backward is not None:
+    if backward is not None and hopper.keys_reason_against(problem, needs) is None:
+        backward_names = f"of keys and values Hopper's, in Gluon, of queries plain Triton: {backward}"
+    elif forward == backward is not None:
         return f"plain Triton, not Hopper's: {forward}"
-    names = ("Hopper's, in Gluon" if x is None else f"plain Triton, not Hopper's: {x}" for x in (forward, backward))
-    return "forward {}; backward {}".format(*names)
+    else:
+        backward_names = _family_of(backward)
+    return f"forward {_family_of(forward)}; backward {backward_names}"
+
+
+def _family_of(reason: str | None) -> str:
+    """Hopper's kernels where there is no reason against them."""
+    return "Hopper's, in Gluon" if reason is None else f"plain Triton, not Hopper's: {reason}"
 
 
 @torch.compiler.assume_constant_result

@@ -82,6 +82,10 @@ _LEAST_BACKWARD = 1024
 """Fewest queries, and fewest keys."""
 _LEAST_BLOCKS = 6
 """Fewest blocks of keys for each multiprocessor: with fewer, blocks of one group wait for each other."""
+_LEAST_MASKED_BLOCKS = 1.9
+"""The same where rows have ranges, which begin at different tiles."""
+_LEAST_KEY_BLOCKS = 2
+"""Fewest blocks of keys for each multiprocessor, where only their gradients come from a kernel for Hopper."""
 _LEAST_ROW_KEYS = 1024
 """Fewest keys that rows see on average, see `KeyRanges.row_keys`; half of it where four query heads share a key head."""
 
@@ -100,9 +104,10 @@ def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
     N = problem.key.shape[1]
     if min(M, N) < _LEAST_BACKWARD:
         return f"there are {M} queries and {N} keys, want at least {_LEAST_BACKWARD}"
-    blocks, least = B * G * -(-N // backward_tile(problem).BN), _LEAST_BLOCKS * _processors(problem.query.device.index)
+    share = _LEAST_BLOCKS if problem.lo is None else _LEAST_MASKED_BLOCKS
+    blocks, least = B * G * -(-N // backward_tile(problem).BN), share * _processors(problem.query.device.index)
     if blocks < least:
-        return f"there are {blocks} blocks of keys, want at least {least}, {_LEAST_BLOCKS} for each multiprocessor"
+        return f"there are {blocks} blocks of keys, want at least {least:.0f}, {share} for each multiprocessor"
     if problem.lo is not None:
         keys, least = problem.row_keys, _LEAST_ROW_KEYS // (1 if H < 4 else 2)
         if not keys and B == 1:
@@ -184,14 +189,53 @@ def backward_missing(problem: Problem, needs: Needs) -> str | None:
     dims = problem.query.shape[-1], problem.value.shape[-1]
     for reason, found in (
         (f"head dimensions are {dims[0]} and {dims[1]}, want at most 128", max(dims) > 128),
-        (f"value's head dimension is {dims[1]}, want a multiple of 8", dims[1] % 8 > 0),
-        ("there is ALiBi", problem.slopes is not None),
-        ("there is a relative table", problem.table is not None),
+        (f"the head dimension of query and key is {dims[0]}, want a multiple of 8", dims[0] % 8 > 0),
         ("there is a softcap", problem.softcap > 0),
+        ("slopes of ALiBi need gradients", needs.slopes and problem.slopes is not None),
         ("not all of query, key and value need gradients", not (needs.query and needs.key and needs.value)),
     ):
         if found:
             return reason
+    return _terms_missing(problem)
+
+
+def _terms_missing(problem: Problem) -> str | None:
+    """What of a problem neither of the kernels for backward has."""
+    for reason, found in (
+        (f"value's head dimension is {problem.value.shape[-1]}, want a multiple of 8", problem.value.shape[-1] % 8 > 0),
+        ("there are ALiBi and a softcap", problem.slopes is not None and problem.softcap > 0),
+        ("there is a relative table", problem.table is not None),
+    ):
+        if found:
+            return reason
+    return None
+
+
+def keys_missing(problem: Problem, needs: Needs) -> str | None:
+    """What of a backward pass the Hopper kernel of keys and values does not have."""
+    reason = missing(problem)
+    if reason is not None:
+        return reason
+    dims = problem.query.shape[-1], problem.value.shape[-1]
+    if max(dims) <= 128:
+        return f"head dimensions are {dims[0]} and {dims[1]}, want more than 128"
+    if not (needs.key and needs.value):
+        return "not both key and value need gradients"
+    return _terms_missing(problem)
+
+
+def keys_reason_against(problem: Problem, needs: Needs) -> str | None:
+    """Why the plain Triton kernels compute the gradients of keys and values, and not the Hopper kernel for wide heads."""
+    if not _runs_on(problem.query.device):
+        return "the device is not a GPU of compute capability 9.0 with a Triton whose Gluon has Hopper's instructions"
+    reason = keys_missing(problem, needs)
+    if reason is not None:
+        return reason
+    B, _, G, _, _ = problem.query.shape
+    blocks = B * G * -(-problem.key.shape[1] // keys_tile(problem).BN)
+    least = _LEAST_KEY_BLOCKS * _processors(problem.query.device.index)
+    if blocks < least:
+        return f"there are {blocks} blocks of keys, want at least {least}, {_LEAST_KEY_BLOCKS} for each multiprocessor"
     return None
 
 
@@ -230,17 +274,10 @@ def launch_backward(
     N, v_dim = problem.value.shape[1], problem.value.shape[-1]
     K = _padded(max(k_dim, v_dim))
     S = 0 if problem.lo is None else problem.lo.shape[0]
-    form = BackwardForm(tile.BM, K, k_dim, v_dim, H, S, tile.stages, 240, 24)
+    form = BackwardForm(tile.BM, tile.BN, K, k_dim, v_dim, H, S, tile.stages, 240, 24)
     rows = [1, 1, 1, tile.BM, K]
     items = -(-N // tile.BN) * G * B
     halves = [1, 1, tile.BN // 2, K]
-    stat_tiles = TensorDescriptor(
-        stats.view(-1),
-        [stats.numel()],
-        [1],
-        [tile.BM],
-        NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1),
-    )
     sums = made["sums"]
     # Half a tile, as it lies.
     sum_tiles = TensorDescriptor(
@@ -257,18 +294,91 @@ def launch_backward(
         _described(grads[0].permute(0, 2, 3, 1, 4), rows),
         _described(problem.key.transpose(1, 2), halves),
         _described(problem.value.transpose(1, 2), halves),
-        stat_tiles,
+        _described_stats(stats, tile.BM),
         sum_tiles,
         *bounds,
         made["order"],
-        made["key"],
-        made["value"],
+        _described(made["key"].transpose(1, 2), halves),
+        _described(made["value"].transpose(1, 2), halves),
         made["broken"],
         groups_at_once(problem, tile),
         items,
         form,
     ]
     return hopper_backward_kernel, (min(items, processors),), given, tile
+
+
+def keys_tile(problem: Problem) -> Any:
+    """Queries and keys of a tile of the kernel of keys and values, a `config.TileConfig`."""
+    from keyspan.backends.triton.config import TileConfig
+
+    return TileConfig(64, 64, 4, 2, 168)
+
+
+def launch_keys(
+    problem: Problem,
+    arguments: Any,
+    tile: Any,
+    grad: Tensor,
+    stats: Tensor,
+    bounds: list[Any],
+    made: dict[str, Tensor],
+    counters: Any,
+    processors: int,
+) -> tuple[Any, tuple[int, ...], list[Any], Any]:
+    """Kernel, grid, arguments and tile of the gradients of keys and values alone.
+
+    Args:
+        bounds: as of `launch_backward`.
+        made: `key`, `value` and `broken`, which it fills.
+        counters: `relaunch.Counters`.
+        processors: how many programs run at a time.
+    """
+    from keyspan.backends.triton.hopper_keys_kernels import KeysForm, hopper_keys_kernel
+
+    B, M, G, H, k_dim = problem.query.shape
+    N, v_dim = problem.value.shape[1], problem.value.shape[-1]
+    K, V = map(_padded, (k_dim, v_dim))
+    S = 0 if problem.lo is None else problem.lo.shape[0]
+    form = KeysForm(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, problem.softcap > 0, tile.stages, 240, 24)
+    items = -(-N // tile.BN) * G * B
+    at_once = min(B * G, max(1, _CACHED_KEYS // (M * H * (K + V) * 2)))
+    given = [
+        arguments,
+        _scales(problem),
+        _described(problem.query.permute(0, 2, 3, 1, 4), [1, 1, 1, tile.BM, K]),
+        _described(grad.permute(0, 2, 3, 1, 4), [1, 1, 1, tile.BM, V]),
+        _described(problem.key.transpose(1, 2), [1, 1, tile.BN, K]),
+        _described(problem.value.transpose(1, 2), [1, 1, tile.BN, V]),
+        _described_stats(stats, tile.BM),
+        *bounds,
+        made["key"],
+        made["value"],
+        made["broken"],
+        counters,
+        at_once,
+        items,
+        form,
+    ]
+    return hopper_keys_kernel, (min(items, processors),), given, tile
+
+
+def _scales(problem: Problem) -> Any:
+    """What makes scores in log₂ of products, or what the softcap takes; and the softcap in log₂."""
+    from keyspan.backends.triton.hopper_kernels import Scales
+
+    unit = math.log2(math.e)
+    score = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
+    return Scales(_single(score), _single(problem.softcap * unit))
+
+
+def _described_stats(stats: Tensor, rows: int) -> Any:
+    """A descriptor for TMA that reads statistics of so many rows."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(stats.view(-1), [stats.numel()], [1], [rows], layout)
 
 
 def groups_at_once(problem: Problem, tile: Any) -> int:

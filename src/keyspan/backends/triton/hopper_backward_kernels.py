@@ -1,9 +1,10 @@
 """Backward for Hopper (sm_90) in Gluon: all three gradients from five products for each tile of scores.
 
 A program takes one block of 128 keys of a group after another and visits the tiles of queries that see them, from the last
-to the first. Its warps have roles: the loader finds the tiles and fills a ring by TMA; two groups of four warps recompute the scores of 64 keys
-each, transposed, so that weights and score gradients leave the softmax as left operands of dv and dk, and multiply the
-score gradients of all 128 by the keys, each for half of dq; the adder adds that to dq.
+to the first. Its warps have roles: the planner takes the block and finds the tiles; the loader fills a ring by TMA; two
+groups of four warps recompute the scores of 64 keys each, transposed, so that weights and score gradients leave the softmax
+as left operands of dv and dk, and multiply the score gradients of all 128 by the keys, each for half of dq; the adder adds
+that to dq.
 
 dq is summed in memory, in fp32, in a fixed order: the block of keys that comes n-th among those a tile sees adds n-th. A
 counter for each tile says who is next. Programs take their blocks in the same order from a ticket, and go from the last
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from keyspan.backends.triton.hopper_kernels import FAR, ROWS, _get, _put, _range, tma_load
+from keyspan.backends.triton.hopper_kernels import FAR, ROWS, _get, _put, _range, _term, tma_load
 
 # Triton 3.8 renames it.
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -36,11 +37,14 @@ READ = gl.constexpr("cp.async.bulk.wait_group.read 0; mov.b32 $0, $1;")
 ACQUIRE = gl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
 ORDERED = gl.constexpr("fence.proxy.async.global; mov.b32 $0, $1;")
 
-# Entries of a plan, of which there are two: the block's number, group and batch entry, and how many tiles it visits.
-BLOCK, GROUP, BATCH, COUNT, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4))
+# Entries of a plan, of which there are two: the block's number, group and batch entry, how many tiles it visits, and the
+# first tile and the last plus one for each of up to three ranges.
+BLOCK, GROUP, BATCH, COUNT, START, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 16))
 # For each of the last VISITS tiles: its number among those of all heads, by how many blocks it is visited before, and
 # whether some row does not see all keys. The adder, which comes last, is never VISITS tiles behind the loader.
-VISIT, VISITS, TILE, RANK, PARTIAL, PLAN = map(gl.constexpr, (8, 8, 0, 1, 2, 64))
+VISIT, VISITS, TILE, RANK, PARTIAL, PLAN = map(gl.constexpr, (32, 8, 0, 1, 2, 64))
+EARLY = gl.constexpr(192)
+"""How many queries of a block are still to be loaded when the next block is taken."""
 
 
 class BackwardForm(NamedTuple):
@@ -48,6 +52,8 @@ class BackwardForm(NamedTuple):
 
     BM: int
     """Queries of a tile."""
+    BN: int
+    """Keys of a block."""
     K: int
     """Both head dimensions padded to 64 or 128, then as they are."""
     k_dim: int
@@ -76,18 +82,20 @@ def _tma_add(descriptor, at, source, _semantic=None):
 
 @gluon.jit
 def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles, sum_tiles, bounds,
-                           bounds_s, bounds_b, order, dk, dv, broken, heads_at_once, items, C: gl.constexpr):  # fmt: skip
+                           bounds_s, bounds_b, order, dk_tiles, dv_tiles, broken, heads_at_once, items, C: gl.constexpr):  # fmt: skip
     """dk [B, N, G, K] and dv [B, N, G, V], contiguous, and unscaled sums of dq.
 
     Grid: (programs). An item is a block of 2 · ROWS keys of one group.
 
     Args:
+        score_scale: what makes scores in log₂ of products.
         stat_tiles: of the statistics, see `stats_pointer`, as one row.
         sum_tiles: of dq in fp32 [B · G · H · tiles · 32, 256]: 16 rows are 64 × 64 elements in the order of registers, see
             `_in_order`.
         bounds: what `bounds_kernel` made for tiles of BM; None without ranges. Then its strides over ranges and batch.
         order: int32 [1 + B · G · H · tiles], zeros: the ticket, and how many blocks have been added to each tile of dq.
-        broken: int32, an entry for each ROWS keys, padded to whole blocks: whether their gradients have a NaN.
+        broken: int32, an entry for each ROWS keys, padded to whole blocks, 0 at the start: whether their gradients have a
+            NaN.
     """
     STAGES: gl.constexpr = C.stages
     dtype: gl.constexpr = query_tiles.dtype
@@ -100,14 +108,16 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
     sums = gl.allocate_shared_memory(gl.float32, [2, 16, 256], sum_tiles.layout)
     stats = gl.allocate_shared_memory(gl.float32, [2 * C.stages, C.BM], stat_tiles.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    masks = gl.allocate_shared_memory(gl.int32, [2 * C.stages, C.BM], plain)
+    masks = gl.allocate_shared_memory(gl.int32, [3 * C.stages, C.BM], plain)
     plan = gl.allocate_shared_memory(gl.int32, [PLAN, 1], plain)
     key_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     value_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     key_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    value_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     visit_full = gl.allocate_shared_memory(gl.int64, [VISITS, 1], mbarrier.MBarrierLayout())
     plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     plan_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    plan_next = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     query_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     query_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     grad_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
@@ -117,6 +127,7 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
     mbarrier.init(key_full.index(0), count=1)
     mbarrier.init(value_full.index(0), count=1)
     mbarrier.init(key_empty.index(0), count=2)
+    mbarrier.init(value_empty.index(0), count=2)
     for n in gl.static_range(STAGES):
         # The loader itself, and what it loads.
         mbarrier.init(query_full.index(n), count=2)
@@ -125,9 +136,10 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
     for n in gl.static_range(2):
         mbarrier.init(score_full.index(n), count=2)
         mbarrier.init(plan_full.index(n), count=1)
-        mbarrier.init(plan_empty.index(n), count=3)
+        mbarrier.init(plan_empty.index(n), count=4)
     for n in gl.static_range(VISITS):
         mbarrier.init(visit_full.index(n), count=1)
+    mbarrier.init(plan_next.index(0), count=1)
     mbarrier.init(sum_full.index(0), count=2)
     mbarrier.init(sum_empty.index(0), count=1)
     rings = (
@@ -135,72 +147,93 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
         (grads, grad_full),
         (scores, score_full),
         (sums, sum_full, sum_empty),
-        (keys, values, key_full, value_full, key_empty),
+        (keys, values, key_full, value_full, key_empty, value_empty),
         (stats, masks),
-        (plan, plan_full, plan_empty, visit_full),
+        (plan, plan_full, plan_empty, visit_full, plan_next),
     )
     tiles = (query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles)
     gl.warp_specialize(
         [
-            (_keys, (a, score_scale, rings, dk, dv, broken, 0, C)),
-            (_keys, (a, score_scale, rings, dk, dv, broken, 1, C)),
-            (_loader, (a, tiles, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C)),
+            (_keys, (a, score_scale, rings, dk_tiles, dv_tiles, broken, 0, C)),
+            (_keys, (a, score_scale, rings, dk_tiles, dv_tiles, broken, 1, C)),
+            (_loader, (a, tiles, rings, bounds, bounds_s, bounds_b, C)),
             (_adder, (a, sum_tiles, rings, order, C)),
+            (_planner, (a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C)),
         ],
-        [4, 1, 1],
-        [C.registers, C.helper_registers, C.helper_registers],
+        [4, 1, 1, 1],
+        [C.registers, C.helper_registers, C.helper_registers, C.helper_registers],
     )
 
 
 @gluon.jit
-def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C: gl.constexpr):
-    """Takes a block of keys, finds the tiles that see some of them, and loads both."""
+def _planner(a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C: gl.constexpr):
+    """Takes blocks of keys, each while the last tiles of the one before are loaded, and finds the tiles that see them."""
+    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
+    blocks = (a.N + C.BN - 1) // C.BN
+    turn = 0
+    running = True
+    while running:
+        if turn > 0:
+            # Not before: other programs wait for a block that has been taken.
+            mbarrier.wait(plan_next.index(0), turn - 1 & 1)
+        item = gl.atomic_add(order, 1)
+        slot = turn % 2
+        at = (plan, slot * ENTRIES)
+        mbarrier.wait(plan_empty.index(slot), turn // 2 & 1 ^ 1)
+        running = item < items
+        if running:
+            # Groups go through all their blocks `heads_at_once` at a time.
+            run = item // (heads_at_once * blocks)
+            inside = item - run * heads_at_once * blocks
+            groups = gl.minimum(heads_at_once, a.B * a.G - run * heads_at_once)
+            block = inside // groups
+            group = run * heads_at_once + inside % groups
+            _put(at, BLOCK, block)
+            _put(at, GROUP, group % a.G)
+            _put(at, BATCH, group // a.G)
+            count = block * 0
+            for s in gl.static_range(max(C.S, 1)):
+                start, stop, found = _visible(a, bounds, bounds_s, bounds_b, s, group // a.G, block * C.BN, C)
+                _put(at, START + 2 * s, start)
+                _put(at, START + 2 * s + 1, stop)
+                count += found
+            _put(at, COUNT, count * C.H)
+        else:
+            _put(at, COUNT, item * 0 - 1)
+        mbarrier.arrive(plan_full.index(slot), count=1)
+        turn += 1
+
+
+@gluon.jit
+def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
+    """Loads each block of keys, and the tiles that see some of them."""
     query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles = tiles
     queries, query_full, query_empty = rings[0]
     grads, grad_full = rings[1]
-    keys, values, key_full, value_full, key_empty = rings[4]
+    keys, values, key_full, value_full, key_empty, value_empty = rings[4]
     stats, masks = rings[5]
-    plan, plan_full, plan_empty, visit_full = rings[6]
-    BN: gl.constexpr = 2 * ROWS
+    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
     lanes: gl.constexpr = gl.BlockedLayout([C.BM // 32], [32], [1], [0])
-    blocks = (a.N + BN - 1) // BN
     row_tiles = (a.M + C.BM - 1) // C.BM
     padded = (a.M + 127) // 128 * 128
-    item = gl.atomic_add(order, 1)
     turn = 0
     loaded = 0
     t = 0
-    while item < items:
-        # Groups go through all their blocks `heads_at_once` at a time.
-        run = item // (heads_at_once * blocks)
-        inside = item - run * heads_at_once * blocks
-        groups = gl.minimum(heads_at_once, a.B * a.G - run * heads_at_once)
-        block = inside // groups
-        group = run * heads_at_once + inside % groups
-        g, b = group % a.G, group // a.G
-        n0 = block * BN
-        start0, stop0, count = _visible(a, bounds, bounds_s, bounds_b, 0, b, n0, C)
-        start1, stop1, start2, stop2 = start0, stop0, start0, stop0
-        if C.S > 1:
-            start1, stop1, found = _visible(a, bounds, bounds_s, bounds_b, 1, b, n0, C)
-            count += found
-        if C.S > 2:
-            start2, stop2, found = _visible(a, bounds, bounds_s, bounds_b, 2, b, n0, C)
-            count += found
-        slot = turn % 2
-        mbarrier.wait(plan_empty.index(slot), turn // 2 & 1 ^ 1)
-        _put((plan, slot * ENTRIES), BLOCK, block)
-        _put((plan, slot * ENTRIES), GROUP, g)
-        _put((plan, slot * ENTRIES), BATCH, b)
-        _put((plan, slot * ENTRIES), COUNT, count * C.H)
-        mbarrier.arrive(plan_full.index(slot), count=1)
+    mbarrier.wait(plan_full.index(0), 0)
+    count = _get((plan, 0), COUNT)
+    while count >= 0:
+        entry = (plan, turn % 2 * ENTRIES)
+        block, g, b = _get(entry, BLOCK), _get(entry, GROUP), _get(entry, BATCH)
+        group, n0 = b * a.G + g, block * C.BN
         missing = count > 0
+        if count == 0:
+            mbarrier.arrive(plan_next.index(0), count=1)
+            # Gradients leave through the memory of the values, so that is handed over in each turn.
+            mbarrier.wait(value_empty.index(0), turn & 1 ^ 1)
+            mbarrier.arrive(value_full.index(0), count=1)
+        left = count
         for s in gl.static_range(max(C.S, 1)):
-            start, stop = start0, stop0
-            if s == 1:
-                start, stop = start1, stop1
-            if s == 2:
-                start, stop = start2, stop2
+            start, stop = _get(entry, START + 2 * s), _get(entry, START + 2 * s + 1)
             for x in range(stop - start):
                 tile = stop - 1 - x
                 seen, full, rank = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, tile, a, C)
@@ -208,22 +241,28 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, order, heads_at_once, i
                     i = tile * C.BM + gl.arange(0, C.BM, lanes)
                     lo = i * 0
                     width = lo
-                    if not full:
+                    diagonal = lo
+                    if (not full) | (a.slopes is not None):
                         # Rows behind the last have no weights whatever they see, see `hopper_stats_kernel`.
-                        lo, hi, _ = _range(a, s, b, gl.minimum(i, a.M - 1), C)
+                        lo, hi, diagonal = _range(a, s, b, gl.minimum(i, a.M - 1), C)
                         width = gl.maximum(hi - lo, 0)
                     # All heads of the group, before the next tile: blocks that end earlier wait for nobody.
                     for h in range(C.H):
                         stage = t % C.stages
                         head = group * C.H + h
                         at = (plan, VISIT + 4 * (t % VISITS))
+                        if left == gl.minimum(count, EARLY // C.BM):
+                            mbarrier.arrive(plan_next.index(0), count=1)
+                        left -= 1
                         mbarrier.wait(query_empty.index(stage), t // C.stages & 1 ^ 1)
                         _put(at, TILE, head * row_tiles + tile)
                         _put(at, RANK, rank)
                         _put(at, PARTIAL, 1 - full.to(gl.int32))
                         mbarrier.arrive(visit_full.index(t % VISITS), count=1)
-                        masks.index(2 * stage).store(lo)
-                        masks.index(2 * stage + 1).store(width)
+                        masks.index(3 * stage).store(lo)
+                        masks.index(3 * stage + 1).store(width)
+                        if a.slopes is not None:
+                            masks.index(3 * stage + 2).store(diagonal)
                         mbarrier.expect(query_full.index(stage), query_tiles.block_type.nbytes + 8 * C.BM)
                         tma_load(query_tiles, [b, g, h, tile * C.BM, 0], query_full.index(stage), queries.index(stage))
                         stat = 2 * head * padded + tile * C.BM
@@ -237,19 +276,18 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, order, heads_at_once, i
                             # Only now, for the keys of the block before are in use until its last product.
                             mbarrier.wait(key_empty.index(0), loaded & 1 ^ 1)
                             mbarrier.expect(key_full.index(0), 2 * key_tiles.block_type.nbytes)
-                            mbarrier.expect(value_full.index(0), 2 * value_tiles.block_type.nbytes)
                             for n in gl.static_range(2):
                                 tma_load(key_tiles, [b, g, n0 + n * ROWS, 0], key_full.index(0), keys.index(n))
+                            mbarrier.wait(value_empty.index(0), turn & 1 ^ 1)
+                            mbarrier.expect(value_full.index(0), 2 * value_tiles.block_type.nbytes)
                             for n in gl.static_range(2):
                                 tma_load(value_tiles, [b, g, n0 + n * ROWS, 0], value_full.index(0), values.index(n))
                             missing = False
                             loaded += 1
+        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
         turn += 1
-        item = gl.atomic_add(order, 1)
-    slot = turn % 2
-    mbarrier.wait(plan_empty.index(slot), turn // 2 & 1 ^ 1)
-    _put((plan, slot * ENTRIES), COUNT, item * 0 - 1)
-    mbarrier.arrive(plan_full.index(slot), count=1)
+        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        count = _get((plan, turn % 2 * ENTRIES), COUNT)
 
 
 @gluon.jit
@@ -267,7 +305,7 @@ def _visible(a, bounds, bounds_s, bounds_b, s: gl.constexpr, b, n0, C: gl.conste
             t = chunk + gl.arange(0, CHUNK, gl.BlockedLayout([CHUNK // 32], [32], [1], [0]))
             first = gl.load(at + t, mask=t < tiles, other=FAR)
             last = gl.load(at + 3 * tiles + t, mask=t < tiles, other=0)
-            seen = (first < n0 + 2 * ROWS) & (last > n0)
+            seen = (first < n0 + C.BN) & (last > n0)
             start = gl.minimum(start, gl.min(gl.where(seen, t, FAR), 0))
             stop = gl.maximum(stop, gl.max(gl.where(seen, t + 1, 0), 0))
             count += gl.sum(seen.to(gl.int32), 0)
@@ -278,7 +316,7 @@ def _visible(a, bounds, bounds_s, bounds_b, s: gl.constexpr, b, n0, C: gl.conste
 @gluon.jit
 def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, tile, a, C: gl.constexpr):
     """Whether a tile sees some of a block's keys, whether its rows see all, and how many blocks are added to it before."""
-    BN: gl.constexpr = 2 * ROWS
+    BN: gl.constexpr = C.BN
     n0 = block * BN
     seen = block >= 0
     full = n0 + BN <= a.N
@@ -300,21 +338,20 @@ def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, tile, a
 
 
 @gluon.jit
-def _keys(a, score_scale, rings, dk, dv, broken, ME: gl.constexpr, C: gl.constexpr):
+def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C: gl.constexpr):
     """dk and dv of one half of the block's keys, and what all its keys add to one half of dq: of the rows of a tile where
     there are 128, else of the columns."""
     queries, query_full, query_empty = rings[0]
     grads, grad_full = rings[1]
     scores, score_full = rings[2]
     sums, sum_full, sum_empty = rings[3]
-    keys, values, key_full, value_full, key_empty = rings[4]
+    keys, values, key_full, value_full, key_empty, value_empty = rings[4]
     stats, masks = rings[5]
-    plan, plan_full, plan_empty, visit_full = rings[6]
+    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
     dtype: gl.constexpr = queries.dtype
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     K_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.K, 16])
     Q_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    by_query: gl.constexpr = gl.SliceLayout(0, S_L)
     row: gl.constexpr = ME * 64 if C.BM > 64 else 0
     column: gl.constexpr = 0 if C.BM > 64 else ME * 64
     zero = gl.full([ROWS, C.BM], 0.0, gl.float32, S_L)
@@ -339,7 +376,7 @@ def _keys(a, score_scale, rings, dk, dv, broken, ME: gl.constexpr, C: gl.constex
             mbarrier.wait(query_full.index(stage), filled // C.stages & 1)
             q = queries.index(stage).reshape([C.BM, C.K])
             s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(value_full.index(0), loaded & 1)
+            mbarrier.wait(value_full.index(0), turn & 1)
             s = warpgroup_mma_wait(0, deps=(s,))
             for x in range(count):
                 t = filled + x
@@ -348,18 +385,13 @@ def _keys(a, score_scale, rings, dk, dv, broken, ME: gl.constexpr, C: gl.constex
                 mbarrier.wait(grad_full.index(stage), t // C.stages & 1)
                 do = grads.index(stage).reshape([C.BM, C.K])
                 dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                lse = gl.expand_dims(stats.index(2 * stage).load(by_query), 0)
-                p = gl.exp2(s * score_scale - lse)
-                if _get((plan, VISIT + 4 * (t % VISITS)), PARTIAL) != 0:
-                    # Below lo the difference wraps around and is larger than any width.
-                    lo = gl.expand_dims(masks.index(2 * stage).load(by_query), 0)
-                    width = gl.expand_dims(masks.index(2 * stage + 1).load(by_query), 0)
-                    p = gl.where((j - lo).to(gl.uint32, bitcast=True) < width.to(gl.uint32, bitcast=True), p, 0.0)
+                partial = _get((plan, VISIT + 4 * (t % VISITS)), PARTIAL) != 0
+                h = x % C.H
+                p = _weights(s * score_scale, a, stats, 2 * stage, masks, 3 * stage, partial, j, b, g, h, S_L)
                 weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, K_L, 2))
                 dv_acc = warpgroup_mma(weights, do, dv_acc, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-                delta = gl.expand_dims(stats.index(2 * stage + 1).load(by_query), 0)
-                ds = (p * (dp - delta)).to(dtype)
+                ds = _score_gradients(p, dp, stats, 2 * stage, S_L).to(dtype)
                 # Whoever is here has seen the last products of the step before the last, which read the same memory.
                 scores.index(t % 2 * 2 + ME).store(ds)
                 fence_async_shared()
@@ -389,16 +421,63 @@ def _keys(a, score_scale, rings, dk, dv, broken, ME: gl.constexpr, C: gl.constex
                 s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(key_empty.index(0), count=1)
             loaded += 1
+        else:
+            mbarrier.wait(value_full.index(0), turn & 1)
         mbarrier.arrive(plan_empty.index(turn % 2), count=1)
-        _write(dk, dk_acc * a.scale, b, first, g, a, C.k_dim, C.K)
-        _write(dv, dv_acc, b, first, g, a, C.v_dim, C.K)
-        bad = gl.max(gl.max((dk_acc != dk_acc).to(gl.int32), 1), 0)
-        bad += gl.max(gl.max((dv_acc != dv_acc).to(gl.int32), 1), 0)
-        gl.store(broken + ((b * a.G + g) * ((a.N + 2 * ROWS - 1) // (2 * ROWS)) + block) * 2 + ME, bad)
+        # NaN if a gradient is, or infinite, which the repair does not change.
+        bad = gl.sum(dv_acc * 0.0, 1) + gl.sum(dk_acc * 0.0, 1)
+        at = broken + ((b * a.G + g) * ((a.N + C.BN - 1) // C.BN) + block) * 2 + ME
+        gl.store(at + gl.arange(0, ROWS, gl.SliceLayout(1, K_L)) * 0, 1, mask=bad != bad)
+        _leave(dv_tiles, dv_acc.to(dtype), values.index(ME), b, g, first, C)
+        _leave(dk_tiles, (dk_acc * a.scale).to(dtype), values.index(ME), b, g, first, C)
+        mbarrier.arrive(value_empty.index(0), count=1)
         filled += count
         turn += 1
         mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
         count = _get((plan, turn % 2 * ENTRIES), COUNT)
+
+
+@gluon.jit
+def _leave(tiles, x, through, b, g, first, C: gl.constexpr):
+    """Write gradients [ROWS, K] of keys first … by TMA, which leaves out rows and columns that are not there."""
+    through.reshape([ROWS, C.K]).store(x)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma_store(tiles, [b, g, first, 0], through)
+    token = gl.arange(0, 32 * gl.num_warps(), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    gl.inline_asm_elementwise(READ, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _weights(s, a, stats, stat, masks, mask, partial, j, b, g, h, layout: gl.constexpr):
+    """Weights [keys, queries] from scores without ALiBi, in log₂.
+
+    Args:
+        stat: where in `stats` lse is, which delta follows.
+        mask: where in `masks` lo of the queries is; the width of their range follows, and with ALiBi their diagonal.
+        partial: whether some query does not see all keys `j`.
+        layout: of the scores.
+    """
+    by_query: gl.constexpr = gl.SliceLayout(0, layout)
+    if a.slopes is not None:
+        slope = _term(a, a.slopes + b * a.slopes_b + g * a.slopes_g + h * a.slopes_h)
+        # In floats, which are exact up to 2²⁴: converting every distance takes as long as the exponential.
+        diagonal = gl.expand_dims(masks.index(mask + 2).load(by_query), 0)
+        s -= slope * gl.abs(j.to(gl.float32) - diagonal.to(gl.float32))
+    p = gl.exp2(s - gl.expand_dims(stats.index(stat).load(by_query), 0))
+    if partial:
+        # Below lo the difference wraps around and is larger than any width.
+        lo = gl.expand_dims(masks.index(mask).load(by_query), 0)
+        width = gl.expand_dims(masks.index(mask + 1).load(by_query), 0)
+        p = gl.where((j - lo).to(gl.uint32, bitcast=True) < width.to(gl.uint32, bitcast=True), p, 0.0)
+    return p
+
+
+@gluon.jit
+def _score_gradients(p, dp, stats, stat, layout: gl.constexpr):
+    """Gradients of scores from weights and their gradients; `stat`, `layout` as of `_weights`."""
+    return p * (dp - gl.expand_dims(stats.index(stat + 1).load(gl.SliceLayout(0, layout)), 0))
 
 
 @gluon.jit
@@ -408,27 +487,6 @@ def _in_order(x):
     # Warp, row + 8, row, columns by 8, pair of columns, column.
     x = x.reshape([4, 2, 8, 8, 4, 2])
     return gl.permute(x, [3, 0, 2, 4, 1, 5]).reshape([16, 256])
-
-
-@gluon.constexpr_function
-def _wide(D):
-    """The layout in which gradients [ROWS, D] are written: the four threads that hold 2 columns of 8 each have exchanged
-    theirs for 8 neighbours each."""
-    left = [[0, 32 << n] for n in range((D // 64).bit_length())]
-    registers = [[0, 1], [0, 2], [0, 4], [8, 0], *left]
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, D])
-
-
-@gluon.jit
-def _write(to, x, b, first, g, a, dim: gl.constexpr, D: gl.constexpr):
-    """Write gradients [ROWS, D] of keys first …"""
-    wide: gl.constexpr = _wide(D)
-    n = first + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
-    columns = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, wide)), 0)
-    row = gl.expand_dims((b.to(gl.int64) * a.N + n) * a.G + g, 1)
-    x = gl.convert_layout(x.to(to.dtype.element_ty), wide)
-    gl.store(to + row * dim + columns, x, mask=gl.expand_dims(n < a.N, 1) & (columns < dim))
 
 
 @gluon.jit
@@ -442,7 +500,7 @@ def _added(turn, token):
 def _adder(a, sum_tiles, rings, order, C: gl.constexpr):
     """Adds to dq in memory once it is the block's turn."""
     sums, sum_full, sum_empty = rings[3]
-    plan, plan_full, plan_empty, visit_full = rings[6]
+    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
     token = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     turns = order + 1
     filled = 0

@@ -18,9 +18,10 @@ from keyspan.backends.triton.primitives import (
 
 
 @triton.jit
-def hopper_stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, order, C: tl.constexpr):
+def hopper_stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, order, broken, parts,
+                        C: tl.constexpr):  # fmt: skip
     """Stats, see `stats_pointer`: lse in log₂; delta = Σ over V of grad · out [B, M, G, H, V], less the gradient of lse.
-    Rows of a tile beyond the last one are as empty ones. Sets `order` to 0.
+    Rows of a tile beyond the last one are as empty ones. Sets `order` and the entries of `broken`, `parts` of them, to 0.
 
     Grid: (tiles · H · G · B).
     """
@@ -49,6 +50,8 @@ def hopper_stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, 
     tl.store(order + 1 + program, 0)
     if program == 0:
         tl.store(order, 0)
+    for part in tl.range(program, parts, tl.num_programs(0)):
+        tl.store(broken + part, 0)
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def hopper_finish_kernel(
 
     Grid: (tiles · H · G · B + key blocks · G · B).
     """
-    tiles, blocks = tl.cdiv(a.M, C.BM), tl.cdiv(a.N, C.BN)
+    tiles = tl.cdiv(a.M, C.BM)
     program, count = tl.program_id(0), tiles * C.H * a.G * a.B
     grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
     if program < count:
@@ -81,7 +84,19 @@ def hopper_finish_kernel(
             tl.debug_barrier()
             repair_queries(a, grad, stats, dq, None, None, heads, tile, C)
     else:
-        block = program - count
-        if tl.load(broken + 2 * block) + tl.load(broken + 2 * block + 1) > 0:
-            g, b = block // blocks % a.G, block // blocks // a.G
-            repair_keys(a, grad, stats, dk, dv, b, g, block % blocks * C.BN, C)
+        _repair_block(a, grad, stats, broken, dk, dv, program - count, C)
+
+
+@triton.jit
+def hopper_repair_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, broken, dk, dv, C: tl.constexpr):
+    """Repairs gradients of keys and values that have a NaN. Grid: (key blocks · G · B)."""
+    grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
+    _repair_block(a, grad, stats, broken, dk, dv, tl.program_id(0), C)
+
+
+@triton.jit
+def _repair_block(a, grad, stats, broken, dk, dv, block, C: tl.constexpr):
+    if tl.load(broken + 2 * block) + tl.load(broken + 2 * block + 1) > 0:
+        blocks = tl.cdiv(a.N, C.BN)
+        g, b = block // blocks % a.G, block // blocks // a.G
+        repair_keys(a, grad, stats, dk, dv, b, g, block % blocks * C.BN, C)

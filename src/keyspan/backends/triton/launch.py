@@ -24,7 +24,11 @@ from keyspan.backends.triton.backward_kernels import (
     table_kernel,
 )
 from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel
-from keyspan.backends.triton.hopper_ends_kernels import hopper_finish_kernel, hopper_stats_kernel
+from keyspan.backends.triton.hopper_ends_kernels import (
+    hopper_finish_kernel,
+    hopper_repair_kernel,
+    hopper_stats_kernel,
+)
 from keyspan.backends.triton.primitives import STATS_PADDING, Arguments, Constants
 from keyspan.core import shims
 from keyspan.core.problem import Problem
@@ -73,9 +77,8 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made,
     if out.numel() == 0 and lse.numel() == 0:
         return made, []
     if hopper.reason_against(problem) is None:
-        counters = relaunch.counters(query.device, shims.cuda_stream(query.device.index) if query.is_cuda else 0)
         step = hopper.launch(
-            problem, _arguments(problem), hopper.tile(problem), out, lse, counters, _processors(query.device)
+            problem, _arguments(problem), hopper.tile(problem), out, lse, _counters(query), _processors(query.device)
         )
         return made, _launched(query, [step])
     rows = _rows_per_tile(problem)
@@ -275,7 +278,10 @@ def _backward(
     if needs.value:
         made["value"] = query.new_empty((B, N, G, V), dtype=problem.value.dtype)
     dk, dv = made.get("key"), made.get("value")
-    if _split_key_value(problem):
+    if not period and hopper.keys_reason_against(problem, needs) is None:
+        launches += _hopper_keys(problem, arguments, grads, made)
+        by_kernel: list[tuple[str, Tensor | None, Tensor | None]] = []
+    elif _split_key_value(problem):
         by_kernel = [("keys alone", dk, None), ("values alone", None, dv)]
     else:
         by_kernel = [("keys", dk, dv)]
@@ -284,16 +290,8 @@ def _backward(
             continue
         tile = _tile(name, problem)
         constants = _constants(problem, tile, 1, period)
-        bounds: list[Any] = [None, 0, 0]
-        if problem.lo is not None:
-            S, entries, _ = problem.lo.shape
-            tiles = triton.cdiv(M, tile.BM)
-            x = query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
-            made[f"bounds for {tile.BM}"] = x
-            bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
-            launches.append(
-                (bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.TileConfig(0, 0, 1, 1))
-            )
+        bounds_launches, bounds = _bounds(problem, arguments, constants, made)
+        launches += bounds_launches
         constants = constants._replace(descriptors=constants.descriptors and _describable(grad))
         tiles_of = _query_tiles(problem, grad, constants)
         launches.append(
@@ -323,6 +321,41 @@ def _backward(
     return made, _launched(query, launches)
 
 
+def _counters(query: Tensor) -> relaunch.Counters:
+    return relaunch.counters(query.device, shims.cuda_stream(query.device.index) if query.is_cuda else 0)
+
+
+def _hopper_keys(problem: Problem, arguments: Arguments, grads: tuple[Any, ...], made: relaunch.Made) -> list[Launch]:
+    """The launches of the Hopper kernel for the gradients of keys and values."""
+    query, tile = problem.query, hopper.keys_tile(problem)
+    blocks = triton.cdiv(problem.key.shape[1], tile.BN) * problem.query.shape[2] * problem.query.shape[0]
+    made["broken"] = query.new_empty(2 * blocks, dtype=torch.int32)
+    constants = _constants(problem, tile, 1)
+    launches, bounds = _bounds(problem, arguments, constants, made)
+    step = hopper.launch_keys(
+        problem, arguments, tile, grads[0], made["stats"], bounds, made, _counters(query), _processors(query.device)
+    )
+    repair = [arguments, *grads, made["stats"], made["broken"], made["key"], made["value"], constants]
+    return [*launches, step, (hopper_repair_kernel, (blocks,), repair, config.TileConfig(tile.BM, tile.BN, 4, 1))]
+
+
+def _bounds(
+    problem: Problem, arguments: Arguments, constants: Constants, made: relaunch.Made
+) -> tuple[list[Launch], list[Any]]:
+    """The launch that finds which keys tiles of BM queries see; its result and strides over ranges and batch entries, for
+    who reads it."""
+    if problem.lo is None:
+        return [], [None, 0, 0]
+    S, entries, _ = problem.lo.shape
+    tiles, name = triton.cdiv(problem.query.shape[1], constants.BM), f"bounds for {constants.BM}"
+    launches: list[Launch] = []
+    if name not in made:
+        made[name] = x = problem.query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
+        launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.TileConfig(0, 0, 1, 1)))
+    x = made[name]
+    return launches, [x, x.stride(0), x.stride(1) if entries > 1 else 0]
+
+
 def _hopper_backward(
     problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
 ) -> tuple[relaunch.Made, list[relaunch.Launched]]:
@@ -342,16 +375,11 @@ def _hopper_backward(
     constants = _constants(problem, tile, 1)
     tiles, blocks = triton.cdiv(M, tile.BM), triton.cdiv(N, tile.BN)
     ends = config.TileConfig(tile.BM, tile.BN, 4, 1)
-    launches: list[Launch] = []
-    bounds: list[Any] = [None, 0, 0]
-    if problem.lo is not None:
-        S, entries, _ = problem.lo.shape
-        made["bounds"] = x = query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
-        bounds = [x, x.stride(0), x.stride(1) if entries > 1 else 0]
-        launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.TileConfig(0, 0, 1, 1)))
+    launches, bounds = _bounds(problem, arguments, constants, made)
     launches.append(
         (hopper_stats_kernel, (tiles * H * G * B,),
-         [arguments, *grads, out, grad_lse, lse, made["stats"], made["order"], constants], ends)
+         [arguments, *grads, out, grad_lse, lse, made["stats"], made["order"], made["broken"],
+          made["broken"].numel(), constants], ends)
     )  # fmt: skip
     processors = _processors(query.device)
     launches.append(hopper.launch_backward(problem, arguments, tile, grads, made["stats"], bounds, made, processors))
