@@ -435,6 +435,8 @@ def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch)
     unknown = dataclasses.replace(documents[0].lower(1, 8192, 8192), row_keys=0)
     assert "does not know" in reason(1, 8192, 16, 128, mask=unknown)
     assert "blocks of keys" in reason(1, 4096, 8, 128)
+    assert reason(1, 4096, 8, 128, mask=causal) is None
+    assert "blocks of keys" in reason(1, 4096, 8, 64, mask=causal)
     assert "queries" in reason(64, 512, 16, 128)
     assert "at most 128" in reason(2, 8192, 16, 256)
     alibi = keyspan.Alibi(torch.ones(16))

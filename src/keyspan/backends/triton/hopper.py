@@ -83,7 +83,7 @@ _LEAST_BACKWARD = 1024
 _LEAST_BLOCKS = 6
 """Fewest blocks of keys for each multiprocessor: with fewer, blocks of one group wait for each other."""
 _LEAST_MASKED_BLOCKS = 1.9
-"""The same where rows have ranges, which begin at different tiles."""
+"""The same where rows have ranges, each query head has a key head of its own, and heads are wider than 64."""
 _LEAST_KEY_BLOCKS = 2
 """Fewest blocks of keys for each multiprocessor, where only their gradients come from a kernel for Hopper."""
 _LEAST_ROW_KEYS = 1024
@@ -104,8 +104,9 @@ def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
     N = problem.key.shape[1]
     if min(M, N) < _LEAST_BACKWARD:
         return f"there are {M} queries and {N} keys, want at least {_LEAST_BACKWARD}"
-    share = _LEAST_BLOCKS if problem.lo is None else _LEAST_MASKED_BLOCKS
-    blocks, least = B * G * -(-N // backward_tile(problem).BN), share * _processors(problem.query.device.index)
+    tile = backward_tile(problem)
+    share = _LEAST_BLOCKS if problem.lo is None or H > 1 or tile.BM > 64 else _LEAST_MASKED_BLOCKS
+    blocks, least = B * G * -(-N // tile.BN), share * _processors(problem.query.device.index)
     if blocks < least:
         return f"there are {blocks} blocks of keys, want at least {least:.0f}, {share} for each multiprocessor"
     if problem.lo is not None:
