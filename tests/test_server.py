@@ -226,7 +226,7 @@ def test_models_health_metrics_and_page(client, server):
         ("completions", {"model": "tiny", "prompt": []}, 400, "prompt: got an empty list, want at least one token"),
         ("completions", {"model": "tiny", "prompt": ["a", [1]]}, 400, "prompt: got ['a', [1]]; Input should be"),
         ("completions", {"model": "tiny", "prompt": "a", "suffix": "b"}, 400, "suffix: got 'b'; Input should be None"),
-        ("completions", {"model": "tiny", "prompt": "a", "stop": 5}, 400, "stop: got 5; Input should be a valid string"),
+        ("completions", {"model": "tiny", "prompt": "a", "stop": 5}, 400, "stop: got 5; Input should be"),
         ("completions", {"model": "tiny"}, 400, "prompt: Field required"),
         ("completions", {"model": "tiny", "prompt": ""}, 400, "prompt: got no token"),
         ("completions", {"model": "tiny", "prompt": "a", "temperature": -1}, 400, "temperature"),
