@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from keyspan import Alibi, KeyRanges
+from keyspan import Alibi, Causal, Documents, KeyRanges
+from keyspan.core.masks import lowering
+from keyspan.core.problem import Problem
 from keyspan.layers import linear_cross_entropy, rms_norm, rotary, swiglu
 from keyspan.models import GPT, GPTConfig, alibi_slopes
 from keyspan.models.gpt import Step
@@ -292,10 +294,12 @@ def test_the_model_compiles_for_a_gpu_without_a_graph_break(positions, monkeypat
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake_gpu(model)
 
-        def loss(tokens, lo, hi, diagonal, *turn):
-            masks = {
-                None: KeyRanges(lo, hi, diagonal)
-            }  # lowered outside: torch indexes a GPU's tensors with its own code
+        def loss(tokens, lengths, lo, hi, diagonal, *turn):
+            # Lowered outside: torch indexes a GPU's tensors with its own code.
+            row_keys = lowering._row_keys(
+                (Documents(lengths), Causal()), "top_left", len(tokens), len(tokens), lo.device
+            )
+            masks = {None: KeyRanges(lo, hi, diagonal, row_keys=row_keys)}
             bias = Alibi(model.slopes) if positions == "alibi" else None
             x, more = model.embedding(tokens), None
             step = Step(masks, {None: turn} if positions == "rope" else None, bias, None, None)
@@ -304,12 +308,15 @@ def test_the_model_compiles_for_a_gpu_without_a_graph_break(positions, monkeypat
             return linear_cross_entropy(model.norm.add(x, more)[0], model.head_weight, tokens)
 
         compiled = torch.compile(loss, fullgraph=True, backend=count)
-        for T in (64, 96, 33):
+        for T, documents in ((64, 3), (96, 5), (33, 2)):
             ranges = [torch.empty(1, 1, T, dtype=torch.int32, device="cuda") for _ in range(3)]
             turn = [torch.empty(T, model.config.head_dim // 2, device="cuda") for _ in range(2)]
-            found = compiled(torch.empty(T, dtype=torch.int64, device="cuda"), *ranges, *turn)
+            lengths = torch.empty(documents, dtype=torch.int64)
+            found = compiled(torch.empty(T, dtype=torch.int64, device="cuda"), lengths, *ranges, *turn)
             assert (found.device.type, found.shape) == ("cuda", ())
     assert len(graphs) == 2
+    row_keys = [node for node in graphs[-1].graph.nodes if node.target is torch.ops.keyspan.row_keys]
     calls = [node for node in graphs[-1].graph.nodes if node.target is torch.ops.keyspan.attention_forward]
     calls += [n for n in graphs[-1].graph.nodes if n.target is torch.ops.keyspan.attention_forward.default]
     assert [node.args[-1] for node in calls] == ["triton"] * model.config.layers
+    assert [node.args[Problem._fields.index("host_row_keys")] for node in calls] == row_keys * model.config.layers

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import keyspan
 from keyspan.core import masks
+from keyspan.core.masks import lowering
 
 MASKS = [getattr(keyspan, name) for name in ("Causal", "Window", "Prefix", "Sinks", "Documents", "PaddedKeys",
          "GappyKeys", "PagedKeys", "KeyLengths", "SharedPrompt")]  # fmt: skip
@@ -233,6 +234,29 @@ def test_the_host_knows_how_many_keys_rows_see(mask):
     assert ranges.row_keys.bit_count() == 1
     assert 0.7 < ranges.row_keys / mean < 1.45
     assert keyspan.Documents(torch.tensor([3]).to("meta")).lower(1, 5, 5, "meta").row_keys == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (lambda a, b: keyspan.Documents(a) & keyspan.Causal(), (1, 300, 300)),
+        (lambda a, b: keyspan.Documents(a, b) & keyspan.Causal("bottom_right"), (1, 300, 500)),
+        (lambda a, b: keyspan.Documents(a, b) & keyspan.Window(20, 30) & keyspan.Prefix(9), (1, 300, 500)),
+        (lambda a, b: keyspan.PaddedKeys(a, b, 300), (1, 300, 900)),
+        (lambda a, b: keyspan.KeyLengths(b) & keyspan.Causal() & keyspan.Window(40), (3, 50, 300)),
+    ],
+)
+def test_a_function_compiled_for_a_gpu_gets_it_as_data(make, sizes, monkeypatch):
+    mask = make(torch.tensor([200, 7, 93]), torch.tensor([300, 60, 140]))
+    want = mask.lower(*sizes).row_keys
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    parts = mask.parts, lowering.alignment(mask.parts), *sizes[1:]
+    found = lowering._row_keys(*parts, torch.device("cuda"))
+    assert isinstance(found, torch.Tensor)
+    assert int(found) == want > 1
+    assert lowering._row_keys(*parts, torch.device("cpu")) == 0, "no backend there asks for it"
+    elsewhere = make(*(torch.zeros(3, dtype=torch.int64, device="meta") for _ in "ab"))
+    assert lowering._row_keys(elsewhere.parts, *parts[1:], torch.device("cuda")) == 0
 
 
 def test_keys_of_padded_entries():

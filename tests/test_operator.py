@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import keyspan
 from keyspan.backends import load
 from keyspan.core.problem import make_problem
+from keyspan.dispatch import op
 from keyspan.dispatch.op import attend
 from keyspan.testing import differentiable, results, with_inputs
 from keyspan.testing.cases import CASES
@@ -156,6 +157,50 @@ def test_compile_fullgraph_without_recompiling_for_new_lengths():
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
+
+
+def test_a_compiled_function_tells_backends_how_many_keys_rows_see(monkeypatch):
+    """As data: other numbers compile nothing."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    seen = []
+
+    class Spy:
+        def __init__(self, name):
+            self.module = load(name)
+
+        def forward(self, problem):
+            seen.append((problem.row_keys, problem.host_row_keys))
+            return self.module.forward(problem)
+
+        def backward(self, problem, *rest):
+            seen.append((problem.row_keys, problem.host_row_keys))
+            return self.module.backward(problem, *rest)
+
+    monkeypatch.setattr(op, "load", Spy)
+
+    def f(q, k, v, lo, hi, diagonal, row_keys):
+        ranges = keyspan.KeyRanges(lo, hi, diagonal, row_keys=row_keys)
+        return keyspan.attention(q, k, v, mask=ranges, backend="chunked")
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    q, k, v = (x.requires_grad_() for x in qkv(M=9, N=9, B=1))
+    ranges = keyspan.Causal().lower(1, 9, 9)
+    want = torch.autograd.grad(keyspan.attention(q, k, v, mask=ranges, backend="chunked").sin().sum(), (q, k, v))
+    seen.clear()
+    for count in (1024, 64):
+        out = compiled(q, k, v, ranges.lo, ranges.hi, ranges.diagonal, torch.tensor(count))
+        for a, b in zip(torch.autograd.grad(out.sin().sum(), (q, k, v)), want, strict=True):
+            torch.testing.assert_close(a, b)
+        assert seen == [(count, None)] * 2
+        seen.clear()
+    assert counter.frame_count == 1
+    f(q, k, v, ranges.lo, ranges.hi, ranges.diagonal, torch.tensor(256))
+    assert seen == [(256, None)]
+    with pytest.raises(
+        ValueError, match=r"row_keys: got torch.int32 of shape \[\] on cpu, want an int, or torch.int64"
+    ):
+        keyspan.KeyRanges(ranges.lo, ranges.hi, ranges.diagonal, row_keys=torch.tensor(3, dtype=torch.int32))
 
 
 def test_masks_made_inside_a_compiled_function_take_lengths_as_numbers():

@@ -434,6 +434,11 @@ def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch)
     assert "rows see 256 keys" in reason(1, 8192, 16, 128, mask=documents[1])
     unknown = dataclasses.replace(documents[0].lower(1, 8192, 8192), row_keys=0)
     assert "does not know" in reason(1, 8192, 16, 128, mask=unknown)
+    # What a compiled function tells: lengths in the host's memory are data of its graph.
+    told = [dataclasses.replace(unknown, row_keys=torch.ops.keyspan.row_keys(
+        torch.tensor([n] * (8192 // n)), None, 8192, 8192, True, False, [], 0)) for n in (2048, 512)]  # fmt: skip
+    assert reason(1, 8192, 16, 128, mask=told[0]) is None
+    assert "rows see 256 keys" in reason(1, 8192, 16, 128, mask=told[1])
     assert "blocks of keys" in reason(1, 4096, 8, 128)
     assert reason(1, 4096, 8, 128, mask=causal) is None
     assert "blocks of keys" in reason(1, 4096, 8, 64, mask=causal)

@@ -84,6 +84,8 @@ class Problem(NamedTuple):
     value_scale: Tensor | None
     seed: Tensor | None
     """int64 `[1]` where `dropout_p > 0`."""
+    host_row_keys: Tensor | None
+    """int64 `[]` on the CPU: `row_keys` in a compiled function; backends get `row_keys` in its place."""
     page_size: int
     row_keys: int
     """As of `KeyRanges`."""
@@ -92,6 +94,12 @@ class Problem(NamedTuple):
     """0 for none."""
     dropout_p: float
     output_dtype: torch.dtype
+
+    def known(self) -> Problem:
+        """The problem with `row_keys` as a number."""
+        if self.host_row_keys is None:
+            return self
+        return self._replace(host_row_keys=None, row_keys=int(self.host_row_keys))
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -254,6 +262,9 @@ def make_problem(
     if sinks is not None:
         _check_head_tensor("sinks", sinks, layout, query.device)
         sinks = sinks.reshape(G, H)
+    row_keys = 0 if ranges is None else ranges.row_keys
+    if isinstance(row_keys, Tensor) and not torch.compiler.is_compiling():
+        row_keys = int(row_keys)
     problem = Problem(
         q,
         k,
@@ -273,8 +284,9 @@ def make_problem(
         k_scale,
         v_scale,
         _seed(dropout_p, query.device),
+        row_keys if isinstance(row_keys, Tensor) else None,
         0 if ranges is None else ranges.page_size,
-        0 if ranges is None else ranges.row_keys,
+        0 if isinstance(row_keys, Tensor) else row_keys,
         _scale(options.get("scale"), K, query.dtype),
         _softcap(options.get("softcap"), query.dtype),
         float(dropout_p),

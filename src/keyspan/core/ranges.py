@@ -31,7 +31,8 @@ class KeyRanges:
             key; `None`: 0. Backends count blocks of keys from it, so that a result does not depend on where its
             document lies. It hides nothing.
         row_keys: keys that a row sees on average, rounded to a power of two, as far as lengths on the host tell; 0:
-            unknown. Backends choose kernels by it, results do not depend on it otherwise.
+            unknown. Backends choose kernels by it, results do not depend on it otherwise. In a compiled function, an
+            int64 tensor `[]` on the CPU that holds the number: data, not a constant of the graph.
 
     Shapes, dtypes and devices are checked at construction; values are not read.
 
@@ -48,7 +49,7 @@ class KeyRanges:
     dense: Tensor | None = None
     keys: int | None = None
     origin: Tensor | None = None
-    row_keys: int = 0
+    row_keys: int | Tensor = 0
 
     def __post_init__(self) -> None:
         lo = self.lo
@@ -80,7 +81,14 @@ class KeyRanges:
                 raise ValueError(f"origin: got shape {list(self.origin.shape)}, want {list(lo.shape[1:])}, as lo[0]")
         if self.dense is not None:
             _check("dense", self.dense, torch.bool, lo.device)
-        if isinstance(self.row_keys, bool) or not isinstance(self.row_keys, int) or self.row_keys < 0:
+        count = self.row_keys
+        if isinstance(count, Tensor):
+            if count.dtype != torch.int64 or count.dim() or count.device.type != "cpu":
+                raise ValueError(
+                    f"row_keys: got {count.dtype} of shape {list(count.shape)} on {count.device}, "
+                    "want an int, or torch.int64 of shape [] on the CPU"
+                )
+        elif isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"row_keys: got {self.row_keys!r}, want an int ≥ 1, or 0 where it is not known")
         if self.keys is not None and not 0 <= self.keys < 2**31:
             raise ValueError(f"keys: got {self.keys}, want None or the number of keys, less than 2³¹")

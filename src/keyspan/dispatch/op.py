@@ -190,7 +190,7 @@ def check_memory(names: Iterable[str], values: Iterable[Any]) -> None:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     check_memory(Problem._fields, args)
-    out, lse = run_forward(Problem(*args[:-1]), args[-1], cached=True)
+    out, lse = run_forward(Problem(*args[:-1]).known(), args[-1], cached=True)
     return out.contiguous(), lse.contiguous()  # as the fake says: compiled code relies on the strides
 
 
@@ -210,7 +210,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     *fields, needs, backend = args
     check_memory(Problem._fields, fields)
-    grads = _run_backward(Problem(*fields), grad_out, grad_lse, out, lse, list(needs), backend, cached=True)
+    grads = _run_backward(Problem(*fields).known(), grad_out, grad_lse, out, lse, list(needs), backend, cached=True)
     # The op returns tensors only: an empty one stands for a gradient that is not needed.
     return [lse.new_empty(0) if grad is None else grad.contiguous() for grad in flat(grads)]
 

@@ -123,7 +123,8 @@ def rotate_qkv(
         return query, key, value
     turned, value = qkv.view(1, T, q + k + v, K).split((q + k, v), dim=2)
     query, key = rotate(turned, table, interleaved).split((q, k), dim=2)
-    return query, key, value
+    # A copy of the values, where a compiler decides what backward keeps, lets go of the whole projection.
+    return query, key, value.clone() if torch.compiler.is_compiling() else value
 
 
 def _in_place(qkv: Tensor) -> bool:

@@ -332,7 +332,9 @@ class GPT(nn.Module):
         Args:
             tokens: int64 [T], the documents one after the other, no padding.
             lengths: tokens per document, a list of int or an int tensor [documents]. A list must add up to T; a
-                tensor (which is not read on the host) may add up to less, then the rows behind mean nothing.
+                tensor may add up to less, then the rows behind mean nothing. A tensor on a GPU is not read by the host.
+                One in pinned memory is copied to a GPU without waiting, and tells the choice of a backward kernel, also
+                in a compiled model, how many keys rows see.
             cache: keys and values of the tokens before; then document b continues the cache's sequence b.
             context: where ranks share the documents; then tokens are this rank's rows, and lengths those of all. Every
                 rank of the group calls the model, forward and backward.

@@ -165,7 +165,7 @@ class _Plan(NamedTuple):
             if call.part == part:
                 yield call, self.problem._replace(
                     query=tensors.query[:, :, heads], key=key, value=value, lo=call.ranges.lo, hi=call.ranges.hi,
-                    diagonal=call.ranges.diagonal, origin=call.ranges.origin, row_keys=call.ranges.row_keys,
+                    diagonal=call.ranges.diagonal, origin=call.ranges.origin, row_keys=int(call.ranges.row_keys),
                     dense=_cut(call.dense, heads, 1),
                     biases=[x if x.shape[1] == 1 else x[:, heads] for x in tensors.biases[call.biases]],
                     slopes=_cut(tensors.slopes, heads, 1), table=_cut(tensors.table, heads, 0),

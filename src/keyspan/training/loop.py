@@ -39,7 +39,7 @@ from keyspan.training.data import StandardLibrary
 from keyspan.training.evaluate import evaluate
 from keyspan.training.graph import CapturedStep, check_capture
 from keyspan.training.guard import IN_A_ROW, Guard
-from keyspan.training.packing import Batch, to_device
+from keyspan.training.packing import Batch, pinned, to_device
 from keyspan.training.ranks import ALONE, Ranks, check_model, connected, is_cut, setting
 from keyspan.training.report import Report, in_words, peak_memory, peak_rate, plot, read_metrics, step_flops
 from keyspan.training.sharded import Saver
@@ -191,9 +191,9 @@ def take_step(
             continue  # its mean loss is 0 / 0
         tokens, targets, lengths, _ = part.to(device)
         with autocast(config, device), ranks.synchronised(loss_of, index == len(parts) - 1):
-            # As a tensor, lengths are data to the compiler, and copied to a GPU without waiting for it.
-            on_host = (loss_of is None and device.type == "cpu") or context is not None
-            given = lengths if on_host else to_device(torch.tensor(lengths), device)
+            # As a tensor, lengths are data to the compiler; on the host, the choice of kernels may read them.
+            as_list = (loss_of is None and device.type == "cpu") or context is not None
+            given = lengths if as_list else pinned(torch.tensor(lengths), device)
             further = () if context is None else (context,)
             # DDP and FSDP give the mean of the gradients of such ranks, so each loss counts as often as there are any.
             loss = (loss_of or model.loss)(tokens, targets, given, *further) * (share * ranks.shared / total)

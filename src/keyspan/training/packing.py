@@ -36,9 +36,14 @@ class Batch(NamedTuple):
         return int((self.targets != IGNORE).sum())
 
 
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """`x` where `device` copies it from without being waited for: for a GPU pinned memory of the host."""
+    return x.pin_memory() if device.type == "cuda" else x
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`; a GPU copies from pinned memory, so that the host does not wait for what it is at."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """`x` on `device`; the host does not wait for what a GPU is at."""
+    return pinned(x, device).to(device, non_blocking=device.type == "cuda")
 
 
 def pack(examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Batch:

@@ -60,7 +60,8 @@ def as_tensor(lengths: Lengths, device: torch.device) -> Tensor:
     if isinstance(lengths, Tensor):
         if lengths.device.type == "meta" and device.type != "meta":
             raise ValueError(f"mask: got lengths on meta, which hold no values, want them on {device}")
-        return lengths.to(device=device, dtype=torch.int32)
+        # From pinned memory a GPU copies without being waited for.
+        return lengths.to(device, non_blocking=device.type == "cuda").to(torch.int32)
     return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,34 +68,54 @@ def lower_parts(parts: tuple[Mask, ...], batch: int, M: int, N: int, device: tor
         dense,
         N,
         None if frame.at_zero else frame.start[0].expand(shape[1:]).int(),
-        _row_keys(parts, align, M, N),
+        _row_keys(parts, align, M, N, device),
     )
 
 
-def _row_keys(parts: tuple[Mask, ...], align: Align, M: int, N: int) -> int:
+def _row_keys(parts: tuple[Mask, ...], align: Align, M: int, N: int, device: torch.device) -> int | Tensor:
     """`KeyRanges.row_keys`. Nothing is read from a device."""
-    if torch.compiler.is_compiling():  # it would be a guard
-        return 0
     layout = next((part for part in parts if isinstance(part, Layout)), None)
-    if isinstance(layout, KeyLengths):
-        keys = on_host(layout.lengths)
-        queries = None if keys is None else [M] * len(keys)
-    else:
-        queries = [M] if layout is None else on_host(getattr(layout, "q_lengths", None))
-        keys = [N] if layout is None else on_host(getattr(layout, "k_lengths", None)) or queries
-    if queries is None or keys is None or not sum(queries):
-        return 0
     causal = any(isinstance(part, Causal) for part in parts)
-    width = N
+    sides: list[int] = []  # left and right of each window; −1: without end
+    exempt = 0
     for part in parts:
         if isinstance(part, Window):
-            sides = (N if side is None else side for side in (part.left, 0 if causal else part.right))
-            width = min(width, sum(sides) + 1)
+            sides += [-1 if side is None else side for side in (part.left, 0 if causal else part.right)]
         elif isinstance(part, (Prefix, Sinks)):
-            width += part.length if isinstance(part, Prefix) else part.count
+            exempt += part.length if isinstance(part, Prefix) else part.count
+    queries, keys = (getattr(layout, name, None) for name in ("q_lengths", "k_lengths"))
+    if isinstance(layout, KeyLengths):
+        queries, keys = None, layout.lengths
+    numbers = causal, align == "bottom_right", sides, exempt
+    if torch.compiler.is_compiling():  # a number would be a guard
+        given = [x for x in (queries, keys) if x is not None]
+        if device.type != "cuda" or not given or not all(isinstance(x, Tensor) and x.is_cpu for x in given):
+            return 0
+        found: Tensor = torch.ops.keyspan.row_keys(queries, keys, M, N, *numbers)
+        return found
+    if layout is None:
+        return _mean_keys([M], [N], N, *numbers)
+    queries, keys = on_host(queries), on_host(keys)
+    if isinstance(layout, KeyLengths):
+        queries = None if keys is None else [M] * len(keys)
+    elif keys is None and getattr(layout, "k_lengths", None) is None:
+        keys = queries
+    return 0 if queries is None or keys is None else _mean_keys(queries, keys, N, *numbers)
+
+
+def _mean_keys(
+    queries: Sequence[int], keys: Sequence[int], N: int, causal: bool, bottom_right: bool, sides: list[int], exempt: int
+) -> int:
+    """Keys that a row of documents of these lengths sees on average, rounded to a power of two; 0 without rows."""
+    if not sum(queries):
+        return 0
+    width = N
+    for left, right in zip(sides[::2], sides[1::2], strict=True):
+        width = min(width, sum(N if side < 0 else side for side in (left, right)) + 1)
+    width += exempt
     pairs = 0
     for q, k in zip(queries, keys, strict=True):
-        first = 0 if align == "top_left" else k - q
+        first = k - q if bottom_right else 0
         seen = _triangle(q + first) - _triangle(first) - _triangle(q + first - k) + _triangle(first - k)
         pairs += min(seen if causal else q * k, q * width)
     return 1 << max(0, round(math.log2(max(1, pairs) / sum(queries))))
@@ -102,6 +123,28 @@ def _row_keys(parts: tuple[Mask, ...], align: Align, M: int, N: int) -> int:
 
 def _triangle(n: int) -> int:
     return n * (n + 1) // 2 if n > 0 else 0
+
+
+def _row_keys_op(
+    q_lengths: Tensor | None, k_lengths: Tensor | None, M: int, N: int, causal: bool, *numbers: Any
+) -> Tensor:
+    """`_row_keys` as int64 []. Lengths are on the CPU; without q_lengths each document has M queries."""
+    queries, keys = (None if x is None else x.tolist() for x in (q_lengths, k_lengths))
+    keys = keys if keys is not None else queries or []
+    found = _mean_keys([M] * len(keys) if queries is None else queries, keys, N, causal, *numbers)
+    return torch.tensor(found, device="cpu")
+
+
+# Opaque to torch.compile: the lengths are data, which the choice of a kernel reads when the graph runs.
+_library = torch.library.Library("keyspan", "FRAGMENT")
+_library.define(
+    "row_keys(Tensor? q_lengths, Tensor? k_lengths, SymInt M, SymInt N, bool causal, bool bottom_right, int[] sides, "
+    "int exempt) -> Tensor"
+)
+_library.impl("row_keys", _row_keys_op, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "keyspan::row_keys", lambda *args: torch.empty((), dtype=torch.int64, device="cpu"), lib=_library
+)
 
 
 def _exempt(parts: tuple[Mask, ...], start: Tensor, stop: Tensor, reach: Tensor, far: int) -> Tensor | None:
@@ -186,7 +229,7 @@ def unite(ranges: Sequence[KeyRanges]) -> KeyRanges:
         most = max(int(begins.sum(0).max()) if begins.numel() else 0, 1)
         lo, hi, diagonal = (x.gather(0, order)[:most] for x in (lo, hi, diagonal))
     origin = None if first.origin is None else first.origin.expand(batch, -1)
-    known = [x.row_keys for x in ranges]
+    known = [x.row_keys if isinstance(x.row_keys, int) else 0 for x in ranges]
     most = max(known) if all(known) else 0  # of sums of powers of two the largest counts
     return replace(first, lo=lo, hi=hi, diagonal=diagonal, origin=origin, row_keys=most)
 
