@@ -191,9 +191,11 @@ def take_step(
             continue  # its mean loss is 0 / 0
         tokens, targets, lengths, _ = part.to(device)
         with autocast(config, device), ranks.synchronised(loss_of, index == len(parts) - 1):
-            # As a tensor, lengths are data to the compiler; on the host, the choice of kernels may read them.
+            # As a tensor, lengths are data to the compiler. On the host, the choice of kernels reads them; DDP would wait
+            # for its own copy.
             as_list = (loss_of is None and device.type == "cpu") or context is not None
-            given = lengths if as_list else pinned(torch.tensor(lengths), device)
+            place = pinned if ranks.world == 1 else to_device
+            given = lengths if as_list else place(torch.tensor(lengths), device)
             further = () if context is None else (context,)
             # DDP and FSDP give the mean of the gradients of such ranks, so each loss counts as often as there are any.
             loss = (loss_of or model.loss)(tokens, targets, given, *further) * (share * ranks.shared / total)
