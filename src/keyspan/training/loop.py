@@ -191,8 +191,8 @@ def take_step(
             continue  # its mean loss is 0 / 0
         tokens, targets, lengths, _ = part.to(device)
         with autocast(config, device), ranks.synchronised(loss_of, index == len(parts) - 1):
-            # As a tensor, lengths are data to the compiler. On the host, the choice of kernels reads them; DDP would wait
-            # for its own copy.
+            # As a tensor, lengths are data to the compiler. On the host, the choice of kernels reads them; DDP would
+            # wait for its own copy.
             as_list = (loss_of is None and device.type == "cpu") or context is not None
             place = pinned if ranks.world == 1 else to_device
             given = lengths if as_list else place(torch.tensor(lengths), device)
