@@ -53,6 +53,7 @@ class Value(np.ndarray):
     """A scalar or tensor in registers: `+=` and the like make a new one."""
 
     __iadd__, __isub__, __imul__ = np.ndarray.__add__, np.ndarray.__sub__, np.ndarray.__mul__
+    type = SimpleNamespace(layout=None)
 
     def to(self, dtype: Type, bitcast: bool = False) -> Value:
         return value(dtype.round(self))
@@ -194,7 +195,8 @@ def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async
 
     def compute() -> None:
         left = a.data if isinstance(a, Shared) else a
-        product = np.matmul(np.asarray(left, np.float32), b.data)
+        # In fp64, where sums do not depend on a row's place in the tile, as BLAS's do in fp32.
+        product = np.matmul(np.asarray(left, np.float64), np.asarray(b.data, np.float64)).astype(np.float32)
         found.result = value(product + np.asarray(_resolved(acc)) if use_acc else product)
 
     _here.products.append(compute)

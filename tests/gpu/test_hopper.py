@@ -236,6 +236,35 @@ def test_programs_take_many_items(emulated, monkeypatch):
     agree(next(case for case in CASES if case.name == "alibi by batch"))
 
 
+@pytest.mark.parametrize(
+    "visibility",
+    [keyspan.Causal("bottom_right"), keyspan.Causal("bottom_right") & keyspan.Window(40, 0) & keyspan.Sinks(3)],
+    ids=["causal", "window and sinks"],
+)
+@pytest.mark.parametrize("terms", [{}, {"softcap": 5.0, "sinks": torch.tensor([0.3, 1.0])}], ids=["plain", "terms"])
+def test_bits_of_a_row_depend_on_its_document_alone(visibility, terms):
+    torch.manual_seed(0)
+    lengths = [33, 5, 150, 67]
+    q, k, v = (torch.randn(1, sum(lengths), 2, 16).bfloat16() for _ in "qkv")
+
+    def attend(q, k, v, mask):
+        with torch.no_grad():
+            return keyspan.attention(q, k, v, mask=mask, backend="triton", return_lse=True, **terms)
+
+    packed, packed_lse = attend(q, k, v, keyspan.Documents(lengths) & visibility)
+    document = slice(38, 188)
+    q, k, v = (x[:, document] for x in (q, k, v))
+    alone, lse = attend(q, k, v, visibility)
+    assert torch.equal(packed[:, document], alone)
+    assert torch.equal(packed_lse[:, :, document], lse)
+    for begin, end in ((0, 20), (20, 147), (147, 150)):
+        part, part_lse = attend(q[:, begin:end], k[:, :end], v[:, :end], visibility)
+        assert torch.equal(part, alone[:, begin:end])
+        assert torch.equal(part_lse, lse[:, :, begin:end])
+    twice, _ = attend(*(torch.cat([torch.randn_like(x), x]) for x in (q, k, v)), visibility)
+    assert torch.equal(twice[1:], alone)
+
+
 def test_hidden_nan_and_infinity_do_not_reach_a_row():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 70, 2, 16).bfloat16() for _ in "qkv")
@@ -285,9 +314,11 @@ def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
         ("key_tiles.block_type.nbytes", "2 * key_tiles.block_type.nbytes"),
         ("acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))", "pass"),
         ("mbarrier.arrive(query_empty.index(ME), count=1)", "pass"),
-        ("gl.where(t < second, j0,", "gl.where(t <= second, j0,"),
-        ("if t == _get(plan, START + s):", "if t == 0:"),
-        ("(j - gl.expand_dims(lo, 1))", "(j + 1 - gl.expand_dims(lo, 1))"),
+        ("j0 = begin + t * C.BN", "j0 = begin + t"),
+        ("bounds.index((slot * C.consumers + ME) * 2)", "bounds.index(ME * 2)"),
+        ("(n - gl.expand_dims(lo, 1))", "(n + 1 - gl.expand_dims(lo, 1))"),
+        ("        if ends % LAST > 0:\n            m =", "        if ends > 0:\n            m ="),
+        ("ends = ends & LAST", "ends = row * 0 + LAST"),
         ("gl.store(counters, 0)", "pass"),
     ],
     ids=[
@@ -298,6 +329,8 @@ def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
         "wrong block",
         "wrong range",
         "off by one key",
+        "begins anew",
+        "ends early",
         "no reset",
     ],
 )
@@ -489,7 +522,7 @@ def test_explain_says_which_kernels_run(monkeypatch):
 
 
 def test_compiles_for_sm_90():
-    """Forward: no spills where heads are of up to 128 and rows have one range, few elsewhere. Backward: few, and nearly none
+    """Forward: no spills in the loop over keys where heads are of up to 128, few around it. Backward: few, and nearly none
     where each warp group has one accumulator. Nothing serialised; it fits."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).parent
@@ -514,8 +547,8 @@ def test_compiles_for_sm_90():
         assert kernel["serialised"] == [], name
         assert kernel["shared"] <= 227 * 1024, name
         plain = kernel["kind"] in ("full", "causal")
-        # What a branch needs that few tiles take: the next range, scores near the diagonal.
-        limit = {64: 4 if plain else 40, 128: 0 if plain else 12, 256: 6 if plain else 48}[kernel["head_dim"]]
+        # What runs once a run of blocks, or a branch needs that few tiles take: scores near the diagonal.
+        limit = {64: 4 if plain else 40, 128: 8 if plain else 32, 256: 24 if plain else 60}[kernel["head_dim"]]
         if kernel in backward:
             # In the loops of both halves of the keys: two accumulators, scores and their gradients take 192 registers of 240.
             limit = 120

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from keyspan.backends.triton.hopper_kernels import FAR, ROWS, _get, _put, _range, _term, tma_load
+from keyspan.backends.triton.hopper_kernels import FAR, ROWS, _diagonal, _get, _put, _range, _term, tma_load
 
 # Triton 3.8 renames it.
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -244,7 +244,10 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
                     diagonal = lo
                     if (not full) | (a.slopes is not None):
                         # Rows behind the last have no weights whatever they see, see `hopper_stats_kernel`.
-                        lo, hi, diagonal = _range(a, s, b, gl.minimum(i, a.M - 1), C)
+                        row = gl.minimum(i, a.M - 1)
+                        lo, hi = _range(a, s, b, row, C)
+                        if a.slopes is not None:
+                            diagonal = _diagonal(a, s, b, row, C)
                         width = gl.maximum(hi - lo, 0)
                     # All heads of the group, before the next tile: blocks that end earlier wait for nobody.
                     for h in range(C.H):

@@ -4,6 +4,10 @@ As in FlashAttention-3 (Shah et al. 2024): one producer warp fills a ring of key
 consumer warpgroups compute 64 query rows each, and while one computes its softmax the tensor cores work for another. A
 planner warp takes the next tile and reads its key ranges while consumers are busy. What a tile executes is kept short:
 an SM's instruction cache does not hold three copies of a longer loop.
+
+A tile visits its keys run by run: those that its rows of one document see in one of their ranges. A run's blocks are
+counted from the document's first key (`KeyRanges.origin`), and rows of other documents see none of them. A row's bits
+therefore do not depend on the rows and documents beside it: a block without a visible key changes nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ FRACTION_FREE = gl.constexpr(2.0**24)
 LARGEST = gl.constexpr(3.4028234663852886e38)
 MOVE = gl.constexpr("mov.b32 $0, $1;")
 
-# Entries of a plan: an item's first row, head of the group, group and batch entry; how many blocks of keys it visits; for
-# each of up to three ranges the first key and the number of the first block; then, for each range and consumer, from which
-# key to which all rows see every key, and to which and from which key what depends on position is constant.
-ROW, HEAD, GROUP, BATCH, COUNT, BEGIN, START, FULL, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 5, 8, 11, 64))
+# Entries of a plan, which is one run of blocks: the item's first row, head of the group, group and batch entry; which range
+# of its rows; the first key and how many blocks; whether the item begins and ends with it (FIRST, LAST); then, for each
+# consumer, from which key to which all its rows see every key, and to which and from which key what depends on position is
+# constant. `bounds` beside it has lo and hi − lo of each row.
+ROW, HEAD, GROUP, BATCH, RANGE, BEGIN, COUNT, ENDS, FULL, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 5, 6, 7, 8, 32))
+FIRST, LAST = map(gl.constexpr, (1, 2))
 
 
 class Form(NamedTuple):
@@ -85,7 +91,9 @@ def hopper_forward_kernel(a, scales, query_tiles, key_tiles, value_tiles, out, l
     queries = gl.allocate_shared_memory(dtype, [C.consumers, 1, 1, 1, ROWS, C.K], query_tiles.layout)
     keys = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, C.BN, C.K], key_tiles.layout)
     values = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, C.BN, C.V], value_tiles.layout)
-    plans = gl.allocate_shared_memory(gl.int32, [2 * ENTRIES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    plans = gl.allocate_shared_memory(gl.int32, [2 * ENTRIES, 1], plain)
+    bounds = gl.allocate_shared_memory(gl.int32, [4 * C.consumers, ROWS], plain)
     query_full = gl.allocate_shared_memory(gl.int64, [C.consumers, 1], mbarrier.MBarrierLayout())
     query_empty = gl.allocate_shared_memory(gl.int64, [C.consumers, 1], mbarrier.MBarrierLayout())
     key_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
@@ -105,14 +113,14 @@ def hopper_forward_kernel(a, scales, query_tiles, key_tiles, value_tiles, out, l
         mbarrier.init(value_empty.index(n), count=C.consumers)
     for n in gl.static_range(2):
         mbarrier.init(plan_full.index(n), count=1)
-        mbarrier.init(plan_empty.index(n), count=C.consumers)
+        mbarrier.init(plan_empty.index(n), count=C.consumers + 1)
     mbarrier.init(plan_next.index(0), count=1)
 
     rings = (
         (queries, query_full, query_empty),
         (keys, key_full, key_empty),
         (values, value_full, value_empty),
-        (plans, plan_full, plan_empty, plan_next),
+        (plans, bounds, plan_full, plan_empty, plan_next),
     )
     if C.consumers == 2:
         gl.warp_specialize(
@@ -164,68 +172,116 @@ def _term(a, pointer):
 
 
 @gluon.jit
-def _range(a, s: gl.constexpr, b, i, C: gl.constexpr):
-    """lo, hi and diagonal of rows i in range s."""
+def _range(a, s, b, i, C: gl.constexpr):
+    """lo and hi of rows i in range s."""
     if C.S == 0:
         lo = i * 0
         hi = lo + a.N
-        diagonal = i
     else:
         lo = gl.maximum(gl.load(a.lo + s * a.lo_s + b * a.lo_b + i * a.lo_m), 0)
         hi = gl.minimum(gl.load(a.hi + s * a.hi_s + b * a.hi_b + i * a.hi_m), a.N)
-        diagonal = gl.load(a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m)
-    return lo, hi, diagonal
+    return lo, hi
+
+
+@gluon.jit
+def _diagonal(a, s, b, i, C: gl.constexpr):
+    """The keys beside rows i in range s."""
+    return i if C.S == 0 else gl.load(a.diagonal + s * a.diagonal_s + b * a.diagonal_b + i * a.diagonal_m)
+
+
+@gluon.jit
+def _document(a, b, i):
+    """The first keys of the documents of rows i."""
+    return i * 0 if a.origin is None else gl.load(a.origin + b * a.origin_b + i * a.origin_m)
+
+
+@gluon.jit
+def _following(a, s, b, row, after, C: gl.constexpr):
+    """The least first key of a document, of those greater than `after`, whose rows see some key in range s; else FAR."""
+    CONSUMERS: gl.constexpr = C.consumers
+    least = row * 0 + FAR
+    for n in gl.static_range(CONSUMERS):
+        # Two rows a thread.
+        i, _ = _rows(a, row + n * ROWS, gl.BlockedLayout([2], [32], [1], [0]))
+        lo, hi = _range(a, s, b, i, C)
+        origin = _document(a, b, i)
+        least = gl.minimum(least, gl.min(gl.where((lo < hi) & (origin > after), origin, FAR), 0))
+    return least
 
 
 @gluon.jit
 def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
     """Takes items, each once the keys of the one before are on their way, and works out which keys it visits."""
     CONSUMERS: gl.constexpr = C.consumers
-    plans, full, empty, following = rings[3]
+    RANGES: gl.constexpr = max(C.S, 1)
+    plans, bounds, full, empty, taken = rings[3]
     item = gl.program_id(0)
     turn = 0
-    running = True
-    while running:
-        slot = turn % 2
-        plan = (plans, slot * ENTRIES)
-        if turn > 0:
-            # As late as may be, or long items would be taken early by who is busy.
-            mbarrier.wait(following.index(0), turn - 1 & 1)
-            item = gl.num_programs(0) + gl.atomic_add(counters, 1)
-        mbarrier.wait(empty.index(slot), turn // 2 & 1 ^ 1)
-        running = item < items
-        if running:
-            row, h, g, b = _place(a, item, heads_at_once, C)
+    number = 0
+    while item < items:
+        row, h, g, b = _place(a, item, heads_at_once, C)
+        s = row * 0
+        document = _following(a, s, b, row, -1, C)
+        for again in gl.static_range(RANGES - 1):
+            if (document == FAR) & (s + 1 < RANGES):
+                s += 1
+                document = _following(a, s, b, row, -1, C)
+        ends = row * 0 + FIRST
+        while ends < LAST:
+            # What comes next, for this may be the last run.
+            next_s = s
+            next_document = document
+            if document < FAR:
+                next_document = _following(a, s, b, row, document, C)
+            for again in gl.static_range(RANGES - 1):
+                if (next_document == FAR) & (next_s + 1 < RANGES):
+                    next_s += 1
+                    next_document = _following(a, next_s, b, row, -1, C)
+            slot = turn % 2
+            plan = (plans, slot * ENTRIES)
+            mbarrier.wait(empty.index(slot), turn // 2 & 1 ^ 1)
+            first = row * 0 + FAR
+            last = row * 0
+            for n in gl.static_range(CONSUMERS):
+                i, _ = _rows(a, row + n * ROWS, gl.BlockedLayout([2], [32], [1], [0]))
+                lo, hi = _range(a, s, b, i, C)
+                seen = (lo < hi) & (_document(a, b, i) == document)
+                if C.S > 0:
+                    bounds.index((slot * CONSUMERS + n) * 2).store(lo)
+                    bounds.index((slot * CONSUMERS + n) * 2 + 1).store(gl.where(seen, hi - lo, 0))
+                first = gl.minimum(first, gl.min(gl.where(seen, lo, FAR), 0))
+                last = gl.maximum(last, gl.max(gl.where(seen, hi, 0), 0))
+                at = FULL + 4 * n
+                _put(plan, at, gl.max(gl.where(seen, lo, FAR), 0))
+                _put(plan, at + 1, gl.min(gl.where(seen, hi, 0), 0))
+                if (a.slopes is not None) or (a.table is not None):
+                    diagonal = _diagonal(a, s, b, i, C)
+                    _put(plan, at + 2, gl.min(gl.where(seen, diagonal, FAR), 0) - a.reach + 1)
+                    _put(plan, at + 3, gl.max(gl.where(seen, diagonal, -FAR), 0) + a.reach)
+            if first < last:
+                # BN is a power of two: this rounds down, also below the document's first key.
+                first = document + (first - document & -C.BN)
+            ends += gl.where(next_document == FAR, LAST, 0)
             _put(plan, ROW, row)
             _put(plan, HEAD, h)
             _put(plan, GROUP, g)
             _put(plan, BATCH, b)
-            count = row * 0
-            for s in gl.static_range(max(C.S, 1)):
-                first = count * 0 + FAR
-                last = count * 0
-                for n in gl.static_range(CONSUMERS):
-                    # Two rows a thread.
-                    i, _ = _rows(a, row + n * ROWS, gl.BlockedLayout([2], [32], [1], [0]))
-                    lo, hi, diagonal = _range(a, s, b, i, C)
-                    seen = lo < hi
-                    first = gl.minimum(first, gl.min(gl.where(seen, lo, FAR), 0))
-                    last = gl.maximum(last, gl.max(gl.where(seen, hi, 0), 0))
-                    at = FULL + 4 * (s * CONSUMERS + n)
-                    _put(plan, at, gl.max(gl.where(seen, lo, FAR), 0))
-                    _put(plan, at + 1, gl.min(gl.where(seen, hi, 0), 0))
-                    if (a.slopes is not None) or (a.table is not None):
-                        _put(plan, at + 2, gl.min(gl.where(seen, diagonal, FAR), 0) - a.reach + 1)
-                        _put(plan, at + 3, gl.max(gl.where(seen, diagonal, -FAR), 0) + a.reach)
-                first = gl.minimum(first, last)
-                _put(plan, BEGIN + s, first)
-                _put(plan, START + s, count)
-                count += (last - first + C.BN - 1) // C.BN
-            _put(plan, COUNT, count)
-        else:
-            _put(plan, COUNT, item * 0 - 1)
-        mbarrier.arrive(full.index(slot), count=1)
-        turn += 1
+            _put(plan, RANGE, s)
+            _put(plan, BEGIN, first)
+            _put(plan, COUNT, gl.maximum(last - first + C.BN - 1, 0) // C.BN)
+            _put(plan, ENDS, ends)
+            mbarrier.arrive(full.index(slot), count=1)
+            turn += 1
+            s = next_s
+            document = next_document
+            ends = ends & LAST
+        # As late as may be, or long items would be taken early by who is busy.
+        mbarrier.wait(taken.index(0), number & 1)
+        number += 1
+        item = gl.num_programs(0) + gl.atomic_add(counters, 1)
+    mbarrier.wait(empty.index(turn % 2), turn // 2 & 1 ^ 1)
+    _put((plans, turn % 2 * ENTRIES), COUNT, item * 0 - 1)
+    mbarrier.arrive(full.index(turn % 2), count=1)
     if gl.atomic_add(counters + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counters, 0)
         gl.store(counters + 1, 0)
@@ -244,39 +300,13 @@ def _get(plan, at):
 
 
 @gluon.jit
-def _blocks(plan, C: gl.constexpr):
-    """Where each range's blocks begin, and from the second range on which block is its first."""
-    begin0 = _get(plan, BEGIN)
-    begin1, begin2, second, third = begin0, begin0, begin0, begin0
-    if C.S > 1:
-        begin1 = _get(plan, BEGIN + 1)
-        second = _get(plan, START + 1)
-    if C.S > 2:
-        begin2 = _get(plan, BEGIN + 2)
-        third = _get(plan, START + 2)
-    return begin0, begin1, begin2, second, third
-
-
-@gluon.jit
-def _key(blocks, t, C: gl.constexpr):
-    """The first key of the t-th block."""
-    begin0, begin1, begin2, second, third = blocks
-    j0 = begin0 + t * C.BN
-    if C.S > 1:
-        j0 = gl.where(t < second, j0, begin1 + (t - second) * C.BN)
-    if C.S > 2:
-        j0 = gl.where(t < third, j0, begin2 + (t - third) * C.BN)
-    return j0
-
-
-@gluon.jit
 def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
     """Loads each item's rows, and the keys and values they see."""
     CONSUMERS: gl.constexpr = C.consumers
     queries, query_full, query_empty = rings[0]
     keys, key_full, key_empty = rings[1]
     values, value_full, value_empty = rings[2]
-    plans, plan_full, plan_empty, plan_next = rings[3]
+    plans, bounds, plan_full, plan_empty, taken = rings[3]
     filled = 0
     turn = 0
     loaded = 0
@@ -285,25 +315,27 @@ def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
     while count >= 0:
         plan = (plans, turn % 2 * ENTRIES)
         row, h, g, b = _get(plan, ROW), _get(plan, HEAD), _get(plan, GROUP), _get(plan, BATCH)
-        blocks = _blocks(plan, C)
+        begin, ends = _get(plan, BEGIN), _get(plan, ENDS)
         for t in range(count):
-            j0 = _key(blocks, t, C)
+            j0 = begin + t * C.BN
             stage = (filled + t) % C.stages
             phase = (filled + t) // C.stages & 1
             mbarrier.wait(key_empty.index(stage), phase ^ 1)
             mbarrier.expect(key_full.index(stage), key_tiles.block_type.nbytes)
             tma_load(key_tiles, [b, g, j0, 0], key_full.index(stage), keys.index(stage))
-            if t == 0:
+            if (t == 0) & (ends % LAST > 0):
                 for n in gl.static_range(CONSUMERS):
                     mbarrier.wait(query_empty.index(n), loaded & 1 ^ 1)
                     mbarrier.expect(query_full.index(n), query_tiles.block_type.nbytes)
                     tma_load(query_tiles, [b, g, h, row + n * ROWS, 0], query_full.index(n), queries.index(n))
+                loaded += 1
             mbarrier.wait(value_empty.index(stage), phase ^ 1)
             mbarrier.expect(value_full.index(stage), value_tiles.block_type.nbytes)
             tma_load(value_tiles, [b, g, j0, 0], value_full.index(stage), values.index(stage))
-        mbarrier.arrive(plan_next.index(0), count=1)
+        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        if ends >= LAST:
+            mbarrier.arrive(taken.index(0), count=1)
         filled += count
-        loaded += (count > 0).to(gl.int32)
         turn += 1
         mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
         count = _get((plans, turn % 2 * ENTRIES), COUNT)
@@ -317,17 +349,20 @@ def _rows(a, row, layout: gl.constexpr):
 
 
 @gluon.jit
-def _range_at(a, plan, b, i, t, bounds, ME: gl.constexpr, C: gl.constexpr):
-    """lo, hi and diagonal of rows i in the range whose first block is the t-th, and that range's entries of the plan;
-    `bounds`, the same of the range before, where none begins there."""
-    for s in gl.static_range(max(C.S, 1)):
-        if t == _get(plan, START + s):
-            lo, hi, diagonal = _range(a, s, b, i, C)
-            at = FULL + 4 * (s * C.consumers + ME)
-            full_first, full_last = _get(plan, at), _get(plan, at + 1)
-            left, right = _get(plan, at + 2), _get(plan, at + 3)
-            bounds = (lo, hi, diagonal, full_first, full_last, left, right)
-    return bounds
+def _bounds(a, rings, plan, slot, b, i, ME: gl.constexpr, C: gl.constexpr):
+    """lo, hi − lo and diagonal of a consumer's rows i, and their entries of the plan."""
+    plans, bounds, plan_full, plan_empty, taken = rings[3]
+    if C.S == 0:
+        lo = i * 0
+        width = lo + a.N
+    else:
+        lo = bounds.index((slot * C.consumers + ME) * 2).load(i.type.layout)
+        width = bounds.index((slot * C.consumers + ME) * 2 + 1).load(i.type.layout)
+    diagonal, left, right = lo, 0, 0
+    if (a.slopes is not None) or (a.table is not None):
+        diagonal = _diagonal(a, _get(plan, RANGE), b, i, C)
+        left, right = _get(plan, FULL + 4 * ME + 2), _get(plan, FULL + 4 * ME + 3)
+    return lo, width, diagonal, _get(plan, FULL + 4 * ME), _get(plan, FULL + 4 * ME + 1), left, right
 
 
 @gluon.jit
@@ -378,7 +413,7 @@ def _scores(s, a, scales, g, h, terms, bounds, j0, layout: gl.constexpr, C: gl.c
     What all rows see, far from the diagonal, needs no predicate, and one table entry and differences of distances serve
     all its keys.
     """
-    lo, hi, diagonal, full_first, full_last, left, right = bounds
+    lo, width, diagonal, full_first, full_last, left, right = bounds
     n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, layout)), 0)
     full = (j0 >= full_first) & (j0 + C.BN <= full_last)
     s = _capped(s, scales, C)
@@ -397,20 +432,23 @@ def _scores(s, a, scales, g, h, terms, bounds, j0, layout: gl.constexpr, C: gl.c
                 shift += gl.where(is_left, first, last)
         else:
             s = _near(s, a, g, h, slope, j0 + n - gl.expand_dims(diagonal, 1))
-            s = _masked(s, j0 + n, lo, hi)
+            s = _masked(s, n, lo - j0, width)
     elif not full:
-        s = _masked(s, j0 + n, lo, hi)
+        s = _masked(s, n, lo - j0, width)
     return s, unit, shift
 
 
 @gluon.jit
-def _masked(s, j, lo, hi):
-    """Scores where rows see key j, else −inf."""
-    # The compiler would compare in every tile and drop the branch around this, but for something it must not move.
-    lo = gl.inline_asm_elementwise(MOVE, "=r,r", [lo], dtype=gl.int32, is_pure=False, pack=1)
+def _masked(s, n, lo, width):
+    """Scores where rows see the block's n-th key: lo … lo + width − 1 counted from the block's first; else −inf."""
+    # The compiler would compare in every tile and drop the branch around this, or keep all n in registers, but for
+    # something it must not move.
+    n = gl.inline_asm_elementwise(MOVE, "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
     # Below lo the difference wraps around and is larger than any width.
-    width = gl.maximum(hi - lo, 0).to(gl.uint32, bitcast=True)
-    return gl.where((j - gl.expand_dims(lo, 1)).to(gl.uint32, bitcast=True) < gl.expand_dims(width, 1), s, -INFINITY)
+    seen = (n - gl.expand_dims(lo, 1)).to(gl.uint32, bitcast=True) < gl.expand_dims(
+        width.to(gl.uint32, bitcast=True), 1
+    )
+    return gl.where(seen, s, -INFINITY)
 
 
 @gluon.jit
@@ -447,7 +485,7 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
     queries, query_full, query_empty = rings[0]
     keys, key_full, key_empty = rings[1]
     values, value_full, value_empty = rings[2]
-    plans, plan_full, plan_empty, plan_next = rings[3]
+    plans, limits, plan_full, plan_empty, taken = rings[3]
     dtype: gl.constexpr = queries.dtype
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V, 16])
@@ -456,6 +494,9 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
     out_row: gl.constexpr = gl.SliceLayout(1, O_L)
     q = queries.index(ME).reshape([ROWS, C.K])
     zero = gl.full([ROWS, C.BN], 0.0, gl.float32, S_L)
+    m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
+    l = gl.full([ROWS], 0.0, gl.float32, by_row)
+    acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
     filled = 0
     turn = 0
     loaded = 0
@@ -464,25 +505,24 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
     while count >= 0:
         plan = (plans, turn % 2 * ENTRIES)
         row, h, g, b = _get(plan, ROW), _get(plan, HEAD), _get(plan, GROUP), _get(plan, BATCH)
+        ends = _get(plan, ENDS)
         i, valid = _rows(a, row + ME * ROWS, by_row)
-        terms = _position_terms(a, b, g, h)
-        m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
-        l = gl.full([ROWS], 0.0, gl.float32, by_row)
-        acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
-        if a.sinks is not None:
-            # A sink is one more key, with this score and a value of zero.
-            m = gl.full([ROWS], 0.0, gl.float32, by_row) + _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
-            l = gl.where(m > -INFINITY, 1.0, 0.0)
+        if ends % LAST > 0:
+            m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
+            l = gl.full([ROWS], 0.0, gl.float32, by_row)
+            acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
+            if a.sinks is not None:
+                # A sink is one more key, with this score and a value of zero.
+                m = gl.full([ROWS], 0.0, gl.float32, by_row) + _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
+                l = gl.where(m > -INFINITY, 1.0, 0.0)
         if count > 0:
-            blocks = _blocks(plan, C)
-            bounds = (i, i, i, count, count, count, count)
-            bounds = _range_at(a, plan, b, i, 0, bounds, ME, C)
+            begin = _get(plan, BEGIN)
+            terms = _position_terms(a, b, g, h)
+            bounds = _bounds(a, rings, plan, turn % 2, b, i, ME, C)
             mbarrier.wait(query_full.index(ME), loaded & 1)
             s = _product(q, keys, key_full, key_empty, filled, zero, C)
             for t in range(count):
-                if C.S > 1:
-                    bounds = _range_at(a, plan, b, i, t, bounds, ME, C)
-                s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, _key(blocks, t, C), S_L, C)
+                s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, begin + t * C.BN, S_L, C)
                 p, shrink, m, l = _weights(a, s, unit, shift, m, l)
                 acc = acc * gl.expand_dims(gl.convert_layout(shrink, out_row), 1)
                 weights = gl.convert_layout(p.to(dtype), P_L)
@@ -497,31 +537,42 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
                 # The product reads its weights from registers until it is waited for.
                 acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
                 mbarrier.arrive(value_empty.index(stage), count=1)
-            mbarrier.arrive(query_empty.index(ME), count=1)
+            if ends >= LAST:
+                mbarrier.arrive(query_empty.index(ME), count=1)
+                loaded += 1
             filled += count
-            loaded += 1
         mbarrier.arrive(plan_empty.index(turn % 2), count=1)
-        share = gl.where(l > 0, 1.0 / l, 0.0)
-        # A NaN among the scores must come out as one.
-        share = gl.where(l != l, l, share)
-        acc = acc * gl.expand_dims(gl.convert_layout(share, out_row), 1)
-        stat = (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
-        natural = (m + gl.log2(l)) * LN2 if a.table is None else m + gl.log2(l) * LN2
-        gl.store(lse + stat, gl.where(l == 0, -INFINITY, natural), mask=valid)
-        i, valid = _rows(a, row + ME * ROWS, out_row)
-        at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
-        columns = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, O_L)), 0)
-        inside = gl.expand_dims(valid, 1)
-        if C.v_dim < C.V:
-            inside = inside & (columns < C.v_dim)
-        gl.store(out + gl.expand_dims(at, 1) * C.v_dim + columns, acc.to(dtype), mask=inside)
-        # A hidden value's weight is 0, but 0 · NaN = NaN.
-        if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) != 0:
-            gl.thread_barrier()
-            _repair(a, scales, out, lse, row + ME * ROWS, h, g, b, C)
+        if ends >= LAST:
+            _finish(a, scales, out, lse, acc, m, l, row + ME * ROWS, h, g, b, C)
         turn += 1
         mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
         count = _get((plans, turn % 2 * ENTRIES), COUNT)
+
+
+@gluon.jit
+def _finish(a, scales, out, lse, acc, m, l, row, h, g, b, C: gl.constexpr):
+    """Write a consumer's rows row …: weighted sums of values, largest scores and sums of weights become out and lse."""
+    by_row: gl.constexpr = m.type.layout
+    out_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    share = gl.where(l > 0, 1.0 / l, 0.0)
+    # A NaN among the scores must come out as one.
+    share = gl.where(l != l, l, share)
+    acc = acc * gl.expand_dims(gl.convert_layout(share, out_row), 1)
+    i, valid = _rows(a, row, by_row)
+    stat = (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
+    natural = (m + gl.log2(l)) * LN2 if a.table is None else m + gl.log2(l) * LN2
+    gl.store(lse + stat, gl.where(l == 0, -INFINITY, natural), mask=valid)
+    i, valid = _rows(a, row, out_row)
+    at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
+    columns = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, acc.type.layout)), 0)
+    inside = gl.expand_dims(valid, 1)
+    if C.v_dim < C.V:
+        inside = inside & (columns < C.v_dim)
+    gl.store(out + gl.expand_dims(at, 1) * C.v_dim + columns, acc.to(out.dtype.element_ty), mask=inside)
+    # A hidden value's weight is 0, but 0 · NaN = NaN.
+    if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) != 0:
+        gl.thread_barrier()
+        _repair(a, scales, out, lse, row, h, g, b, C)
 
 
 @gluon.jit
@@ -552,7 +603,8 @@ def _repair(a, scales, out, lse, row, h, g, b, C: gl.constexpr):
             total = _exponential(a, _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h) - row_lse)
         acc = gl.full([C.V], 0.0, gl.float32, gl.SliceLayout(0, tile))
         for s in gl.static_range(max(C.S, 1)):
-            lo, hi, diagonal = _range(a, s, b, i, C)
+            lo, hi = _range(a, s, b, i, C)
+            diagonal = _diagonal(a, s, b, i, C)
             for j0 in range(lo, hi, step):
                 j = j0 + n
                 rows = gl.expand_dims(j, 1)

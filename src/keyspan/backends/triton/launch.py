@@ -516,6 +516,7 @@ def _arguments(problem: Problem, period: int = 0) -> Arguments:
         none if x is None else (x, *x.stride()[:1], x.stride(1) if x.shape[1] > 1 else 0, x.stride(2))
         for x in (problem.lo, problem.hi, problem.diagonal)
     )
+    origin = (None, 0, 0) if problem.origin is None else (problem.origin, *_strides(problem.origin))
     bias = None
     for term in problem.biases:
         bias = term if bias is None else bias.float() + term  # fp16 would overflow
@@ -528,7 +529,7 @@ def _arguments(problem: Problem, period: int = 0) -> Arguments:
     slopes, table, sinks = problem.slopes, problem.table, problem.sinks
     table = table if table is None or table.stride(-1) == 1 else table.contiguous()
     return Arguments(
-        q, *q.stride()[:4], k, *k.stride()[:3], v, *v.stride()[:3], *lo, *hi, *diagonal,
+        q, *q.stride()[:4], k, *k.stride()[:3], v, *v.stride()[:3], *lo, *hi, *diagonal, *origin,
         None if problem.sequence is None else problem.sequence.contiguous(),
         None if problem.block_table is None else problem.block_table.contiguous(),
         *_five(None if problem.dense is None else problem.dense.view(torch.uint8)), *_five(bias),

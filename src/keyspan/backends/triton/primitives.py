@@ -43,6 +43,9 @@ class Arguments(NamedTuple):
     diagonal_s: int
     diagonal_b: int
     diagonal_m: int
+    origin: Any
+    origin_b: int
+    origin_m: int
     sequence: Any
     block_table: Any
     dense: Any
