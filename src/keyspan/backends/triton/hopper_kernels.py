@@ -222,7 +222,7 @@ def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
         row, h, g, b = _place(a, item, heads_at_once, C)
         s = row * 0
         document = _following(a, s, b, row, -1, C)
-        for again in gl.static_range(RANGES - 1):
+        for _again in gl.static_range(RANGES - 1):
             if (document == FAR) & (s + 1 < RANGES):
                 s += 1
                 document = _following(a, s, b, row, -1, C)
@@ -233,7 +233,7 @@ def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
             next_document = document
             if document < FAR:
                 next_document = _following(a, s, b, row, document, C)
-            for again in gl.static_range(RANGES - 1):
+            for _again in gl.static_range(RANGES - 1):
                 if (next_document == FAR) & (next_s + 1 < RANGES):
                     next_s += 1
                     next_document = _following(a, next_s, b, row, -1, C)
