@@ -168,6 +168,8 @@ class Descriptor:
 class Product:
     """The result of an asynchronous product; a number only once it is waited for."""
 
+    type = SimpleNamespace(layout=None)
+
     def __init__(self) -> None:
         self.result: Value | None = None
 

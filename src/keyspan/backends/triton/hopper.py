@@ -21,6 +21,10 @@ _CACHED_KEYS = 16 * 2**20
 """Bytes of keys and values that programs running at the same time should share; a third of an H100's L2. Four times as
 many where rows have ranges over many keys, of which they are likely to see a part, and heads are of up to 128."""
 _MANY_KEYS = 16384
+_LEAST_ROW_KEYS = 1024
+"""Fewest keys that rows see on average, see `KeyRanges.row_keys`: forward with heads of up to 64, and backward, where half
+of it is enough if four query heads share a key head."""
+_MANY_ROW_KEYS = 4096
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -36,8 +40,10 @@ def reason_against(problem: Problem) -> str | None:
     if min(K, value.shape[-1]) < _LEAST_DIM:
         return f"head dimensions are {K} and {value.shape[-1]}, want at least {_LEAST_DIM}"
     dim = _padded(max(K, value.shape[-1]))
-    if dim == 64 and problem.lo is not None:
-        return "with a mask, head dimensions up to 64 are as fast there"
+    if dim == 64 and problem.lo is not None and problem.row_keys < _LEAST_ROW_KEYS:
+        if not problem.row_keys:
+            return "a mask whose lengths the host does not know may be short documents"
+        return f"rows see {problem.row_keys} keys on average, want at least {_LEAST_ROW_KEYS} with heads of up to 64"
     queries, keys, share = _LEAST[dim]
     if min(M - queries, value.shape[1] - keys) < 0:
         return f"there are {M} queries and {value.shape[1]} keys, want at least {queries} and {keys}"
@@ -86,8 +92,6 @@ _LEAST_MASKED_BLOCKS = 1.9
 """The same where rows have ranges, each query head has a key head of its own, and heads are wider than 64."""
 _LEAST_KEY_BLOCKS = 2
 """Fewest blocks of keys for each multiprocessor, where only their gradients come from a kernel for Hopper."""
-_LEAST_ROW_KEYS = 1024
-"""Fewest keys that rows see on average, see `KeyRanges.row_keys`; half of it where four query heads share a key head."""
 
 
 def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
@@ -141,7 +145,9 @@ def tile(problem: Problem) -> Any:
 
     dim = _padded(max(problem.query.shape[-1], problem.value.shape[-1]))
     if dim == 64:
-        return TileConfig(192, 128, 4, 3, 128)
+        # Three consumers where rows see many keys; with few, what a tile costs beside its loop is shared by fewer.
+        few = problem.lo is not None and problem.row_keys < _MANY_ROW_KEYS
+        return TileConfig(128, 128, 4, 3, 168) if few else TileConfig(192, 128, 4, 3, 128)
     return TileConfig(128, 128 if dim == 128 else 64, 4, 2, 168)
 
 

@@ -37,6 +37,8 @@ MOVE = gl.constexpr("mov.b32 $0, $1;")
 # constant. `bounds` beside it has lo and hi − lo of each row.
 ROW, HEAD, GROUP, BATCH, RANGE, BEGIN, COUNT, ENDS, FULL, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 5, 6, 7, 8, 32))
 FIRST, LAST = map(gl.constexpr, (1, 2))
+EARLY = gl.constexpr(3)
+"""Blocks of keys before an item's last, at which the next item is taken."""
 
 
 class Form(NamedTuple):
@@ -97,9 +99,8 @@ def hopper_forward_kernel(a, scales, query_tiles, key_tiles, value_tiles, out, l
     query_full = gl.allocate_shared_memory(gl.int64, [C.consumers, 1], mbarrier.MBarrierLayout())
     query_empty = gl.allocate_shared_memory(gl.int64, [C.consumers, 1], mbarrier.MBarrierLayout())
     key_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     value_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    stage_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
     plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     plan_next = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     plan_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -108,9 +109,8 @@ def hopper_forward_kernel(a, scales, query_tiles, key_tiles, value_tiles, out, l
         mbarrier.init(query_empty.index(n), count=1)
     for n in gl.static_range(STAGES):
         mbarrier.init(key_full.index(n), count=1)
-        mbarrier.init(key_empty.index(n), count=C.consumers)
         mbarrier.init(value_full.index(n), count=1)
-        mbarrier.init(value_empty.index(n), count=C.consumers)
+        mbarrier.init(stage_empty.index(n), count=C.consumers)
     for n in gl.static_range(2):
         mbarrier.init(plan_full.index(n), count=1)
         mbarrier.init(plan_empty.index(n), count=C.consumers + 1)
@@ -118,8 +118,8 @@ def hopper_forward_kernel(a, scales, query_tiles, key_tiles, value_tiles, out, l
 
     rings = (
         (queries, query_full, query_empty),
-        (keys, key_full, key_empty),
-        (values, value_full, value_empty),
+        (keys, key_full),
+        (values, value_full, stage_empty),
         (plans, bounds, plan_full, plan_empty, plan_next),
     )
     if C.consumers == 2:
@@ -196,22 +196,41 @@ def _document(a, b, i):
 
 
 @gluon.jit
-def _following(a, s, b, row, after, C: gl.constexpr):
-    """The least first key of a document, of those greater than `after`, whose rows see some key in range s; else FAR."""
+def _planned(a, s, b, row, ME: gl.constexpr, C: gl.constexpr):
+    """lo, hi, document and diagonal of a consumer's rows in range s; two rows a thread."""
+    i, _ = _rows(a, row + ME * ROWS, gl.BlockedLayout([2], [32], [1], [0]))
+    lo, hi = _range(a, s, b, i, C)
+    diagonal = lo
+    if (a.slopes is not None) or (a.table is not None):
+        diagonal = _diagonal(a, s, b, i, C)
+    return lo, hi, _document(a, b, i), diagonal
+
+
+@gluon.jit
+def _all_planned(a, s, b, row, C: gl.constexpr):
+    """`_planned` of all consumers."""
+    first = _planned(a, s, b, row, 0, C)
+    second = _planned(a, s, b, row, 1, C)
+    third = second
+    if C.consumers == 3:
+        third = _planned(a, s, b, row, 2, C)
+    return first, second, third
+
+
+@gluon.jit
+def _following(rows, after, C: gl.constexpr):
+    """The least first key of a document, of those greater than `after`, whose rows see some key; else FAR."""
     CONSUMERS: gl.constexpr = C.consumers
-    least = row * 0 + FAR
+    least = rows[0][0] * 0 + FAR
     for n in gl.static_range(CONSUMERS):
-        # Two rows a thread.
-        i, _ = _rows(a, row + n * ROWS, gl.BlockedLayout([2], [32], [1], [0]))
-        lo, hi = _range(a, s, b, i, C)
-        origin = _document(a, b, i)
-        least = gl.minimum(least, gl.min(gl.where((lo < hi) & (origin > after), origin, FAR), 0))
-    return least
+        lo, hi, origin, _ = rows[n]
+        least = gl.minimum(least, gl.where((lo < hi) & (origin > after), origin, FAR))
+    return gl.min(least, 0)
 
 
 @gluon.jit
 def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
-    """Takes items, each once the keys of the one before are on their way, and works out which keys it visits."""
+    """Takes items, each once most keys of the one before are on their way, and works out which keys it visits."""
     CONSUMERS: gl.constexpr = C.consumers
     RANGES: gl.constexpr = max(C.S, 1)
     plans, bounds, full, empty, taken = rings[3]
@@ -221,47 +240,52 @@ def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
     while item < items:
         row, h, g, b = _place(a, item, heads_at_once, C)
         s = row * 0
-        document = _following(a, s, b, row, -1, C)
+        rows = _all_planned(a, s, b, row, C)
+        document = _following(rows, -1, C)
         for _again in gl.static_range(RANGES - 1):
             if (document == FAR) & (s + 1 < RANGES):
                 s += 1
-                document = _following(a, s, b, row, -1, C)
+                rows = _all_planned(a, s, b, row, C)
+                document = _following(rows, -1, C)
         ends = row * 0 + FIRST
         while ends < LAST:
             # What comes next, for this may be the last run.
             next_s = s
-            next_document = document
-            if document < FAR:
-                next_document = _following(a, s, b, row, document, C)
+            next_rows = rows
+            next_document = _following(rows, document, C)
             for _again in gl.static_range(RANGES - 1):
                 if (next_document == FAR) & (next_s + 1 < RANGES):
                     next_s += 1
-                    next_document = _following(a, next_s, b, row, -1, C)
+                    next_rows = _all_planned(a, next_s, b, row, C)
+                    next_document = _following(next_rows, -1, C)
             slot = turn % 2
             plan = (plans, slot * ENTRIES)
-            mbarrier.wait(empty.index(slot), turn // 2 & 1 ^ 1)
-            first = row * 0 + FAR
-            last = row * 0
+            first = rows[0][0] * 0 + FAR
+            last = rows[0][0] * 0
             for n in gl.static_range(CONSUMERS):
-                i, _ = _rows(a, row + n * ROWS, gl.BlockedLayout([2], [32], [1], [0]))
-                lo, hi = _range(a, s, b, i, C)
-                seen = (lo < hi) & (_document(a, b, i) == document)
-                if C.S > 0:
-                    bounds.index((slot * CONSUMERS + n) * 2).store(lo)
-                    bounds.index((slot * CONSUMERS + n) * 2 + 1).store(gl.where(seen, hi - lo, 0))
-                first = gl.minimum(first, gl.min(gl.where(seen, lo, FAR), 0))
-                last = gl.maximum(last, gl.max(gl.where(seen, hi, 0), 0))
-                at = FULL + 4 * n
-                _put(plan, at, gl.max(gl.where(seen, lo, FAR), 0))
-                _put(plan, at + 1, gl.min(gl.where(seen, hi, 0), 0))
-                if (a.slopes is not None) or (a.table is not None):
-                    diagonal = _diagonal(a, s, b, i, C)
-                    _put(plan, at + 2, gl.min(gl.where(seen, diagonal, FAR), 0) - a.reach + 1)
-                    _put(plan, at + 3, gl.max(gl.where(seen, diagonal, -FAR), 0) + a.reach)
+                lo, hi, origin, _ = rows[n]
+                seen = (lo < hi) & (origin == document)
+                first = gl.minimum(first, gl.where(seen, lo, FAR))
+                last = gl.maximum(last, gl.where(seen, hi, 0))
+            first = gl.min(first, 0)
+            last = gl.max(last, 0)
             if first < last:
                 # BN is a power of two: this rounds down, also below the document's first key.
                 first = document + (first - document & -C.BN)
             ends += gl.where(next_document == FAR, LAST, 0)
+            mbarrier.wait(empty.index(slot), turn // 2 & 1 ^ 1)
+            for n in gl.static_range(CONSUMERS):
+                lo, hi, origin, diagonal = rows[n]
+                seen = (lo < hi) & (origin == document)
+                if C.S > 0:
+                    bounds.index((slot * CONSUMERS + n) * 2).store(lo)
+                    bounds.index((slot * CONSUMERS + n) * 2 + 1).store(gl.where(seen, hi - lo, 0))
+                at = FULL + 4 * n
+                _put(plan, at, gl.max(gl.where(seen, lo, FAR), 0))
+                _put(plan, at + 1, gl.min(gl.where(seen, hi, 0), 0))
+                if (a.slopes is not None) or (a.table is not None):
+                    _put(plan, at + 2, gl.min(gl.where(seen, diagonal, FAR), 0) - a.reach + 1)
+                    _put(plan, at + 3, gl.max(gl.where(seen, diagonal, -FAR), 0) + a.reach)
             _put(plan, ROW, row)
             _put(plan, HEAD, h)
             _put(plan, GROUP, g)
@@ -273,9 +297,10 @@ def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
             mbarrier.arrive(full.index(slot), count=1)
             turn += 1
             s = next_s
+            rows = next_rows
             document = next_document
             ends = ends & LAST
-        # As late as may be, or long items would be taken early by who is busy.
+        # Late, or long items would be taken early by who is busy; early enough to plan while keys of this one are used.
         mbarrier.wait(taken.index(0), number & 1)
         number += 1
         item = gl.num_programs(0) + gl.atomic_add(counters, 1)
@@ -304,8 +329,8 @@ def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
     """Loads each item's rows, and the keys and values they see."""
     CONSUMERS: gl.constexpr = C.consumers
     queries, query_full, query_empty = rings[0]
-    keys, key_full, key_empty = rings[1]
-    values, value_full, value_empty = rings[2]
+    keys, key_full = rings[1]
+    values, value_full, stage_empty = rings[2]
     plans, bounds, plan_full, plan_empty, taken = rings[3]
     filled = 0
     turn = 0
@@ -320,7 +345,10 @@ def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
             j0 = begin + t * C.BN
             stage = (filled + t) % C.stages
             phase = (filled + t) // C.stages & 1
-            mbarrier.wait(key_empty.index(stage), phase ^ 1)
+            # Keys are done with when the values of the stage before are, but for the first ones of a run: those when
+            # their own values are.
+            freed = filled + t - (t > C.stages).to(gl.int32)
+            mbarrier.wait(stage_empty.index(freed % C.stages), freed // C.stages & 1 ^ 1)
             mbarrier.expect(key_full.index(stage), key_tiles.block_type.nbytes)
             tma_load(key_tiles, [b, g, j0, 0], key_full.index(stage), keys.index(stage))
             if (t == 0) & (ends % LAST > 0):
@@ -329,11 +357,13 @@ def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
                     mbarrier.expect(query_full.index(n), query_tiles.block_type.nbytes)
                     tma_load(query_tiles, [b, g, h, row + n * ROWS, 0], query_full.index(n), queries.index(n))
                 loaded += 1
-            mbarrier.wait(value_empty.index(stage), phase ^ 1)
+            mbarrier.wait(stage_empty.index(stage), phase ^ 1)
             mbarrier.expect(value_full.index(stage), value_tiles.block_type.nbytes)
             tma_load(value_tiles, [b, g, j0, 0], value_full.index(stage), values.index(stage))
+            if (ends >= LAST) & (t == count - EARLY):
+                mbarrier.arrive(taken.index(0), count=1)
         mbarrier.arrive(plan_empty.index(turn % 2), count=1)
-        if ends >= LAST:
+        if (ends >= LAST) & (count < EARLY):
             mbarrier.arrive(taken.index(0), count=1)
         filled += count
         turn += 1
@@ -458,44 +488,57 @@ def _exponential(a, x):
 
 
 @gluon.jit
-def _weights(a, s, unit, shift, m, l):
-    """The online softmax: weights, by what earlier ones shrink, and the new largest score and sum."""
-    highest = gl.maximum(m, gl.max(s, 1) * unit + shift)
-    # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
-    pivot = gl.where(highest == -INFINITY, 0.0, highest)
-    p = _exponential(a, s * unit - gl.expand_dims(pivot - shift, 1))
-    shrink = _exponential(a, m - pivot)
-    return p, shrink, highest, l * shrink + gl.sum(p, 1)
+def _by_thread(x, reduce, C: gl.constexpr):
+    """Reduce what each of the four threads of a row holds of it: [rows, keys] to [rows, 4], without shuffles. Of eight
+    neighbours a thread has two; both halves of the keys are reduced apart, for shorter chains."""
+    return reduce(reduce(reduce(x.reshape([ROWS, 2, C.BN // 16, 4, 2]), 4), 2), 1)
 
 
 @gluon.jit
-def _product(q, keys, full, empty, n, zero, C: gl.constexpr):
+def _scaled(x, factor):
+    """x times a factor of each row."""
+    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.jit
+def _weights(a, s, unit, shift, m, l, acc, C: gl.constexpr):
+    """The online softmax: weights; the new largest score; the new sums of weights (`_by_thread`) and of values, but for
+    this block's."""
+    top = gl.max(_by_thread(s, gl.max, C), 1)
+    highest = gl.maximum(m, gl.convert_layout(top, m.type.layout) * unit + shift)
+    # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
+    pivot = gl.where(highest == -INFINITY, 0.0, highest)
+    shrink = _exponential(a, m - pivot)
+    acc = _scaled(acc, shrink)
+    p = _exponential(a, s * unit - gl.expand_dims(pivot - shift, 1))
+    return p, highest, _scaled(l, shrink) + _by_thread(p, gl.sum, C), acc
+
+
+@gluon.jit
+def _product(q, keys, full, n, zero, C: gl.constexpr):
     """Products of the rows with the n-th tile of keys; all products before are waited for as well."""
     stage = n % C.stages
     mbarrier.wait(full.index(stage), n // C.stages & 1)
     tile = keys.index(stage).reshape([C.BN, C.K]).permute((1, 0))
-    s = warpgroup_mma_wait(0, deps=(warpgroup_mma(q, tile, zero, use_acc=False, is_async=True),))
-    mbarrier.arrive(empty.index(stage), count=1)
-    return s
+    return warpgroup_mma_wait(0, deps=(warpgroup_mma(q, tile, zero, use_acc=False, is_async=True),))
 
 
 @gluon.jit
 def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
     """Computes rows 64 · ME … of each item."""
     queries, query_full, query_empty = rings[0]
-    keys, key_full, key_empty = rings[1]
-    values, value_full, value_empty = rings[2]
+    keys, key_full = rings[1]
+    values, value_full, stage_empty = rings[2]
     plans, limits, plan_full, plan_empty, taken = rings[3]
     dtype: gl.constexpr = queries.dtype
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BN, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     by_row: gl.constexpr = gl.SliceLayout(1, S_L)
-    out_row: gl.constexpr = gl.SliceLayout(1, O_L)
     q = queries.index(ME).reshape([ROWS, C.K])
     zero = gl.full([ROWS, C.BN], 0.0, gl.float32, S_L)
     m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
-    l = gl.full([ROWS], 0.0, gl.float32, by_row)
+    l = _by_thread(zero, gl.sum, C)
     acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
     filled = 0
     turn = 0
@@ -509,34 +552,34 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
         i, valid = _rows(a, row + ME * ROWS, by_row)
         if ends % LAST > 0:
             m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
-            l = gl.full([ROWS], 0.0, gl.float32, by_row)
+            l = _by_thread(zero, gl.sum, C)
             acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
             if a.sinks is not None:
                 # A sink is one more key, with this score and a value of zero.
                 m = gl.full([ROWS], 0.0, gl.float32, by_row) + _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
-                l = gl.where(m > -INFINITY, 1.0, 0.0)
         if count > 0:
             begin = _get(plan, BEGIN)
             terms = _position_terms(a, b, g, h)
             bounds = _bounds(a, rings, plan, turn % 2, b, i, ME, C)
             mbarrier.wait(query_full.index(ME), loaded & 1)
-            s = _product(q, keys, key_full, key_empty, filled, zero, C)
+            s = _product(q, keys, key_full, filled, zero, C)
             for t in range(count):
-                s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, begin + t * C.BN, S_L, C)
-                p, shrink, m, l = _weights(a, s, unit, shift, m, l)
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, out_row), 1)
-                weights = gl.convert_layout(p.to(dtype), P_L)
                 stage = (filled + t) % C.stages
+                # Before the softmax, though needed after it: the compiler mixes instructions between waits only, and
+                # exponentials leave room for those that scale sums and convert weights.
                 mbarrier.wait(value_full.index(stage), (filled + t) // C.stages & 1)
+                s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, begin + t * C.BN, S_L, C)
+                p, m, l, acc = _weights(a, s, unit, shift, m, l, acc, C)
+                weights = gl.convert_layout(p.to(dtype), P_L)
                 acc = warpgroup_mma(weights, values.index(stage).reshape([C.BN, C.V]), acc, is_async=True)
                 if t + 1 < count:
-                    s = _product(q, keys, key_full, key_empty, filled + t + 1, zero, C)
+                    s = _product(q, keys, key_full, filled + t + 1, zero, C)
                 else:
                     # Anything, so that no registers hold the old scores; but not a constant, which would be set every time.
                     s = gl.inline_asm_elementwise(MOVE, "=r,r", [zero], dtype=gl.float32, is_pure=False, pack=1)
                 # The product reads its weights from registers until it is waited for.
                 acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
-                mbarrier.arrive(value_empty.index(stage), count=1)
+                mbarrier.arrive(stage_empty.index(stage), count=1)
             if ends >= LAST:
                 mbarrier.arrive(query_empty.index(ME), count=1)
                 loaded += 1
@@ -554,10 +597,15 @@ def _finish(a, scales, out, lse, acc, m, l, row, h, g, b, C: gl.constexpr):
     """Write a consumer's rows row …: weighted sums of values, largest scores and sums of weights become out and lse."""
     by_row: gl.constexpr = m.type.layout
     out_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    l = gl.convert_layout(gl.sum(l, 1), by_row)
+    if a.sinks is not None:
+        # A sink is one more key, with this score and a value of zero.
+        sink = _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
+        l += gl.where(m > -INFINITY, _exponential(a, sink - m), 0.0)
     share = gl.where(l > 0, 1.0 / l, 0.0)
     # A NaN among the scores must come out as one.
     share = gl.where(l != l, l, share)
-    acc = acc * gl.expand_dims(gl.convert_layout(share, out_row), 1)
+    acc = _scaled(acc, share)
     i, valid = _rows(a, row, by_row)
     stat = (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
     natural = (m + gl.log2(l)) * LN2 if a.table is None else m + gl.log2(l) * LN2
