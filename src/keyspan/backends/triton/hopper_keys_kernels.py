@@ -31,7 +31,7 @@ from keyspan.backends.triton.hopper_backward_kernels import (
     _visit,
     _weights,
 )
-from keyspan.backends.triton.hopper_kernels import ROWS, _capped, _get, _put, _range, tma_load
+from keyspan.backends.triton.hopper_kernels import ROWS, _capped, _diagonal, _get, _put, _range, tma_load
 
 
 class KeysForm(NamedTuple):
@@ -193,7 +193,10 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, counters, heads_at_once
                     # Nobody has written statistics of rows behind the last.
                     full = full & ((tile + 1) * C.BM <= a.M)
                     if (not full) | (a.slopes is not None):
-                        lo, hi, diagonal = _range(a, s, b, gl.minimum(i, a.M - 1), C)
+                        row = gl.minimum(i, a.M - 1)
+                        lo, hi = _range(a, s, b, row, C)
+                        if a.slopes is not None:
+                            diagonal = _diagonal(a, s, b, row, C)
                         width = gl.where(i < a.M, gl.maximum(hi - lo, 0), 0)
                     for h in range(C.H):
                         stage = t % C.stages
