@@ -74,8 +74,8 @@ class Bench:
     providers: tuple[str, ...] = ()
     """By name; none: all that run here."""
     peers: tuple[str, ...] = ()
-    """Peers in Python environments of their own, openvino=PYTHON or vllm=PYTHON; `,FOLDER` behind it where one reads
-    another form of the model (`optimum-cli export openvino`)."""
+    """Peers in Python environments of their own: openvino=PYTHON,FOLDER (made by `optimum-cli export openvino`),
+    vllm=PYTHON, llama.cpp=PYTHON,FILE.gguf (package xllamacpp)."""
     device: str = "cpu"
     """auto (an accelerator where there is one, else the CPU), or a torch device."""
     out: Path = field(default_factory=lambda: Path("runs/bench-inference"))
@@ -276,7 +276,7 @@ PROVIDERS: dict[str, Maker] = {
     "transformers, continuous": make_continuous,
 }
 """By name."""
-PEERS = ("openvino", "vllm")
+PEERS = ("openvino", "vllm", "llama.cpp")
 """Those of `inference_peers.py`."""
 
 
@@ -290,7 +290,7 @@ def providers(options: Bench, device: torch.device) -> dict[str, Maker | None]:
         kind, _, where = peer.partition("=")
         python, _, own = where.partition(",")
         if kind not in PEERS or not Path(python).is_file():
-            raise ValueError(f"peers: got {peer!r}, want KIND=PYTHON[,FOLDER] with a kind of {', '.join(PEERS)}")
+            raise ValueError(f"peers: got {peer!r}, want KIND=PYTHON[,MODEL] with a kind of {', '.join(PEERS)}")
         given[kind] = partial(Peer, kind, python, own)
     found |= {kind: given.get(kind) for kind in PEERS}
     for name in options.providers:

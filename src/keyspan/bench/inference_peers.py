@@ -1,6 +1,6 @@
 """A peer of `keyspan bench inference` in a Python environment of its own. Started as a script; imports nothing of ours.
 
-    python inference_peers.py openvino|vllm FOLDER fp32|bf16 THREADS
+    python inference_peers.py openvino|vllm|llama.cpp FOLDER fp32|bf16 THREADS
 
 Each line of standard input is a JSON list of requests, [prompt tokens, tokens of the answer]; each answer a JSON line:
 {"tokens": [[…], …], "times": [[…], …], "seconds": …}, times in seconds from the start.
@@ -84,11 +84,57 @@ def vllm(folder: str, dtype: str, threads: int) -> Callable[[Requests], Events]:
     return run
 
 
+def llama_cpp(file: str, dtype: str, threads: int) -> Callable[[Requests], Events]:
+    """llama.cpp's server in this process, by the package xllamacpp; the file is a .gguf of weights in this dtype."""
+    import queue
+    import threading
+
+    import xllamacpp  # type: ignore[import-not-found,unused-ignore]
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.verbosity = file, 0
+    params.n_parallel, params.n_ctx, params.kv_unified = 16, 16384, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    kinds = {"bf16": xllamacpp.ggml_type.GGML_TYPE_BF16, "fp32": xllamacpp.ggml_type.GGML_TYPE_F32}
+    params.cache_type_k = params.cache_type_v = kinds[dtype]
+    server: Any = xllamacpp.Server(params)
+
+    def run(requests: Requests) -> Events:
+        events: queue.Queue[tuple[int, list[int]] | None] = queue.Queue()
+
+        def ask(n: int, prompt: list[int], count: int) -> None:
+            def take(chunk: dict[str, Any]) -> None:
+                if not isinstance(chunk, dict) or "choices" not in chunk:
+                    raise RuntimeError(f"llama.cpp: {chunk}")
+                found = chunk["choices"][0]["logprobs"]
+                if found:
+                    events.put((n, [x["id"] for x in found["content"]]))
+
+            body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
+            # The ids of tokens come with their probabilities, which after greedy sampling cost nothing.
+            try:
+                server.handle_completions({**body, "logprobs": 1, "post_sampling_probs": True}, take)
+            finally:
+                events.put(None)
+
+        for n, (prompt, count) in enumerate(requests):
+            threading.Thread(target=ask, args=(n, prompt, count), daemon=True).start()
+        left = len(requests)
+        while left:
+            event = events.get()
+            if event is None:
+                left -= 1
+            else:
+                yield event
+
+    return run
+
+
 def main(kind: str, folder: str, dtype: str, threads: str) -> None:
     os.environ["OMP_NUM_THREADS"] = threads
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
-    run = {"openvino": openvino, "vllm": vllm}[kind](folder, dtype, int(threads))
+    run = {"openvino": openvino, "vllm": vllm, "llama.cpp": llama_cpp}[kind](folder, dtype, int(threads))
     for line in sys.stdin:
         requests = json.loads(line)
         tokens: list[list[int]] = [[] for _ in requests]
