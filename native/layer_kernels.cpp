@@ -167,6 +167,42 @@ void layer_norm(const LayerNorm &p, int64_t first, int64_t last, float *scratch)
     }
 }
 
+// ---- the largest number of a row -----------------------------------------------------------------------------------
+
+template <class D>
+int64_t largest_of(const typename D::Storage *z, int64_t C) {
+    vf top = broadcast(-INFINITY);
+    bool unordered = false;
+    const int64_t whole = C / W * W;
+    vi unequal{};
+    for (int64_t i = 0; i < whole; i += W) {
+        const vf x = D::read(z + i);
+        unequal |= x != x;
+        top = maximum(x, top);
+    }
+    for (int64_t n = 0; n < W; n++) unordered |= unequal[n] != 0;
+    float best = reduce_max(top);
+    for (int64_t i = whole; i < C; i++) {
+        const float x = read_some<D>(z + i, 1)[0];
+        unordered |= x != x;
+        best = x > best ? x : best;
+    }
+    for (int64_t i = 0; i < C; i += W) {
+        const vf x = read_some<D>(z + i, C - i);
+        const vi here = unordered ? x != x : x == broadcast(best);
+        for (int64_t n = 0; n < min<int64_t>(W, C - i); n++)
+            if (here[n]) return i + n;
+    }
+    return 0;
+}
+
+void largest(const Largest &p, int64_t first, int64_t last) {
+    with_dtype(p.dtype, [&](auto d) {
+        for (int64_t t = first; t < last; t++)
+            p.best[t] = (int32_t)largest_of<decltype(d)>(row_of(d, p.z, t, p.C), p.C);
+    });
+}
+
 // ---- rotary embedding ----------------------------------------------------------------------------------------------
 
 template <class D>
@@ -371,7 +407,7 @@ void cross_entropy(const CrossEntropy &p, int64_t first, int64_t last, float *sc
 }  // namespace
 
 const LayerKernels *layer_kernels() {
-    static const LayerKernels table{rms_norm, rms_norm_backward, layer_norm, rotary, gate, gate_backward, cross_entropy};
+    static const LayerKernels table{rms_norm, rms_norm_backward, layer_norm, largest, rotary, gate, gate_backward, cross_entropy};
     return &table;
 }
 

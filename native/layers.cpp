@@ -51,6 +51,7 @@ using namespace keyspan;
 
 EXPORT const char *keyspan_rms_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_RMS_NORM_FIELDS); }
 EXPORT const char *keyspan_layer_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_LAYER_NORM_FIELDS); }
+EXPORT const char *keyspan_largest_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_LARGEST_FIELDS); }
 EXPORT const char *keyspan_rotary_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_ROTARY_FIELDS); }
 EXPORT const char *keyspan_gate_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_GATE_FIELDS); }
 EXPORT const char *keyspan_cross_entropy_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_CROSS_ENTROPY_FIELDS); }
@@ -81,6 +82,11 @@ EXPORT void keyspan_layer_norm(const LayerNorm *p) {
     for_rows(p->threads, p->T, p->D, [&](int64_t first, int64_t last, int64_t thread) {
         kernels_of(p->isa)->layer_norm(*p, first, last, scratch.of(thread));
     });
+}
+
+EXPORT void keyspan_largest(const Largest *p) {
+    for_rows(p->threads, p->T, p->C,
+             [&](int64_t first, int64_t last, int64_t) { kernels_of(p->isa)->largest(*p, first, last); });
 }
 
 EXPORT void keyspan_rotary(const Rotary *p) {

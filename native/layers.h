@@ -54,6 +54,15 @@ struct RmsNorm {
     KEYSPAN_RMS_NORM_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
 };
 
+// best[t] is the first of the largest numbers of row t of z [T, C], or the first NaN.
+#define KEYSPAN_LARGEST_FIELDS(POINTER, INT, FLOAT)          \
+    POINTER(const void *, z) POINTER(int32_t *, best)        \
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(T, 1) INT(C, 1)
+
+struct Largest {
+    KEYSPAN_LARGEST_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
+};
+
 struct LayerNorm {
     KEYSPAN_LAYER_NORM_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
 };
@@ -78,6 +87,7 @@ struct LayerKernels {
     void (*rms_norm)(const RmsNorm &, int64_t first, int64_t last, float *scratch);
     void (*rms_norm_backward)(const RmsNorm &, int64_t first, int64_t last, float *dweight, float *scratch);
     void (*layer_norm)(const LayerNorm &, int64_t first, int64_t last, float *scratch);
+    void (*largest)(const Largest &, int64_t first, int64_t last);
     void (*rotary)(const Rotary &, int64_t first, int64_t last);
     void (*gate)(const Gate &, int64_t first, int64_t last);
     void (*gate_backward)(const Gate &, int64_t first, int64_t last);

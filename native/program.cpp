@@ -13,6 +13,7 @@ using namespace keyspan;
 EXPORT void keyspan_linear(const Linear *);
 EXPORT void keyspan_rms_norm(const RmsNorm *);
 EXPORT void keyspan_layer_norm(const LayerNorm *);
+EXPORT void keyspan_largest(const Largest *);
 EXPORT void keyspan_rotary(const Rotary *);
 EXPORT void keyspan_gate(const Gate *);
 EXPORT int64_t keyspan_forward(const Params *);
@@ -30,6 +31,17 @@ struct Store {
 
 EXPORT const char *keyspan_store_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_STORE_FIELDS); }
 
+// Row t of `to` is row index[t] of `from`; rows of `size` bytes.
+#define KEYSPAN_GATHER_FIELDS(POINTER, INT, FLOAT)                                          \
+    POINTER(const char *, from) POINTER(char *, to) POINTER(const int32_t *, index)         \
+    INT(T, 1) INT(size, 1)
+
+struct Gather {
+    KEYSPAN_GATHER_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
+};
+
+EXPORT const char *keyspan_gather_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_GATHER_FIELDS); }
+
 // RMSNorm of each of `heads` heads of D numbers that begin every `stride` numbers in x, where they lie. `inverse`
 // [T, heads].
 #define KEYSPAN_HEAD_NORM_FIELDS(POINTER, INT, FLOAT)                                                        \
@@ -45,7 +57,8 @@ EXPORT const char *keyspan_head_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSP
 namespace {
 
 enum Function : int64_t {
-    LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, LAYER_NORM = 6, ATTENTION = 7
+    LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, LAYER_NORM = 6, ATTENTION = 7,
+    GATHER = 8, LARGEST = 9
 };
 
 struct Call {
@@ -134,6 +147,10 @@ void head_norm(const HeadNorm &p) {
     });
 }
 
+void gather(const Gather &p) {
+    for (int64_t t = 0; t < p.T; t++) memcpy(p.to + t * p.size, p.from + p.index[t] * p.size, p.size);
+}
+
 void attend(const Params *p) {
     const int64_t bytes = keyspan_forward(p);
     if (!bytes) return;
@@ -156,6 +173,8 @@ void run(const Call &call) {
     case ROTARY: return keyspan_rotary((const Rotary *)call.arguments);
     case GATE: return keyspan_gate((const Gate *)call.arguments);
     case STORE: return store(*(const Store *)call.arguments);
+    case GATHER: return gather(*(const Gather *)call.arguments);
+    case LARGEST: return keyspan_largest((const Largest *)call.arguments);
     case LAYER_NORM: return keyspan_layer_norm((const LayerNorm *)call.arguments);
     case HEAD_NORM: return head_norm(*(const HeadNorm *)call.arguments);
     case ATTENTION: return attend((const Params *)call.arguments);

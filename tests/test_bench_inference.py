@@ -17,9 +17,9 @@ def test_all_providers_answer_the_trace(tmp_path, capsys):
     assert "same answers" in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())["inference"]
     assert [row["provider"] for row in rows] == [*inference.PROVIDERS, *inference.PEERS]
-    for row in rows[-2:]:
+    for row in rows[len(inference.PROVIDERS) :]:
         assert row["note"] == "not installed here"
-    for row in rows[:-2]:
+    for row in rows[: len(inference.PROVIDERS)]:
         assert row["note"] == ""
         assert row["same"] == 1.0 or "int8" in row["provider"]
         assert (row["memory_share"] is None) == ("int8" in row["provider"])

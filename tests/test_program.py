@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from keyspan.backends.native import binding
 from keyspan.inference import Engine, Sampling
 from keyspan.inference.pages import PagedCache
-from keyspan.inference.program import DecoderProgram, EncoderProgram, _Program
+from keyspan.inference.program import DecoderProgram, EncoderProgram, _Numbers, _Program
 from keyspan.layers import Linear
 from keyspan.layers.gemm import _LargePages
 from keyspan.models import GPT, Encoder, EncoderConfig, GPTConfig, RopeScaling
@@ -280,3 +280,44 @@ def test_gelu_of_every_instruction_set(isa, dtype):
         program._run(tokens=400)
     want = torch.nn.functional.gelu(x[:, :1].double()).expand(400, 150)
     assert ((out.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 2e-7 * x[:, :1].abs()).all()
+
+
+@pytest.mark.parametrize("isa", binding.SUPPORTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [1, 15, 16, 150])
+def test_the_likeliest_token_is_torchs(isa, dtype, C):
+    z = torch.randint(-40, -20, (40, C)).to(dtype)  # below the zeros that pad a vector; the largest comes several times
+    z[1, C // 2] = torch.nan
+    z[2] = -torch.inf
+    z[3, -1] = torch.inf
+    program, best = _Program(), _Numbers("i", 40)
+    with binding.use_isa(isa):
+        kind = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+        program._call("largest", z=z, best=best.address, dtype=kind, C=C)
+        program._finish()
+        program._run(tokens=40)
+    assert best.read(40) == z.float().argmax(-1).tolist()
+
+
+def test_likeliest_tokens_of_a_step_are_those_of_its_logits():
+    model = make("plain", torch.bfloat16)
+    engine = Engine(model, memory=2**22)
+    program = engine._program
+    calls = []
+    original = program.likeliest
+
+    def likeliest(tokens):
+        best, logits = original(tokens), program.answers(len(tokens))
+        calls.append(len(tokens))
+        assert best == logits.float().argmax(-1).tolist()
+        assert torch.equal(logits, program.logits(program._h[: len(tokens)]))
+        return best
+
+    program.likeliest = likeliest
+    prompts = draw(3, *range(1, 71))
+    answers = engine.generate(prompts, Sampling(max_tokens=4))
+    assert calls
+    assert max(calls) <= program.most_answers == 64
+    plain = Engine(model, memory=2**22)
+    plain._program = None
+    assert plain.generate(prompts, Sampling(max_tokens=4)) == answers

@@ -404,14 +404,18 @@ class Engine:
             best = likeliest.tolist()
         else:
             self.cache.begin(held, lengths, device)
-            tokens = torch.tensor(fed, device=device)
-            if self._program is None:
-                hidden = self.model(tokens, lengths, cache=self.cache)
+            program = self._program
+            if program is not None and len(rows) == len(fed) <= program.most_answers:
+                best = program.likeliest(fed)
+                if not all(request.sampling.plain for request, _, _ in batch):
+                    logits = program.answers(len(fed))
+            elif program is not None:
+                hidden = program.hidden(fed)
             else:
-                hidden = self._program.hidden(tokens)
-            if rows:
-                last = hidden if len(rows) == len(fed) else hidden[torch.tensor(rows, device=device)]
-                logits = (self.model if self._program is None else self._program).logits(last).float()
+                hidden = self.model(torch.tensor(fed, device=device), lengths, cache=self.cache)
+            if rows and best is None:
+                wanted = hidden if len(rows) == len(fed) else hidden[torch.tensor(rows, device=device)]
+                logits = (self.model if program is None else program).logits(wanted).float()
                 best = logits.argmax(-1).tolist()
         events: list[Event] = []
         starts = iter(ends)
@@ -420,20 +424,27 @@ class Engine:
             if count < request.left:
                 self.cache.stored(request.held, request.tokens[: request.held.tokens + count], request.keys)
                 continue
-            assert logits is not None
             assert best is not None
             events += self._answer(request, guess, logits, best, next(starts))
         return events
 
-    def _answer(self, request: _Request, guess: list[int], logits: Tensor, best: list[int], row: int) -> list[Event]:
-        """Choose tokens for as long as the guess was right; store what was computed for them."""
+    def _answer(
+        self, request: _Request, guess: list[int], logits: Tensor | None, best: list[int], row: int
+    ) -> list[Event]:
+        """Choose tokens for as long as the guess was right; store what was computed for them.
+
+        `logits` are for a request that does not just take the likeliest tokens.
+        """
         events = []
         known = len(request.tokens)
         for n in range(len(guess) + 1):
             if request.sampling.plain:
                 chosen = Chosen(best[row + n], None, ())
             else:
-                chosen = choose(logits[row + n], request.sampling, request.prompt, request.answer, request.draw())
+                assert logits is not None
+                chosen = choose(
+                    logits[row + n].float(), request.sampling, request.prompt, request.answer, request.draw()
+                )
             request.append(chosen.token)
             self.counters.answer_tokens += 1
             events.append(self._event(request, chosen))

@@ -29,6 +29,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`Dtype` of native/params.h."""
 
 
+_ANSWERS = 64
+"""Most tokens of a step whose logits are part of the program."""
+
+
 class _Numbers:
     """Host numbers at an address that stays until there are more of them than ever before.
 
@@ -43,6 +47,10 @@ class _Numbers:
     @property
     def address(self) -> int:
         return self._all.buffer_info()[0]
+
+    def read(self, count: int) -> list[int]:
+        """The first numbers."""
+        return self._all[:count].tolist()
 
     def write(self, numbers: Iterable[int]) -> bool:
         """Whether the address has changed."""
@@ -59,16 +67,18 @@ class _Turns:
 
     def __init__(self, model: GPT, window: int | None, tokens: int) -> None:
         self._model, self._window = model, window
-        self._table = model.turn(torch.arange(1), window)
+        self._table = tuple(x.contiguous() for x in model.turn(torch.arange(1), window))
         self.step = tuple(x.new_empty((tokens, x.shape[1])) for x in self._table)
         """Of the tokens of a step."""
+        self.words: list[int] = []
+        """Those in which the tables' addresses stand."""
 
-    def write(self, positions: Tensor, end: int) -> None:
-        """Set `step` for these positions, all below `end`."""
+    def reach(self, end: int, arena: Tensor) -> None:
+        """Have all positions below `end`."""
         if end > len(self._table[0]):
-            self._table = self._model.turn(torch.arange(2 * end), self._window)
-        for to, table in zip(self.step, self._table, strict=True):
-            torch.index_select(table, 0, positions, out=to[: len(positions)])
+            self._table = tuple(x.contiguous() for x in self._model.turn(torch.arange(2 * end), self._window))
+            for word, table in zip(self.words, self._table, strict=True):
+                arena[word] = table.data_ptr()
 
 
 @dataclass
@@ -113,13 +123,13 @@ class _Program:
         self._list = torch.tensor([(function, start + 8 * at) for function, at in self._calls], dtype=torch.int64)
         self._where = {name: torch.tensor(words, dtype=torch.int64) for name, words in self._counts.items()}
 
-    def _run(self, **now: int) -> None:
-        """Make all calls, with these numbers."""
+    def _run(self, count: int | None = None, **now: int) -> None:
+        """Make all calls, or the first `count`, with these numbers."""
         threads = torch.get_num_threads()
         for name, number in {**now, "threads": threads}.items():
             if number != self._now[name]:
                 self._arena[self._where[name]] = self._now[name] = number
-        self._library.keyspan_run(self._list.data_ptr(), len(self._list), threads)
+        self._library.keyspan_run(self._list.data_ptr(), len(self._list) if count is None else count, threads)
 
     def _fields(self, name: str) -> tuple[tuple[str, str], ...]:
         """(field, type) of a struct."""
@@ -172,8 +182,9 @@ class _Program:
 
     def _linear(self, x: Tensor, layer: Linear, out: Tensor, applied: int = 0) -> None:
         """`applied`: a function of the result, `Applied` of native/linear.h."""
-        weight = self._weight(layer.weight, layer.packed)
-        bias = layer.bias
+        self._product(x, self._weight(layer.weight, layer.packed), layer.bias, out, applied)
+
+    def _product(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, applied: int = 0) -> None:
         self._call(
             "linear", x=x, weight=weight.words, scale=0 if weight.scale is None else weight.scale,
             bias=0 if bias is None else bias.detach().contiguous(), out=out, dtype=_DTYPES[x.dtype],
@@ -202,17 +213,19 @@ class DecoderProgram(_Program):
             raise ValueError(f"model: {reason}")
         super().__init__(("sequences", "pages"))
         self._model, self._cache = model, cache
-        self._ends, self._positions, self._owners = (_Numbers("i", tokens) for _ in range(3))
-        """Of each token of a step: one past the last key that it sees, its position, its sequence."""
+        self._tokens, self._ends, self._positions, self._owners = (_Numbers("i", tokens) for _ in range(4))
+        """Of each token of a step: its number, one past the last key that it sees, its position, its sequence."""
         self._windows: dict[int | None, _Window] = {}
         self._turns: dict[int | None, _Turns] = {}
         """By window; windows with the same angles share them."""
+        scale = model.config.embedding_scale
+        self._scale = None if scale == 1 else torch.tensor(scale, dtype=model.embedding.weight.dtype)
         self._make(tokens)
         head = model._packed_head if model.config.tie_embeddings else model.head.packed
         self._head = self._weight(model.head_weight, head)
+        self._body = len(self._calls)
+        self._make_answers(min(tokens, _ANSWERS))
         self._finish()
-        scale = model.config.embedding_scale
-        self._scale = None if scale == 1 else torch.tensor(scale, dtype=model.embedding.weight.dtype)
 
     @staticmethod
     def reason_against(model: GPT) -> str | None:
@@ -241,6 +254,8 @@ class DecoderProgram(_Program):
         self._inverse = torch.empty(tokens * (c.heads if c.qk_norm else 1))
         size, row, keys = like.element_size(), heads * K, c.kv_heads * K
         dtype = _DTYPES[like.dtype]
+        if self._scale is None:
+            self._gather(like.detach(), self._tokens, self._x)
         for n, module in enumerate(self._model.blocks):
             block, window = cast(Block, module), c.window(n)
             attention, storage = block.attention, self._cache.storage(n)
@@ -287,8 +302,23 @@ class DecoderProgram(_Program):
         """Windows of one table of angles share it."""
         kind = window if self._model.config.local_rope_theta is None else None if window is None else 1
         if kind not in self._turns:
-            self._turns[kind] = _Turns(self._model, window, tokens)
+            found = self._turns[kind] = _Turns(self._model, window, tokens)
+            for table, to in zip(found._table, found.step, strict=True):
+                at = self._gather(table, self._positions, to)
+                found.words.append(at + self._index("gather", "from"))
         return self._turns[kind]
+
+    def _gather(self, table: Tensor, index: _Numbers, to: Tensor) -> int:
+        size = table.shape[1] * table.element_size()
+        return self._call("gather", **{"from": table}, to=to, index=index.address, size=size)
+
+    def _make_answers(self, most: int) -> None:
+        """The logits of all tokens of a step, and the likeliest tokens."""
+        c, dtype = self._model.config, _DTYPES[self._h.dtype]
+        self._logits, self._best = self._h.new_empty((most, c.vocab_size)), _Numbers("i", most)
+        self._product(self._h, self._head, None, self._logits)
+        best = self._best.address
+        self._call("largest", z=self._logits, best=best, dtype=dtype, C=c.vocab_size)
 
     def _attend(self, layer: Attention, storage: Stored, window: int | None, shared: _Window) -> None:
         """Attention of one layer, as `GPT` calls it."""
@@ -326,14 +356,33 @@ class DecoderProgram(_Program):
 
     # Running it
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Sequence[int]) -> Tensor:
         """`GPT.forward` after `PagedCache.begin`. The result is overwritten by the next call."""
-        T, most, step = tokens.numel(), len(self._x), self._cache.step
+        self._step(tokens, self._body)
+        return self._h[: len(tokens)]
+
+    def likeliest(self, tokens: Sequence[int]) -> list[int]:
+        """Where `GPT.logits` of each token of a step is largest, for at most `most_answers` tokens, in one call."""
+        self._step(tokens, None)
+        return self._best.read(len(tokens))
+
+    def answers(self, count: int) -> Tensor:
+        """The logits of the last `likeliest`, [count, C]; overwritten by the next."""
+        return self._logits[:count]
+
+    @property
+    def most_answers(self) -> int:
+        """Most tokens of `likeliest`; none where logits are capped."""
+        return len(self._logits) if self._model.config.logit_softcap is None else 0
+
+    def _step(self, tokens: Sequence[int], calls: int | None) -> None:
+        T, most, step = len(tokens), len(self._x), self._cache.step
         if most < T:
             raise ValueError(f"tokens: got {T}, want at most the program's {most}")
-        x = torch.index_select(self._model.embedding.weight, 0, tokens, out=self._x[:T])
-        if self._scale is not None:
-            x.mul_(self._scale)
+        if self._scale is None:
+            self._tokens.write(tokens)
+        else:
+            torch.index_select(self._model.embedding.weight, 0, torch.tensor(tokens), out=self._x[:T]).mul_(self._scale)
         ends = [at + 1 for at in step.positions]
         self._ends.write(ends)
         self._positions.write(step.positions)
@@ -343,12 +392,9 @@ class DecoderProgram(_Program):
             shared.slots.write(step.slots[window])
             if shared.table.write(chain.from_iterable(step.tables[window])):
                 self._arena[torch.tensor(shared.tables)] = shared.table.address
-        if self._turns:
-            positions, end = torch.tensor(step.positions), max(ends)
-            for turns in self._turns.values():
-                turns.write(positions, end)
-        self._run(tokens=T, sequences=len(step.lengths), pages=step.pages)
-        return self._h[:T]
+        for turns in self._turns.values():
+            turns.reach(max(ends), self._arena)
+        self._run(calls, tokens=T, sequences=len(step.lengths), pages=step.pages)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`GPT.logits`."""

@@ -85,6 +85,8 @@ LAYER_FIELDS: dict[str, _Fields] = {
         *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
         *_fields("float", "softcap z_loss"),
     ),
+    "largest": (*_fields("pointer", "z best"), *_fields("int1", "isa threads dtype T C")),
+    "gather": (*_fields("pointer", "from to index"), *_fields("int1", "T size")),
     "store": (
         *_fields("pointer", "from to scale slots"),
         *_fields("int1", "threads dtype stored T heads D from_stride"),
@@ -96,7 +98,9 @@ LAYER_FIELDS: dict[str, _Fields] = {
     ),
 }
 """Those of the structs of native/layers.h and native/program.cpp, by the name of the function that takes one."""
-PROGRAM_FUNCTIONS = ("linear", "rms_norm", "rotary", "gate", "store", "head_norm", "layer_norm", "params")
+PROGRAM_FUNCTIONS = (
+    "linear", "rms_norm", "rotary", "gate", "store", "head_norm", "layer_norm", "params", "gather", "largest"
+)  # fmt: skip
 """`Function` of native/program.cpp, each by the name of its struct."""
 
 
