@@ -166,11 +166,10 @@ INLINE void softmax_backward_row(const Plan &plan, RowTile &tile, int s, int r, 
 INLINE void interleave_scores(int r, Span block_span, Scores<uint32_t> &to) {
     for (int n = block_span.begin; n < block_span.end; n += W) {
         const int64_t at = r * BLOCK_KEYS + n, below = at + BLOCK_KEYS;
-        const vf dx = load(to.grad + at), dx_below = load(to.grad + below);
         store(to.weight_pairs + r / 2 * BLOCK_KEYS + n, pairs_bf16(load(to.weight + at), load(to.weight + below)));
-        store(to.grad_pairs + r / 2 * BLOCK_KEYS + n, pairs_bf16(dx, dx_below));
-        store((uint16_t *)to.grad_row + at, narrow_bf16(dx));
-        store((uint16_t *)to.grad_row + below, narrow_bf16(dx_below));
+        store(to.grad_pairs + r / 2 * BLOCK_KEYS + n,
+              pairs_bf16(load(to.grad + at), load(to.grad + below), (uint16_t *)to.grad_row + at,
+                         (uint16_t *)to.grad_row + below));
     }
 }
 
@@ -321,8 +320,11 @@ INLINE void backward_tile(const Plan &plan, int64_t slot, RowTile &tile, float *
         alignas(64) float out[MAX_HEAD_DIM], grad[MAX_HEAD_DIM];
         widen(p.out_dtype, p.out + out_row(p, tile, r) * p.V * dtype_size(p.out_dtype), 1, p.V, out);
         widen(p.out_dtype, grad_rows[r], p.grad_out_stride[4], p.V, grad);
-        float delta = p.grad_lse ? -p.grad_lse[at] : 0;
-        for (int64_t v = 0; v < p.V; v++) delta += out[v] * grad[v];
+        vf products{};
+        int64_t v = 0;
+        for (; v + W <= p.V; v += W) products = multiply_add(products, load(out + v), load(grad + v));
+        float delta = reduce_add(products) - (p.grad_lse ? p.grad_lse[at] : 0);
+        for (; v < p.V; v++) delta += out[v] * grad[v];
         tile.delta[r] = delta;
         tile.grad_sum[r] = tile.full_sum[r] = tile.grad_distance[r] = tile.weight_distance[r] = 0;
         for (int e = 0; e < 2; e++) tile.grad_ends[e][r] = tile.weight_ends[e][r] = 0;

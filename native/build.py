@@ -8,6 +8,7 @@ PLANNERS become one object file each; KERNELS become one for each instruction se
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import shlex
@@ -50,6 +51,14 @@ def library_name() -> str:
     return {"Darwin": "libkeyspan.dylib", "Windows": "libkeyspan.dll"}.get(platform.system(), "libkeyspan.so")
 
 
+def stamp() -> str:
+    """A hash of what the library is compiled from. The library tells its own, `keyspan_stamp`."""
+    found = hashlib.sha256()
+    for path in sorted((*HERE.glob("*.h"), *HERE.glob("*.cpp"), Path(__file__))):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
     """Compiles and links the library into `folder` and returns its path.
 
@@ -64,7 +73,7 @@ def build(folder: Path, flags: str = "", std_threads: bool = False) -> Path:
     isas = {"portable": ""}
     if platform.machine().lower() in ("x86_64", "amd64"):
         isas |= {isa: f"-DKEYSPAN_{isa} {options}" for isa, options in X86.items()}
-    units = [(f"{name}.cpp", name, threads) for name in PLANNERS]
+    units = [(f"{name}.cpp", name, [*threads, f'-DKEYSPAN_STAMP="{stamp()}"']) for name in PLANNERS]
     units += [(f"{name}.cpp", f"{name}_{isa}", flags.split()) for name in KERNELS for isa, flags in isas.items()]
     with tempfile.TemporaryDirectory() as scratch:
 

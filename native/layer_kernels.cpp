@@ -137,6 +137,7 @@ void rms_norm_backward(const RmsNorm &p, int64_t first, int64_t last, float *dwe
         for (int64_t i = 0; i < D; i += W) store(grad + i, r * (load(grad + i) - load(normed + i) * mean));
         if (p.grad_total) add_row(grad, p.grad_total, p.total_dtype, t, D, D);
         write_row(grad, p.dx, p.total_dtype, t, D, D);
+        if (p.dresidual) write_row(grad, p.dresidual, p.residual_dtype, t, D, D);
     }
 }
 

@@ -8,12 +8,13 @@ namespace keyspan {
 
 // Structs as in params.h. Forward of `rms_norm` reads x, residual (or null) and weight, and writes total (where there
 // is a residual), out and inverse [T] = 1 / rms. Backward reads grad (as out), grad_total (as total; or null), weight,
-// total and inverse, and writes dx (as total) and the sums dweight [parts, D] over runs of rows (or null), the first
-// of which becomes their total.
+// total and inverse, and writes dx (as total), the same once more as dresidual (as residual; or null), and the sums
+// dweight [parts, D] over runs of rows (or null), the first of which becomes their total.
 #define KEYSPAN_RMS_NORM_FIELDS(POINTER, INT, FLOAT)                                                             \
     POINTER(const void *, x) POINTER(const void *, residual) POINTER(const float *, weight)                      \
     POINTER(void *, total) POINTER(void *, out) POINTER(float *, inverse)                                        \
-    POINTER(const void *, grad) POINTER(const void *, grad_total) POINTER(void *, dx) POINTER(float *, dweight)  \
+    POINTER(const void *, grad) POINTER(const void *, grad_total) POINTER(void *, dx) POINTER(void *, dresidual) \
+    POINTER(float *, dweight)                                                                                    \
     INT(isa, 1) INT(threads, 1) INT(total_dtype, 1) INT(residual_dtype, 1) INT(out_dtype, 1)                     \
     INT(T, 1) INT(D, 1) INT(parts, 1)                                                                            \
     FLOAT(eps)

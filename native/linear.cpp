@@ -27,8 +27,8 @@ constexpr int64_t SMALL_WORK_OF_TEAM = 1 << 14;  // nor one that is awake
 
 void run(const Linear &p) {
     if (p.storage == ROWS_OF_DTYPE && !p.scale && !p.applied && p.rows >= MANY_ROWS) {
-        const Product product{p.x,     p.weight, p.bias, p.out,  p.isa,     p.threads,  p.dtype,       p.dtype, 0, 1, 0,
-                              p.rows, p.inputs, p.outputs, p.x_stride, p.weight_stride};
+        const Product product{p.x,     p.weight, p.bias, p.out,  p.isa,    p.threads, p.dtype,    p.dtype,        p.dtype,
+                              0,       1,        0,      p.rows, p.inputs, p.outputs, p.x_stride, p.weight_stride};
         return keyspan_product(&product);
     }
     const LinearKernel kernel = kernel_of(p.isa);

@@ -583,6 +583,9 @@ EXPORT const char *keyspan_dense_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_D
 
 EXPORT int64_t keyspan_supports(int64_t isa) { return supported(isa); }
 
+// See native/build.py.
+EXPORT const char *keyspan_stamp() { return KEYSPAN_STAMP; }
+
 EXPORT const char *keyspan_threading() {
 #if defined(KEYSPAN_STD_THREADS) || !defined(_OPENMP)
     return "std::thread";

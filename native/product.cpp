@@ -17,38 +17,45 @@ const ProductKernels *kernels_of(int64_t isa) {
 }
 
 constexpr int64_t SMALL_WORK = 1 << 17;  // multiply-adds that are not worth waking a thread
+constexpr int64_t ROW_STEP = 6;          // rows that are multiplied together: `ROWS` of simd.h
 constexpr int64_t FEWEST_ROWS = 48;      // of a part
 constexpr int64_t PARTS_PER_THREAD = 4;
 constexpr int64_t WORDS_AT_A_TIME = 512;    // of a panel
-constexpr int64_t MOST_KEPT = 16 << 20;  // bytes of packed columns that a thread keeps for its next product
+constexpr int64_t MOST_KEPT = 8 << 20;  // bytes of packed columns, but for one part; a thread keeps them for its next product
 
 int64_t quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void run(const Product &p) {
     const ProductKernels &kernels = *kernels_of(p.isa);
     const int64_t threads = p.M * p.K * p.N < SMALL_WORK ? 1 : p.threads;
-    const int64_t even = quotient(quotient(p.M, threads * PARTS_PER_THREAD), FEWEST_ROWS) * FEWEST_ROWS;
-    const int64_t rows = threads == 1 ? PRODUCT_ROWS : std::min(PRODUCT_ROWS, even);
-    const int64_t groups = quotient(p.N, PRODUCT_COLUMNS);
-    const int64_t columns = quotient(quotient(p.N, groups), PRODUCT_PANEL) * PRODUCT_PANEL;
+    // Parts of rows differ by a step at most, and every thread gets as many.
+    const int64_t steps = quotient(p.M, ROW_STEP), fewest = quotient(steps, PRODUCT_ROWS / ROW_STEP);
+    const int64_t wanted = std::max(fewest, std::min(threads * PARTS_PER_THREAD, quotient(p.M, FEWEST_ROWS)));
+    const int64_t parts = threads == 1 ? fewest : std::min(steps, quotient(wanted, threads) * threads);
     const int64_t words = kernels.words(p), panel_bytes = 4 * words * PRODUCT_PANEL;
+    const int64_t panels = quotient(p.N, PRODUCT_PANEL), groups = quotient(p.N, PRODUCT_COLUMNS);
+    const int64_t group = quotient(panels, groups);  // panels of a part of `out`
+    const int64_t packed_panels = std::min(panels, std::max<int64_t>(1, MOST_KEPT / std::max<int64_t>(1, group * panel_bytes)) * group);
 
     static thread_local Scratch kept;
     Scratch own;
-    const int64_t bytes = std::min(columns, quotient(p.N, PRODUCT_PANEL) * PRODUCT_PANEL) / PRODUCT_PANEL * panel_bytes;
+    const int64_t bytes = packed_panels * panel_bytes;
     char *const packed = (bytes > MOST_KEPT ? own : kept).get(bytes);
-    for (int64_t first = 0; first < p.N; first += columns) {
-        const int64_t last = std::min(p.N, first + columns);
-        const int64_t runs = quotient(words, WORDS_AT_A_TIME);
-        parallel_for(threads, quotient(last - first, PRODUCT_PANEL) * runs, [&](int64_t unit, int64_t) {
+    for (int64_t first = 0; first < panels; first += packed_panels) {
+        const int64_t last = std::min(panels, first + packed_panels), runs = quotient(words, WORDS_AT_A_TIME);
+        parallel_for(threads, (last - first) * runs, [&](int64_t unit, int64_t) {
             const int64_t panel = unit / runs, word = unit % runs * WORDS_AT_A_TIME;
-            kernels.pack(p, first + panel * PRODUCT_PANEL, word, std::min(words, word + WORDS_AT_A_TIME),
+            kernels.pack(p, (first + panel) * PRODUCT_PANEL, word, std::min(words, word + WORDS_AT_A_TIME),
                          packed + panel * panel_bytes);
         });
-        parallel_for(threads, quotient(p.M, rows), [&](int64_t part, int64_t) {
+        parallel_for(threads, quotient(last - first, group) * parts, [&](int64_t unit, int64_t) {
             static thread_local Scratch scratch;
-            kernels.multiply(p, {part * rows, std::min(p.M, (part + 1) * rows), first, last}, packed,
-                             scratch.get(PRODUCT_SCRATCH));
+            const int64_t part = unit % parts, panel = unit / parts * group;
+            const int64_t row = part * steps / parts * ROW_STEP, end = (part + 1) * steps / parts * ROW_STEP;
+            kernels.multiply(p,
+                             {row, std::min(p.M, end), (first + panel) * PRODUCT_PANEL,
+                              std::min(p.N, (first + std::min(last - first, panel + group)) * PRODUCT_PANEL)},
+                             packed + panel * panel_bytes, scratch.get(PRODUCT_SCRATCH));
         });
     }
 }

@@ -11,12 +11,13 @@ namespace keyspan {
 // Fields as in params.h.
 //   a        [M, K] of dtype; where `a_transposed`, it lies as [K, M]. Elements of a row are adjacent, rows a_stride
 //            apart
-//   b        [K, N] of dtype; where `b_transposed`, it lies as [N, K]; likewise with b_stride
+//   b        [K, N] of b_dtype; where `b_transposed`, it lies as [N, K]; likewise with b_stride. b_dtype is dtype, or F32:
+//            its numbers are rounded to dtype when they are packed
 //   bias     of dtype [N], or null
 //   out      [M, N] of out_dtype, contiguous; `accumulate` (for F32): sums begin with what it holds
 #define KEYSPAN_PRODUCT_FIELDS(POINTER, INT, FLOAT)                                                         \
     POINTER(const char *, a) POINTER(const char *, b) POINTER(const char *, bias) POINTER(char *, out)      \
-    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(out_dtype, 1)                                             \
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(b_dtype, 1) INT(out_dtype, 1)                             \
     INT(a_transposed, 1) INT(b_transposed, 1) INT(accumulate, 1)                                            \
     INT(M, 1) INT(K, 1) INT(N, 1) INT(a_stride, 1) INT(b_stride, 1)
 
@@ -29,14 +30,16 @@ struct Product {
 constexpr int64_t PRODUCT_ROWS = 192;     // most rows of a part of `out`, of which the second cache holds the sums
 constexpr int64_t PRODUCT_COLUMNS = 512;  // columns of b that are packed at a time
 constexpr int64_t PRODUCT_PANEL = 64;
-constexpr int64_t PRODUCT_BLOCK = 128;  // words of the summed dimension at a time: the first cache holds those of a panel
+// Most words of the summed dimension at a time. What b has of them in a panel lies in the second cache; in the first one
+// where the rows of a are copied, which takes the second.
+constexpr int64_t PRODUCT_BLOCK = 512, PRODUCT_COPIED_BLOCK = 128;
 
 struct ProductPart {
     int64_t first_row, last_row, first_column, last_column;
 };
 
-// Sums and a block of a.
-constexpr int64_t PRODUCT_SCRATCH = 4 * PRODUCT_ROWS * (PRODUCT_COLUMNS + PRODUCT_BLOCK);
+// Sums and a copied block of a.
+constexpr int64_t PRODUCT_SCRATCH = 4 * PRODUCT_ROWS * (PRODUCT_COLUMNS + PRODUCT_COPIED_BLOCK);
 
 struct ProductKernels {
     int64_t (*words)(const Product &);  // of the summed dimension

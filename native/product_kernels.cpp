@@ -13,6 +13,19 @@ namespace {
 
 static_assert(PRODUCT_PANEL % SQUARE == 0, "panels are packed in squares");
 
+constexpr int64_t PACK_BLOCK = 128;  // words of rows that are transposed at a time
+
+// `count` fp32 numbers rounded to `dtype`, as floats again, or as words.
+INLINE void round_numbers(const float *from, int64_t dtype, int64_t count, float *to) {
+    uint16_t rounded[2 * PACK_BLOCK];
+    narrow(dtype, from, count, 1.0f, (char *)rounded);
+    widen(dtype, (const char *)rounded, 1, count, to);
+}
+INLINE void round_numbers(const float *from, int64_t, int64_t count, uint32_t *to) {
+    to[(count - 1) / 2] = 0;  // its second half, where count is odd
+    narrow(BF16, from, count, 1.0f, (char *)to);
+}
+
 // `width` columns of row `k` of a matrix [K, ...] as words: of two rows, 2 k and 2 k + 1, for pairs. A row behind the
 // last one counts as zeros.
 INLINE void pack_words(const char *matrix, int64_t stride, int64_t, int64_t dtype, int64_t k, int64_t width,
@@ -30,6 +43,19 @@ INLINE void pack_words(const char *matrix, int64_t stride, int64_t K, int64_t, i
         interleave_rows(row, row + stride, width, to);
 }
 
+// Of fp32 numbers rounded to `dtype`.
+INLINE void pack_rounded_words(const float *matrix, int64_t stride, int64_t, int64_t dtype, int64_t k, int64_t width,
+                               float *to) {
+    round_numbers(matrix + k * stride, dtype, width, to);
+}
+INLINE void pack_rounded_words(const float *matrix, int64_t stride, int64_t K, int64_t, int64_t k, int64_t width,
+                               uint32_t *to) {
+    const float *row = matrix + 2 * k * stride, *below = 2 * k + 1 < K ? row + stride : nullptr;
+    int64_t i = 0;
+    for (; i + W <= width; i += W) store(to + i, pairs_bf16(load(row + i), below ? load(below + i) : vf{}));
+    for (; i < width; i++) to[i] = to_bf16(row[i]) | (below ? (uint32_t)to_bf16(below[i]) << 16 : 0);
+}
+
 // `count` numbers of a row as words.
 INLINE void pack_numbers(const char *from, int64_t dtype, int64_t count, float *to) { widen(dtype, from, 1, count, to); }
 INLINE void pack_numbers(const char *from, int64_t, int64_t count, uint32_t *to) {
@@ -39,32 +65,40 @@ INLINE void pack_numbers(const char *from, int64_t, int64_t count, uint32_t *to)
 
 template <class T>
 void pack(const Product &p, int64_t column, int64_t first_word, int64_t last_word, char *packed) {
-    const int64_t size = dtype_size(p.dtype), columns = min(PRODUCT_PANEL, p.N - column);
+    const int64_t size = dtype_size(p.b_dtype), columns = min(PRODUCT_PANEL, p.N - column);
+    const bool rounded = p.b_dtype != p.dtype;
     T *to = (T *)packed + first_word * PRODUCT_PANEL;
     if (!p.b_transposed) {
+        const char *from = p.b + column * size;
         for (int64_t word = first_word; word < last_word; word++, to += PRODUCT_PANEL) {
-            pack_words(p.b + column * size, p.b_stride, p.K, p.dtype, word, columns, to);
+            if (rounded)
+                pack_rounded_words((const float *)from, p.b_stride, p.K, p.dtype, word, columns, to);
+            else
+                pack_words(from, p.b_stride, p.K, p.dtype, word, columns, to);
             for (int64_t n = columns; n < PRODUCT_PANEL; n++) to[n] = 0;
         }
         return;
     }
-    T rows[SQUARE * PRODUCT_BLOCK];
-    for (int64_t word = first_word; word < last_word; word += PRODUCT_BLOCK, to += PRODUCT_BLOCK * PRODUCT_PANEL) {
-        const int64_t count = min(PRODUCT_BLOCK, last_word - word), k = word * PER_WORD<T>;
+    T rows[SQUARE * PACK_BLOCK];
+    for (int64_t word = first_word; word < last_word; word += PACK_BLOCK, to += PACK_BLOCK * PRODUCT_PANEL) {
+        const int64_t count = min(PACK_BLOCK, last_word - word), k = word * PER_WORD<T>;
         const int64_t numbers = min(p.K - k, count * PER_WORD<T>);
         for (int64_t n = 0; n < PRODUCT_PANEL; n += SQUARE) {
-            for (int64_t i = 0; i < SQUARE; i++)
-                if (n + i < columns)
-                    pack_numbers(p.b + ((column + n + i) * p.b_stride + k) * size, p.dtype, numbers,
-                                 rows + i * PRODUCT_BLOCK);
+            for (int64_t i = 0; i < SQUARE; i++) {
+                const char *from = p.b + ((column + n + i) * p.b_stride + k) * size;
+                if (n + i >= columns)
+                    memset(rows + i * PACK_BLOCK, 0, (size_t)count * 4);
+                else if (rounded)
+                    round_numbers((const float *)from, p.dtype, numbers, rows + i * PACK_BLOCK);
                 else
-                    memset(rows + i * PRODUCT_BLOCK, 0, (size_t)count * 4);
+                    pack_numbers(from, p.dtype, numbers, rows + i * PACK_BLOCK);
+            }
             int64_t j = 0;
             for (; j + SQUARE <= count; j += SQUARE)
-                transpose_square((const uint32_t *)rows + j, PRODUCT_BLOCK, (uint32_t *)to + j * PRODUCT_PANEL + n,
+                transpose_square((const uint32_t *)rows + j, PACK_BLOCK, (uint32_t *)to + j * PRODUCT_PANEL + n,
                                  PRODUCT_PANEL);
             for (; j < count; j++)
-                for (int64_t i = 0; i < SQUARE; i++) to[j * PRODUCT_PANEL + n + i] = rows[i * PRODUCT_BLOCK + j];
+                for (int64_t i = 0; i < SQUARE; i++) to[j * PRODUCT_PANEL + n + i] = rows[i * PACK_BLOCK + j];
         }
     }
 }
@@ -75,6 +109,14 @@ struct Block {
     const T *data;
     int64_t row, step;
 };
+
+// Whether rows of a are words where they lie, so that they need not be copied.
+template <class T>
+INLINE bool are_words(const Product &p) {
+    constexpr int64_t numbers = PER_WORD<T>;
+    return !p.a_transposed && dtype_size(p.dtype) * numbers == 4 && p.K % numbers == 0 && p.a_stride % numbers == 0 &&
+           (uintptr_t)p.a % 4 == 0;
+}
 
 // Words `word` to `word + count` − 1 of the part's rows of a, as they lie, or copied to `to`.
 template <class T>
@@ -87,11 +129,10 @@ INLINE Block<T> block_of(const Product &p, const ProductPart &part, int64_t word
     }
     const int64_t k = word * PER_WORD<T>, numbers = min(p.K - k, count * PER_WORD<T>);
     const char *first = p.a + (part.first_row * p.a_stride + k) * size;
-    const bool are_words = size * PER_WORD<T> == 4 && numbers % PER_WORD<T> == 0 && p.a_stride % PER_WORD<T> == 0;
-    if (are_words && (uintptr_t)first % 4 == 0) return {(const T *)first, p.a_stride / PER_WORD<T>, 1};
+    if (are_words<T>(p)) return {(const T *)first, p.a_stride / PER_WORD<T>, 1};
     for (int64_t r = 0; r < rows; r++)
-        pack_numbers(first + r * p.a_stride * size, p.dtype, numbers, to + r * PRODUCT_BLOCK);
-    return {to, PRODUCT_BLOCK, 1};
+        pack_numbers(first + r * p.a_stride * size, p.dtype, numbers, to + r * PRODUCT_COPIED_BLOCK);
+    return {to, PRODUCT_COPIED_BLOCK, 1};
 }
 
 // T: float, or uint32_t for pairs of bf16.
@@ -104,14 +145,17 @@ void multiply(const Product &p, const ProductPart &part, const char *packed, cha
     float bias[PRODUCT_COLUMNS];
     if (p.bias) widen(p.dtype, p.bias + part.first_column * dtype_size(p.dtype), 1, columns, bias);
 
+    const int64_t most = are_words<T>(p) ? PRODUCT_BLOCK : PRODUCT_COPIED_BLOCK;
+    const int64_t blocks = max<int64_t>(1, (all + most - 1) / most);  // of about one size
+    const int64_t block = max<int64_t>(1, (all + blocks - 1) / blocks);
     // Sums of whole vectors in fp32 need no memory but `out`. Of one block, those of a few rows are done at a time.
-    const bool in_place = p.out_dtype == F32 && columns % W == 0, one_block = all <= PRODUCT_BLOCK && !p.accumulate;
+    const bool in_place = p.out_dtype == F32 && columns % W == 0, one_block = all <= most && !p.accumulate;
     float *sums = in_place ? (float *)out : (float *)scratch;
     const int64_t width = in_place ? p.N : one_block ? PRODUCT_PANEL : (columns + W - 1) / W * W;
     if (p.accumulate && !in_place)
         for (int64_t r = 0; r < rows; r++) memcpy(sums + r * width, out + r * out_row, (size_t)columns * 4);
-    for (int64_t word = 0; word == 0 || word < all; word += PRODUCT_BLOCK) {
-        const int64_t count = min(PRODUCT_BLOCK, all - word);
+    for (int64_t word = 0; word == 0 || word < all; word += block) {
+        const int64_t count = min(block, all - word);
         const Block<T> a = block_of(p, part, word, count, copied);
         const auto product = word || p.accumulate ? gemm<ADD, T> : gemm<SET, T>;
         const bool last = word + count == all;

@@ -316,13 +316,21 @@ INLINE vh narrow_f16(vf x) {
 #endif
 }
 
-// Two rows of bf16 as pairs: `a` in the lower half of each word, `b` in the upper half.
-INLINE vu pairs_bf16(vf a, vf b) {
+// Two rows of bf16 as pairs: `a` in the lower half of each word, `b` in the upper half. Where `row_a` is given both are
+// stored too, as rows.
+INLINE vu pairs_bf16(vf a, vf b, uint16_t *row_a = nullptr, uint16_t *row_b = nullptr) {
 #if defined(KEYSPAN_AVX512BF16)
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
-    return (vu)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    if (row_a) {
+        store(row_a, (vh)_mm512_castsi512_si256(both));
+        store(row_b, (vh)_mm512_extracti64x4_epi64(both, 1));
+    }
+    return (vu)_mm512_permutexvar_epi16((__m512i)(iota() | (iota() + W) << 16), both);
 #else
+    if (row_a) {
+        store(row_a, narrow_bf16(a));
+        store(row_b, narrow_bf16(b));
+    }
     return (rounded_bf16(a) >> 16) | (rounded_bf16(b) & 0xffff0000u);
 #endif
 }

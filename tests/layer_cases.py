@@ -46,6 +46,11 @@ def test_rms_norm(kernels, shape, add):
     torch.testing.assert_close(dx.double(), x64.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dweight.double(), w64.grad, rtol=1e-4, atol=1e-5)
     assert kernels.rms_norm_backward(grad, None, got_total, weight, inverse, False)[1] is None
+    rounded = torch.full_like(residual, torch.nan, dtype=torch.bfloat16)  # the gradient of a residual in another dtype
+    more = grad_total if add else None
+    again, _ = kernels.rms_norm_backward(grad, more, got_total, weight, inverse, False, rounded)
+    assert torch.equal(again, dx)
+    assert torch.equal(rounded, dx.bfloat16())
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -1,6 +1,7 @@
 """The native backend beyond the common cases: each instruction set, decoding, threads, forks, memory, its absence."""
 
 import contextlib
+import ctypes
 import itertools
 import math
 import shutil
@@ -93,6 +94,20 @@ def test_the_instruction_set_is_put_back():
         assert binding.isa_number() == 0
         raise KeyError
     assert binding.isa_number() == before
+
+
+def test_a_library_of_other_sources_is_loud(monkeypatch, tmp_path):
+    """In a checkout whose native/ it was not compiled from; where there is no native/ nothing can be said."""
+    monkeypatch.setattr(binding, "_CHECKOUT", tmp_path)
+    binding._load()
+    (tmp_path / "native").mkdir()
+    stamp = binding.LIBRARY.keyspan_stamp
+    stamp.restype = ctypes.c_char_p
+    (tmp_path / "native" / "build.py").write_text(f"def stamp(): return {stamp().decode()!r}")
+    binding._load()
+    (tmp_path / "native" / "build.py").write_text("def stamp(): return 'another'")
+    with pytest.warns(UserWarning, match=r"compiled from other sources .* run `python native/build.py src/keyspan/"):
+        binding._load()
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from keyspan.backends.native import binding, use_isa
-from keyspan.layers import gemm, native_kernels, rms_norm, rotary_table
+from keyspan.layers import SwiGLU, gemm, native_kernels, rms_norm, rotary_table
 from keyspan.layers.kernels import kernels_for
 from keyspan.layers.rope import rotate, rotate_qkv
 from layer_cases import *  # noqa: F403
@@ -154,6 +154,13 @@ def test_products_of_matrices(kernels, dtype, transposed, M, K, N):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(threaded, out)
+    # A matrix in fp32 is rounded as it is packed; how it lies changes no bit.
+    wide, bias = torch.randn(K, N), torch.randn(N).to(dtype)
+    added = gemm.native_matmul(given, wide.to(dtype), torch.empty(M, N), transposed=transposed, bias=bias)
+    check(added, a.double() @ wide.to(dtype).double() + bias.double())
+    for matrix in (wide, wide.t().contiguous(), wide.to(dtype).t().contiguous()):
+        lies = {"transposed": transposed, "b_transposed": matrix.shape == (N, K) and matrix is not wide}
+        assert torch.equal(gemm.native_matmul(given, matrix, torch.empty(M, N), bias=bias, **lies), added)
     if K and not transposed:  # many rows and few are multiplied in different ways
         weight = b.t().contiguous()
         assert torch.equal(gemm.linear(a, weight), low)
@@ -191,6 +198,24 @@ def test_no_rows_are_no_work(kernels):
     assert dx.shape == (0, 8)
     assert not dweight.any()
     assert kernels.gate(x, "silu").shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_of_no_rows_are_zero(dtype):
+    module, x = SwiGLU(8, 12, 5), torch.empty(0, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = module(gemm.linear(x, torch.ones(8, 8, requires_grad=True)))
+    assert y.shape == (0, 5)
+    assert not any(grad.any() for grad in torch.autograd.grad(y.sum(), list(module.parameters())))
+
+
+@pytest.mark.parametrize("rows", [1, 40, 60, 300])
+@pytest.mark.parametrize("dtype", LOW)
+def test_weights_in_fp32_are_multiplied_as_if_rounded_before(kernels, dtype, rows):
+    x, weight, bias = torch.randn(2, rows, 33), torch.randn(70, 33), torch.randn(70)
+    with torch.autocast("cpu", dtype):
+        got = gemm.linear(x, weight, bias)
+    assert torch.equal(got, gemm.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)))
 
 
 def test_where_they_run():

@@ -1,10 +1,12 @@
-// Fuzz test of products with a weight (`keyspan_linear`), of the layers' functions and of programs of them.
+// Fuzz test of products with a weight (`keyspan_linear`), of the layers' functions and of programs of them; product.h
+// holds products of matrices.
 //
 // Each is compared with a plain double-precision loop; and bit for bit with itself: a row of a product alone, other
 // storages of the weight, and the same calls as one program on a team of threads.
 #pragma once
 #include "../layers.h"
 #include "../linear.h"
+#include "product.h"
 #include "random.h"
 
 extern "C" {
@@ -45,26 +47,9 @@ struct HeadNorm {
     double eps;
 };
 
-int64_t size_of(int64_t dtype) { return dtype == F32 ? 4 : 2; }
-
-// `rows` rows of `width` random numbers, `stride` numbers apart, with NaN between them and nothing behind the last.
-std::vector<char> make_rows(Random &random, int64_t dtype, int64_t rows, int64_t width, int64_t stride) {
-    std::vector<char> memory = blank(rows ? ((rows - 1) * stride + width) * size_of(dtype) : 0);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < width; i++) write(dtype, memory.data(), r * stride + i, random.value());
-    return memory;
-}
-
-void compare_number(const char *name, int64_t i, double got, double want, double allowed) {
-    if (std::fabs(got - want) <= allowed) return;
-    char text[200];
-    snprintf(text, sizeof text, "%s[%ld] is %.9g, want %.9g within %.3g", name, (long)i, got, want, allowed);
-    throw Failure{text};
-}
-
 // ---- products with a weight ----------------------------------------------------------------------------------------
 
-struct Product {
+struct LinearProblem {
     Linear p{};
     std::vector<char> x, plain, panels, bias;  // `plain` and `panels` hold one weight
     std::vector<int8_t> bytes;                 // of an int8 weight, [outputs, inputs]
@@ -82,8 +67,8 @@ std::vector<char> pack_panels(const char *weight, int64_t outputs, int64_t words
     return to;
 }
 
-Product make_product(Random &random) {
-    Product made;
+LinearProblem make_linear(Random &random) {
+    LinearProblem made;
     Linear &p = made.p;
     p.threads = random.from(1, 3);
     p.dtype = random.from(0, 2);
@@ -115,7 +100,7 @@ Product make_product(Random &random) {
     return made;
 }
 
-void check_product(Product &made, int64_t isa) {
+void check_linear(LinearProblem &made, int64_t isa) {
     Linear p = made.p;
     p.isa = isa;
     const int64_t row = p.outputs * size_of(p.dtype);
@@ -343,11 +328,13 @@ void check_step(const Step &step, int64_t isa) {
 // Whether the product and the program of this seed are right on all instruction sets; says what is not.
 bool check_layers(uint64_t seed) {
     Random random{~seed};
-    Product product = make_product(random);
+    LinearProblem linear = make_linear(random);
+    MatrixProblem product = make_product(random);
     const Step step(random);
     for (int64_t isa = 0; isa < ISAS; isa++) {
         if (!keyspan_supports(isa)) continue;
         try {
+            check_linear(linear, isa);
             check_product(product, isa);
             check_step(step, isa);
         } catch (const Failure &failure) {

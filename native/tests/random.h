@@ -106,4 +106,21 @@ struct Failure {
     std::string text;
 };
 
+int64_t size_of(int64_t dtype) { return dtype == F32 ? 4 : 2; }
+
+// `rows` rows of `width` random numbers, `stride` numbers apart, with NaN between them and nothing behind the last.
+std::vector<char> make_rows(Random &random, int64_t dtype, int64_t rows, int64_t width, int64_t stride) {
+    std::vector<char> memory = blank(rows ? ((rows - 1) * stride + width) * size_of(dtype) : 0);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < width; i++) write(dtype, memory.data(), r * stride + i, random.value());
+    return memory;
+}
+
+void compare_number(const char *name, int64_t i, double got, double want, double allowed) {
+    if (std::fabs(got - want) <= allowed) return;
+    char text[200];
+    snprintf(text, sizeof text, "%s[%ld] is %.9g, want %.9g within %.3g", name, (long)i, got, want, allowed);
+    throw Failure{text};
+}
+
 }  // namespace

@@ -349,7 +349,7 @@ def linear_cross_entropy(
     dtype = gemm_dtype(hidden, weight=weight)
     if chunk is None:
         size, most = _CHUNKS.get(hidden.device.type, _CHUNKS["cuda"])
-        number = 4 if hidden.is_cpu else dtype.itemsize
+        number = _gradient_dtype(hidden, dtype).itemsize
         chunk = max(_CHUNK_TOKENS, min(most, size // (number * C) // 256 * 256))
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, want at least 1 token")

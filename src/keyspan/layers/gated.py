@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from keyspan.layers.gemm import (
     Linear,
     bias_gradient,
+    factor,
     gemm_dtype,
     input_gradient,
     native,
@@ -24,7 +25,7 @@ from keyspan.layers.kernels import kernels_for
 
 Activation = Literal["silu", "gelu_tanh"]
 """Of the gate."""
-_CHUNK_NUMBERS = 1 << 20
+_CHUNK_NUMBERS = 1 << 21
 """Numbers of the pre-activation that a CPU works on at a time, which its caches hold until the next product."""
 
 
@@ -83,16 +84,16 @@ def _native_backward(
 ) -> tuple[Tensor | None, ...]:
     """As `_backward`, some rows at a time: the hidden layer's gradients stay in cache and are never held as a whole."""
     need, dtypes = ctx.needs_input_grad, ctx.dtypes
-    dx, (w12, w3) = torch.empty_like(x, dtype=dtypes[0]), (w.to(ctx.dtype) for w in (w12, w3))
-    dw12, dw3 = (torch.zeros_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) for w in (w12, w3))
+    dx, (w12, w3) = torch.empty_like(x, dtype=dtypes[0]), (factor(w, ctx.dtype) for w in (w12, w3))
+    dw12, dw3 = (torch.empty_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) for w in (w12, w3))
     db12 = torch.zeros(len(w12)) if need[2] else None
     grad, x, x12, dx_rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x, x12, dx))
     for rows in chunks(len(x), x12.shape[1]):
         g = grad[rows]
         dh = native_matmul(g, w3, g.new_empty((len(g), w3.shape[1])))
         dx12, h = _gate_backward(dh, x12[rows], ctx.activation)
-        native_matmul(g, h, dw3, transposed=True, accumulate=True)
-        native_matmul(dx12, x[rows], dw12, transposed=True, accumulate=True)
+        native_matmul(g, h, dw3, transposed=True, accumulate=rows.start > 0)
+        native_matmul(dx12, x[rows], dw12, transposed=True, accumulate=rows.start > 0)
         native_matmul(dx12, w12, dx_rows[rows])
         if db12 is not None:
             db12 += dx12.sum(0, dtype=torch.float32)
@@ -100,9 +101,9 @@ def _native_backward(
 
 
 def chunks(rows: int, width: int) -> Iterator[slice]:
-    """Runs of rows of about `_CHUNK_NUMBERS` numbers, at least 256 rows."""
+    """Runs of rows of about `_CHUNK_NUMBERS` numbers, at least 256 rows; one empty run where there are no rows."""
     size = max(256, _CHUNK_NUMBERS // width // 64 * 64)
-    return (slice(start, min(rows, start + size)) for start in range(0, rows, size))
+    return (slice(start, min(rows, start + size)) for start in range(0, max(1, rows), size))
 
 
 def _gate(x12: Tensor, activation: Activation) -> Tensor:

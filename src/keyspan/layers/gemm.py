@@ -78,7 +78,7 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T + bias` of operands rounded to `dtype`, itself rounded once. Call with autocast off."""
     if native_multiplies(x, weight, bias, dtype):
-        return native_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return native_linear(x.to(dtype), factor(weight, dtype), None if bias is None else bias.to(dtype))
     bias = None if bias is None else operand(bias, dtype)
     return cast(F.linear(operand(x, dtype), operand(weight, dtype), bias), dtype)
 
@@ -114,8 +114,27 @@ def native(dtype: torch.dtype, *tensors: Tensor) -> bool:
     return dtype in _NATIVE and eager() and all(x.is_cpu and plain(x) for x in tensors) and _library() is not None
 
 
+def factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the library multiplies by where that is `weight` rounded to `dtype`: it rounds fp32 itself."""
+    return weight if weight.dtype == torch.float32 else weight.to(dtype)
+
+
+_MANY_ROWS = 96
+"""Rows for which the library packs a weight first; `MANY_ROWS` in native/linear.cpp."""
+
+
 def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x [..., D], weight [C, D], bias [C], all of one dtype -> [..., C], written to `out` where that is given."""
+    """x [..., D], weight [C, D], bias [C] -> [..., C], written to `out` where that is given.
+
+    All of one dtype, but for a weight in fp32, which is rounded to it.
+    """
+    if weight.dtype != x.dtype:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) >= _MANY_ROWS:
+            out = rows.new_empty((len(rows), len(weight))) if out is None else out
+            native_matmul(rows, weight, out, b_transposed=True, bias=bias)
+            return out.view(*x.shape[:-1], len(weight))
+        weight = weight.to(x.dtype)
     if x.dtype != torch.float32 and x.shape[-1] % 2:  # two numbers are read at a time
         x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 1))
     even = x.dtype == torch.float32 or weight.stride(0) % 2 == 0
@@ -179,21 +198,34 @@ class _LargePages:
 _large_pages = _LargePages()
 
 
-def native_matmul(a: Tensor, b: Tensor, out: Tensor, *, transposed: bool = False, accumulate: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b where `accumulate`, by the native library, see `native`. Returns `out`.
+def native_matmul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    transposed: bool = False,
+    b_transposed: bool = False,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """out = a @ b + bias, or out += a @ b where `accumulate`, by the native library, see `native`. Returns `out`.
 
     Args:
-        a: [M, K], or where `transposed` [K, M], which stands for its transpose; b: [K, N] of its dtype.
+        a: [M, K], or where `transposed` [K, M], which stands for its transpose.
+        b: [K, N], or where `b_transposed` [N, K], of a's dtype, or in fp32: then it is rounded to that.
         out: [M, N], contiguous, in fp32, bf16 or fp16; fp32 where `accumulate`.
+        bias: [N] of a's dtype, or None.
 
     Sums are fp32, in a fixed order (native/product.h), rounded once.
     """
     library: Any = _library()
     a, b = (x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous() for x in (a, b))
     K, M = a.shape if transposed else a.shape[::-1]
+    bias = None if bias is None else bias.contiguous()
     call = library.PRODUCT.pack(
-        a.data_ptr(), b.data_ptr(), 0, out.data_ptr(), library.isa_number(), torch.get_num_threads(), _NATIVE[a.dtype],
-        _NATIVE[out.dtype], transposed, False, accumulate, M, K, b.shape[1], a.stride(0), b.stride(0),
+        a.data_ptr(), b.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), library.isa_number(),
+        torch.get_num_threads(), _NATIVE[a.dtype], _NATIVE[b.dtype], _NATIVE[out.dtype], transposed, b_transposed,
+        accumulate, M, K, b.shape[not b_transposed], a.stride(0), b.stride(0),
     )  # fmt: skip
     with torch.profiler.record_function("keyspan::matmul") if profiled() else nullcontext():
         library.MATRIX_PRODUCT(call)
@@ -253,7 +285,7 @@ def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype, to: torch.d
     rows, shape = grad.reshape(-1, grad.shape[-1]), (*grad.shape[:-1], weight.shape[1])
     if _native_gradient(dtype, to, grad, weight):
         out = grad.new_empty((len(rows), weight.shape[1]), dtype=to)
-        return native_matmul(rows.to(dtype), weight.to(dtype), out).view(shape)
+        return native_matmul(rows.to(dtype), factor(weight, dtype), out).view(shape)
     return (operand(rows, dtype) @ operand(weight, dtype)).to(dtype).to(to).view(shape)
 
 

@@ -34,22 +34,31 @@ def rms_norm(
     total = x if residual is None else torch.empty_like(x)
     inverse = torch.empty(T, dtype=torch.float32, device="cpu")
     more = DTYPES[x.dtype if residual is None else residual.dtype]
-    pointers = (x, residual, weight.float().contiguous(), total, out, inverse, None, None, None, None)
+    pointers = (x, residual, weight.float().contiguous(), total, out, inverse, *[None] * 5)
     _run("rms_norm", "rms_norm", pointers, DTYPES[x.dtype], more, DTYPES[dtype], T, D, 0, eps)
     return out, total, inverse
 
 
 def rms_norm_backward(
-    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, weight_too: bool
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    weight_too: bool,
+    dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(gradient of x, gradient of weight in fp32 or None). x is what was normed; its gradient includes `grad_total`."""
+    """(gradient of x, gradient of weight in fp32 or None). x is what was normed; its gradient includes `grad_total`.
+
+    The gradient of x is also written to `dresidual`, in its dtype, where that is given.
+    """
     T, D = x.shape
     dx = torch.empty_like(x)
     parts = max(1, min(_PARTS, T))
     dweight = torch.empty((parts, D), dtype=torch.float32, device="cpu") if weight_too else None
-    pointers = (None, None, weight.float().contiguous(), x, None, inverse, grad, grad_total, dx, dweight)
-    dtypes = (DTYPES[x.dtype], DTYPES[x.dtype], DTYPES[grad.dtype])
-    _run("rms_norm_backward", "rms_norm", pointers, *dtypes, T, D, parts, 0.0)
+    pointers = (None, None, weight.float().contiguous(), x, None, inverse, grad, grad_total, dx, dresidual, dweight)
+    more = DTYPES[x.dtype if dresidual is None else dresidual.dtype]
+    _run("rms_norm_backward", "rms_norm", pointers, DTYPES[x.dtype], more, DTYPES[grad.dtype], T, D, parts, 0.0)
     return dx, None if dweight is None else dweight[0].clone()
 
 

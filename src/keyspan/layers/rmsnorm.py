@@ -61,17 +61,21 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
         total, weight, inverse = ctx.saved_tensors
         shape = next(g.shape for g in (grad, grad_total) if g is not None)
-        dweight = None
+        dweight, needs = None, ctx.needs_input_grad
         if grad is None:
             dx = grad_total
+            dresidual = dx.to(ctx.dtype) if needs[1] and dx is not None else None
         else:
             more = None if grad_total is None else grad_total.reshape(total.shape).contiguous()
             rows = grad.reshape(total.shape).contiguous()
-            dx, dweight = ctx.kernels.rms_norm_backward(rows, more, total, weight, inverse, ctx.needs_input_grad[2])
+            rounded = needs[1] and ctx.dtype != total.dtype
+            dresidual = torch.empty_like(total, dtype=ctx.dtype) if rounded else None
+            dx, dweight = ctx.kernels.rms_norm_backward(rows, more, total, weight, inverse, needs[2], dresidual)
             dx = dx.view(shape)
+            dresidual = dx if dresidual is None else dresidual.view(shape)
         return (
-            dx if ctx.needs_input_grad[0] else None,
-            dx.to(ctx.dtype) if ctx.needs_input_grad[1] and dx is not None else None,
+            dx if needs[0] else None,
+            dresidual if needs[1] else None,
             None if dweight is None else dweight.to(weight.dtype),
             None,
             None,

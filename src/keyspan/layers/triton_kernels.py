@@ -53,8 +53,9 @@ def rms_norm_forward_kernel(x, residual, weight, total, out, inverse, T, eps, D:
 
 
 @triton.jit
-def rms_norm_backward_kernel(grad, grad_total, x, weight, inverse, dx, dweight, T, D: tl.constexpr, BT: tl.constexpr,
-                             BD: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip
+def rms_norm_backward_kernel(grad, grad_total, x, weight, inverse, dx, dresidual, dweight, T, D: tl.constexpr,
+                             BT: tl.constexpr, BD: tl.constexpr, ADD: tl.constexpr, RESIDUAL: tl.constexpr,
+                             WEIGHT: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BD)  # [BD]
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     sums = tl.zeros([BD], tl.float32)
@@ -72,6 +73,8 @@ def rms_norm_backward_kernel(grad, grad_total, x, weight, inverse, dx, dweight, 
         if ADD:
             d += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+        if RESIDUAL:
+            tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=inside)
     if WEIGHT:
         tl.store(dweight + tl.program_id(0) * D + column, sums, mask=column < D)
 
@@ -99,9 +102,18 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, weight_too: bool
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    weight_too: bool,
+    dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(gradient of x, gradient of weight in fp32 or None). x is what was normed; its gradient includes `grad_total`."""
+    """(gradient of x, gradient of weight in fp32 or None). x is what was normed; its gradient includes `grad_total`.
+
+    The gradient of x is also written to `dresidual`, in its dtype, where that is given.
+    """
     T, D = x.shape
     BT, BD = _row_tile(D)
     dx = torch.empty_like(x)
@@ -109,8 +121,8 @@ def rms_norm_backward(
     parts = torch.empty((programs, D), dtype=torch.float32, device=x.device) if weight_too else None
     with _on(x):
         rms_norm_backward_kernel[(programs,)](
-            grad, grad_total, x, weight, inverse, dx, parts, T, D, BT, BD, grad_total is not None, weight_too,
-            num_warps=_warps(BT * BD),
+            grad, grad_total, x, weight, inverse, dx, dresidual, parts, T, D, BT, BD, grad_total is not None,
+            dresidual is not None, weight_too, num_warps=_warps(BT * BD),
         )  # fmt: skip
     return dx, None if parts is None else parts.sum(0)
 

@@ -7,8 +7,10 @@ first imported, which is when a backend is first chosen.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,12 +61,12 @@ LINEAR_FIELDS: _Fields = (
 """Those of `Linear`, in native/linear.h."""
 PRODUCT_FIELDS: _Fields = (
     *_fields("pointer", "a b bias out"),
-    *_fields("int1", "isa threads dtype out_dtype a_transposed b_transposed accumulate M K N a_stride b_stride"),
+    *_fields("int1", "isa threads dtype b_dtype out_dtype a_transposed b_transposed accumulate M K N a_stride b_stride"),
 )
 """Those of `Product`, in native/product.h."""
 LAYER_FIELDS: dict[str, _Fields] = {
     "rms_norm": (
-        *_fields("pointer", "x residual weight total out inverse grad grad_total dx dweight"),
+        *_fields("pointer", "x residual weight total out inverse grad grad_total dx dresidual dweight"),
         *_fields("int1", "isa threads total_dtype residual_dtype out_dtype T D parts"),
         *_fields("float", "eps"),
     ),
@@ -122,7 +124,10 @@ LAYERS = {name: _struct(fields) for name, fields in LAYER_FIELDS.items()}
 _HERE = Path(__file__).parent
 _WHY_NOT_BUILT = _HERE / "not_built.txt"
 """The build hook (hatch_build.py) writes it when the library cannot be compiled."""
-_BUILD = "install keyspan again, or in a checkout run `python native/build.py src/keyspan/backends/native`"
+_CHECKOUT = _HERE.parents[3] if _HERE.parents[2].name == "src" else None
+"""Where native/ lies beside src/, in a source checkout."""
+_COMMAND = "python native/build.py src/keyspan/backends/native"
+_BUILD = f"install keyspan again, or in a checkout run `{_COMMAND}`"
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
@@ -136,6 +141,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         library = ctypes.CDLL(str(found[0]))
+        _warn_of_other_sources(library)
         structs = {"params": PARAMS_FIELDS, "dense": DENSE_FIELDS, "linear": LINEAR_FIELDS, "product": PRODUCT_FIELDS}
         structs |= LAYER_FIELDS
         for name, fields in structs.items():
@@ -154,6 +160,24 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.keyspan_run.restype = None
     library.keyspan_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return library, None
+
+
+def _warn_of_other_sources(library: ctypes.CDLL) -> None:
+    """Warn where the library was compiled from other sources than those of the checkout that it lies in."""
+    path = None if _CHECKOUT is None else _CHECKOUT / "native" / "build.py"
+    spec = None if path is None or not path.exists() else importlib.util.spec_from_file_location("_native_build", path)
+    if spec is None or spec.loader is None:
+        return
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    describe = getattr(library, "keyspan_stamp", None)
+    if describe is not None:
+        describe.restype = ctypes.c_char_p
+    if describe is None or describe().decode() != build.stamp():
+        warnings.warn(
+            f"the native library was compiled from other sources than those in {_CHECKOUT}/native: run `{_COMMAND}` there",
+            stacklevel=2,
+        )
 
 
 def _difference(fields: _Fields, description: str) -> str | None:
