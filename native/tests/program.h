@@ -338,10 +338,17 @@ bool check_layers(uint64_t seed) {
             check_product(product, isa);
             check_step(step, isa);
         } catch (const Failure &failure) {
-            const Linear &p = product.p;
+            const Linear &p = linear.p;
+            const Product &of = product.p;
             fprintf(stderr, "\nseed %lu on %s: %s\n", (unsigned long)seed, ISA_NAMES[isa], failure.text.c_str());
-            fprintf(stderr, "product: threads %ld, dtype %ld, storage %ld, rows %ld, inputs %ld, outputs %ld; ",
+            fprintf(stderr, "linear: threads %ld, dtype %ld, storage %ld, rows %ld, inputs %ld, outputs %ld; ",
                     (long)p.threads, (long)p.dtype, (long)p.storage, (long)p.rows, (long)p.inputs, (long)p.outputs);
+            fprintf(stderr,
+                    "product: threads %ld, dtype %ld, of b %ld, out %ld, transposed %ld %ld, accumulate %ld, M %ld, K %ld, "
+                    "N %ld, strides %ld %ld, bias %d; ",
+                    (long)of.threads, (long)of.dtype, (long)of.b_dtype, (long)of.out_dtype, (long)of.a_transposed,
+                    (long)of.b_transposed, (long)of.accumulate, (long)of.M, (long)of.K, (long)of.N, (long)of.a_stride,
+                    (long)of.b_stride, of.bias != nullptr);
             fprintf(stderr, "step: threads %ld, dtype %ld, T %ld, D %ld, heads %ld, K %ld\n", (long)step.threads,
                     (long)step.dtype, (long)step.T, (long)step.D, (long)step.heads, (long)step.K);
             return false;

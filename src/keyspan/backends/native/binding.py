@@ -61,7 +61,9 @@ LINEAR_FIELDS: _Fields = (
 """Those of `Linear`, in native/linear.h."""
 PRODUCT_FIELDS: _Fields = (
     *_fields("pointer", "a b bias out"),
-    *_fields("int1", "isa threads dtype b_dtype out_dtype a_transposed b_transposed accumulate M K N a_stride b_stride"),
+    *_fields(
+        "int1", "isa threads dtype b_dtype out_dtype a_transposed b_transposed accumulate M K N a_stride b_stride"
+    ),
 )
 """Those of `Product`, in native/product.h."""
 LAYER_FIELDS: dict[str, _Fields] = {
@@ -174,10 +176,8 @@ def _warn_of_other_sources(library: ctypes.CDLL) -> None:
     if describe is not None:
         describe.restype = ctypes.c_char_p
     if describe is None or describe().decode() != build.stamp():
-        warnings.warn(
-            f"the native library was compiled from other sources than those in {_CHECKOUT}/native: run `{_COMMAND}` there",
-            stacklevel=2,
-        )
+        text = f"the native library was compiled from other sources than those in {_CHECKOUT}/native"
+        warnings.warn(f"{text}: run `{_COMMAND}` there", stacklevel=2)
 
 
 def _difference(fields: _Fields, description: str) -> str | None:
