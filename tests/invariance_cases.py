@@ -23,7 +23,7 @@ def chosen(backend):
 def run(backend, q, k, v, mask, bias=None, **options):
     """(out, lse) of packed rows."""
     name, isa = chosen(backend)
-    problem, layout = make_problem(q, k, v, mask=mask, bias=bias, **options)
+    problem, layout = make_problem(q, k, v, mask=mask, bias=bias, invariant=True, **options)
     with torch.no_grad(), isa:
         out, lse = attend(problem, name, cached=False)
     return layout.output(out), layout.lse(lse)
@@ -31,6 +31,8 @@ def run(backend, q, k, v, mask, bias=None, **options):
 
 class Random:
     """A random problem of several documents, and the same documents in other forms."""
+
+    device = torch.device("cpu")
 
     def __init__(self, seed, dtype, small=False):
         rng = self.rng = random.Random(seed)
@@ -82,7 +84,7 @@ class Random:
             self.dense = [x > -0.3 for x in self.dense]
 
     def tensor(self, *shape):
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def masked(self, layout, dense):
         """The mask of a layout, and the bias; `dense` [heads, M, N] is used where the problem has one."""
@@ -107,7 +109,7 @@ class Random:
         """The documents in this order, as results of each document."""
         rows = sum(self.queries[d] for d in order)
         columns = sum(self.keys[d] for d in order)
-        dense = torch.zeros(self.G * self.H, rows, columns, dtype=self.dense[0].dtype)
+        dense = torch.zeros(self.G * self.H, rows, columns, dtype=self.dense[0].dtype, device=self.device)
         i = j = 0
         for d in order:
             dense[:, i : i + self.queries[d], j : j + self.keys[d]] = self.dense[d]
@@ -130,9 +132,10 @@ class Random:
         heads = self.G * self.H
         room = size * len(order)
         if kind == "paged":
-            pages = torch.randperm(room // page, generator=self.generator).view(len(order), -1).int()
+            pages = torch.randperm(room // page, generator=self.generator).view(len(order), -1).int().to(self.device)
             where = [
-                (pages[d].long()[:, None] * page + torch.arange(page)).flatten()[:n] for d, n in enumerate(self.keys)
+                (pages[d].cpu().long()[:, None] * page + torch.arange(page)).flatten()[:n]
+                for d, n in enumerate(self.keys)
             ]
             layout = S.PagedKeys(self.queries, self.keys, pages, page)
             width, columns = size, [torch.arange(n) for n in self.keys]
@@ -146,8 +149,10 @@ class Random:
                 else S.GappyKeys(self.queries, starts, self.keys)
             )
             width, columns = room, where
-        k, v = (torch.full((room, self.G, dim), torch.nan, dtype=self.dtype) for dim in (self.K, self.V))
-        dense = torch.zeros(heads, sum(self.queries), width, dtype=self.dense[0].dtype)
+        k, v = (
+            torch.full((room, self.G, dim), torch.nan, dtype=self.dtype, device=self.device) for dim in (self.K, self.V)
+        )
+        dense = torch.zeros(heads, sum(self.queries), width, dtype=self.dense[0].dtype, device=self.device)
         i = 0
         for d, at in enumerate(where):
             k[at], v[at] = self.k[d], self.v[d]
@@ -167,7 +172,7 @@ class Random:
         q[at], k[at, pad:], v[at, pad:] = self.q[d], self.k[d], self.v[d]
         lengths, starts = [N + pad] * copies, [0] * copies
         lengths[at], starts[at] = N, pad
-        dense = torch.zeros(copies, self.G * self.H, M, N + pad, dtype=self.dense[0].dtype)
+        dense = torch.zeros(copies, self.G * self.H, M, N + pad, dtype=self.dense[0].dtype, device=self.device)
         dense[at, :, :, pad:] = self.dense[d]
         mask, bias = self.masked(S.KeyLengths(lengths, starts), dense)
         out, lse = run(backend, q, k, v, mask, bias, **self.options)
@@ -217,7 +222,7 @@ def gradients(case, backend, order, threads):
     torch.set_num_threads(threads)
     q, k, v = (torch.cat([x[d] for d in order])[None].requires_grad_() for x in (case.q, case.k, case.v))
     rows, columns = q.shape[1], k.shape[1]
-    dense = torch.zeros(case.G * case.H, rows, columns, dtype=case.dense[0].dtype)
+    dense = torch.zeros(case.G * case.H, rows, columns, dtype=case.dense[0].dtype, device=case.device)
     i = j = 0
     for d in order:
         dense[:, i : i + case.queries[d], j : j + case.keys[d]] = case.dense[d]
@@ -232,12 +237,13 @@ def gradients(case, backend, order, threads):
         inputs["sinks"] = options["sinks"] = options["sinks"].detach().requires_grad_()
     bias = {"alibi": S.Alibi(inputs["slopes"]), "table": S.RelativeBias(inputs["table"]), "bias": dense}.get(case.term)
     mask = layout if case.visible is None else layout & case.visible
-    problem, _ = make_problem(q, k, v, mask=mask & dense if case.term == "mask" else mask, bias=bias, **options)
+    mask = mask & dense if case.term == "mask" else mask
+    problem, _ = make_problem(q, k, v, mask=mask, bias=bias, invariant=True, **options)
     with isa:
         out, _ = attend(problem, name, cached=False)
         grads = torch.Generator().manual_seed(1)
         parts = [torch.randn(case.queries[d], *out.shape[2:], generator=grads) for d in range(len(case.queries))]
-        grad = torch.cat([parts[d] for d in order])[None].to(out.dtype)
+        grad = torch.cat([parts[d] for d in order])[None].to(out)
         found = torch.autograd.grad((out * grad).sum(), list(inputs.values()), allow_unused=True)
     found = {name: x for name, x in zip(inputs, found, strict=True) if x is not None}
     split = [[case.queries[d] for d in order], *[[case.keys[d] for d in order]] * 2]
@@ -253,7 +259,7 @@ def gradients_in_a_batch(case, backend, batch, at):
     noise = torch.Generator().manual_seed(batch)
 
     def entries(x):
-        found = torch.randn((batch, *x.shape), generator=noise).to(x.dtype)
+        found = torch.randn((batch, *x.shape), generator=noise).to(x)
         found[at] = x
         return found
 
@@ -261,17 +267,17 @@ def gradients_in_a_batch(case, backend, batch, at):
     inputs = {"q": q, "k": k, "v": v}
     dense = None
     if case.term == "mask":
-        dense = torch.ones(batch, heads, M, N, dtype=torch.bool)
+        dense = torch.ones(batch, heads, M, N, dtype=torch.bool, device=case.device)
         dense[at] = case.dense[0]
     elif case.term == "bias":
         inputs["bias"] = dense = entries(case.dense[0]).requires_grad_()
     lengths = [max(1, N // 2)] * batch
     lengths[at] = N
     mask, bias = case.masked(S.KeyLengths(lengths), dense)
-    problem, _ = make_problem(q, k, v, mask=mask, bias=bias, **case.options)
+    problem, _ = make_problem(q, k, v, mask=mask, bias=bias, invariant=True, **case.options)
     with isa:
         out, _ = attend(problem, name, cached=False)
         grad = torch.randn(out.shape[1:], generator=torch.Generator().manual_seed(1))
-        loss = (out * entries(grad.to(out.dtype)).view_as(out)).sum()
+        loss = (out * entries(grad.to(out)).view_as(out)).sum()
         found = torch.autograd.grad(loss, list(inputs.values()))
     return {name: x[at] for name, x in zip(inputs, found, strict=True)}

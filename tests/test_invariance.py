@@ -1,17 +1,43 @@
 """One numerics: the bits of a row do not depend on its pack, chunk, batch, layout of keys or number of threads."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import keyspan
 from invariance_cases import Random, check_forms, gradients, gradients_in_a_batch
 from keyspan.backends.native import binding
+from keyspan.backends.triton import hopper
+from keyspan.core.problem import make_problem
+from keyspan.dispatch.choose import choose
 from keyspan.testing import check_invariance
 
 BACKENDS = [*(f"native, {isa}" for isa in binding.SUPPORTED), "chunked"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = [*itertools.product(BACKENDS, DTYPES), ("chunked", torch.float64)]
+
+
+def test_the_switch_changes_nothing_on_a_cpu():
+    q, k, v = (torch.randn(1, 50, 2, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    for backend in ("native", "chunked"):
+        for _ in range(2):  # computed, then replayed
+            got, want = (
+                keyspan.attention(q, k, v, mask=keyspan.Causal(), backend=backend, invariant=x) for x in (True, False)
+            )
+            assert torch.equal(got, want)
+
+
+def test_backends_that_do_not_promise_it_refuse():
+    problem, _ = make_problem(*(torch.randn(1, 5, 2, 8) for _ in range(3)), invariant=True)
+    elsewhere = problem._replace(query=SimpleNamespace(device=torch.device("mps"), is_cuda=False, dtype=torch.float32))
+    assert choose(elsewhere._replace(invariant=False), None) == "chunked"
+    with pytest.raises(NotImplementedError, match=r"no backend can: native: .*; chunked: results are to be invariant"):
+        choose(elsewhere, None)
+    assert hopper.missing(
+        problem._replace(query=problem.query.half(), key=problem.key.half(), output_dtype=torch.half)
+    ) == ("results are to be invariant")
 
 
 @pytest.mark.parametrize(("backend", "dtype"), FORMS, ids=str)

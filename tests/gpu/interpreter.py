@@ -4,6 +4,8 @@
   products are of fp32, casts round to nearest.
 * e4m3 is stored as uint8 bits: casts read a NaN as a number, and truncate. Fixed: torch casts.
 * NumPy 2.4 and later rejects `int(array([x]))`, which the interpreter uses for loop bounds.
+* Nothing checks addresses: a load beside a tensor reads whatever lies there. Fixed: every address that a mask does not
+  hide must be an element of an argument.
 """
 
 from __future__ import annotations
@@ -44,6 +46,15 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def dot_in_order(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """`_dot` with each element's products added one after the other."""
+    left, right = (_floats(x).astype(d.data.dtype) for x in (a, b))
+    total = np.zeros_like(d.data)
+    for k in range(left.shape[1]):
+        total += left[:, k : k + 1] * right[k : k + 1]
+    return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+
 def _cast(original: Any) -> Any:
     def cast(self: Any, source: Any, to: Any, *rest: Any) -> Any:
         have, want = source.dtype.scalar, to.scalar
@@ -55,6 +66,58 @@ def _cast(original: Any) -> Any:
         return original(self, source, to, *rest)
 
     return cast
+
+
+class _Memory:
+    """The addresses that the running kernel may access: from the first to the last element of each tensor argument."""
+
+    def __init__(self) -> None:
+        self.starts = self.stops = np.zeros(0, np.int64)
+
+    def own(self, arguments: Any) -> None:
+        found: list[tuple[int, int]] = []
+        self._add(arguments, found)
+        merged: list[list[int]] = []
+        for start, stop in sorted(found):
+            if merged and start <= merged[-1][1]:
+                merged[-1][1] = max(stop, merged[-1][1])
+            else:
+                merged.append([start, stop])
+        self.starts, self.stops = np.array(merged, np.int64).reshape(-1, 2).T
+
+    def _add(self, x: Any, found: list[tuple[int, int]]) -> None:
+        if isinstance(x, (tuple, list)):
+            for y in x:
+                self._add(y, found)
+        elif hasattr(x, "block_shape"):  # a descriptor
+            self._add(x.base, found)
+        elif isinstance(x, torch.Tensor) and x.numel():
+            last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            found.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+
+    def check(self, pointers: Any, mask: Any, what: str) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        at = np.asarray(pointers.data).astype(np.int64)[np.asarray(mask.data, bool)]
+        place = np.searchsorted(self.starts, at, side="right") - 1
+        outside = (place < 0) | (at + size > self.stops[np.maximum(place, 0)])
+        if outside.any():
+            raise AssertionError(f"a {what} of {size} bytes at {at[outside][:4]}, outside of every argument")
+
+
+def _checked(original: Any, memory: _Memory, mask_at: int, what: str) -> Any:
+    def access(self: Any, pointers: Any, *rest: Any, **options: Any) -> Any:
+        memory.check(pointers, rest[mask_at], what)
+        return original(self, pointers, *rest, **options)
+
+    return access
+
+
+def _owned(original: Any, memory: _Memory) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        memory.own([args, tuple(kwargs.values())])
+        return original(self, *args, **kwargs)
+
+    return call
 
 
 def _patch(original: Any) -> Any:
@@ -77,3 +140,7 @@ def repair() -> None:
     builder.cast_impl = _cast(builder.cast_impl)
     builder.create_fp_to_fp = _cast(builder.create_fp_to_fp)
     interpreter._patch_lang_tensor = _patch(interpreter._patch_lang_tensor)
+    memory = _Memory()
+    builder.create_masked_load = _checked(builder.create_masked_load, memory, 0, "load")
+    builder.create_masked_store = _checked(builder.create_masked_store, memory, 1, "store")
+    interpreter.GridExecutor.__call__ = _owned(interpreter.GridExecutor.__call__, memory)

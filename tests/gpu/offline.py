@@ -40,6 +40,8 @@ class Compiled(NamedTuple):
     """Those in the innermost loops that have wgmma."""
     serialised: list[str]
     """ptxas's C75xx notes: wgmma instructions that wait for each other."""
+    lost: int
+    """Descriptors of wgmma made of registers that were not set for it, see `_lost_descriptors`."""
 
 
 class _Driver:
@@ -87,8 +89,7 @@ def target(name: str) -> Any:
         def run(kernel: Any, grid: Any, *args: Any, tile: Any) -> None:
             # Triton prints ptxas's log.
             with redirect_stdout(StringIO()) as log:
-                options = {"maxnreg": tile.registers} if tile.registers else {}
-                made = kernel.warmup(*args, grid=grid, num_warps=tile.warps, num_stages=tile.stages, **options)
+                made = kernel.warmup(*args, grid=grid, **tile.options())
             results.append(_read(kernel.fn.__name__, made, log.getvalue()))
 
         launch.run = run
@@ -96,7 +97,7 @@ def target(name: str) -> Any:
 
 
 def _read(name: str, made: Any, log: str) -> Compiled:
-    registers = spills = loop_spills = wgmma = wgmma8 = mma = mma8 = tma = 0
+    registers = spills = loop_spills = wgmma = wgmma8 = mma = mma8 = tma = lost = 0
     if "cubin" in made.asm:
         import triton
 
@@ -115,14 +116,39 @@ def _read(name: str, made: Any, log: str) -> Compiled:
         mma8 = len(re.findall(r"\bQMMA", code))
         mma = len(re.findall(r"\bHMMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
         tma = len(re.findall(r"\bUTMALDG", code))
+        lost = _lost_descriptors(code)
     elif "amdgcn" in made.asm:
         mma = len(re.findall(r"v_mfma", made.asm["amdgcn"]))
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
     serialised = re.findall(r"(C75\d\d)", log)
     return Compiled(
-        name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, mma8, tma, loop_spills, serialised
+        name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, mma8, tma, loop_spills, serialised, lost
     )
+
+
+def _lost_descriptors(code: str) -> int:
+    """How many descriptors of shared memory are sums with a register that holds something else.
+
+    ptxas 12.8 does that to `forward_kernel` with values of up to 16 columns that TMA cannot read: the upper half of an
+    address is a constant plus 0, for which it takes a register that nothing set to 0. The program then reads memory that
+    is not its own.
+    """
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(.*?);", code)
+    lost = 0
+    for n, op in enumerate(instructions):
+        # The upper half: how rows are swizzled, and the distance of eight of them.
+        found = re.match(r"UIADD3\.X UR\d+, UR(\d+), (-?0x[37]f\w{6}|0x4\w{7}), URZ, UP\d", op)
+        if not found:
+            continue
+        source = int(found[1])
+        for earlier in reversed(instructions[:n]):
+            made = re.match(r"(U\w[\w.]*|R2UR\S*|VOTEU\S*) (?:UP\d, )*UR(\d+)\b(.*)", earlier)
+            wide = 2 if made and (".64" in made[1] or "WIDE" in made[1]) else 1
+            if made and int(made[2]) <= source < int(made[2]) + wide:
+                lost += not (made[1] == "UMOV" and made[3] == ", URZ ")
+                break
+    return lost
 
 
 def _product_loops(code: str) -> list[list[str]]:
@@ -148,7 +174,8 @@ class Work(NamedTuple):
     head_dim: int
     kind: str
     """causal, full, alibi, table, bias, decode, paged; one: one query of one head, whose keys are split (Triton
-    specialises on arguments that are 1)."""
+    specialises on arguments that are 1); invariant: documents, with invariant results; odd: two ranges, keys of `head_dim`
+    and values of 3 elements, which TMA does not read."""
     stored: str = ""
     """Dtype of keys and values if it is not `dtype`: a scale per page of paged keys, else per head. A query of 8 bits has
     a scale per row."""
@@ -160,7 +187,7 @@ FORWARD = ("decode", "paged", "one")
 FEW = {
     "sm_90": [("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 128, "table"),
               ("bfloat16", 256, "full"), ("bfloat16", 128, "paged"), ("float8_e4m3fn", 128, "causal"),
-              ("bfloat16", 64, "one"),
+              ("bfloat16", 64, "one"), ("bfloat16", 128, "invariant"), ("bfloat16", 19, "odd"),
               ("bfloat16", 128, "decode", "int8"), ("bfloat16", 128, "paged", "float8_e4m3fn")],
     "sm_80": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
     "sm_100": [("bfloat16", 128, "causal"), ("float8_e4m3fn", 128, "causal")],
@@ -177,6 +204,8 @@ def works(name: str, every: bool) -> list[Work]:
     found = [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in kinds]
     found += [Work(dtype, 128, kind) for dtype in ("bfloat16", "float16") for kind in ("decode", "paged")]
     found += [Work("float16", 128, "causal"), Work("bfloat16", 64, "one"), Work("bfloat16", 16, "causal")]
+    found += [Work(dtype, D, "invariant") for dtype in ("bfloat16", "float32") for D in (64, 128, 256)]
+    found += [Work(dtype, D, "odd") for dtype in ("bfloat16", "float32") for D in (7, 19, 40, 100)]
     stored = ("int8",) if name == "sm_80" else ("int8", "float8_e4m3fn")
     found += [Work(dtype, D, kind, s) for s in stored for dtype, D, kind in (
         ("bfloat16", 128, "decode"), ("bfloat16", 128, "paged"), ("bfloat16", 64, "paged"), ("bfloat16", 256, "paged"),
@@ -207,6 +236,10 @@ def problem_of(work: Work) -> Any:
         mask = None
     elif work.kind == "two ranges":
         mask = keyspan.Causal() & keyspan.Window(100, 0) & keyspan.Sinks(4)
+    elif work.kind == "invariant":
+        mask = keyspan.Documents([700, 324]) & keyspan.Causal()
+    elif work.kind == "odd":
+        mask = keyspan.Documents([700, 324]) & keyspan.Window(300, 0) & keyspan.Prefix(5)
     elif work.kind == "alibi":
         bias = keyspan.Alibi(torch.rand(G))
     elif work.kind == "table":
@@ -227,13 +260,15 @@ def problem_of(work: Work) -> Any:
     q, k, v = (
         torch.zeros(1, n, h, work.head_dim, dtype=t) for n, h, t in ((M, G * H, dtype), (N, G, stored), (N, G, stored))
     )
+    if work.kind == "odd":
+        v = torch.zeros(1, N, G, 3, dtype=dtype)
     scales = {}
     if stored in STORED:
         scale = torch.ones(1, 16 if work.kind == "paged" else 1, G)
         scales = {"key_scale": scale, "value_scale": scale}
     if dtype in STORED:
         scales["query_scale"] = torch.ones(1, M, G * H)
-    return make_problem(q, k, v, mask=mask, bias=bias, **scales)[0]
+    return make_problem(q, k, v, mask=mask, bias=bias, invariant=work.kind == "invariant", **scales)[0]
 
 
 HOPPER = [(64, "full"), (128, "causal"), (128, "alibi"), (128, "table"), (256, "causal")]

@@ -6,7 +6,7 @@ import torch
 import keyspan
 from keyspan.backends import Needs
 from keyspan.backends.triton import backward_kernels, config, launch
-from keyspan.backends.triton.primitives import STATS_PADDING, Arguments
+from keyspan.backends.triton.arguments import STATS_PADDING, Arguments
 from keyspan.core import shims
 from keyspan.core.problem import make_problem
 from keyspan.dispatch.cache import CACHE

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from keyspan.backends.triton import config
-from keyspan.backends.triton.primitives import STATS_PADDING
+from keyspan.backends.triton.arguments import STATS_PADDING
 
 tile = config.tile  # before the fixture replaces it
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 FOLDER = Path(hopper.__file__).parent
 MODULES = {
     f"keyspan.backends.triton.{name}": FOLDER / f"{name}.py"
-    for name in ("primitives", "hopper_kernels", "hopper_backward_kernels", "hopper_keys_kernels")
+    for name in ("arguments", "hopper_kernels", "hopper_backward_kernels", "hopper_keys_kernels")
 }
 
 

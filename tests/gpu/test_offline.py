@@ -24,6 +24,9 @@ two accumulators; its spills are in NaN repair. queries_kernel spills values tha
 SPILLS_WITH_LOADS = {"forward_kernel": 40, "queries_kernel": 170, "keys_kernel": 260}
 """The same where every score loads an entry: of a dense bias, or of a table in the tiles near the diagonal."""
 
+SPILLS_INVARIANT = {"forward_kernel": 30, "queries_kernel": 60, "keys_kernel": 140}
+"""The same of invariant results, which need a few registers more."""
+
 PARTS = 8 if EVERY else 1
 """Tests per architecture. Each compiles its share of the works in one process, so that all cores have something to do."""
 
@@ -67,7 +70,8 @@ def test_compiles(target, part):
     assert not without_matrix_units
     if target != "sm_90":
         return
-    many_rows = [k for k in heavy if k["kind"] not in FORWARD]
+    assert {name_of(k): k["lost"] for k in kernels if k["lost"]} == {}
+    many_rows = [k for k in heavy if k["kind"] not in (*FORWARD, "odd")]
     without_wgmma_and_tma = [name_of(k) for k in many_rows if not (k["wgmma"] and k["tma"])]
     assert not without_wgmma_and_tma
     without_fp8_products = [name_of(k) for k in many_rows if k["dtype"] == "float8_e4m3fn" and not k["wgmma8"]]
@@ -76,10 +80,8 @@ def test_compiles(target, part):
     serialised = {name_of(k): k["serialised"] for k in kernels if set(k["serialised"]) - {"C7519"}}
     assert not serialised
     roomy = [k for k in heavy if not crowded(Work(*(k[name] for name in Work._fields)))]
-    limits = {True: SPILLS_WITH_LOADS, False: SPILLS}
-    spilling = {
-        name_of(k): k["spills"] for k in roomy if k["spills"] > limits[k["kind"] in ("table", "bias")][k["kernel"]]
-    }
+    limits = {"table": SPILLS_WITH_LOADS, "bias": SPILLS_WITH_LOADS, "invariant": SPILLS_INVARIANT}
+    spilling = {name_of(k): k["spills"] for k in roomy if k["spills"] > limits.get(k["kind"], SPILLS)[k["kernel"]]}
     assert not spilling
 
 

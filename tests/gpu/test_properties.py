@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 import keyspan
 from invariance_cases import Random, gradients_in_a_batch
@@ -269,3 +272,19 @@ def test_weights_of_a_row_that_a_bias_hides_sum_to_one(value, needed):
         torch.testing.assert_close(out[0, 3, 0], v.detach()[0, :, 0].mean(0))
     (dv,) = torch.autograd.grad(out[0, 3].sum(), v)
     torch.testing.assert_close(dv.sum((0, 1, 2)), torch.ones(16))
+
+
+def _copy(source, target, n: tl.constexpr):
+    at = tl.arange(0, 16)
+    tl.store(target + at, tl.load(source + at, mask=at < n, other=0.0))
+
+
+def test_the_interpreter_refuses_addresses_outside_of_arguments():
+    x, room = torch.ones(16), torch.empty(40)
+    copy = triton.jit(_copy)[(1,)]  # decorated where the interpreter is asked for
+    copy(x, room[:16], 16)
+    with pytest.raises(InterpreterError, match="a load of 4 bytes"):
+        copy(x[:15], room[:16], 16)
+    copy(x[:15], torch.empty(16), 15)
+    with pytest.raises(InterpreterError, match="a store of 4 bytes"):
+        copy(x, room[20:35], 16)

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import keyspan
 from keyspan.backends import Needs
 from keyspan.backends.triton import launch, relaunch
-from keyspan.backends.triton.primitives import Arguments
+from keyspan.backends.triton.arguments import Arguments
 from keyspan.core import shims
 from keyspan.core.problem import make_problem
 

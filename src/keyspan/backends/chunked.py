@@ -43,6 +43,9 @@ score − lse comes first: only it is small.
 
 
 def reason_against(problem: Problem) -> str | None:
+    device = problem.query.device
+    if problem.invariant and device.type not in ("cpu", "meta"):
+        return f"results are to be invariant, and torch's products on {device} round as their shapes have it"
     return None
 
 

@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
     key_scale: Tensor | None
     value_scale: Tensor | None
     output_dtype: torch.dtype | None
+    invariant: bool
 
 
 class Problem(NamedTuple):
@@ -94,6 +95,8 @@ class Problem(NamedTuple):
     """0 for none."""
     dropout_p: float
     output_dtype: torch.dtype
+    invariant: bool
+    """Whether bits of a row must not depend on its pack, chunk, batch or layout of keys where that costs time."""
 
     def known(self) -> Problem:
         """The problem with `row_keys` as a number."""
@@ -291,6 +294,7 @@ def make_problem(
         _softcap(options.get("softcap"), query.dtype),
         float(dropout_p),
         _output_dtype(options.get("output_dtype"), torch.bfloat16 if query.dtype in STORED else query.dtype),
+        bool(options.get("invariant", False)),
     )
     if problem.quantized and torch.is_grad_enabled():
         _refuse_gradients(problem)

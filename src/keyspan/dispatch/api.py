@@ -52,6 +52,7 @@ def attention(
     value_scale: Tensor | None = None,
     return_lse: bool = False,
     output_dtype: torch.dtype | None = None,
+    invariant: bool = False,
     layout: Literal["bmhk", "bhmk"] = "bmhk",
     backend: str | None = None,
     **unknown: object,
@@ -91,6 +92,9 @@ def attention(
         query_scale: the same for an 8-bit query, `[B or 1, C, Hq or 1]` where C divides M.
         return_lse: also return the natural logarithm of the softmax's denominator.
         output_dtype: dtype of the output; `None` means the query's (after autocast), bf16 for an 8-bit query.
+        invariant: on a GPU, too, bits of a row's output do not depend on its pack, chunk, batch or layout of keys, and
+            those of the gradients of query, key and value not on pack and batch. Plain Triton kernels compute it there,
+            not Hopper's, at a cost that the guide "One numerics" has; on a CPU it changes nothing.
         layout: "bhmk" for query, key, value and output with heads before tokens, `[B, H, M, K]`, as torch's
             `scaled_dot_product_attention` has them; they are transposed, not copied. All else is as with "bmhk".
         backend: a name from `keyspan.BACKENDS`, which is then used or refused, never replaced; `None` takes the
@@ -108,7 +112,7 @@ def attention(
     Raises:
         ValueError: for a wrong argument; the message names it, what was got and what was wanted.
         TypeError: for an argument that is not one of these; the message names the right one.
-        NotImplementedError: where the backend asked for by name cannot compute the problem.
+        NotImplementedError: where the backend asked for by name cannot compute the problem, or with `invariant` none.
     """
     if positional or unknown:
         raise refuse(positional, unknown)
@@ -119,11 +123,13 @@ def attention(
     terms = None
     if not sinks is query_scale is key_scale is value_scale is None:
         terms = (sinks, query_scale, key_scale, value_scale)
-    numbers = (scale, softcap, dropout_p, bool(return_lse), output_dtype, backend)
+    numbers = (scale, softcap, dropout_p, bool(return_lse), output_dtype, backend, bool(invariant))
     call = replay.lookup(query, key, value, mask, bias, terms, numbers)
     results = None if call is None else replay.replay(call)
     if results is None and (sharded(query) or sharded(key) or sharded(value)):
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+        options: dict[str, Any] = {
+            "scale": scale, "softcap": softcap, "dropout_p": dropout_p, "invariant": invariant,
+        }  # fmt: skip
         results = attend_shards(
             query, key, value, mask, bias, sinks, (query_scale, key_scale, value_scale),
             partial(attention, **options, output_dtype=output_dtype, return_lse=True, backend=backend),
@@ -132,7 +138,7 @@ def attention(
         problem, heads = _checked_problem(
             layout, *autocast_inputs(query, key, value), mask=mask, bias=bias, scale=scale, softcap=softcap,
             sinks=sinks, dropout_p=dropout_p, query_scale=query_scale, key_scale=key_scale, value_scale=value_scale,
-            output_dtype=output_dtype,
+            output_dtype=output_dtype, invariant=invariant,
         )  # fmt: skip
         results = replay.compute(call, problem, heads, choose(problem, backend), return_lse)
     out = results[0] if layout == "bmhk" else results[0].transpose(1, 2)

@@ -27,6 +27,7 @@ _TYPES = {
     "list[Tensor]": "Tensor[]",
     "int": "int",
     "float": "float",
+    "bool": "bool",
     "torch.dtype": "ScalarType",
 }
 _PROBLEM = ", ".join(

@@ -11,44 +11,50 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
-from keyspan.backends.triton.primitives import (
-    INT32_MAX,
-    Heads,
-    KeyValue,
-    OutputGradient,
-    Rows,
+from keyspan.backends.triton.arguments import INT32_MAX, Heads, KeyValue, OutputGradient, Rows
+from keyspan.backends.triton.blocks import (
     block_number,
+    blocks_from,
     diagonal_span,
-    dropout_mask,
     expand_rows,
-    exponential,
-    far_bias,
     far_blocks,
     far_run,
-    gradient_pointer,
     key_blocks,
     key_bounds,
+    load_origin,
+    load_range,
+    near_run,
+    query_rows,
+    rows_of_document,
+    run_in_order,
+    whole_run,
+)
+from keyspan.backends.triton.loads import (
+    gradient_pointer,
     key_pointer,
     load_keys,
+    load_tile,
+    query_pointer,
+    value_pointer,
+)
+from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
+from keyspan.backends.triton.scores import (
+    dropout_mask,
+    exponential,
+    far_bias,
     load_lse,
     load_position_bias,
-    load_range,
     load_sink,
     load_slope,
     load_stats,
-    load_tile,
     lost_in_lse,
-    near_run,
-    query_pointer,
-    query_rows,
     score_gradient,
     softcap_gradient,
     softmax_weights,
     stats_pointer,
+    sum_by_halves,
+    sum_of_keys,
     table_end_sums,
-    value_pointer,
-    whole_run,
 )
 
 
@@ -67,10 +73,18 @@ class Wanted(NamedTuple):
 
 
 class TileBounds(NamedTuple):
-    """What `bounds_kernel` made: pointer, and strides over ranges and batch entries."""
+    """What `bounds_kernel` made: pointer, strides over ranges and batch entries, and of how many tiles at most."""
 
     pointer: Any
     s: Any
+    b: Any
+    tiles: Any
+
+
+class TileStarts(NamedTuple):
+    """What `starts_kernel` made: pointer or None, and stride over batch entries."""
+
+    pointer: Any
     b: Any
 
 
@@ -128,7 +142,7 @@ def stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, st
     x = tl.load(at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)  # [BM, V]
     row = (heads.b.to(tl.int64) * M + i) * (G * C.H) + heads.g * C.H + heads.h
     x *= tl.load(out + row[:, None] * C.v_dim + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(x, 1)  # [BM]
+    delta = sum_by_halves(x) if C.segment > 0 else tl.sum(x, 1)  # [BM]
     stat = bgh.to(tl.int64) * M + i
     if grad_lse is not None:
         delta -= tl.load(grad_lse + stat, mask=i < M, other=0.0)
@@ -138,14 +152,58 @@ def stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, st
 
 
 @triton.jit
-def bounds_kernel(a, bounds, C: tl.constexpr):
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
+def starts_kernel(a, starts, C: tl.constexpr):
+    """Tiles of queries that begin anew with each document: int32 [B or 1, M + 2], the first row of each tile, M behind the
+    last tile, and at the end how many tiles there are.
+
+    Grid: (B or 1).
+    """
+    CHUNK: tl.constexpr = 1024
+    b, n = tl.program_id(0), tl.arange(0, CHUNK)
+    at = starts + b.to(tl.int64) * (a.M + 2)
+    document, count = b * 0, b * 0
+    for chunk in tl.range(0, a.M, CHUNK):
+        i = chunk + n
+        origin = load_origin(a, b, tl.minimum(i, a.M - 1), C)
+        before = load_origin(a, b, tl.minimum(tl.maximum(i - 1, 0), a.M - 1), C)
+        # First row of each row's document; `document`: of the chunk's first row, if none begins there.
+        first = tl.associative_scan(tl.where((origin != before) & (i < a.M), i, document), 0, _larger)
+        begins = (i < a.M) & ((i - first) % C.BM == 0)
+        tl.store(at + count + tl.cumsum(begins.to(tl.int32), 0) - 1, i, mask=begins)
+        count += tl.sum(begins.to(tl.int32), 0)
+        document = tl.max(first, 0)
+    for chunk in tl.range(count, a.M + 1, CHUNK):
+        tl.store(at + chunk + n, a.M, mask=chunk + n <= a.M)
+    tl.store(at + a.M + 1, count)
+
+
+@triton.jit
+def query_tile(a, starts, starts_b, b, tile, C: tl.constexpr):
+    """First row of a query tile and one past its last."""
+    if starts is None:
+        start = tile * C.BM
+        stop = a.M
+    else:
+        start = tl.load(starts + b * starts_b + tile)
+        stop = tl.load(starts + b * starts_b + tile + 1)
+    return start, stop
+
+
+@triton.jit
+def bounds_kernel(a, starts, starts_b, bounds, tiles, C: tl.constexpr):
     """first, full_first, full_last, last, lowest and highest diagonal of every query tile: int32 [S, B or 1, 6, tiles].
 
-    Grid: (tiles · (B or 1), S).
+    Grid: (tiles · (B or 1), S), or as many more as there may be tiles of `starts_kernel`.
     """
-    tiles = tl.cdiv(a.M, C.BM)
     tile, b, s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
-    i, _, valid = query_rows(a, tile * C.BM, 0, C.BM, C)
+    start, stop = query_tile(a, starts, starts_b, b, tile, C)
+    r = start + tl.arange(0, C.BM)
+    i, valid = tl.minimum(r, a.M - 1), r < stop
     rows = load_range(a, s, b, i, C)
     first, full_first, full_last, last = key_bounds(a, rows.lo, tl.where(valid, rows.hi, rows.lo))
     lowest, highest = diagonal_span(rows)
@@ -159,11 +217,13 @@ def bounds_kernel(a, bounds, C: tl.constexpr):
 
 
 @triton.jit
-def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h, stats, bounds, bounds_s,
-                bounds_b, dk, dv, C: tl.constexpr):  # fmt: skip
+def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h, stats, starts, starts_b, bounds,
+                bounds_s, bounds_b, bound_tiles, dk, dv, C: tl.constexpr):  # fmt: skip
     """dk [B, N, G, K] and dv [B, N, G, V], contiguous, or one of them alone. Grid: (key blocks · G · B).
 
-    Works on transposed tiles [BN, BM], so that weights leave the softmax as left operands of dv and dk.
+    Works on transposed tiles [BN, BM], so that weights leave the softmax as left operands of dv and dk. `starts`: of
+    `starts_kernel`, for invariant results; then a key's gradients are those of its document's tiles in their order, which
+    no other tile changes.
     """
     key_count = tl.cdiv(a.N, C.BN)
     program = tl.program_id(0)
@@ -176,19 +236,40 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
     dv_acc = tl.full([C.BN, C.V], 0.0, tl.float32)
     grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
     described, wanted = QueryTiles(query_tiles, grad_tiles), Wanted(dk, dv)
+    queries = TileStarts(starts, starts_b)
     for s in tl.static_range(max(C.S, 1)):
-        tiles = _visible_tiles(a, TileBounds(bounds, bounds_s, bounds_b), s, b, n0, C)
-        if a.dense is None:
+        tiles = _visible_tiles(a, TileBounds(bounds, bounds_s, bounds_b, bound_tiles), queries, s, b, n0, C)
+        if C.segment > 0:
+            for h in tl.range(0, C.H):
+                if (a.dense is None) and (a.slopes is None) and (a.table is None):
+                    for turn in tl.range(0, 2):
+                        masked, full = run_in_order(turn, tiles.start, tiles.stop, tiles.full_start, tiles.full_stop)
+                        dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, a=a, k=k, v=v, query_tiles=described, grad=grad,
+                                                    stats=stats, queries=queries, wanted=wanted, s=s, b=b, g=g, head=h,
+                                                    n0=n0, run=masked, MASKED=True, C=C)  # fmt: skip
+                        dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, a=a, k=k, v=v, query_tiles=described, grad=grad,
+                                                    stats=stats, queries=queries, wanted=wanted, s=s, b=b, g=g, head=h,
+                                                    n0=n0, run=full, MASKED=False, C=C)  # fmt: skip
+                else:
+                    # Terms by position round differently in tiles that are far from the block's keys.
+                    run = whole_run(tiles.start, tiles.stop)
+                    dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, a=a, k=k, v=v, query_tiles=described, grad=grad,
+                                                stats=stats, queries=queries, wanted=wanted, s=s, b=b, g=g, head=h,
+                                                n0=n0, run=run, MASKED=True, C=C)  # fmt: skip
+        elif a.dense is None:
             far = far_run(tiles.full_start, tiles.full_stop, tiles.right, tiles.left)
             near = near_run(tiles.start, tiles.stop, tiles.full_start, tiles.full_stop, tiles.right, tiles.left)
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, a=a, k=k, v=v, query_tiles=described, grad=grad, stats=stats,
-                                        wanted=wanted, s=s, b=b, g=g, n0=n0, run=far, MASKED=False, C=C)  # fmt: skip
+                                        queries=queries, wanted=wanted, s=s, b=b, g=g, head=None, n0=n0, run=far,
+                                        MASKED=False, C=C)  # fmt: skip
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, a=a, k=k, v=v, query_tiles=described, grad=grad, stats=stats,
-                                        wanted=wanted, s=s, b=b, g=g, n0=n0, run=near, MASKED=True, C=C)  # fmt: skip
+                                        queries=queries, wanted=wanted, s=s, b=b, g=g, head=None, n0=n0, run=near,
+                                        MASKED=True, C=C)  # fmt: skip
         else:
             run = whole_run(tiles.start, tiles.stop)
             dk_acc, dv_acc = _keys_walk(dk_acc, dv_acc, a=a, k=k, v=v, query_tiles=described, grad=grad, stats=stats,
-                                        wanted=wanted, s=s, b=b, g=g, n0=n0, run=run, MASKED=True, C=C)  # fmt: skip
+                                        queries=queries, wanted=wanted, s=s, b=b, g=g, head=None, n0=n0, run=run,
+                                        MASKED=True, C=C)  # fmt: skip
     if a.seed is not None:
         dv_acc *= a.keep_scale
     row = (b.to(tl.int64) * a.N + n0 + n) * a.G + g
@@ -207,9 +288,11 @@ def keys_kernel(a, query_tiles, grad_tiles, grad, grad_b, grad_m, grad_g, grad_h
 
 
 @triton.jit
-def _visible_tiles(a, bounds, s: tl.constexpr, b, n0, C: tl.constexpr):
+def _visible_tiles(a, bounds, queries, s: tl.constexpr, b, n0, C: tl.constexpr):
     """The query tiles that see some of keys n0 … n0 + BN − 1."""
     tiles = tl.cdiv(a.M, C.BM)
+    if queries.pointer is not None:
+        tiles = tl.load(queries.pointer + b * queries.b + a.M + 1)
     zero = n0 * 0
     right_last, left_first, right_count, left_count = zero, zero + INT32_MAX, zero, zero
     if C.S == 0:
@@ -223,9 +306,9 @@ def _visible_tiles(a, bounds, s: tl.constexpr, b, n0, C: tl.constexpr):
             t = chunk + tl.arange(0, CHUNK)  # [CHUNK]
             inside = t < tiles
             first = tl.load(at + t, mask=inside, other=INT32_MAX)
-            full_first = tl.load(at + tiles + t, mask=inside, other=INT32_MAX)
-            full_last = tl.load(at + 2 * tiles + t, mask=inside, other=0)
-            last = tl.load(at + 3 * tiles + t, mask=inside, other=0)
+            full_first = tl.load(at + bounds.tiles + t, mask=inside, other=INT32_MAX)
+            full_last = tl.load(at + 2 * bounds.tiles + t, mask=inside, other=0)
+            last = tl.load(at + 3 * bounds.tiles + t, mask=inside, other=0)
             seen = (first < n0 + C.BN) & (last > n0)
             full = (full_first <= n0) & (full_last >= n0 + C.BN)
             start = tl.minimum(start, tl.min(tl.where(seen, t, INT32_MAX), 0))
@@ -234,8 +317,10 @@ def _visible_tiles(a, bounds, s: tl.constexpr, b, n0, C: tl.constexpr):
             full_stop = tl.maximum(full_stop, tl.max(tl.where(full, t + 1, 0), 0))
             count += tl.sum(full.to(tl.int32), 0)
             if (a.slopes is not None) or (a.table is not None):
-                is_left = full & (n0 + (C.BN - 1) - tl.load(at + 4 * tiles + t, mask=inside, other=0) <= -a.reach)
-                is_right = full & (n0 - tl.load(at + 5 * tiles + t, mask=inside, other=0) >= a.reach)
+                is_left = full & (
+                    n0 + (C.BN - 1) - tl.load(at + 4 * bounds.tiles + t, mask=inside, other=0) <= -a.reach
+                )
+                is_right = full & (n0 - tl.load(at + 5 * bounds.tiles + t, mask=inside, other=0) >= a.reach)
                 left_first = tl.minimum(left_first, tl.min(tl.where(is_left, t, INT32_MAX), 0))
                 right_last = tl.maximum(right_last, tl.max(tl.where(is_right, t + 1, 0), 0))
                 left_count += tl.sum(is_left.to(tl.int32), 0)
@@ -256,27 +341,31 @@ def _visible_tiles(a, bounds, s: tl.constexpr, b, n0, C: tl.constexpr):
 
 
 @triton.jit
-def _keys_walk(dk, dv, a, k, v, query_tiles, grad, stats, wanted, s: tl.constexpr, b, g, n0, run,
+def _keys_walk(dk, dv, a, k, v, query_tiles, grad, stats, queries, wanted, s: tl.constexpr, b, g, head, n0, run,
                MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """dk and dv of one key block, with the query tiles of `run` added, for all heads of the group."""
+    """dk and dv of one key block, with the query tiles of `run` added, for one head or, if it is None, all of the group."""
     count = tl.maximum(run.stop - run.start, 0)
     r = tl.arange(0, C.BM)
     n = tl.arange(0, C.BN)
     j = (n0 + n)[:, None]  # [BN, 1]
     position = load_position_bias(a, Heads(b, g, 0), C)
-    for u in tl.range(0, count * C.H, num_stages=1 if MASKED and a.table is not None else None):
-        h = u // tl.maximum(count, 1) if C.H > 1 else u * 0
-        t = run.start + (u - h * count)
-        i0 = block_number(run, t) * C.BM
+    HEADS: tl.constexpr = C.H if head is None else 1
+    for u in tl.range(0, count * HEADS, num_stages=1 if MASKED and a.table is not None else None):
+        turn = u // tl.maximum(count, 1) if HEADS > 1 else u * 0
+        h = turn if head is None else head
+        t = run.start + (u - turn * count)
+        i0, stop = query_tile(a, queries.pointer, queries.b, b, block_number(run, t), C)
         heads = Heads(b, g, h)
         if C.descriptors:
             q = query_tiles.query.load([b, g, h, i0, 0]).reshape(C.BM, C.K)
         else:
-            q = load_tile(query_pointer(a, heads, i0), r, a.q_m, a.M - i0, MASKED, C.K, C.k_dim)
+            q = load_tile(query_pointer(a, heads, i0), r, a.q_m, stop - i0, MASKED, C.K, C.k_dim)
         qk = tl.dot(k, tl.trans(q), input_precision=C.precision)  # [BN, BM]
         # A vector over rows takes as many registers as a row of the tile has columns: each is read where it is needed.
         i = i0 + r
-        rows = load_range(a, s, b, i, C, i < a.M if MASKED else None)
+        if MASKED and queries.pointer is not None:
+            i = tl.minimum(i, a.M - 1)
+        rows = load_range(a, s, b, i, C, i0 + r < stop if MASKED else None)
         expanded = Rows(i[None, :], rows.lo[None, :], rows.hi[None, :], rows.diagonal[None, :])  # each [1, BM]
         stat, padded = stats_pointer(a, stats, heads, C)
         row_lse = tl.load(stat + i)[None, :]
@@ -295,7 +384,7 @@ def _keys_walk(dk, dv, a, k, v, query_tiles, grad, stats, wanted, s: tl.constexp
         if C.descriptors:
             do = query_tiles.grad.load([b, g, h, i0, 0]).reshape(C.BM, C.V)
         else:
-            do = load_tile(gradient_pointer(grad, heads, i0), r, grad.m, a.M - i0, MASKED, C.V, C.v_dim)
+            do = load_tile(gradient_pointer(grad, heads, i0), r, grad.m, stop - i0, MASKED, C.V, C.v_dim)
         dropped = p
         if wanted.dk is not None:
             dp = tl.dot(v, tl.trans(do), input_precision=C.precision)  # [BN, BM]
@@ -342,7 +431,8 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
     row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
     columns = tl.arange(0, C.V)
     weighted = tl.load(out + row[:, None] * C.v_dim + columns[None, :], mask=(columns < C.v_dim)[None, :], other=0.0)
-    delta = tl.sum(do.to(tl.float32) * weighted.to(tl.float32), 1)  # [BM]
+    delta = do.to(tl.float32) * weighted.to(tl.float32)
+    delta = sum_by_halves(delta) if C.segment > 0 else tl.sum(delta, 1)  # [BM]
     if grad_lse is not None:
         delta -= tl.load(grad_lse + stat)
     row_lse = load_lse(lse, stat, C)
@@ -358,25 +448,29 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
         weight += exponential(load_sink(a, heads, C) - row_lse, C)
     sums = RowSums(weight, zero, zero, zero, zero, zero, zero, zero)
     wanted = RowSums(None, None, dslopes, dslopes, dends, dends, dends, dends)
-    for s in tl.static_range(max(C.S, 1)):
-        if s > 0:
-            rows = load_range(a, s, b, i, C)
-            blocks = key_blocks(a, rows, 0, 1, C.BN)
-        if a.dense is None:
-            left, right = far_blocks(a, blocks, rows, C.BN)
-            far = far_run(blocks.full_start, blocks.full_stop, left, right)
-            near = near_run(blocks.start, blocks.stop, blocks.full_start, blocks.full_stop, left, right)
-            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
-                                      position=position, wanted=wanted, blocks=blocks, run=far, MASKED=False,
-                                      C=C)  # fmt: skip
-            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
-                                      position=position, wanted=wanted, blocks=blocks, run=near, MASKED=True,
-                                      C=C)  # fmt: skip
-        else:
-            run = whole_run(blocks.start, blocks.stop)
-            acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
-                                      position=position, wanted=wanted, blocks=blocks, run=run, MASKED=True,
-                                      C=C)  # fmt: skip
+    if C.segment > 0:
+        acc, sums = _queries_documents(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, i=i,
+                                       position=position, wanted=wanted, C=C)  # fmt: skip
+    else:
+        for s in tl.static_range(max(C.S, 1)):
+            if s > 0:
+                rows = load_range(a, s, b, i, C)
+                blocks = key_blocks(a, rows, 0, 1, C.BN)
+            if a.dense is None:
+                left, right = far_blocks(a, blocks, rows, C.BN)
+                far = far_run(blocks.full_start, blocks.full_stop, left, right)
+                near = near_run(blocks.start, blocks.stop, blocks.full_start, blocks.full_stop, left, right)
+                acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
+                                          position=position, wanted=wanted, blocks=blocks, run=far, MASKED=False,
+                                          C=C)  # fmt: skip
+                acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
+                                          position=position, wanted=wanted, blocks=blocks, run=near, MASKED=True,
+                                          C=C)  # fmt: skip
+            else:
+                run = whole_run(blocks.start, blocks.stop)
+                acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=row_lse, delta=delta, kv=kv, heads=heads, rows=rows,
+                                          position=position, wanted=wanted, blocks=blocks, run=run, MASKED=True,
+                                          C=C)  # fmt: skip
     rest = zero + 1.0
     if C.natural:
         # What the weights sum to is known now: all sums are linear in them.
@@ -417,6 +511,35 @@ def queries_kernel(a, key_tiles, value_tiles, grad, grad_b, grad_m, grad_g, grad
 
 
 @triton.jit
+def _queries_documents(acc, sums, a, q, do, lse, delta, kv, heads, i, position, wanted, C: tl.constexpr):
+    """dq and row sums of one query tile, document by document: a row's are those of its own document's blocks, in their
+    order, see `_documents` of the forward pass."""
+    origin = load_origin(a, heads.b, i, C)
+    document = tl.min(origin, 0)
+    while document < INT32_MAX:
+        for s in tl.static_range(max(C.S, 1)):
+            rows = rows_of_document(load_range(a, s, heads.b, i, C), origin, document)
+            first, _1, _2, _3 = key_bounds(a, rows.lo, rows.hi)
+            blocks = blocks_from(a, rows, tl.minimum(document, first), INT32_MAX, C.BN)
+            if (a.dense is None) and (a.slopes is None) and (a.table is None):
+                for turn in tl.range(0, 2):
+                    masked, full = run_in_order(turn, blocks.start, blocks.stop, blocks.full_start, blocks.full_stop)
+                    acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=lse, delta=delta, kv=kv, heads=heads,
+                                              rows=rows, position=position, wanted=wanted, blocks=blocks, run=masked,
+                                              MASKED=True, C=C)  # fmt: skip
+                    acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=lse, delta=delta, kv=kv, heads=heads,
+                                              rows=rows, position=position, wanted=wanted, blocks=blocks, run=full,
+                                              MASKED=False, C=C)  # fmt: skip
+            else:
+                run = whole_run(blocks.start, blocks.stop)
+                acc, sums = _queries_walk(acc, sums, a=a, q=q, do=do, lse=lse, delta=delta, kv=kv, heads=heads, rows=rows,
+                                          position=position, wanted=wanted, blocks=blocks, run=run, MASKED=True,
+                                          C=C)  # fmt: skip
+        document = tl.min(tl.where(origin > document, origin, INT32_MAX), 0)
+    return acc, sums
+
+
+@triton.jit
 def _queries_walk(acc, sums, a, q, do, lse, delta, kv, heads, rows, position, wanted, blocks, run,
                   MASKED: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """dq and row sums of one query tile, with the key blocks of `run` added; `wanted`: which sums, None for not."""
@@ -424,7 +547,9 @@ def _queries_walk(acc, sums, a, q, do, lse, delta, kv, heads, rows, position, wa
     n = tl.arange(0, C.BN)
     expanded = expand_rows(rows)
     for t in tl.range(run.start, run.stop, num_stages=1 if MASKED and a.table is not None else None):
-        j0 = tl.multiple_of(blocks.begin + block_number(run, t) * C.BN, 16)
+        j0 = blocks.begin + block_number(run, t) * C.BN
+        if C.segment == 0:
+            j0 = tl.multiple_of(j0, 16)
         j = (j0 + n)[None, :]  # [1, BN]
         if C.descriptors:
             k = kv.key_tiles.load([heads.b, heads.g, j0, 0]).reshape(C.BN, C.K)
@@ -442,7 +567,7 @@ def _queries_walk(acc, sums, a, q, do, lse, delta, kv, heads, rows, position, wa
         by_position: tl.constexpr = (wanted.dslope is not None) or (wanted.low is not None)
         # What needs the weights comes before their gradients, which then take the registers of the weights.
         if C.natural or by_position:
-            weight += tl.sum(p, 1)
+            weight += sum_of_keys(p, a, C)
         if wanted.dslope is not None:
             weighted_distance += tl.sum(p * tl.abs(j - expanded.diagonal).to(tl.float32), 1)
         if wanted.low is not None:

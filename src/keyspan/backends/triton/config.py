@@ -6,7 +6,7 @@ benchmarks/tune_triton.py; those of the other families were compiled, not timed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class TileConfig(NamedTuple):
@@ -20,7 +20,21 @@ class TileConfig(NamedTuple):
     stages: int
     registers: int = 0
     """Of a thread when the program starts, for kernels whose warps then divide them anew; 0: the compiler's choice."""
+    fusion: bool = True
+    """Whether the compiler may round a product and a sum once. It does so in some forms of a kernel and not in others."""
 
+    def options(self) -> dict[str, Any]:
+        """The launch options, as Triton names them."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers:
+            found["maxnreg"] = self.registers
+        if not self.fusion:
+            found["enable_fp_fusion"] = False
+        return found
+
+
+SEGMENT = 1024
+"""Keys after which sums of invariant results begin anew, which is where few rows are split: a multiple of every BN."""
 
 KERNELS = ("forward", "decode", "keys", "keys alone", "values alone", "queries", "bias", "table")
 """Entries of the table. `forward` and `decode` are one kernel: in `decode` the rows of a tile are heads of few queries.
@@ -124,6 +138,19 @@ _BIAS_GRADIENT: Row = (TileConfig(64, 64, 4, 1), TileConfig(64, 64, 8, 1), TileC
 def split_key_value(itemsize: int, head_dim: int, family: str, terms: str = "plain") -> bool:
     """Whether the gradients of keys and of values take a launch each; arguments as of `tile`."""
     return family == "hopper" and itemsize == 2 and head_dim > 128 and terms != "loads"
+
+
+MOST_ROWS_OF_MMA = 32
+"""Products of at most so many rows are mma, which reads shared memory by address; of more, on hopper, wgmma."""
+
+
+def without_wgmma(kernel: str, tile: TileConfig) -> TileConfig:
+    """The tile with so few rows that no product is wgmma."""
+    rows, keys = min(tile.BM, MOST_ROWS_OF_MMA), min(tile.BN, MOST_ROWS_OF_MMA)
+    if kernel in ("bias", "table"):
+        return tile._replace(BM=rows, BN=keys)
+    # The gradients of keys are products of transposed tiles.
+    return tile._replace(BM=rows) if kernel in ("forward", "decode", "queries") else tile._replace(BN=keys)
 
 
 def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "plain") -> TileConfig:

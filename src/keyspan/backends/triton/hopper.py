@@ -75,6 +75,7 @@ def missing(problem: Problem) -> str | None:
         ("there is a dense mask", problem.dense is not None),
         ("there is a dense bias", bool(problem.biases)),
         ("there is dropout", problem.dropout_p > 0),
+        ("results are to be invariant", problem.invariant),
         ("there are no keys", key.shape[1] == 0),
         ("TMA cannot read tensors of these strides", not all(map(_describable, (query, key, value)))),
         ("the relative table's last stride is not 1", problem.table is not None and problem.table.stride(-1) != 1),
@@ -157,7 +158,7 @@ def launch(
     """Kernel, grid, arguments and tile of the forward pass.
 
     Args:
-        arguments: `primitives.Arguments` of the problem.
+        arguments: `arguments.Arguments` of the problem.
         counters: `relaunch.Counters`.
         processors: how many programs run at a time.
     """

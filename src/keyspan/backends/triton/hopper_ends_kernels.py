@@ -5,16 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from keyspan.backends.triton.arguments import FRACTION_FREE, INFINITY, LOG2E, Heads, OutputGradient
+from keyspan.backends.triton.loads import gradient_pointer
 from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
-from keyspan.backends.triton.primitives import (
-    FRACTION_FREE,
-    INFINITY,
-    LOG2E,
-    Heads,
-    OutputGradient,
-    gradient_pointer,
-    stats_pointer,
-)
+from keyspan.backends.triton.scores import stats_pointer
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from keyspan.backends.triton.primitives import INFINITY, LN2, LOG2E
+from keyspan.backends.triton.arguments import INFINITY, LN2, LOG2E
 
 # Triton 3.8 renames it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -15,21 +15,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from keyspan.backends import Gradients, Needs, Replay
 from keyspan.backends.triton import config, hopper, relaunch
+from keyspan.backends.triton.arguments import STATS_PADDING, Arguments, Constants
 from keyspan.backends.triton.backward_kernels import (
     bias_kernel,
     bounds_kernel,
     keys_kernel,
     queries_kernel,
+    starts_kernel,
     stats_kernel,
     table_kernel,
 )
-from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel
+from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel, merge_kernel
 from keyspan.backends.triton.hopper_ends_kernels import (
     hopper_finish_kernel,
     hopper_repair_kernel,
     hopper_stats_kernel,
 )
-from keyspan.backends.triton.primitives import STATS_PADDING, Arguments, Constants
 from keyspan.core import shims
 from keyspan.core.problem import Problem
 
@@ -37,6 +38,10 @@ _CACHED_KEYS = 16 * 2**20
 """Bytes of keys and values that programs running at the same time should share; a third of an H200's L2."""
 _LEAST_SPLIT = 256
 """Fewest keys worth a split."""
+_LARGEST_SCRATCH = 2**28
+"""Bytes that the parts of split keys may take where their number is that of segments."""
+_MOST_SPLITS = 65535
+"""Largest second dimension of a grid."""
 _SMALLEST = torch.finfo(torch.float32).tiny
 Launch = tuple[Any, tuple[int, ...], list[Any], config.TileConfig]
 """Kernel, grid, arguments and tile."""
@@ -44,8 +49,7 @@ Launch = tuple[Any, tuple[int, ...], list[Any], config.TileConfig]
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.TileConfig) -> Any:
     """Launch a kernel; returns it compiled. All launches go through here, so that tests can compile for another GPU."""
-    options = {"maxnreg": tile.registers} if tile.registers else {}
-    return kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages, **options)
+    return kernel[grid](*args, **tile.options())
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -82,30 +86,42 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made,
         )
         return made, _launched(query, [step])
     rows = _rows_per_tile(problem)
-    tile = _tile("decode" if rows else "forward", problem)
+    if rows * triton.next_power_of_2(H) > config.MOST_ROWS_OF_MMA and not _wgmma_allowed(problem):
+        rows = 0
+    invariant = problem.invariant
+    tile = _tile("decode" if rows and not invariant else "forward", problem)
     pack = 1
-    if rows:
+    if rows and invariant:
+        # One tile for all calls: the layout of another in registers has another order of sums.
+        rows = max(1, min(rows, tile.BM // triton.next_power_of_2(H)))
+        pack = tile.BM // rows
+    elif rows:
         pack = triton.next_power_of_2(H)
         tile = tile._replace(BM=max(tile.BM, pack * rows))
         pack = tile.BM // rows
     heads = B * G * triton.cdiv(H, pack)
     programs = triton.cdiv(M, tile.BM // pack) * heads
-    splits = _splits(problem, programs, rows > 0)
+    splits = _segments(problem, programs, rows > 0) if invariant else _splits(problem, programs, rows > 0)
     constants = _constants(problem, tile, pack)
     arguments = _arguments(problem)
     keys, values = _key_tiles(problem, constants)
     bytes_per_head = max(1, N * (constants.K + constants.V) * problem.key.element_size() // min(H, max(1, H // pack)))
     at_once = min(heads, max(1, _CACHED_KEYS // bytes_per_head))
-    parts, part_lse, totals = out, lse, None
+    parts, part_lse, totals, sums = out, lse, None, None
     if splits > 1:
         made["parts"] = parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
         made["peaks"] = part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
         made["totals"] = totals = torch.empty_like(part_lse)
+    elif invariant and problem.N > config.SEGMENT:
+        made["sums"] = sums = query.new_empty(out.shape, dtype=torch.float32)
     launches: list[Launch] = [
         (forward_kernel, (programs, splits),
-         [arguments, keys, values, parts, part_lse, totals, at_once, splits, constants], tile),
+         [arguments, keys, values, parts, part_lse, totals, sums, at_once, splits, constants], tile),
     ]  # fmt: skip
-    if splits > 1:
+    if splits > 1 and invariant:
+        given = [arguments, parts, part_lse, totals, out, lse, splits, constants]
+        launches.append((merge_kernel, (B * M * G * H,), given, config.TileConfig(0, 0, 2, 1, fusion=False)))
+    elif splits > 1:
         rows = B * M * G * H
         of_split = [
             parts,
@@ -268,7 +284,7 @@ def _backward(
              [arguments, keys, values, *grads, out, grad_lse, lse, stats, *by_row, constants], tile)
         )  # fmt: skip
     else:
-        tile = config.TileConfig(32, 0, 4, 1)
+        tile = config.TileConfig(32, 0, 4, 1, fusion=not problem.invariant)
         launches.append(
             (stats_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
              [arguments, *grads, out, grad_lse, lse, stats, _constants(problem, tile, 1, period)], tile)
@@ -290,13 +306,15 @@ def _backward(
             continue
         tile = _tile(name, problem)
         constants = _constants(problem, tile, 1, period)
-        bounds_launches, bounds = _bounds(problem, arguments, constants, made)
-        launches += bounds_launches
+        start_launches, starts = _starts(problem, arguments, constants, made)
+        bounds_launches, bounds = _bounds(problem, arguments, constants, made, starts)
+        launches += start_launches + bounds_launches
         constants = constants._replace(descriptors=constants.descriptors and _describable(grad))
         tiles_of = _query_tiles(problem, grad, constants)
         launches.append(
             (keys_kernel, (triton.cdiv(N, tile.BN) * G * B,),
-             [arguments, *tiles_of, *grads, stats, *bounds, dk, dv, constants], tile)
+             [arguments, *tiles_of, *grads, stats, *starts, *bounds, 0 if bounds[0] is None else bounds[0].shape[-1],
+              dk, dv, constants], tile)
         )  # fmt: skip
     for n, term in enumerate(problem.biases):
         if not needs.biases[n]:
@@ -339,19 +357,42 @@ def _hopper_keys(problem: Problem, arguments: Arguments, grads: tuple[Any, ...],
     return [*launches, step, (hopper_repair_kernel, (blocks,), repair, config.TileConfig(tile.BM, tile.BN, 4, 1))]
 
 
-def _bounds(
+def _starts(
     problem: Problem, arguments: Arguments, constants: Constants, made: relaunch.Made
 ) -> tuple[list[Launch], list[Any]]:
+    """The launch that finds the first rows of tiles of BM queries that begin anew with each document, for invariant
+    results; its result and stride over batch entries, None and 0 where tiles are counted from row 0."""
+    if arguments.origin is None or not problem.invariant:
+        return [], [None, 0]
+    # Every row may be a document.
+    entries, rows, name = arguments.origin.shape[0], problem.query.shape[1] + 2, f"starts for {constants.BM}"
+    launches: list[Launch] = []
+    if name not in made:
+        made[name] = x = problem.query.new_empty((entries, rows), dtype=torch.int32)
+        launches.append((starts_kernel, (entries,), [arguments, x, constants], config.TileConfig(0, 0, 4, 1)))
+    return launches, [made[name], rows if entries > 1 else 0]
+
+
+def _bounds(
+    problem: Problem,
+    arguments: Arguments,
+    constants: Constants,
+    made: relaunch.Made,
+    starts: Sequence[Any] = (None, 0),
+) -> tuple[list[Launch], list[Any]]:
     """The launch that finds which keys tiles of BM queries see; its result and strides over ranges and batch entries, for
-    who reads it."""
+    who reads it. `starts`: what `_starts` gives."""
     if problem.lo is None:
         return [], [None, 0, 0]
-    S, entries, _ = problem.lo.shape
-    tiles, name = triton.cdiv(problem.query.shape[1], constants.BM), f"bounds for {constants.BM}"
+    S, entries, M = problem.lo.shape
+    tiles, name = triton.cdiv(M, constants.BM), f"bounds for {constants.BM}"
+    if starts[0] is not None:
+        tiles, entries = M, max(entries, starts[0].shape[0])
     launches: list[Launch] = []
     if name not in made:
         made[name] = x = problem.query.new_empty((S, entries, 6, tiles), dtype=torch.int32)
-        launches.append((bounds_kernel, (tiles * entries, S), [arguments, x, constants], config.TileConfig(0, 0, 1, 1)))
+        given = [arguments, *starts, x, tiles, constants]
+        launches.append((bounds_kernel, (tiles * entries, S), given, config.TileConfig(0, 0, 1, 1)))
     x = made[name]
     return launches, [x, x.stride(0), x.stride(1) if entries > 1 else 0]
 
@@ -471,6 +512,7 @@ def _paged_backward(
         sequence=None,
         block_table=None,
         page_size=0,
+        origin=problem.origin_in_row.int() if problem.invariant else None,
         dense=None if problem.dense is None else in_row(problem.dense),
         biases=[in_row(x) for x in problem.biases],
     )
@@ -606,6 +648,7 @@ def _constants(problem: Problem, tile: config.TileConfig, pack: int, period: int
         query_run=_run(problem.query_scale, problem.query.shape[1]),
         key_run=_run(problem.key_scale, problem.key.shape[1]),
         value_run=_run(problem.value_scale, problem.key.shape[1]),
+        segment=config.SEGMENT if problem.invariant else 0,
     )
 
 
@@ -687,10 +730,19 @@ def _rows_per_tile(problem: Problem) -> int:
 
 def _splits(problem: Problem, programs: int, decode: bool) -> int:
     """Into how many parts each row's keys are divided, so that the device is full."""
-    processors = _processors(problem.query.device)
-    wanted = (3 if decode else 1) * processors // max(programs, 1)
-    longest = problem.N
-    return max(1, min(wanted, longest // _LEAST_SPLIT, 128))
+    return max(1, min(_wanted_splits(problem, programs, decode), problem.N // _LEAST_SPLIT, 128))
+
+
+def _wanted_splits(problem: Problem, programs: int, decode: bool) -> int:
+    return (3 if decode else 1) * _processors(problem.query.device) // max(programs, 1)
+
+
+def _segments(problem: Problem, programs: int, decode: bool) -> int:
+    """The number of splits of invariant results, by how many it takes to fill the device: one for each segment, or 1."""
+    segments = triton.cdiv(problem.N, config.SEGMENT)
+    scratch = segments * problem.query[..., 0].numel() * problem.value.shape[-1] * 4
+    split = _wanted_splits(problem, programs, decode) > 1 and scratch <= _LARGEST_SCRATCH and segments <= _MOST_SPLITS
+    return segments if split else 1
 
 
 def _tile(kernel: str, problem: Problem) -> config.TileConfig:
@@ -698,7 +750,26 @@ def _tile(kernel: str, problem: Problem) -> config.TileConfig:
     itemsize = problem.query.element_size()
     if itemsize <= 2:
         itemsize = problem.key.element_size()
-    return config.tile(kernel, itemsize, head_dim, _family(problem.query.device), _terms(problem))
+    found = config.tile(kernel, itemsize, head_dim, _family(problem.query.device), _terms(problem))
+    if not _wgmma_allowed(problem):
+        found = config.without_wgmma(kernel, found)
+    return found._replace(fusion=not problem.invariant)
+
+
+def _wgmma_allowed(problem: Problem) -> bool:
+    """Whether rows are whole vectors of 16 bytes. Where they are not, many addresses crowd the uniform registers, and
+    ptxas 12.8 makes descriptors of wgmma from registers that hold something else: a program then reads memory that is
+    not its own (see `_lost_descriptors` in tests/gpu/offline.py)."""
+    return _family(problem.query.device) != "hopper" or all(
+        x.data_ptr() % 16 == 0
+        and x.shape[-1] * x.element_size() % 16 == 0
+        and all(
+            stride * x.element_size() % 16 == 0
+            for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+            if size > 1
+        )
+        for x in (problem.query, problem.key, problem.value)
+    )
 
 
 def _terms(problem: Problem) -> str:

@@ -11,36 +11,30 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from keyspan.backends.triton.primitives import (
-    INFINITY,
-    LOG2E,
-    MAY_REORDER,
-    Heads,
-    Rows,
-    dropout_mask,
-    expand_rows,
+from keyspan.backends.triton.arguments import INFINITY, LOG2E, MAY_REORDER, Heads, Rows
+from keyspan.backends.triton.blocks import expand_rows, key_blocks, key_bounds, load_origin, load_range, query_rows
+from keyspan.backends.triton.loads import (
     gradient_pointer,
-    key_blocks,
-    key_bounds,
     key_pointer,
     key_scales,
     load_keys,
-    load_lse,
-    load_range,
-    load_sink,
-    load_slope,
-    load_stats,
     load_tile,
     physical_slots,
     query_factor,
     query_pointer,
-    query_rows,
+    value_pointer,
+    value_scales,
+)
+from keyspan.backends.triton.scores import (
+    dropout_mask,
+    load_lse,
+    load_sink,
+    load_slope,
+    load_stats,
     score_gradient,
     softcap_gradient,
     softmax_weights,
     table_end_sums,
-    value_pointer,
-    value_scales,
     visibility,
 )
 
@@ -107,6 +101,9 @@ def repair_forward(a, out, lse, totals, tile, h0, b, g, split, splits, C: tl.con
             q = q.to(tl.bfloat16)
         stat = ((split * a.B + b).to(tl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
         row_lse = load_lse(lse, stat, C)
+        if C.segment > 0 and totals is not None:
+            row_lse = tl.load(lse + stat)
+            row_lse = tl.where(row_lse == -INFINITY, INFINITY, row_lse)
         # The sum of weights relative to `row_lse`: with splits as stored, else 1 up to rounding, see `RowStats`.
         weights = tl.full([STEP], 0.0, tl.float32)
         if totals is not None:
@@ -117,11 +114,19 @@ def repair_forward(a, out, lse, totals, tile, h0, b, g, split, splits, C: tl.con
         acc = tl.full([STEP, C.V], 0.0, tl.float32)
         for s in tl.static_range(max(C.S, 1)):
             rows = load_range(a, s, b, i, C)
-            # Splits are cut as the kernel cut them: by what all rows of its tile see.
-            all_i, _1, _2 = query_rows(a, tile * C.BM, h0, C.BM, C)
-            blocks = key_blocks(a, load_range(a, s, b, all_i, C), split, splits, C.BN)
-            begin = blocks.begin + blocks.start * C.BN
-            end = tl.minimum(blocks.begin + blocks.stop * C.BN, blocks.last)
+            if C.segment == 0:
+                # Splits are cut as the kernel cut them: by what all rows of its tile see.
+                all_i, _1, _2 = query_rows(a, tile * C.BM, h0, C.BM, C)
+                blocks = key_blocks(a, load_range(a, s, b, all_i, C), split, splits, C.BN)
+                begin = blocks.begin + blocks.start * C.BN
+                end = tl.minimum(blocks.begin + blocks.stop * C.BN, blocks.last)
+            else:
+                if splits > 1:
+                    first = load_origin(a, b, i, C) + split * C.segment
+                    lo = tl.maximum(rows.lo, first)
+                    rows = Rows(i, lo, tl.minimum(rows.hi, first + C.segment), rows.diagonal)
+                begin, _1, _2, end = key_bounds(a, rows.lo, rows.hi)
+                begin = tl.minimum(begin, end) // STEP * STEP
             for t in tl.range(0, tl.cdiv(end - begin, STEP), num_stages=1):
                 j0 = tl.multiple_of(begin + t * STEP, 16)
                 slots = n
@@ -149,7 +154,7 @@ def repair_forward(a, out, lse, totals, tile, h0, b, g, split, splits, C: tl.con
                     keep = dropout_mask(a, b, g * C.H + h, i, j0, STEP, STEP, C)
                     p = tl.where(keep, p * a.keep_scale, 0.0)
                 acc = visible_dot(p, visible, v, acc, C)
-        if C.natural or totals is not None:
+        if (C.natural or totals is not None) and (C.segment == 0 or totals is None):
             acc /= tl.where(weights == 0, 1.0, weights)[:, None]
         row = ((split * a.B + b).to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
         tl.store(out + row[:, None] * C.v_dim + columns_v[None, :], acc.to(out.dtype.element_ty),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keyspan.backends import Replay, empty_like, template
-from keyspan.backends.triton.primitives import Arguments
+from keyspan.backends.triton.arguments import Arguments
 from keyspan.core import shims
 from keyspan.core.problem import Problem
 
@@ -40,7 +40,7 @@ def recorded(
         given: the tensors that it is given anew. Those of the problem's mask that are not among them stay as they are.
         made: the tensors that the launches fill. As many as there are `shapes` are results; the others are scratch.
     """
-    constants = [x.data_ptr() for x in (problem.lo, problem.hi, problem.diagonal) if x is not None]
+    constants = [x.data_ptr() for x in (problem.lo, problem.hi, problem.diagonal, problem.origin) if x is not None]
     launch = _launcher([*(x.data_ptr() for x in (*given, *made)), *constants], launches)
     if launch is None:
         return None

@@ -1,0 +1,50 @@
+"""One numerics on the Triton backend, in its interpreter: bits of a row with `invariant=True`."""
+
+import pytest
+import torch
+from interpreter import dot_in_order
+from triton.runtime.interpreter import InterpreterBuilder
+
+from invariance_cases import Random, check_forms, gradients, gradients_in_a_batch
+from keyspan.backends.triton import config
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Of one or two blocks of the small tiles, so that few keys have several."""
+    monkeypatch.setattr(config, "SEGMENT", 64)
+
+
+@pytest.fixture(autouse=True)
+def products_in_order(monkeypatch):
+    """Products add up in the order of the inner dimension, for each element alike, as tensor cores do; NumPy's depend on
+    the place in the tile."""
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_in_order)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_row_has_the_same_bits_in_every_form(seed, descriptors):
+    check_forms("triton", torch.float16 if descriptors else torch.float32, seed, small=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_do_not_depend_on_the_batch(seed):
+    case = Random(200 + seed, torch.float32, small=True)
+    want = gradients_in_a_batch(case, "triton", 1, 0)
+    for batch, at in ((2, 1), (3, 0)):
+        for name, x in gradients_in_a_batch(case, "triton", batch, at).items():
+            assert torch.equal(x, want[name]), f"d{name} of entry {at} of {batch}"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gradients_do_not_depend_on_the_pack(seed, descriptors):
+    case = Random(300 + seed, torch.float32, small=True)
+    order = list(range(len(case.keys)))
+    case.rng.shuffle(order)
+    _, packed = gradients(case, "triton", order, 1)
+    for d in order:
+        alone = gradients(case, "triton", [d], 1)[1][d]
+        for name, x, y in zip("qkv", packed[d], alone, strict=True):
+            assert torch.equal(x, y), f"d{name} of document {d}: {int((x != y).sum())} of {x.numel()} differ"
