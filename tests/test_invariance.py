@@ -31,7 +31,9 @@ def test_the_switch_changes_nothing_on_a_cpu():
 
 def test_backends_that_do_not_promise_it_refuse():
     problem, _ = make_problem(*(torch.randn(1, 5, 2, 8) for _ in range(3)), invariant=True)
-    elsewhere = problem._replace(query=SimpleNamespace(device=torch.device("mps"), is_cuda=False, dtype=torch.float32))
+    elsewhere = problem._replace(
+        query=SimpleNamespace(device=torch.device("mps"), is_cuda=False, is_cpu=False, dtype=torch.float32)
+    )
     assert choose(elsewhere._replace(invariant=False), None) == "chunked"
     with pytest.raises(NotImplementedError, match=r"no backend can: native: .*; chunked: results are to be invariant"):
         choose(elsewhere, None)

@@ -22,7 +22,8 @@ SPILLS = {"forward_kernel": 0, "queries_kernel": 12, "keys_kernel": 140}
 """Largest number of local loads and stores on sm_90, for 16-bit elements and head dimensions up to 128. keys_kernel has
 two accumulators; its spills are in NaN repair. queries_kernel spills values that it needs between and after its walks."""
 SPILLS_WITH_LOADS = {"forward_kernel": 40, "queries_kernel": 170, "keys_kernel": 260}
-"""The same where every score loads an entry: of a dense bias, or of a table in the tiles near the diagonal."""
+"""The same where every score loads an entry, of a dense bias or of a table in the tiles near the diagonal, and where keys are
+read element by element."""
 
 SPILLS_INVARIANT = {"forward_kernel": 30, "queries_kernel": 60, "keys_kernel": 140}
 """The same of invariant results, which need a few registers more."""
@@ -80,7 +81,8 @@ def test_compiles(target, part):
     serialised = {name_of(k): k["serialised"] for k in kernels if set(k["serialised"]) - {"C7519"}}
     assert not serialised
     roomy = [k for k in heavy if not crowded(Work(*(k[name] for name in Work._fields)))]
-    limits = {"table": SPILLS_WITH_LOADS, "bias": SPILLS_WITH_LOADS, "invariant": SPILLS_INVARIANT}
+    limits = {"table": SPILLS_WITH_LOADS, "bias": SPILLS_WITH_LOADS, "odd": SPILLS_WITH_LOADS,
+              "invariant": SPILLS_INVARIANT}  # fmt: skip
     spilling = {name_of(k): k["spills"] for k in roomy if k["spills"] > limits.get(k["kind"], SPILLS)[k["kernel"]]}
     assert not spilling
 
