@@ -172,6 +172,19 @@ struct Ahead {
         for (int i = 0; i < count; i++) __builtin_prefetch(from + i * LINE, 0, 3);
     }
 
+    // `count` lines for the caller to prefetch: the next ones, if any are due and they lie in one piece; else those from
+    // `loaded` on, which are in cache or will soon be read.
+    INLINE const char *take(int count, const char *loaded) {
+        const char *const from = at;
+        if (due < LINE || end - from < count * LINE) {
+            lines(count);
+            return loaded;
+        }
+        due -= count * LINE;
+        at = from + count * LINE;
+        return from;
+    }
+
 private:
     static constexpr int64_t LINE = 64, LEAST_BYTES = 8 << 10;
 
@@ -273,11 +286,15 @@ __attribute__((noinline)) void score_keys(const Products<typename Row<KIND>::Wor
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             vu words[W];
-            if (whole) ahead.lines(W * Kind::STEP * Kind::BYTES / 64);
+            constexpr int LINES = W * Kind::STEP * Kind::BYTES / 64;
+            const char *const from = whole ? ahead.take(LINES, of[c].keys[0] + of[c].offset + i * Kind::BYTES) : nullptr;
 #pragma GCC unroll 16
             for (int k = 0; k < W; k++) {
+                // Between the loads: more requests at once would wait for one another.
+                if (whole && k * LINES % W == 0) __builtin_prefetch(from + k * LINES / W * 64, 0, 3);
                 const char *const key = of[c].keys[k] + of[c].offset;
                 words[k] = whole ? (vu)Kind::read(key, i) : (vu)Kind::read_last(key, i, dims - i);
+                if (k % 4 == 3) asm volatile("" : : : "memory");  // compilers would gather the requests
             }
             transpose_vectors(words);
             const auto *query = of[c].queries + i / Kind::STEP * W * Kind::PARTS;
