@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keyspan import Alibi, Causal, Documents, KeyRanges
+from keyspan.backends.native import binding
 from keyspan.core.masks import lowering
 from keyspan.core.problem import Problem
-from keyspan.layers import linear_cross_entropy, rms_norm, rotary, swiglu
+from keyspan.layers import Linear, linear_cross_entropy, rms_norm, rotary, swiglu
 from keyspan.models import GPT, GPTConfig, alibi_slopes
+from keyspan.models.experts import Experts
 from keyspan.models.gpt import Step
+from keyspan.training.ranks import check_model
 
 POSITIONS = ["rope", "alibi", "none"]
 LENGTHS = [5, 1, 9, 3]
@@ -302,7 +305,7 @@ def test_the_model_compiles_for_a_gpu_without_a_graph_break(positions, monkeypat
             masks = {None: KeyRanges(lo, hi, diagonal, row_keys=row_keys)}
             bias = Alibi(model.slopes) if positions == "alibi" else None
             x, more = model.embedding(tokens), None
-            step = Step(masks, {None: turn} if positions == "rope" else None, bias, None, None)
+            step = Step(masks, {None: turn} if positions == "rope" else None, bias, None, None, False)
             for block in model.blocks:
                 x, more = block(x, more, step)
             return linear_cross_entropy(model.norm.add(x, more)[0], model.head_weight, tokens)
@@ -320,3 +323,34 @@ def test_the_model_compiles_for_a_gpu_without_a_graph_break(positions, monkeypat
     calls += [n for n in graphs[-1].graph.nodes if n.target is torch.ops.keyspan.attention_forward.default]
     assert [node.args[-1] for node in calls] == ["triton"] * model.config.layers
     assert [node.args[Problem._fields.index("host_row_keys")] for node in calls] == row_keys * model.config.layers
+
+
+@pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
+@pytest.mark.parametrize("changes", [{}, {"experts": 4, "experts_per_token": 2}])
+def test_invariant_changes_nothing_on_a_cpu(changes):
+    model, tokens = small(**changes), draw()
+    want = model.loss(tokens, tokens.roll(1), LENGTHS)
+    model.invariant = True
+    assert torch.equal(model.loss(tokens, tokens.roll(1), LENGTHS), want)
+    assert torch.equal(model.logits(model(tokens, LENGTHS)), model.logits(GPT.forward(model, tokens, LENGTHS)))
+    layers = [x for x in model.modules() if isinstance(x, (Linear, Experts))]
+    assert len(layers) > 4
+    assert all(x.invariant for x in layers)
+    model.invariant = False
+    assert not any(x.invariant for x in layers)
+
+
+def test_invariant_is_kept_or_refused():
+    model, tokens = small(), draw()
+    model.invariant = True
+    with pytest.raises(ValueError, match=r"invariant: got True, want False: torch.float64"):
+        GPT(model.config, invariant=True).double()(tokens, LENGTHS)
+    with pytest.raises(ValueError, match="context: got one with invariant = True, want None"):
+        model(tokens, LENGTHS, context=object())
+    with pytest.raises(ValueError, match="tensor: got 2 for a model with invariant = True, want 1"):
+        check_model(model, 2)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens, LENGTHS), model(tokens, LENGTHS))
+    assert not graphs

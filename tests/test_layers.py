@@ -17,6 +17,7 @@ from keyspan.layers import (
     gemm,
     linear,
     linear_cross_entropy,
+    log_softmax,
     rms_norm,
     rotary,
     rotary_table,
@@ -116,6 +117,44 @@ def test_linear_in_fp64_is_torchs_and_in_fp32_as_exact():
     assert ((linear(x, w, b) - true).abs() <= 333 * torch.finfo(torch.float32).eps * size).all()
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(*leaves((2, 3), (4, 3), (4,), dtype=torch.float64)).dtype == torch.float64
+
+
+def test_invariant_products_are_refused_where_no_kernel_keeps_them(monkeypatch):
+    x, w, _ = leaves((3, 5), (4, 5), (4,))
+    wide = x.double(), w.double()
+    with pytest.raises(ValueError, match=r"invariant: got True, want False: torch.float64 has no product"):
+        linear(*wide, invariant=True)
+    with pytest.raises(ValueError, match="invariant: got True, want False: a compiler, mode or transform"):
+        torch.func.vmap(lambda x: linear(x[None], w.detach(), invariant=True))(x.detach())
+    with pytest.raises(ValueError, match=r"invariant: .* no such products on meta, want tensors on a CPU or a GPU"):
+        gemm.invariant_kernels(torch.float32, x.to("meta"), w.to("meta"))
+    with pytest.raises(ValueError, match=r"invariant: .* tensors are of several devices or of a subclass"):
+        gemm.invariant_kernels(torch.float32, x, w.to("meta"))
+    monkeypatch.setattr(gemm, "_library", lambda: None)
+    for call in (
+        lambda: linear(x, w, invariant=True),
+        lambda: swiglu(x, w, None, w[:, :2], None, invariant=True),
+        lambda: linear_cross_entropy(x, w, torch.tensor([1, 2, 3]), invariant=True),
+    ):
+        with pytest.raises(ValueError, match=r"invariant: .* the native library is not built"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5000), (2, 3, 41), (0, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_log_softmax(shape, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * 5).to(dtype).requires_grad_()
+    wide, weight = x.detach().double().requires_grad_(), torch.randn(shape)
+    to = torch.float64 if dtype == torch.float64 else torch.float32
+    found = []
+    for z, y in ((x, log_softmax(x)), (x, x.log_softmax(-1, dtype=to)), (wide, wide.log_softmax(-1))):
+        assert y.dtype == (torch.float64 if z is wide else to)
+        found.append([y, *torch.autograd.grad((y * weight).sum(), z)])
+    for got, torchs, want in zip(*found, strict=True):
+        assert got.dtype == torchs.dtype
+        if want.numel():
+            assert (got - want).abs().max() <= 4 * (torchs - want).abs().max() + 1e-7
 
 
 def test_linear_can_be_differentiated_twice():
@@ -622,7 +661,7 @@ def test_cross_entropy_of_one_sided_logits_is_exact():
 def test_cross_entropy_ops_pass_opcheck(name, needs):
     hidden, weight, bias = (x.detach() for x in leaves((11, 6), (9, 6), (9,)))
     targets = torch.randint(0, 9, (11,))
-    rest = (hidden, weight, bias, targets, -100, None, 0.1, 4, torch.float32, needs)
+    rest = (hidden, weight, bias, targets, -100, None, 0.1, 4, False, torch.float32, needs)
     before = (torch.rand(11), torch.rand(11)) if name.endswith("backward") else ()
     torch.library.opcheck(
         getattr(torch.ops.keyspan, name), (*before, *rest), test_utils=("test_schema", "test_faketensor")

@@ -300,6 +300,28 @@ def hopper_main(every: bool) -> None:
             results.clear()
 
 
+def products_main(name: str) -> None:
+    """Print what became of the product of `keyspan.layers.linear(invariant=True)`, each tile of the table."""
+    with target(name) as results:
+        import torch
+
+        from keyspan.backends.triton import config, launch
+        from keyspan.layers import triton_product
+
+        family = config.family(TARGETS[name] or (9, 4), amd=TARGETS[name] is None)
+        triton_product._device = lambda x: (family, 132)
+        triton_product.run = launch.run
+        if TARGETS[name] is None:
+            triton_product._precision = lambda: "ieee"
+        for dtype in (torch.bfloat16, torch.float32):
+            table = triton_product._SINGLE if dtype == torch.float32 else triton_product._HALF
+            for tile in table.get(family, table[""]):
+                triton_product.tile = lambda *form, tile=tile: tile
+                x, weight = torch.zeros(64, 2048, dtype=dtype), torch.zeros(4096, 2048, dtype=dtype)
+                triton_product.product(x, weight, None)
+                print(json.dumps({"dtype": str(dtype)[6:], "tile": tile, **results[-1]._asdict()}), flush=True)
+
+
 def _never(x):  # type: ignore[no-untyped-def]
     return False
 
@@ -342,5 +364,7 @@ def main(name: str, every: bool, plain: bool, part: int, parts: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "hopper":
         hopper_main("--all" in sys.argv)
+    elif sys.argv[2] == "products":
+        products_main(sys.argv[1])
     else:
         main(sys.argv[1], "--all" in sys.argv, "--plain" in sys.argv, int(sys.argv[2]), int(sys.argv[3]))

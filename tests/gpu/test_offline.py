@@ -34,14 +34,14 @@ PARTS = 8 if EVERY else 1
 pytestmark = pytest.mark.timeout(1500)
 
 
-def compiled(target: str, part: int, parts: int, *options: str) -> list[dict[str, Any]]:
-    """The kernels of a share of a target's works, compiled by another process: in this one they are decorated for the
+def compiled(target: str, *what: int | str) -> list[dict[str, Any]]:
+    """The kernels of a share of a target's works, or of its products, compiled by another process: in this one they are decorated for the
     interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "offline.py"
     source = Path(__file__).parent.parent.parent / "src"
     run = subprocess.run(
-        [sys.executable, str(script), target, str(part), str(parts), *(["--all"] if EVERY else []), *options],
+        [sys.executable, str(script), target, *map(str, what), *(["--all"] if EVERY else [])],
         env=environment | {"PYTHONPATH": str(source)},
         capture_output=True,
         text=True,
@@ -93,3 +93,19 @@ def test_crowded_forward_spills_only_in_nan_repair():
     # fp8 at 256 spills one value before its walks and reloads it after the second.
     limits = {True: SPILLS_WITH_LOADS["forward_kernel"], False: 2}
     assert {name_of(k): k["spills"] for k in kernels if k["spills"] > limits[k["kind"] == "table"]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_compile(target):
+    """Every tile fits, spills nothing and uses matrix instructions; those of 64 rows and more wgmma and TMA on sm_90."""
+    kernels = compiled(target, "products")
+    assert len(kernels) > 4
+    for kernel in kernels:
+        BM, described = kernel["tile"][0], kernel["tile"][-1]
+        assert kernel["shared"] <= SHARED[target], kernel
+        assert kernel["spills"] == 0, kernel
+        assert not set(kernel["serialised"]) - {"C7519"}, kernel
+        if target == "sm_90":
+            assert bool(kernel["wgmma"]) == (BM >= 64), kernel
+            assert bool(kernel["tma"]) == described == (BM >= 64), kernel
+        assert kernel["wgmma"] + kernel["mma"], kernel

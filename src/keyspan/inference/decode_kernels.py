@@ -54,8 +54,8 @@ def rotate_and_store_kernel(x, cosine, sine, keys, values, before, table, stride
         c = tl.load(cosine + position * HALF + pair, mask=inside)
         s = tl.load(sine + position * HALF + pair, mask=inside)
         wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-        a = (wide_a * c - wide_b * s).to(x.dtype.element_ty)
-        b = (wide_a * s + wide_b * c).to(x.dtype.element_ty)
+        a = tl.fma(wide_a, c, -(wide_b * s)).to(x.dtype.element_ty)  # as `rotary_kernel`
+        b = tl.fma(wide_a, s, wide_b * c).to(x.dtype.element_ty)
     if head < Q:
         tl.store(at, a, mask=inside)
         tl.store(at + HALF, b, mask=inside)

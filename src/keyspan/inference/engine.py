@@ -110,7 +110,7 @@ class Engine:
     """Answers requests with a model.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: on its device, in evaluation mode; `GPT.invariant` as it is now.
         tokenizer: for prompts that are text and for the text of answers; None for tokens alone.
         memory: bytes for keys and values, at most.
         page_size: tokens a page of the cache.
@@ -190,12 +190,12 @@ class Engine:
             ValueError: for an empty prompt, a token outside the vocabulary, a request that memory cannot hold, text
                 without a tokenizer, an id that is in use.
             QueueFullError: where too many requests wait.
-            RuntimeError: where a weight of the model was changed since the engine was made.
+            RuntimeError: where a weight of the model, or its `invariant`, was changed since the engine was made.
         """
         if _versions(self.model) != self._weights:
             raise RuntimeError(
-                "the model's weights have changed since this engine was made, whose cached keys and packed weights are "
-                "those of the old ones: make a new Engine"
+                "the model's weights, or its `invariant`, have changed since this engine was made, whose cached keys, "
+                "packed weights and graphs are those of the old ones: make a new Engine"
             )
         sampling = sampling or Sampling()
         tokens = self._tokens(prompt)
@@ -415,7 +415,7 @@ class Engine:
                 hidden = self.model(torch.tensor(fed, device=device), lengths, cache=self.cache)
             if rows and best is None:
                 wanted = hidden if len(rows) == len(fed) else hidden[torch.tensor(rows, device=device)]
-                logits = (self.model if program is None else program).logits(wanted).float()
+                logits = (self.model if program is None else program).logits(wanted)
                 best = logits.argmax(-1).tolist()
         events: list[Event] = []
         starts = iter(ends)
@@ -498,5 +498,6 @@ def _note(answer: Answer, event: Event) -> None:
 
 
 def _versions(model: GPT) -> list[tuple[int, int]]:
-    """Address of each weight, and how often it was written to."""
-    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in model.parameters()]
+    """Whether the model is invariant; address of each weight, and how often it was written to."""
+    weights = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in model.parameters()]
+    return [(int(model.invariant), 0), *weights]

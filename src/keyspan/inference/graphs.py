@@ -19,7 +19,7 @@ from keyspan.layers import Linear, RMSNorm, SwiGLU, rotate_qkv
 from keyspan.models.gpt import GPT, Block
 
 Outputs = tuple[Tensor, Tensor]
-"""Logits, fp32 [B, C], and the likeliest tokens, int64 [B]."""
+"""Logits [B, C] in the model's dtype or fp32, and the likeliest tokens, int64 [B]."""
 
 
 class DecodeGraphs:
@@ -105,16 +105,17 @@ class DecodeGraphs:
         else:
             ones = self._ones[:B]
             self._cache.begin_from(ones, before.int(), tables)
-            logits = self._model.logits(self._model(tokens, ones, cache=self._cache)).float()
+            logits = self._model.logits(self._model(tokens, ones, cache=self._cache))
         return logits, _argmax(logits)
 
     def _logits(self, tokens: Tensor, before: Tensor, tables: dict[int | None, Tensor]) -> Tensor:
-        """fp32 [B, C], in fewer launches: sums are part of what reads them, and one kernel rotates and stores."""
+        """[B, C], in fewer launches: sums are part of what reads them, and one kernel rotates and stores."""
         model, cache, page_size = self._model, self._cache, self._cache.page_size
         masks = self._masks(before, tables)
         turns = self._turns(next(iter(tables.values())).shape[1])
         x, h = model.embedding(tokens), None
-        alone = x.is_cuda and len(x) == 1 and _of_one_row(model)
+        # A product with its norm rounds otherwise than the two of a longer step.
+        alone = x.is_cuda and len(x) == 1 and _of_one_row(model) and not model.invariant
         product = _row_product if alone else _product
         for n, module in enumerate(model.blocks):
             block = cast(Block, module)
@@ -123,7 +124,7 @@ class DecodeGraphs:
             q = _rotate_and_store(qkv, turns[window], layer.heads, storage, before, tables[window], page_size)
             out = attention(
                 q, *storage, mask=masks[window], scale=layer.scale, softcap=layer.softcap, sinks=layer.sinks,
-                backend=model.backend,
+                backend=model.backend, invariant=model.invariant,
             )  # fmt: skip
             h, _ = product(out.reshape(len(x), -1), layer.out)
             if alone:
@@ -138,7 +139,7 @@ class DecodeGraphs:
             from keyspan.inference.decode_kernels import row_product
 
             return row_product(x, model.head_weight, None, model.norm, h, dtype=torch.float32)[0]
-        return model.logits(model.norm.add(x, h)[0]).float()
+        return model.logits(model.norm.add(x, h)[0])
 
     def _masks(self, before: Tensor, tables: dict[int | None, Tensor]) -> dict[int | None, KeyRanges]:
         """What `PagedKeys & Causal("bottom_right")` and a window lower to for one query of each sequence."""

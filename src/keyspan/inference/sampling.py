@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from keyspan.layers import log_softmax
+
 
 def probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
@@ -141,7 +143,7 @@ def choose(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Se
     """The next token of one request.
 
     Args:
-        logits: fp32 [C].
+        logits: [C], in the model's dtype.
         prompt, answer: the tokens so far, for the penalties.
         draw: a number in [0, 1), uniform. The token is where the distribution, laid out from the likeliest token on,
             first adds up to more: the choice depends on these arguments alone.
@@ -149,10 +151,10 @@ def choose(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Se
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
     if sampling.logprobs is not None:
-        natural = logits.log_softmax(-1)
+        natural = log_softmax(logits)
         values, ids = natural.topk(min(sampling.logprobs, len(natural))) if sampling.logprobs else (natural[:0],) * 2
         likeliest = tuple(zip(ids.long().tolist(), values.tolist(), strict=True))
-    changed = _penalized(logits, sampling, prompt, answer)
+    changed = _penalized(logits.float(), sampling, prompt, answer)
     if sampling.temperature == 0:
         token = int(changed.argmax())
     else:

@@ -112,6 +112,9 @@ class Serve:
     Default: as dtype says."""
     device: str = "auto"
     """auto (an accelerator where there is one, else the CPU), or a torch device."""
+    invariant: bool = False
+    """On a GPU, too, log-probabilities of an answer do not depend on what else is running; slower there. Not for
+    encoders."""
     memory: float = 1.0
     """GiB for keys and values."""
     page_size: int = 16
@@ -159,6 +162,8 @@ def _app(options: Serve, where: str, limits: Any, keys: tuple[str, ...]) -> Any:
         from keyspan.inference.embedding import load_embedder
         from keyspan.inference.embedding_server import make_embedding_app
 
+        if options.invariant:
+            raise ValueError("invariant: got True for an encoder, want False: only decoders have it")
         embedder = load_embedder(options.model, options.dtype, options.device, options.weights)
         embedder.step_tokens = options.step_tokens
         print(f"{name}: {embedder.model.num_parameters():,} parameters, embeddings of {embedder.dim}, {where}")
@@ -166,6 +171,7 @@ def _app(options: Serve, where: str, limits: Any, keys: tuple[str, ...]) -> Any:
     from keyspan.inference.server import make_app
 
     model, tokenizer = load_model(options.model, options.dtype, options.device, options.weights)
+    model.invariant = options.invariant
     engine = Engine(
         model,
         tokenizer,

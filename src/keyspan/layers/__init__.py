@@ -1,6 +1,6 @@
 """Memory-lean functions and modules for transformers. They depend on no model."""
 
-from keyspan.layers.cross_entropy import linear_cross_entropy
+from keyspan.layers.cross_entropy import linear_cross_entropy, log_softmax
 from keyspan.layers.gated import GeGLU, SwiGLU, geglu, swiglu
 from keyspan.layers.gemm import Linear, linear
 from keyspan.layers.multihead_attention import MultiheadAttention
@@ -23,4 +23,5 @@ __all__ = [
     "rotate",
     "rotate_qkv",
     "linear_cross_entropy",
+    "log_softmax",
 ]

@@ -1,4 +1,6 @@
-"""Cross-entropy of a linear head over a large vocabulary. Logits exist for one chunk of tokens at a time.
+"""Cross-entropy of a linear head over a large vocabulary, and log-softmax with the same bits.
+
+Cross-entropy holds the logits of one chunk of tokens at a time.
 
 Letters: T tokens, D width, C classes.
 """
@@ -13,7 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from keyspan.dispatch.flops import register_when_imported
-from keyspan.layers.gemm import gemm_dtype, multiplies, native, native_linear, native_matmul, operand
+from keyspan.layers.gemm import (
+    gemm_dtype,
+    invariant_kernels,
+    multiplies,
+    native,
+    native_linear,
+    native_matmul,
+    operand,
+)  # fmt: skip
 from keyspan.layers.kernels import kernels_for
 
 _CHUNKS = {"cpu": (2**23, 1024), "cuda": (704 * 2**20, 2**31)}
@@ -28,22 +38,25 @@ class _Options(NamedTuple):
     softcap: float | None
     z_loss: float
     chunk: int
+    invariant: bool
     dtype: torch.dtype
     """Of the products' operands."""
 
 
-def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, out: Tensor, invariant: bool) -> Tensor:
     """Logits of one chunk, written to `out` in the operands' dtype."""
     if native(hidden.dtype, hidden, weight):
         return native_linear(hidden, weight, None, out)
+    if invariant:
+        z: Tensor = invariant_kernels(hidden.dtype, hidden, weight).product(hidden, weight, None, out)
+        return z
     return torch.mm(hidden, weight.t(), out=out)
 
 
-def _buffer(tokens: int, weight: Tensor) -> Tensor:
+def _buffer(tokens: int, C: int, like: Tensor) -> Tensor:
     """Memory for the logits of so many tokens. On a GPU rows begin at multiples of 128 bytes, for fast products."""
-    C = len(weight)
-    width = C if weight.is_cpu else -(-C // 64) * 64
-    return weight.new_empty((tokens, width))[:, :C]
+    width = C if like.is_cpu else -(-C // 64) * 64
+    return like.new_empty((tokens, width))[:, :C]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -140,11 +153,11 @@ def _run(
         if chunk < T:
             chunks = -(-T // chunk)
             chunk = min(chunk, -(-T // chunks // 256) * 256)  # as few chunks, of about one size
-        buffer = _buffer(min(chunk, T), w)
+        buffer = _buffer(min(chunk, T), len(w), w)
         for start in range(0, T, chunk):
             rows = slice(start, min(start + chunk, T))
             h = operand(hidden[rows], options.dtype)
-            z = _logits(h, w, buffer[: len(h)])
+            z = _logits(h, w, buffer[: len(h)], options.invariant)
             part = None if losses is None else losses[rows]
             g = None if grads is None else grads[rows]
             if kernels is None:
@@ -168,7 +181,7 @@ def _run(
 _library = torch.library.Library("keyspan", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float? softcap, float z_loss, "
-    "int chunk, ScalarType dtype, bool[] needs"
+    "int chunk, bool invariant, ScalarType dtype, bool[] needs"
 )
 _library.define(f"linear_cross_entropy({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"linear_cross_entropy_backward(Tensor lse, Tensor grads, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
@@ -305,6 +318,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk: int | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     """`F.cross_entropy(hidden @ weight.T + bias, targets)` without the logits [T, C] as a whole.
 
@@ -318,6 +332,9 @@ def linear_cross_entropy(
             weighted afterwards, so backward computes the logits a second time.
         chunk: tokens whose logits are held at a time. Default: 704 MiB of logits on a GPU; 8 MiB, and at most 1024
             tokens, on a CPU; at least 256 tokens.
+        invariant: on a GPU, too, the loss of a token has the same bits whatever tokens are beside it, see `linear`.
+            With reduction "none", and without softcap and bias, they are those of minus `log_softmax` of the logits
+            that `linear` gives.
 
     Returns:
         The loss in nats, fp32 (fp64 for fp64). Products run in autocast's dtype where autocast is on, and logits are
@@ -325,7 +342,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: for arguments that do not fit, on a CPU also for targets outside [0, C); on a GPU, which is not
-            waited for, the loss of such a target is NaN.
+            waited for, the loss of such a target is NaN. Where `invariant` cannot be kept, as by `linear`.
 
     Chunked over tokens, with gradients beside the loss, as in Liger Kernel (Hsu et al., 2024); "Cut Your Losses in
     Large-Vocabulary Language Models" (Wijmans et al., 2024) is chunked over the vocabulary too.
@@ -353,7 +370,7 @@ def linear_cross_entropy(
         chunk = max(_CHUNK_TOKENS, min(most, size // (number * C) // 256 * 256))
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, want at least 1 token")
-    options = _Options(ignore_index, softcap, z_loss, chunk, dtype)
+    options = _Options(ignore_index, softcap, z_loss, chunk, invariant, dtype)
     if reduction == "none":
         losses: Tensor = _Each.apply(hidden, weight, bias, targets, options)  # type: ignore[no-untyped-call]
         return losses
@@ -365,3 +382,40 @@ def linear_cross_entropy(
     count = (targets != ignore_index).sum()
     # A division by zero would make the gradients NaN too, and with them all that is accumulated.
     return (total / count.clamp(min=1)).where(count > 0, torch.nan)
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Any) -> Tensor:
+        T, C = x.shape
+        # As the logits of `linear_cross_entropy` lie: loads of another width add in another order.
+        z = _buffer(T, C, x).copy_(x)
+        lse, losses = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
+        first = torch.zeros(T, dtype=torch.int64, device=x.device)
+        kernels.cross_entropy_(z, None, first, lse, losses, ignore_index=-100, softcap=None, z_loss=0.0)
+        y = z.float() - lse[:, None]
+        ctx.save_for_backward(y)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return (grad - y.exp() * grad.sum(1, keepdim=True)).to(ctx.dtype), None
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """`torch.log_softmax(logits.float(), -1)`, whose bits in a row do not depend on the other rows, on a GPU too.
+
+    logits [..., C] of fp32, bf16 or fp16 -> fp32 [..., C]; fp64 stays fp64. Differentiable once. A target's entry is,
+    bit for bit, minus the loss that `linear_cross_entropy` computes of these logits in this dtype. Where no kernel of
+    Keyspan runs (see `keyspan.layers.kernels`) torch's function does; on a GPU its sums depend on where in memory a row
+    lies.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    kernels = kernels_for(rows) if rows.numel() else None
+    if kernels is None:
+        return rows.log_softmax(-1, dtype=_wide(logits)).view(logits.shape)
+    y: Tensor = _LogSoftmax.apply(rows, kernels)  # type: ignore[no-untyped-call]
+    return y.view(logits.shape)

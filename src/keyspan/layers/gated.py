@@ -42,13 +42,14 @@ class _Gated(torch.autograd.Function):
         b3: Tensor | None,
         dtype: torch.dtype,
         activation: Activation,
+        invariant: bool,
     ) -> Tensor:
         ctx.dtype, ctx.activation = dtype, activation
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w12, b12, w3, b3)]
         x = x.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            x12 = product(x, w12, b12, dtype)
-            y = product(_gate(x12, activation), w3, b3, dtype)
+            x12 = product(x, w12, b12, dtype, invariant)
+            y = product(_gate(x12, activation), w3, b3, dtype, invariant)
         ctx.save_for_backward(x, x12, w12, w3)
         return y
 
@@ -59,7 +60,7 @@ class _Gated(torch.autograd.Function):
         by_library = all(ctx.needs_input_grad[n] for n in (0, 1, 3)) and native(ctx.dtype, grad, x, x12, w12, w3)
         with torch.autocast(grad.device.type, enabled=False):
             grads = (_native_backward if by_library else _backward)(grad.to(ctx.dtype), x, x12, w12, w3, ctx)
-        return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None, None
+        return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None, None, None
 
 
 def _backward(grad: Tensor, x: Tensor, x12: Tensor, w12: Tensor, w3: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
@@ -131,7 +132,15 @@ def _gate_backward(dh: Tensor, x12: Tensor, activation: Activation) -> tuple[Ten
     return torch.cat([dx1, dh * gate], dim=-1), gate * x2
 
 
-def _gated(x: Tensor, w12: Tensor, b12: Tensor | None, w3: Tensor, b3: Tensor | None, activation: Activation) -> Tensor:
+def _gated(
+    x: Tensor,
+    w12: Tensor,
+    b12: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    activation: Activation,
+    invariant: bool,
+) -> Tensor:
     if w12.ndim != 2 or w12.shape[1] != x.shape[-1] or w12.shape[0] % 2:
         raise ValueError(f"w12: got shape {list(w12.shape)}, want [2 * hidden, {x.shape[-1]}] (x's last size)")
     hidden = w12.shape[0] // 2
@@ -141,25 +150,30 @@ def _gated(x: Tensor, w12: Tensor, b12: Tensor | None, w3: Tensor, b3: Tensor | 
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}: got shape {list(bias.shape)}, want [{weight.shape[0]}]")
     dtype = gemm_dtype(x, w12=w12, b12=b12, w3=w3, b3=b3)
-    result: Tensor = _Gated.apply(x, w12, b12, w3, b3, dtype, activation)  # type: ignore[no-untyped-call]
+    result: Tensor = _Gated.apply(  # type: ignore[no-untyped-call]
+        x, w12, b12, w3, b3, dtype, activation, invariant
+    )
     return result
 
 
-def swiglu(x: Tensor, w12: Tensor, b12: Tensor | None, w3: Tensor, b3: Tensor | None) -> Tensor:
+def swiglu(
+    x: Tensor, w12: Tensor, b12: Tensor | None, w3: Tensor, b3: Tensor | None, invariant: bool = False
+) -> Tensor:
     """SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020): `linear(silu(x1) * x2, w3, b3)` with
     `x1, x2 = linear(x, w12, b12).chunk(2, -1)`.
 
     x [..., D], w12 [2 * hidden, D] (the gate x1 is the first half), b12 [2 * hidden] or None, w3 [C, hidden],
     b3 [C] or None -> [..., C], in autocast's dtype where autocast is on, else in x's. No input is changed.
     Backward keeps x and the pre-activation [..., 2 * hidden] and recomputes the rest; the values are those of
-    the eager formula. It can be differentiated once. Raises ValueError where shapes or dtypes do not fit.
+    the eager formula. It can be differentiated once. With `invariant` its products are those of `linear` with it.
+    Raises ValueError where shapes or dtypes do not fit, and as `linear` does.
     """
-    return _gated(x, w12, b12, w3, b3, "silu")
+    return _gated(x, w12, b12, w3, b3, "silu", invariant)
 
 
-def geglu(x: Tensor, w12: Tensor, b12: Tensor | None, w3: Tensor, b3: Tensor | None) -> Tensor:
+def geglu(x: Tensor, w12: Tensor, b12: Tensor | None, w3: Tensor, b3: Tensor | None, invariant: bool = False) -> Tensor:
     """GeGLU (ibid.): `swiglu` with `F.gelu(x1, approximate="tanh")` in place of `silu(x1)`."""
-    return _gated(x, w12, b12, w3, b3, "gelu_tanh")
+    return _gated(x, w12, b12, w3, b3, "gelu_tanh", invariant)
 
 
 class SwiGLU(nn.Module):
@@ -183,7 +197,9 @@ class SwiGLU(nn.Module):
         if self.w12.packed is not None:
             y: Tensor = self.w3(_gate(self.w12(x), self.activation))
             return y
-        return _gated(x, self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias, self.activation)
+        return _gated(
+            x, self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias, self.activation, self.w12.invariant
+        )
 
 
 class GeGLU(SwiGLU):

@@ -4,6 +4,9 @@ The library's product (native/linear.h) sums each element of the result in one f
 row and the weight alone, not on the other rows, on the threads or on whether the weight is packed. Sums are fp32, for
 bf16 and fp16 too, and rounded once; it is fast also on CPUs that have no instructions for those.
 
+On a GPU torch multiplies, whose kernels for few and for many rows round differently. With `invariant` a Triton kernel
+does (triton_product.py), with which a row's bits depend on nothing else there too.
+
 Without the library torch multiplies. A CPU without such instructions then multiplies bf16 or fp16 matrices element by
 element, 3 to 80 times slower than fp32 (measured with AVX2): operands are rounded to the low dtype and multiplied in
 fp32 there, which gives the same sums at the speed of fp32.
@@ -17,6 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -75,10 +79,18 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if multiplies(x.device.type, dtype) else x.float()
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`x @ weight.T + bias` of operands rounded to `dtype`, itself rounded once. Call with autocast off."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, invariant: bool = False) -> Tensor:
+    """`x @ weight.T + bias` of operands rounded to `dtype`, itself rounded once. Call with autocast off.
+
+    With `invariant` it raises a ValueError where bits of a row would depend on the other rows.
+    """
     if native_multiplies(x, weight, bias, dtype):
         return native_linear(x.to(dtype), factor(weight, dtype), None if bias is None else bias.to(dtype))
+    if invariant and _fits(x, weight, bias):
+        kernels = invariant_kernels(dtype, x, weight, *(() if bias is None else (bias,)))
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        y: Tensor = kernels.product(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return y.view(*x.shape[:-1], len(weight))
     bias = None if bias is None else operand(bias, dtype)
     return cast(F.linear(operand(x, dtype), operand(weight, dtype), bias), dtype)
 
@@ -101,12 +113,38 @@ PANEL = 64
 
 def native_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the native library computes this product: plain tensors on the CPU that nothing intercepts."""
-    return (
-        native(dtype, x, weight, *(() if bias is None else (bias,)))
-        and x.shape[-1] == weight.shape[-1] > 0
-        and weight.ndim == 2
-        and (bias is None or bias.shape == weight.shape[:1])
-    )
+    return native(dtype, x, weight, *(() if bias is None else (bias,))) and _fits(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these shapes make a product of numbers; torch says what is wrong with others."""
+    return weight.ndim == 2 and x.shape[-1] == weight.shape[1] > 0 and (bias is None or bias.shape == weight.shape[:1])
+
+
+def invariant_kernels(dtype: torch.dtype, *tensors: Tensor) -> Any:
+    """`triton_product`, for tensors whose product the native library does not compute.
+
+    Raises ValueError where no kernel gives a row of a product bits that do not depend on the other rows.
+    """
+    device = tensors[0].device
+    reason = None
+    if dtype not in _NATIVE:
+        reason = f"{dtype} has no product whose rows do not depend on one another, want fp32, bf16 or fp16"
+    elif not eager():
+        reason = "a compiler, mode or transform intercepts torch here and computes products in its own way"
+    elif device.type not in ("cpu", "cuda"):
+        reason = f"there are no such products on {device.type}, want tensors on a CPU or a GPU of NVIDIA or AMD"
+    elif not all(plain(x) and x.device == device for x in tensors):
+        reason = "tensors are of several devices or of a subclass such as DTensor"
+    elif device.type == "cpu":
+        reason = "the native library is not built, and torch's products depend on how many rows there are"
+    elif find_spec("triton") is None:
+        reason = "on a GPU it needs Triton, which is not installed"
+    if reason is not None:
+        raise ValueError(f"invariant: got True, want False: {reason}")
+    from keyspan.layers import triton_product
+
+    return triton_product
 
 
 def native(dtype: torch.dtype, *tensors: Tensor) -> bool:
@@ -313,11 +351,13 @@ class _Linear(torch.autograd.Function):
     """`product` as one node. It saves x in the dtype that is multiplied, and the weight as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, invariant: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
-            return product(x, weight, bias, dtype)
+            return product(x, weight, bias, dtype, invariant)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -329,33 +369,43 @@ class _Linear(torch.autograd.Function):
                 weight_gradient(grad, x, dtype, weight.dtype) if need[1] else None,
                 bias_gradient(grad, dtype, ctx.bias_dtype) if need[2] else None,
                 None,
+                None,
             )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, invariant: bool = False) -> Tensor:
     """`torch.nn.functional.linear`, on a CPU with the same bits for a row whatever rows are beside it.
 
     x [..., D], weight [C, D], bias [C] -> [..., C], in autocast's dtype where autocast is on, else in x's.
     fp32, bf16 and fp16 on a CPU are multiplied by the native library, gradients too: their bits do not depend on the
     threads. Without it, on other devices, for fp64, and where a compiler or mode intercepts torch, it is `F.linear`.
     On a CPU without bf16 or fp16 instructions operands, result and gradients are rounded to that dtype and the products
-    are fp32. Raises ValueError where dtypes differ and autocast is off.
+    are fp32.
+
+    With `invariant` a row has the same bits whatever rows are beside it on a GPU too; gradients are torch's. There fp32
+    operands are multiplied as three products of tf32, which comes to nearly fp32.
+
+    Raises ValueError where dtypes differ and autocast is off, and where `invariant` cannot be kept: for fp64, without
+    Triton on a GPU or the native library on a CPU, and where a compiler or mode intercepts torch.
     """
     dtype = gemm_dtype(x, weight=weight, bias=bias)
     result: Tensor
     by_library = native_multiplies(x, weight, bias, dtype)
-    if multiplies(x.device.type, dtype) and not by_library:
+    if multiplies(x.device.type, dtype) and not by_library and not invariant:
         result = F.linear(x, weight, bias)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        result = _Linear.apply(x.to(dtype), weight, bias, dtype)  # type: ignore[no-untyped-call]
+        result = _Linear.apply(x.to(dtype), weight, bias, dtype, invariant)  # type: ignore[no-untyped-call]
     else:
         with torch.autocast(x.device.type, enabled=False):
-            result = product(x, weight, bias, dtype)
+            result = product(x, weight, bias, dtype, invariant)
     return result
 
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` computed by `linear`: same parameters, same state dict, same initial values."""
+
+    invariant: bool = False
+    """As of `linear`."""
 
     packed: PackedWeight | None = None
     """Set by `pack`."""
@@ -375,4 +425,4 @@ class Linear(nn.Linear):
         """input [..., in_features] -> [..., out_features]."""
         if self.packed is not None:
             return self.packed.multiply(input, self.bias)
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.invariant)

@@ -1,7 +1,8 @@
 """Fused Triton kernels of the layers: RMSNorm, rotary embedding, the gate of SwiGLU and GeGLU, cross-entropy.
 
 Each function launches one kernel on contiguous tensors and returns new ones, or writes where it says so. Arithmetic is
-fp32; results are rounded once. Imported by the first layer that runs on a GPU. T rows (tokens), D width, C classes.
+fp32; results are rounded once. A row's bits do not depend on the other rows: tiles follow from the width alone, and
+kernels are not specialised on T. Imported by the first layer that runs on a GPU. T rows (tokens), D width, C classes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _warps(elements: int) -> int:
 # RMSNorm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rms_norm_forward_kernel(x, residual, weight, total, out, inverse, T, eps, D: tl.constexpr, BT: tl.constexpr,
                             BD: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
@@ -91,6 +92,9 @@ def rms_norm(
     """(out in `dtype`, x + residual in x's dtype, 1 / rms of its rows in fp32 [T]) of x and residual [T, D]."""
     T, D = x.shape
     BT, BD = _row_tile(D)
+    # Loads of another width add in another order.
+    x = x.clone() if x.data_ptr() % 16 else x
+    residual = residual.clone() if residual is not None and residual.data_ptr() % 16 else residual
     out = torch.empty_like(x, dtype=dtype)
     total = x if residual is None else torch.empty_like(x)
     inverse = torch.empty(T, dtype=torch.float32, device=x.device)
@@ -144,13 +148,14 @@ def _rotate_heads(source, source_stride, target, target_stride, c, s, row, insid
         b = tl.load(read + second, mask=inside, other=0.0)
         if ROTATED:
             wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-            a = (wide_a * c - wide_b * s).to(a.dtype)
-            b = (wide_a * s + wide_b * c).to(b.dtype)
+            # Fused by name: decoding, by another kernel, has the same bits.
+            a = tl.fma(wide_a, c, -(wide_b * s)).to(a.dtype)
+            b = tl.fma(wide_a, s, wide_b * c).to(b.dtype)
         tl.store(write + first, a, mask=inside)
         tl.store(write + second, b, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rotary_kernel(q, k, v, out, cosine, sine, T, q_stride, k_stride, v_stride, out_stride, Q: tl.constexpr,
                   K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
                   BACK: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
@@ -222,7 +227,7 @@ def _activation(a, GELU: tl.constexpr):
     return a * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid) * slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_forward_kernel(x12, out, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
     column = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]

@@ -13,13 +13,17 @@ class Experts(nn.Module):
 
     An expert computes `w3(min(x1, limit) · sigmoid(alpha · min(x1, limit)) · (clamp(x2, −limit, limit) + 1))` with
     `x1, x2 = w12(x).chunk(2)`. The router's largest logits choose the experts, their softmax gives the weights.
-    Experts without a token are not read. A row's result does not depend on the other rows.
+    Experts without a token are not read. A row's result does not depend on the other rows; on a GPU bit by bit where
+    `invariant` is set.
 
     Args:
         dim: D; hidden: width of each half.
         count: how many experts there are; per_token: how many a token uses.
         limit, alpha: as above.
     """
+
+    invariant: bool = False
+    """As of `keyspan.layers.linear`; the router has its own."""
 
     def __init__(self, dim: int, hidden: int, count: int, per_token: int, limit: float, alpha: float) -> None:
         super().__init__()
@@ -43,7 +47,7 @@ class Experts(nn.Module):
         return total
 
     def _expert(self, n: int, x: Tensor) -> Tensor:
-        x1, x2 = linear(x, self.w12[n], self.w12_bias[n]).chunk(2, dim=-1)
+        x1, x2 = linear(x, self.w12[n], self.w12_bias[n], self.invariant).chunk(2, dim=-1)
         gate = x1.clamp(max=self.limit)
         gated = gate * torch.sigmoid(self.alpha * gate) * (x2.clamp(-self.limit, self.limit) + 1)
-        return linear(gated, self.w3[n], self.w3_bias[n])
+        return linear(gated, self.w3[n], self.w3_bias[n], self.invariant)

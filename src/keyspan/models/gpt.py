@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -217,6 +217,7 @@ class Step(NamedTuple):
     bias: Alibi | None
     cache: Cache | None
     backend: str | None
+    invariant: bool
 
 
 class Attention(nn.Module):
@@ -238,16 +239,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q, k, v = self._heads(self.qkv(x), None if step.turns is None else step.turns[self.window])
-        scales = {}
+        options: dict[str, Any] = {}
         if step.cache is not None:
             k, v, key_scale, value_scale = step.cache.append(self.layer, k, v)
             if key_scale is not None:
-                scales = {"key_scale": key_scale, "value_scale": value_scale}
+                options = {"key_scale": key_scale, "value_scale": value_scale}
         mask = step.masks[self.window]
+        if not isinstance(mask, ContextMask):
+            options["invariant"] = step.invariant
         attend: Callable[..., Tensor] = context_attention if isinstance(mask, ContextMask) else attention
         out = attend(
             q, k, v, mask=mask, bias=step.bias, scale=self.scale, softcap=self.softcap,
-            sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=step.backend, **scales,
+            sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=step.backend, **options,
         )  # fmt: skip
         y: Tensor = self.out(out.reshape(x.shape[0], -1))
         return y
@@ -300,11 +303,16 @@ class GPT(nn.Module):
     Args:
         config: its shape.
         backend: the attention backend of every layer; None chooses (see `keyspan.attention`). May be set later.
+        invariant: on a GPU, too, the bits of a token's results depend on its document and the weights alone, not on the
+            pack, the chunk, the batch or the cache: in training, evaluation and generation they are the same. Slower
+            kernels compute attention and products there, `torch.compile` leaves the model as it is, and gradients are
+            those of other kernels. On a CPU it changes nothing. May be set later, before an `Engine` is made of it.
+            See the guide "One numerics".
     """
 
     slopes: Tensor
 
-    def __init__(self, config: GPTConfig, backend: str | None = None) -> None:
+    def __init__(self, config: GPTConfig, backend: str | None = None, invariant: bool = False) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
@@ -317,7 +325,20 @@ class GPT(nn.Module):
             self.head = Linear(config.dim, config.vocab_size, bias=False)
         if config.positions == "alibi":
             self.register_buffer("slopes", alibi_slopes(config.heads), persistent=False)
+        self.invariant = invariant
         initialize(self)
+
+    @property
+    def invariant(self) -> bool:
+        """See the class."""
+        return self._invariant
+
+    @invariant.setter
+    def invariant(self, value: bool) -> None:
+        self._invariant = value
+        for module in self.modules():
+            if isinstance(module, (Linear, Experts)):
+                module.invariant = value
 
     def forward(
         self,
@@ -339,8 +360,16 @@ class GPT(nn.Module):
             context: where ranks share the documents; then tokens are this rank's rows, and lengths those of all. Every
                 rank of the group calls the model, forward and backward.
 
-        Raises ValueError for tokens of another shape or dtype, and for lengths that do not fit.
+        Raises ValueError for tokens of another shape or dtype, for lengths that do not fit, and where the model is
+        `invariant` and cannot be: with a context, for fp64, and without the kernels (see `keyspan.layers.linear`).
         """
+        if self.invariant and torch.compiler.is_compiling():
+            found: Tensor = _uncompiled(self, tokens, lengths, cache=cache, context=context)
+            return found
+        if self.invariant and context is not None:
+            raise ValueError(
+                "context: got one with invariant = True, want None: what ranks share is summed in their order"
+            )
         if tokens.ndim != 1 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, want torch.int64 [T]")
         step = self._step(tokens, lengths, cache, context)
@@ -382,7 +411,7 @@ class GPT(nn.Module):
             whole_turn = self.turn(positions, None)
             local = whole_turn if config.local_rope_theta is None else self.turn(positions, 1)
             turns = {window: whole_turn if window is None else local for window in masks}
-        return Step(masks, turns, self.bias, cache, self.backend)
+        return Step(masks, turns, self.bias, cache, self.backend, self.invariant)
 
     @property
     def bias(self) -> Alibi | None:
@@ -407,7 +436,7 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., C], in autocast's dtype where autocast is on."""
         head = self._packed_head if self.config.tie_embeddings else self.head.packed
-        z = linear(hidden, self.head_weight) if head is None else head.multiply(hidden)
+        z = linear(hidden, self.head_weight, invariant=self.invariant) if head is None else head.multiply(hidden)
         cap = self.config.logit_softcap
         return z if cap is None else cap * torch.tanh(z / cap)
 
@@ -426,7 +455,9 @@ class GPT(nn.Module):
         """
         hidden = self(tokens, lengths, context=context)
         softcap = self.config.logit_softcap
-        return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index=ignore_index, softcap=softcap)
+        return linear_cross_entropy(
+            hidden, self.head_weight, targets, ignore_index=ignore_index, softcap=softcap, invariant=self.invariant
+        )
 
     def pack(self, int8: bool = False) -> None:
         """Copy the weights of all products into the order in which the native library reads them, for inference.
@@ -458,6 +489,13 @@ class GPT(nn.Module):
         """How many numbers are learned; shared ones count once. A packed weight counts as before."""
         packed = [m.packed for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
         return sum(p.numel() for p in self.parameters()) + sum(w.inputs * w.outputs for w in packed)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(model: GPT, *args: Any, **options: Any) -> Tensor:
+    """The model as it is written: a compiler chooses kernels by how many rows there are."""
+    hidden: Tensor = model(*args, **options)
+    return hidden
 
 
 def initialize(model: GPT) -> None:
