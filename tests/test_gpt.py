@@ -325,7 +325,10 @@ def test_the_model_compiles_for_a_gpu_without_a_graph_break(positions, monkeypat
     assert [node.args[Problem._fields.index("host_row_keys")] for node in calls] == row_keys * model.config.layers
 
 
-@pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
+needs_library = pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
+
+
+@needs_library
 @pytest.mark.parametrize("changes", [{}, {"experts": 4, "experts_per_token": 2}])
 def test_invariant_changes_nothing_on_a_cpu(changes):
     model, tokens = small(**changes), draw()
@@ -340,6 +343,7 @@ def test_invariant_changes_nothing_on_a_cpu(changes):
     assert not any(x.invariant for x in layers)
 
 
+@needs_library
 def test_invariant_is_kept_or_refused():
     model, tokens = small(), draw()
     model.invariant = True

@@ -90,8 +90,8 @@ _HALF: dict[str, Tiles] = {
 H100 among some twenty; the others were compiled, not timed."""
 _SINGLE: dict[str, Tiles] = {
     "hopper": (
-        Tile(128, 128, 32, 8, 3, True), Tile(64, 64, 32, 4, 3, True), Tile(64, 32, 32, 4, 4, True),
-        Tile(16, 32, 32, 4, 4), Tile(16, 16, 32, 4, 6),
+        Tile(128, 128, 32, 8, 3, True), Tile(128, 64, 32, 8, 3, True), Tile(64, 64, 32, 4, 3, True),
+        Tile(64, 32, 32, 4, 4, True), Tile(64, 16, 32, 4, 6, True), Tile(16, 32, 32, 4, 4),
     ),
     "blackwell": (Tile(128, 128, 32, 8, 2), Tile(128, 32, 32, 4, 2)),
     "amd": (Tile(64, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
