@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from keyspan.inference.embedding import Embedder, load_embedder, packs
 from keyspan.inference.embedding_server import Batcher, make_embedding_app
 from keyspan.inference.http import Limits
+from keyspan.inference.serve import Serve, _app
 from keyspan.models.encoder import EncoderConfig, is_encoder, load_encoder, read_encoder_config
 from test_server import Running, write_model
 
@@ -253,6 +254,15 @@ def test_a_real_model():
 
 
 # The server
+
+
+def test_only_decoders_are_invariant(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="invariant: got True for an encoder, want False"):
+        _app(Serve(folder, invariant=True), "here", Limits(), ())
+    write_model(tmp_path)
+    monkeypatch.setattr("keyspan.inference.server.make_app", lambda engine, *rest: engine)
+    for value in (False, True):
+        assert _app(Serve(tmp_path, device="cpu", invariant=value), "here", Limits(), ()).model.invariant == value
 
 
 def start(folder, limits=LIMITS, **options):

@@ -343,6 +343,10 @@ def test_a_model_whose_weights_were_changed_is_refused():
         engine.add([1, 2])
     assert not engine.busy()
     assert Engine(net, memory=pages(16)).generate([[1, 2]], Sampling(max_tokens=2))
+    engine = Engine(net, memory=pages(16))
+    net.invariant = True
+    with pytest.raises(RuntimeError, match="or its `invariant`, have changed"):
+        engine.add([1, 2])
 
 
 def test_a_full_queue_and_wrong_requests_are_refused():
