@@ -41,6 +41,34 @@ def test_product(tiles, dtype, described, M, N, K, bias, given):
         assert out is None or out[:, N:].isnan().all()
 
 
+@pytest.fixture
+def in_order(monkeypatch):
+    """Tiles are multiplied as matrix instructions do it: one number of K after the other, each row for itself."""
+    from interpreter import _floats
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total, left, right = d.data.copy(), _floats(a), _floats(b)
+        for k in range(left.shape[1]):
+            total += left[:, k : k + 1] * right[k : k + 1]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [24, 64])
+def test_rows_do_not_depend_on_the_others(tiles, in_order, dtype, K):
+    """Nor on the tile: sums are not split over K."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(40, K).to(dtype), torch.randn(50, K).to(dtype), torch.randn(50).to(dtype)
+    want = tiles(16, 16, 16, 1, 1, True)(x, weight, bias)
+    for tile in ((32, 16, 16, 1, 1, True), (16, 64, 32, 1, 1, False), (64, 32, 64, 1, 1, True)):
+        product = tiles(*tile)
+        for first, last in ((0, 40), (0, 1), (7, 8), (3, 20), (39, 40)):
+            assert torch.equal(product(x[first:last], weight, bias), want[first:last])
+
+
 def test_nothing_to_multiply(tiles):
     product = tiles(16, 16, 16, 1, 1, True)
     assert product(torch.zeros(0, 8), torch.zeros(5, 8), None).shape == (0, 5)
