@@ -69,6 +69,11 @@ def test_rows_do_not_depend_on_the_others(tiles, in_order, dtype, K):
             assert torch.equal(product(x[first:last], weight, bias), want[first:last])
 
 
+def test_rows_that_share_memory(tiles):
+    x, weight = torch.arange(16.0).expand(5, 16), torch.ones(3, 16)
+    assert torch.equal(tiles(16, 16, 16, 1, 1, True)(x, weight, None), torch.full((5, 3), 120.0))
+
+
 def test_nothing_to_multiply(tiles):
     product = tiles(16, 16, 16, 1, 1, True)
     assert product(torch.zeros(0, 8), torch.zeros(5, 8), None).shape == (0, 5)

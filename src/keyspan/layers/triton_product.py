@@ -136,7 +136,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     out = x.new_empty((M, N)) if out is None else out
     if not out.numel():
         return out
-    if K % 16:
+    if K % 16:  # none of a model's sizes
         x, weight = (F.pad(t, (0, -K % 16)) for t in (x, weight))
         K = x.shape[1]
     x, weight = (t if _aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
@@ -160,8 +160,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether rows of a matrix begin at multiples of 16 bytes, as TMA reads them."""
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """Whether rows of a matrix lie apart and begin at multiples of 16 bytes, as TMA reads them."""
+    stride, one = x.stride()
+    return one == 1 and stride >= x.shape[1] and (x.data_ptr() | stride * x.element_size()) % 16 == 0
 
 
 def _precision() -> str:
