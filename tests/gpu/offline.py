@@ -310,7 +310,9 @@ def products_main(name: str) -> None:
 
         family = config.family(TARGETS[name] or (9, 4), amd=TARGETS[name] is None)
         triton_product._device = lambda x: (family, 132)
-        triton_product.run = launch.run
+        triton_product.run = lambda *args, tile: launch.run(
+            *args, tile=config.TileConfig(tile.BM, tile.BN, tile.warps, tile.stages)
+        )
         if TARGETS[name] is None:
             triton_product._precision = lambda: "ieee"
         for dtype in (torch.bfloat16, torch.float32):
