@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(function, ranks: int, *arguments: str, timeout: float = 100) -> list[str]:
+def run_ranks(function, ranks: int, *arguments: str, timeout: float = 300) -> list[str]:
     """What `function(*arguments)` of an importable test module prints on each rank; AssertionError where one fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(function.__code__.co_filename).parent), *sys.path])
@@ -33,6 +33,7 @@ def run_ranks(function, ranks: int, *arguments: str, timeout: float = 100) -> li
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(texts)
     return texts
 
