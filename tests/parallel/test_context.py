@@ -275,6 +275,10 @@ def traffic() -> None:
     long = ContextMask(S.Causal(), Partition.balanced(S.Causal(), 2**16, 2))
     assert long.form(8, 8) == ("gather", 4)
     assert long.form(2, 2) == ("gather", 1)  # too little work for slices
+    assert long.form(16, 4) == ("gather", 1)  # few keys travel: four query heads share each
+    assert long.form(16, 16) == ("gather", 4)  # more would wait for less, but each costs time
+    short = S.Documents([2**12 + 1] * 15 + [2**12 - 15]) & S.Causal()
+    assert ContextMask(short, Partition.balanced(short, 2**16, 2)).form(8, 8) == ("gather", 1)
 
 
 def on_two_ranks() -> None:

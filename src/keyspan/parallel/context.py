@@ -1,10 +1,10 @@
 """Attention of queries, keys and values that are cut across ranks.
 
-Keys are gathered, a few heads at a time. Or they come rank by rank: each rank attends with its rows to its own keys and
-then to those that come, and the results are merged by their lse (Liu et al. 2023, "Ring Attention"). Backward gives
-every part the lse and the output of all keys, with which its gradients are those of the whole (Dao 2023), and sends the
-gradients of keys back to where they came from. Nothing but queries, keys, values, output and lse is kept between
-forward and backward: keys travel again.
+Keys are gathered, of all heads or of a few at a time. Or they come rank by rank: each rank attends with its rows to its
+own keys and then to those that come, and the results are merged by their lse (Liu et al. 2023, "Ring Attention").
+Backward gives every part the lse and the output of all keys, with which its gradients are those of the whole (Dao
+2023), and sends the gradients of keys back to where they came from. Nothing but queries, keys, values, output and lse
+is kept between forward and backward: keys travel again.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def context_attention(
     All ranks of the mask's group call it, forward and backward, in the same order, with tensors of one dtype that need
     gradients on all ranks or on none: they wait for one another, so where one raises, the others time out. Peak memory
     of a rank is that of its own rows, and of the keys of two other ranks ("ring") or of the keys that its rows see, of
-    a few heads ("gather"). Results of a ring are merged in fp32, or fp64, by their lse; where a finite bias hides all
-    keys of a row, so that its lse is −1e4 or less, the merged row is as exact as an lse of that size.
+    all heads or a few ("gather"). Results of a ring are merged in fp32, or fp64, by their lse; where a finite bias
+    hides all keys of a row, so that its lse is −1e4 or less, the merged row is as exact as an lse of that size.
 
     Args:
         query: this rank's rows, `[B, M of the rank, Hq, K]` or as `attention` takes it with another number of
@@ -250,7 +250,7 @@ class _ContextAttention(torch.autograd.Function):
                     continue
                 before = total[index].get(heads.start)
                 before = torch.zeros_like(like[index - 1]) if before is None else before
-                # Rounded once, so that sums stay wide while more are to come.
+                # Later rounds add more: the sum stays in fp32 until all are added.
                 before = _wide(before) if len(plan.parts) > 2 else before
                 rows = _wide(before.index_select(1, transfer.sent))
                 for places, grad in zip(transfer.places, grads, strict=True):

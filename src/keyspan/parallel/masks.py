@@ -22,10 +22,10 @@ MOST_RANGES = 4
 """Ranges of a row in one call: the most that every backend takes."""
 LEAST_ROWS = 2**16
 """Rows × query heads of a call that fill a GPU: with fewer, fewer calls are made."""
-WAITED = 0.2
-"""Keys that are waited for before anything is computed, at most this share of the queries: heads are cut into slices,
-and the keys of a slice travel while the one before is computed. Each slice costs time, since a smaller call fills a GPU
-less evenly."""
+WAITED = 0.25
+"""Heads are cut into slices, and the keys of a slice travel while the slice before is computed. Nothing hides the way
+of the first slice: its keys are at most this share of the rank's queries. More slices cost time, since a smaller call
+fills a GPU less evenly."""
 
 
 class Context(NamedTuple):
@@ -86,10 +86,10 @@ class ContextMask:
         device: of query and keys.
         exchange: how keys travel. "ring": the keys of one other rank at a time, the next ones on their way while the
             present ones are used; a rank holds the keys of two others at most, and merges results. "gather": all keys
-            that a rank needs of a few heads, those of the next ones on their way meanwhile; a row is computed in one
-            call, and nothing is merged. "auto" gathers where that holds no more keys and values at a time than a
-            rank has queries and outputs, and else passes them in a ring. Both send a rank only the keys that its
-            rows see, so both send the same bytes.
+            that a rank needs; where many travel, of a few heads at a time, those of the next heads on their way
+            meanwhile. A row is computed in one call, and nothing is merged. "auto" gathers where that holds no more
+            keys and values at a time than a rank has queries and outputs, and else passes them in a ring. Both send a
+            rank only the keys that its rows see, so both send the same bytes.
 
     Raises ValueError where sizes do not fit.
     """
