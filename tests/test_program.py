@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyspan.backends.native import binding
-from keyspan.inference import Engine, Sampling
+from keyspan.inference import Engine, Sampling, sampling
 from keyspan.inference.pages import PagedCache
 from keyspan.inference.program import DecoderProgram, EncoderProgram, _Numbers, _Program
 from keyspan.layers import Linear, linear_cross_entropy, log_softmax
@@ -211,6 +211,25 @@ def test_log_probabilities_are_those_of_a_training_step(dtype):
         for got in (logprobs, -losses) if multiplies("cpu", dtype) else (logprobs,):
             assert torch.equal(got[rows], torch.tensor(answer.logprobs))
         start += len(document)
+
+
+@pytest.mark.parametrize("program", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probabilities_are_of_the_logits_as_the_model_rounds_them(dtype, program, monkeypatch):
+    """On a GPU a sum over the same numbers in fp32 has another order: log-probabilities then differ from the trainer's,
+    which on a CPU they do not."""
+    given = []
+
+    def recorded(logits):
+        given.append(logits.dtype)
+        return log_softmax(logits)
+
+    monkeypatch.setattr(sampling, "log_softmax", recorded)
+    one = engine(make("plain", dtype), draft=3, ngram=1)
+    if not program:
+        one._program = None
+    one.generate(draw(2, 5, 19), [Sampling(4, temperature=t, seed=3, logprobs=1) for t in (0.0, 1.0)])
+    assert set(given) == {dtype}
 
 
 # Encoders

@@ -442,9 +442,7 @@ class Engine:
                 chosen = Chosen(best[row + n], None, ())
             else:
                 assert logits is not None
-                chosen = choose(
-                    logits[row + n].float(), request.sampling, request.prompt, request.answer, request.draw()
-                )
+                chosen = choose(logits[row + n], request.sampling, request.prompt, request.answer, request.draw())
             request.append(chosen.token)
             self.counters.answer_tokens += 1
             events.append(self._event(request, chosen))
