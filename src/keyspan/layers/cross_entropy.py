@@ -409,8 +409,8 @@ def log_softmax(logits: Tensor) -> Tensor:
     """`torch.log_softmax(logits.float(), -1)`, whose bits in a row do not depend on the other rows, on a GPU too.
 
     logits [..., C] of fp32, bf16 or fp16 -> fp32 [..., C]; fp64 stays fp64. Differentiable once. A target's entry is,
-    bit for bit, minus the loss that `linear_cross_entropy` computes of these logits in this dtype: on a GPU logits of 16
-    bits that were cast to fp32 first are summed in another order. Where no kernel of Keyspan runs (see
+    bit for bit, minus the loss that `linear_cross_entropy` computes of these logits in this dtype: on a GPU 16-bit
+    logits that were cast to fp32 first are summed in another order. Where no kernel of Keyspan runs (see
     `keyspan.layers.kernels`) torch's function does; on a GPU its sums depend on where in memory a row lies.
     """
     rows = logits.reshape(-1, logits.shape[-1])
