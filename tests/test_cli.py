@@ -322,3 +322,19 @@ def test_demo_shows_the_baselines_and_writes_source_code(tmp_path, monkeypatch, 
     for prompt in ("import ", "class ", "def "):
         assert f"--- generated from {prompt!r}\n{prompt}" in shown
     assert load_run(tmp_path / "runs" / "stdlib", "cpu")[0].precision == "bf16"
+
+
+@pytest.mark.parametrize(("ranks", "ends"), [("1", SystemExit), ("2", InterruptedError)])
+def test_one_of_several_ranks_ends_without_finalizing_python(monkeypatch, capsys, ranks, ends):
+    """Python's finalization may abort a process whose gloo threads are alive."""
+
+    def leave(status):
+        raise InterruptedError(status)
+
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(cli.sys, "argv", ["keyspan", "--version"])
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(ends) as caught:
+        cli.program()
+    assert caught.value.args == (0,)
+    assert keyspan.__version__ in capsys.readouterr().out

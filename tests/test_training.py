@@ -19,7 +19,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyspan import cli
+from keyspan.backends.native import binding
+from keyspan.cli import parse_train
 from keyspan.info import find_device
+from keyspan.layers import gemm
 from keyspan.training import checkpoint, loop
 from keyspan.training.config import PRESETS, TrainConfig
 from keyspan.training.data import is_held_out
@@ -553,6 +556,28 @@ def test_a_resume_says_what_is_changed(tmp_path, capsys):
     assert "changed: tokens" not in shown
 
 
+@pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
+def test_an_invariant_run(tmp_path, monkeypatch, capsys):
+    """The switch reaches the model, a resumed run keeps it, and where it cannot be kept nothing is written."""
+    run, reached = tmp_path / "run", []
+    monkeypatch.setattr(loop, "take_step", lambda model, *x: reached.append(model.invariant) or take_step(model, *x))
+    train(replace(TINY, steps=2, out=tmp_path / "plain"), quiet=True)
+    options = parse_train(["--task", "reverse", "--invariant"])
+    assert options.invariant
+    train(replace(TINY, steps=2, invariant=options.invariant, out=run), quiet=True)
+    assert losses(run) == losses(tmp_path / "plain")  # on a CPU
+    train(parse_train(["--resume", str(run), "--steps", "3"]))
+    assert "changed: invariant" not in capsys.readouterr().out
+    train(parse_train(["--resume", str(run), "--steps", "4", "--no-invariant"]))
+    assert "changed: invariant from True to False" in " ".join(capsys.readouterr().out.split())
+    assert reached == [False, False, True, True, True, False]
+    assert not load_run(tmp_path / "plain")[2].invariant
+    monkeypatch.setattr(gemm, "_library", lambda: None)
+    with pytest.raises(ValueError, match=r"invariant: got True, want False: the native library is not built"):
+        train(replace(TINY, invariant=True, out=tmp_path / "none"), quiet=True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_empty_micro_batch_counts_for_nothing():
     config = replace(TINY, clip=math.inf)
     task = make_task(config)
@@ -698,6 +723,9 @@ def test_config_round_trip(task):
         ({"task": "stdlib", "stop_at": 0.5}, "stop_at: got 0.5 for stdlib"),
         ({"seed": -1}, "seed: got -1"),
         ({"seed": 2**63}, "seed: got 9223372036854775808"),
+        ({"invariant": True, "compile": True}, "compile: got True with invariant, want False"),
+        ({"invariant": True, "context": 2}, "context: got 2 with invariant, want 1"),
+        ({"invariant": True, "tensor": 2}, "tensor: got 2 with invariant, want 1"),
     ],
 )
 def test_bad_options(change, message):

@@ -1,8 +1,6 @@
 """`python -m keyspan`: the command `keyspan`."""
 
-import sys
-
-from keyspan.cli import main
+from keyspan.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from keyspan import __version__
 from keyspan.training.config import TaskName, TrainConfig, preset
@@ -25,6 +25,18 @@ EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "tyro")
 BOARD_EXTRAS = ("tensorboard",)
 DATA_EXTRAS = ("pyarrow", "zstandard")
 SERVE_EXTRAS = ("fastapi", "jinja2", "prometheus_client", "tokenizers", "uvicorn")
+
+
+def program() -> NoReturn:
+    """The program `keyspan`: runs `main`, and ends the process with its status."""
+    status = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # DTensor's caches keep gloo's threads alive beyond the process group. One that still frees a tensor while
+        # Python finalizes aborts the process (pytorch/pytorch#179291), and torchrun takes that for a failed rank.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

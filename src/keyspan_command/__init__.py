@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 def main() -> int:
-    """Run `keyspan.cli.main`; 130, the exit status of an interrupted program, on Ctrl-C."""
+    """Run `keyspan.cli.program`; 130, the exit status of an interrupted program, on Ctrl-C."""
     try:
-        from keyspan.cli import main as run
+        from keyspan.cli import program
 
-        return run()
+        program()
     except KeyboardInterrupt:
         return 130

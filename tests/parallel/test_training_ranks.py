@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from keyspan.backends.native import binding
 from keyspan.cli import parse_train
 from keyspan.training import checkpoint, loop
 from keyspan.training.config import TrainConfig
@@ -62,7 +63,8 @@ def as_json(**changes):
 
 
 ARRANGEMENTS = {
-    "data": {}, "context": {"context": 2}, "fsdp": {"fsdp": True}, "context and fsdp": {"fsdp": True, "context": 2},
+    "data": {}, "context": {"context": 2}, "fsdp": {"fsdp": True, "invariant": binding.LIBRARY is not None},
+    "context and fsdp": {"fsdp": True, "context": 2},
 }  # fmt: skip
 
 

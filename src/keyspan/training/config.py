@@ -97,6 +97,9 @@ class TrainConfig:
     """Write the figures for TensorBoard too, into the run's folder; needs the extra tensorboard."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Computation under autocast (weights stay fp32); fp16 scales its loss."""
+    invariant: bool = False
+    """On a GPU, too, the bits of a token's results depend on its document and the weights alone, not on the
+    micro-batch; slower there. Not with compile, context and tensor. On a CPU it changes nothing."""
 
     compile: bool = False
     """Compile loss and gradients with torch.compile; needs a C++ compiler on a CPU, Triton on a GPU."""
@@ -157,6 +160,9 @@ class TrainConfig:
             raise ValueError(f"on_spike: got {self.on_spike!r}, want stop or skip")
         if self.cuda_graph and (self.spike is not None or self.on_spike == "skip"):
             raise ValueError("cuda_graph: got True with spike or on_spike skip, want False: a graph stops at NaN alone")
+        for name, want in (("compile", False), ("context", 1), ("tensor", 1)):
+            if self.invariant and (got := getattr(self, name)) != want:
+                raise ValueError(f"{name}: got {got} with invariant, want {want}: sums would be of another order")
         if self.warmup < 0:
             raise ValueError(f"warmup: got {self.warmup}, want 0 or more")
         if not (self.lr > 0 and math.isfinite(self.lr)):

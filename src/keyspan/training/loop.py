@@ -114,7 +114,7 @@ def make_model(config: TrainConfig, vocab_size: int) -> GPT:
         embedding_std=config.embedding_std,
         dropout=config.dropout,
     )
-    return GPT(sizes, backend=config.backend)
+    return GPT(sizes, backend=config.backend, invariant=config.invariant)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -250,7 +250,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     Raises:
         ValueError: for bad options, options that contradict the run to resume, damaged checkpoints, and a folder that
             another process trains in.
-        NotImplementedError: where `config.backend` cannot compute the model's attention.
+        NotImplementedError: where `config.backend` cannot compute the model's attention, or with `invariant` none can.
         FloatingPointError: for a loss or gradient that is not finite, and a loss that jumps; see `on_spike`.
     """
     extras = ("matplotlib", "rich", "safetensors", *(("tensorboard",) if config.tensorboard else ()))
@@ -264,7 +264,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         ranks.agree(lambda: make_task(config) is None)  # the first rank prepares data that is not prepared
         task = make_task(config)
         model = make_model(config, task.vocab_size).to(device)
-        _check_backend(model, config, device)
+        _check_kernels(model, config, device)
         check_model(model, ranks.tensor)
         if config.cuda_graph:
             check_capture(config, device, ranks.world)
@@ -454,10 +454,13 @@ def _run(
 
 
 def load_run(run: Path, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
-    """The configuration, the task and the trained model of a run folder, to evaluate or to generate."""
+    """The configuration, the task and the trained model of a run folder, to evaluate or to generate.
+
+    The model is not `invariant`, whatever the run was; set it where results are to be.
+    """
     config = read_config(run)
     task = make_task(config)
-    model = make_model(config, task.vocab_size)
+    model = make_model(replace(config, invariant=False), task.vocab_size)
     with checkpoint.naming_older(run):
         checkpoint.load_model(checkpoint.latest(run), model)
     return config, task, model.to(find_device(device)).eval()
@@ -471,13 +474,20 @@ def read_config(run: Path) -> TrainConfig:
     return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
-def _check_backend(model: GPT, config: TrainConfig, device: torch.device) -> None:
-    """Refuse a backend that cannot compute the model's attention here, before anything is written."""
+def _check_kernels(model: GPT, config: TrainConfig, device: torch.device) -> None:
+    """Refuse a backend that cannot compute the model's attention here, and invariant products where none are, before
+    anything is written."""
     sizes = model.config
     query, key = (torch.empty(1, 1, n, sizes.head_dim, device=device) for n in (sizes.heads, sizes.kv_heads or 1))
     bias = Alibi(model.slopes) if sizes.positions == "alibi" else None
     with autocast(config, device):
-        explain(query, key, key, mask=Causal(), bias=bias, dropout_p=config.dropout, backend=config.backend)
+        explain(
+            query, key, key, mask=Causal(), bias=bias, dropout_p=config.dropout, backend=config.backend,
+            invariant=config.invariant,
+        )  # fmt: skip
+        if config.invariant:
+            with torch.no_grad():
+                model.logits(torch.zeros(1, sizes.dim, device=device))
 
 
 def _changes(config: TrainConfig) -> list[str]:

@@ -318,8 +318,6 @@ def check_ranks(config: TrainConfig, world: int) -> None:
 def check_model(model: GPT, tensor: int) -> None:
     """Raise ValueError where so many ranks cannot share the layers of a model."""
     config = model.config
-    if tensor > 1 and model.invariant:
-        raise ValueError(f"tensor: got {tensor} for a model with invariant = True, want 1: ranks sum in their order")
     if tensor > 1 and (config.qkv_bias or config.out_bias or config.mlp_bias or config.sinks or config.experts):
         raise ValueError(f"tensor: got {tensor} for a model with biases, sinks or experts, want one without")
     for name in ("heads", "kv_heads", "hidden"):
