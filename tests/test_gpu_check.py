@@ -168,7 +168,8 @@ def test_a_long_sequence(report):
 def test_host_time(report):
     overhead(report, CPU, calls=1, turns=2)
     (row,) = report.sections["overhead"]
-    assert {"keyspan", "keyspan, forward and backward", "sdpa"} <= set(row["microseconds"])
+    assert {"bf16 keyspan", "bf16 keyspan, with gradients", "fp32 sdpa"} <= set(row["microseconds"])
+    assert "× sdpa" in row["text"]
     assert all(x > 0 for x in row["microseconds"].values())
 
 

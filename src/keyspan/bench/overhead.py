@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +20,52 @@ from keyspan.dispatch.choose import choose
 
 
 def overhead(report: Report, device: torch.device, calls: int = 20, turns: int = 40) -> None:
-    """Microseconds that the host spends on a small call: medians of `turns` runs of `calls` calls."""
-    q = torch.randn(1, 128, 4, 64, device=device, dtype=torch.bfloat16)
+    """Microseconds that the host spends on a small call: medians of `turns` runs of `calls` calls, the calls in turn.
+
+    Backward is timed with the forward that it needs, gradients of query, key and value.
+    """
+    timed: dict[str, Callable[[], object]] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        q, k, v = (torch.randn(1, 128, 4, 64, device=device, dtype=dtype) for _ in "qkv")
+        needed = tuple(x.clone().requires_grad_() for x in (q, k, v))
+        ranges = keyspan.Causal().lower(1, 128, 128, device)
+        for label, call in (
+            ("keyspan", partial(keyspan.attention, mask=keyspan.Causal())),
+            ("keyspan, given ranges", partial(keyspan.attention, mask=ranges)),
+            ("keyspan, no mask", keyspan.attention),
+            ("sdpa", _sdpa),
+        ):
+            timed[f"{name} {label}"] = partial(call, q, k, v)
+            timed[f"{name} {label}, with gradients"] = partial(_gradients, call, needed, torch.randn_like(q))
     one, cache = (torch.randn(8, n, 4, 64, device=device, dtype=torch.bfloat16) for n in (1, 2048))
-    needed = q.clone().requires_grad_()
-    grad = torch.randn_like(q)
-    ranges = keyspan.Causal().lower(1, 128, 128, device)
-    problem = make_problem(q, q, q, mask=ranges)[0]
+    timed["bf16 keyspan, decoding in splits"] = lambda: keyspan.attention(one, cache, cache)
+    problem = make_problem(one, cache, cache)[0]
     backend = load(choose(problem, None))
-
-    def sdpa(x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)
-        return F.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2)
-
-    timed: dict[str, Callable[[], object]] = {
-        "keyspan": lambda: keyspan.attention(q, q, q, mask=ranges),
-        "keyspan, mask=Causal()": lambda: keyspan.attention(q, q, q, mask=keyspan.Causal()),
-        "keyspan, no mask": lambda: keyspan.attention(q, q, q),
-        "keyspan, decoding in splits": lambda: keyspan.attention(one, cache, cache),
-        "keyspan, without replay": lambda: backend.forward(make_problem(q, q, q, mask=ranges)[0]),
-        "keyspan, launch alone": lambda: backend.forward(problem),
-        "sdpa": lambda: sdpa(q),
-        "keyspan, forward and backward": lambda: torch.autograd.grad(
-            keyspan.attention(needed, needed, needed, mask=ranges), needed, grad
-        ),
-        "sdpa, forward and backward": lambda: torch.autograd.grad(sdpa(needed), needed, grad),
-    }
-    found = {}
-    for name, call in timed.items():
-        for _ in range(calls):
-            call()
-        spans = []
-        for _ in range(turns):
+    timed["bf16 keyspan, decoding without replay"] = lambda: backend.forward(problem)
+    spans: dict[str, list[float]] = {name: [] for name in timed}
+    for turn in range(turns + 1):
+        for name, call in timed.items():
             synchronize(device)
             began = time.perf_counter()
             for _ in range(calls):
                 call()
-            spans.append((time.perf_counter() - began) / calls * 1e6)
-        found[name] = statistics.median(spans)
-    text = "host µs per call: " + "; ".join(f"{name} {x:.1f}" for name, x in found.items())
-    report.tell("overhead", text, microseconds=found)
+            if turn:  # the first turn compiles and records
+                spans[name].append((time.perf_counter() - began) / calls * 1e6)
+    found = {name: statistics.median(seconds) for name, seconds in spans.items()}
+
+    def text(name: str) -> str:
+        dtype, _, rest = name.partition(" ")
+        peer = f"{dtype} sdpa" + (", with gradients" if rest.endswith(", with gradients") else "")
+        ratio = "" if "sdpa" in name or "decoding" in name else f" ({found[name] / found[peer]:.2f} × sdpa)"
+        return f"{name} {found[name]:.1f}{ratio}"
+
+    report.tell("overhead", "host µs per call: " + "; ".join(map(text, found)), microseconds=found)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _gradients(call: Callable[..., Tensor], needed: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(call(*needed), needed, grad)
