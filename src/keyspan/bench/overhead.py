@@ -29,12 +29,13 @@ def overhead(report: Report, device: torch.device, calls: int = 20, turns: int =
         q, k, v = (torch.randn(1, 128, 4, 64, device=device, dtype=dtype) for _ in "qkv")
         needed = tuple(x.clone().requires_grad_() for x in (q, k, v))
         ranges = keyspan.Causal().lower(1, 128, 128, device)
-        for label, call in (
-            ("keyspan", partial(keyspan.attention, mask=keyspan.Causal())),
-            ("keyspan, given ranges", partial(keyspan.attention, mask=ranges)),
-            ("keyspan, no mask", keyspan.attention),
-            ("sdpa", _sdpa),
-        ):
+        attentions: dict[str, Callable[..., Tensor]] = {
+            "keyspan": partial(keyspan.attention, mask=keyspan.Causal()),
+            "keyspan, given ranges": partial(keyspan.attention, mask=ranges),
+            "keyspan, no mask": keyspan.attention,
+            "sdpa": _sdpa,
+        }
+        for label, call in attentions.items():
             timed[f"{name} {label}"] = partial(call, q, k, v)
             timed[f"{name} {label}, with gradients"] = partial(_gradients, call, needed, torch.randn_like(q))
     one, cache = (torch.randn(8, n, 4, 64, device=device, dtype=torch.bfloat16) for n in (1, 2048))
@@ -44,11 +45,11 @@ def overhead(report: Report, device: torch.device, calls: int = 20, turns: int =
     timed["bf16 keyspan, decoding without replay"] = lambda: backend.forward(problem)
     spans: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(turns + 1):
-        for name, call in timed.items():
+        for name, small in timed.items():
             synchronize(device)
             began = time.perf_counter()
             for _ in range(calls):
-                call()
+                small()
             if turn:  # the first turn compiles and records
                 spans[name].append((time.perf_counter() - began) / calls * 1e6)
     found = {name: statistics.median(seconds) for name, seconds in spans.items()}
