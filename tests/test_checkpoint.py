@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from keyspan.files import sha256_of
 from keyspan.training import checkpoint
 from keyspan.training.checkpoint import MODEL, STATE, TRAINING, Progress
 
@@ -44,11 +45,11 @@ def picture(model, optimizer, scaler):
 def test_round_trip(tmp_path, steps, fp16):
     source = make(steps=steps, fp16=fp16)
     saved = picture(*source)
-    folder = checkpoint.save(tmp_path, Progress(steps, 1.5), *source)
+    folder = checkpoint.save(tmp_path, Progress(steps, 1.5, 2 * steps), *source)
     torch.manual_seed(99)
     target = make(steps=1, fp16=fp16)
     assert picture(*target) != saved
-    assert checkpoint.load(folder, *target) == (steps, 1.5, None)
+    assert checkpoint.load(folder, *target) == (steps, 1.5, 2 * steps, None)
     assert picture(*target) == saved
     assert sorted(path.name for path in folder.iterdir()) == [MODEL, STATE, TRAINING]
 
@@ -167,7 +168,7 @@ def record(folder):
     state = json.loads((folder / STATE).read_text())
     for name in (MODEL, TRAINING):
         data = (folder / name).read_bytes()
-        state["files"][name] = {"bytes": len(data), "sha256": checkpoint._sum_of(folder / name)}
+        state["files"][name] = {"bytes": len(data), "sha256": sha256_of(folder / name)}
     sign(folder, state)
 
 
@@ -278,7 +279,7 @@ def test_every_flipped_bit_of_the_state_is_found(tmp_path):
         with pytest.raises(ValueError, match=STATE):
             checkpoint.load_model(folder, make()[0])
     (folder / STATE).write_bytes(data)
-    assert checkpoint.load_model(folder, make()[0]) == (400, 12.5, None)
+    assert checkpoint.load_model(folder, make()[0]) == (400, 12.5, 0, None)
 
 
 def test_a_damaged_newest_checkpoint_names_the_older_one(tmp_path):

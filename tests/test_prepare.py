@@ -1,14 +1,19 @@
 """Prepared data: every document once, the same bytes whatever happens on the way, full batches, no leaks."""
 
 import gzip
+import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +23,13 @@ from keyspan import cli
 from keyspan.files import locked
 from keyspan.inference.tokenizer import FolderTokenizer
 from keyspan.models import GPT, GPTConfig
+from keyspan.training import loop
 from keyspan.training.config import TrainConfig, preset
 from keyspan.training.corpus import GROUP, Corpus, Piece, pack
-from keyspan.training.loop import train
+from keyspan.training.loop import take_step, train
 from keyspan.training.mixture import Mixture
-from keyspan.training.prepare import Prepare, prepare
+from keyspan.training.prepare import Prepare, prepare, verify
+from keyspan.training.ranks import Ranks
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -56,7 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_every_document_is_stored_once_and_read_from_every_format(tmp_path):
+def test_every_document_is_stored_once_and_read_from_every_format(tmp_path, monkeypatch):
     documents = texts(60)
     source = tmp_path / "source"
     source.mkdir()
@@ -64,11 +71,23 @@ def test_every_document_is_stored_once_and_read_from_every_format(tmp_path):
     write_lines(source / "b.jsonl.gz", [*documents[20:40], documents[0], ""])
     (source / "c.txt").write_text(documents[40], newline="")
     import pyarrow
+    import zstandard
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table({"text": documents[41:]}), source / "d.parquet")
+    parquet.write_table(pyarrow.table({"text": documents[41:50]}), source / "d.parquet")
+    frames = [write_lines(tmp_path / "e", of).read_bytes() for of in (documents[50:55], documents[55:])]
+    (source / "e.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, frames)))
     (source / ".hidden").write_text("no")
-    out = prepare(Prepare((source,), tmp_path / "out", held_out=0.2, shard_tokens=500))
+    said, read = [], []
+    monkeypatch.setattr("keyspan.training.prepare.time", SimpleNamespace(monotonic=itertools.count().__next__))
+    options = Prepare((source,), tmp_path / "out", held_out=0.2, shard_tokens=500)
+    out = prepare(options, said.append, lambda *of: read.append(of))
+    size = sum(path.stat().st_size for path in source.iterdir() if path.name != ".hidden")
+    assert {total for _, total in read} == {size}
+    assert [done for done, _ in read] == sorted(done for done, _ in read)
+    assert read[-1] == (size, size)
+    assert len({done for done, _ in read}) >= 5
+    assert re.fullmatch(r"60 documents, \d+ tokens", said[-1])
     train_side, held_out = stored(out, "train"), stored(out, "held-out")
     assert sorted(train_side + held_out) == sorted(documents)
     assert 3 <= len(held_out) <= 25
@@ -186,8 +205,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path, tokenizer):
         process.wait()
     assert kills >= 1
     assert cli.main([*words, str(out)]) == 0
-    got = {name: data for name, data in content(out).items() if not name.endswith(".tmp")}
-    assert got == content(tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
     assert len(list(out.glob("train-*.bin"))) > 3
 
 
@@ -210,6 +228,10 @@ def corpus(tmp_path_factory) -> Corpus:
     folder = tmp_path_factory.mktemp("corpus")
     write_lines(folder / "a.jsonl", texts(3000, seed=2))
     return Corpus(prepare(Prepare((folder / "a.jsonl",), folder / "out", held_out=0.05, shard_tokens=8000)), 200)
+
+
+OPTIONS = ["--held-out", "0.05", "--shard-tokens", "8000"]
+"""Of the fixture's data."""
 
 
 def test_an_epoch_holds_every_token_once_in_full_batches(corpus):
@@ -304,21 +326,26 @@ def test_packs_are_full_and_cost_alike():
     assert sum(map(len, capped.full)) + sum(map(len, capped.rest)) == 1000
 
 
-def test_altered_and_missing_shards_are_refused(corpus, tmp_path):
+def test_altered_and_missing_shards_are_refused(corpus, tmp_path, capsys):
     folder = tmp_path / "copy"
     folder.mkdir()
     for name, data in content(corpus.folder).items():
         (folder / name).write_bytes(data)
-    Corpus(folder, 100).check()
+    verify(folder)
     path = folder / "train-00000.bin"
     data = bytearray(path.read_bytes())
     data[10] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"train-00000.bin: its checksum is not that of index.json"):
-        Corpus(folder, 100).check()
+        verify(folder)
+    assert cli.main(["prepare", str(corpus.folder.parent / "a.jsonl"), *OPTIONS, "--out", str(folder)]) == 1
+    assert "train-00000.bin: its checksum is not that of index.json" in capsys.readouterr().err
     path.write_bytes(data[:-2])
     with pytest.raises(ValueError, match=r"train-00000.bin: want a file of"):
         Corpus(folder, 100)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"train-00000.bin is not there"):
+        verify(folder)
     with pytest.raises(ValueError, match=r"holds no index.json"):
         Corpus(tmp_path, 100)
 
@@ -350,7 +377,57 @@ def test_train_on_prepared_data_and_on_a_folder_of_text(tmp_path, monkeypatch, c
     ]
     assert losses[0] == losses[1]
     assert cli.main(["generate", "run", "--prompt", "1 a", "--max-tokens", "4"]) == 0
-    assert cli.main(["train", "--resume", "run", "--data", "elsewhere"]) == 1
+
+
+SMALL = {
+    "task": "data", "dim": 16, "layers": 1, "heads": 2, "tokens": 256, "max_length": 100, "eval_tokens": 256,
+    "device": "cpu",
+}  # fmt: skip
+
+
+def test_a_run_is_resumed_with_its_own_data_alone(tmp_path):
+    """Neither with another folder nor with other documents in the same one; with those of then it goes on."""
+    sources = [write_lines(tmp_path / f"{n}.jsonl", texts(300, seed=n)) for n in (0, 1)]
+    data, kept = (prepare(Prepare((sources[0],), tmp_path / name, held_out=0.1)) for name in ("data", "kept"))
+    run = tmp_path / "run"
+    train(TrainConfig(**SMALL, data=(str(data),), steps=2, out=run), quiet=True)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    again = TrainConfig(**SMALL, data=(str(data),), steps=3, resume=run)
+    with pytest.raises(ValueError, match=r"data: got .*kept.*, but .*run was begun with .*data.*; want that, or a new"):
+        train(replace(again, data=(str(kept),)), quiet=True)
+    shutil.rmtree(data)
+    prepare(Prepare((sources[1],), data, held_out=0.1))
+    with pytest.raises(ValueError, match=r"data: .*data is not what the run was begun with: it was prepared anew"):
+        train(again, quiet=True)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    shutil.rmtree(data)
+    kept.rename(data)
+    assert train(again, quiet=True).step == 3
+
+
+def test_a_run_takes_every_micro_batch_once_whatever_the_accumulation(tmp_path, corpus, monkeypatch):
+    taken = []
+    monkeypatch.setattr(loop, "take_step", lambda *x: taken.append([batch.tokens for batch in x[3]]) or take_step(*x))
+    config = TrainConfig(**SMALL, data=(str(corpus.folder),), steps=3, accumulation=2, out=tmp_path / "run")
+    train(config, quiet=True)
+    for steps, accumulation in ((5, 3), (7, 1)):
+        train(replace(config, steps=steps, accumulation=accumulation, out=None, resume=config.out), quiet=True)
+    assert list(map(len, taken)) == [2, 2, 2, 3, 3, 1, 1]
+    own = Corpus(corpus.folder, 100)
+    for n, tokens in enumerate(x for step in taken for x in step):
+        assert torch.equal(tokens, own.train_batch(0, n, 256).tokens)
+
+
+def test_each_rank_reads_its_own_micro_batches(corpus, monkeypatch):
+    config = TrainConfig(**SMALL, data=(str(corpus.folder),), accumulation=4)
+    whole = loop.train_batches(Corpus(corpus.folder, 100), config, 3)
+    read, mapped = [], Corpus._mapped
+    monkeypatch.setattr(Corpus, "_mapped", lambda self, side, n: read.append(n) or mapped(self, side, n))
+    for rank in range(2):
+        read.clear()
+        found = loop.train_batches(Corpus(corpus.folder, 100), config, 3, Ranks(rank, 2))
+        assert len(read) == sum(len(batch.lengths) for batch in found)  # a document each
+        assert [x.tokens.tolist() for x in found] == [x.tokens.tolist() for x in whole[rank::2]]
 
 
 def test_resumed_training_continues_the_order_of_the_data(tmp_path, corpus):
@@ -368,6 +445,9 @@ def test_resumed_training_continues_the_order_of_the_data(tmp_path, corpus):
     )
     tokens = [[record["tokens"] for record in records if "tokens" in record] for records in (whole, parts)]
     assert tokens[0] == tokens[1]
+    shares = [record["filled"] for record in whole if "tokens" in record]
+    assert shares == [n / 256 for n in tokens[0]]
+    assert sum(shares) / len(shares) >= 0.99
 
 
 def test_sources_are_mixed_by_weights(corpus, tmp_path):

@@ -16,7 +16,7 @@ from keyspan.training.config import TrainConfig
 from keyspan.training.html import chart, ticks
 from keyspan.training.loop import train
 from keyspan.training.packing import Batch
-from keyspan.training.report import Report, short, step_flops
+from keyspan.training.report import Report, read_metrics, short, step_flops
 
 CONFIG = TrainConfig(
     task="sort", max_length=8, dim=16, layers=1, heads=2, kv_heads=2, hidden=16, tokens=64, steps=12, warmup=2,
@@ -44,6 +44,8 @@ def test_the_page_needs_nothing_else_and_shows_all(page):
         assert f"<h2>{title}" in text
     assert text.count("<polyline") >= 10
     assert "12 of 12" in text
+    steps = [r for r in read_metrics(page.parent / "plain") if "loss" in r]
+    assert f"{100 * sum(r['tokens'] for r in steps) / (64 * 12):.1f} %" in text
     assert "6 of 6" in text
     differing = text[text.index("Where the runs differ") : text.index("<details>")]
     assert "<td>lr</td>" in differing

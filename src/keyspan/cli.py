@@ -228,9 +228,15 @@ def generate(
 
 
 def _prepare(words: list[str]) -> int:
-    from keyspan.training.prepare import Prepare, prepare
+    from keyspan.training.prepare import Prepare, verify
+    from keyspan.training.report import prepare_with_bar
 
-    out = prepare(_parse(Prepare, words, "prepare"), print)
+    options: Prepare = _parse(Prepare, words, "prepare")
+    finished = (options.out / "index.json").is_file()
+    out = prepare_with_bar(options)
+    if finished:
+        verify(out)
+        print("prepared already, and every checksum is right")
     index = loads((out / "index.json").read_text(encoding="utf-8"))
     counts = index["counts"]
     for side in ("train", "held-out"):

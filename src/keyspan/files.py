@@ -1,7 +1,8 @@
-"""Reading JSON, and writing files: atomically, and with the file's name in every error."""
+"""Reading JSON, sums of files, and writing files: atomically, and with the file's name in every error."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -20,6 +21,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: got {type(found).__name__}, want a JSON object")
     return found
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -51,7 +61,9 @@ def write_file(path: Path, data: bytes) -> None:
 def locked(folder: Path, does: str) -> Iterator[None]:
     """A folder locked against other processes; the system drops the lock when the process ends.
 
-    ValueError where another process holds it, which `does` something, such as "trains in this folder".
+    What `write_file` had begun to write in it when another process was killed is removed.
+
+    Raises ValueError where another process holds it, which `does` something, such as "trains in this folder".
     """
     with (folder / ".lock").open("a+b") as file:
         try:
@@ -65,6 +77,8 @@ def locked(folder: Path, does: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{folder}: another process {does}; want another one, or wait") from None
+        for leftover in folder.glob(".*.[0-9]*.tmp"):
+            leftover.unlink(missing_ok=True)
         yield
 
 

@@ -73,6 +73,7 @@ def test_every_arrangement_has_the_losses_of_one_process(tmp_path):
     train(replace(CONFIG, out=tmp_path / "one"), quiet=True)
     losses, held_out = curve(tmp_path / "one")
     options = [as_json(out=str(tmp_path / name), **changes) for name, changes in ARRANGEMENTS.items()]
+    options.append(as_json(out=str(tmp_path / "fsdp in bf16"), fsdp=True, precision="bf16"))
     # Two go on from the last checkpoint but one, of step 2, of another.
     again = {"context and fsdp": "one", "data": "fsdp"}
     for name, before in again.items():
@@ -87,6 +88,29 @@ def test_every_arrangement_has_the_losses_of_one_process(tmp_path):
     train(replace(read_config(tmp_path / "alone"), fsdp=False, context=1, resume=tmp_path / "alone"), quiet=True)
     assert curve(tmp_path / "alone")[0] == pytest.approx(losses, abs=1e-5)
     assert evaluated(tmp_path / "fsdp") == pytest.approx(evaluated(tmp_path / "one"), abs=1e-5)
+    train(replace(CONFIG, precision="bf16", out=tmp_path / "bf16"), quiet=True)
+    rounded, other = curve(tmp_path / "bf16")[0], curve(tmp_path / "fsdp in bf16")[0]
+    far = max(abs(a - b) for a, b in zip(rounded, losses, strict=True))
+    assert far > 1e-5
+    assert other == pytest.approx(rounded, abs=far), "farther apart than bf16 and fp32"
+    damaged_parts(tmp_path / "fsdp")
+
+
+def damaged_parts(run):
+    """A part of a rank that was altered, cut or lost is named, beside the last checkpoint that is whole."""
+    older, newest = sorted((run / "checkpoints").iterdir())
+    part = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = part.read_bytes()
+    altered = bytearray(data)
+    altered[len(data) // 2] ^= 1
+    for found, message in ((altered, "damaged or foreign"), (data[:-1], "truncated or foreign"), (None, "missing")):
+        part.unlink()
+        if found is not None:
+            part.write_bytes(found)
+        with pytest.raises(ValueError, match=rf"{part.name}: {message}.*{older.name} is undamaged"):
+            load_run(run)
+    part.write_bytes(data)
+    load_run(run)
 
 
 WIDE = {"heads": 4, "kv_heads": 2}
@@ -184,6 +208,27 @@ def faults(folder: str) -> None:
     assert result.interrupted
     assert result.step == 2
     train(replace(base, resume=Path(folder) / "terminated"), quiet=True)
+    train(replace(base, out=Path(folder) / "whole"), quiet=True)
+    assert curve(Path(folder) / "terminated") == curve(Path(folder) / "whole"), "in one arrangement, bit by bit"
+
+    calls = iter(range(1, 1000))
+
+    def third_is_nan(*arguments):
+        if next(calls) != 3 or dist.get_rank() != 1:
+            return take_step(*arguments)
+        hook = arguments[5].register_forward_hook(lambda module, inputs, loss: loss * math.nan)
+        found = take_step(*arguments)
+        hook.remove()
+        return found
+
+    with patch.object(loop, "take_step", third_is_nan):
+        train(replace(base, on_spike="skip", out=Path(folder) / "skipped"), quiet=True)
+    if dist.get_rank() == 0:
+        records = read_metrics(Path(folder) / "skipped")
+        assert [r["step"] for r in records if "refused" in r] == [3]
+        assert [r["step"] for r in records if "loss" in r] == [1, 2, 4]
+        assert all(math.isfinite(r["loss"]) for r in records if "loss" in r)
+    dist.barrier()
 
     def spoil(model, *_):
         with torch.no_grad():

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from keyspan.files import flush_folder, write_file
+from keyspan.files import flush_folder, sha256_of, write_file
 from keyspan.training.ranks import cut_as, rows_of
 
-FORMAT, SHARDED = "keyspan checkpoint 2", "keyspan sharded checkpoint 1"
+FORMAT, SHARDED = "keyspan checkpoint 3", "keyspan sharded checkpoint 2"
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 METADATA = ".metadata"
 """What torch.distributed.checkpoint calls its index."""
@@ -45,6 +45,8 @@ class Progress(NamedTuple):
     """Optimizer steps taken."""
     seconds: float
     """Time spent training."""
+    batches: int = 0
+    """Micro-batches that these steps took, of all ranks: the number of the next one."""
     data: dict[str, Any] | None = None
     """Where the plan of the data is, see `Corpus.position`."""
 
@@ -84,7 +86,9 @@ def finish(run: Path, temporary: Path, state: dict[str, Any], keep: int = 2) -> 
     """Record the sums of what was written into `temporary`, give it its name, and drop all but the last `keep`
     checkpoints of the run."""
     parent = temporary.parent
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sum_of(path)} for path in sorted(temporary.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
+    }
     state = {**state, "files": files}
     write_file(temporary / STATE, (json.dumps(state | {"sha256": _sum_of_state(state)}, indent=2) + "\n").encode())
     final = parent / temporary.name[1:]
@@ -145,11 +149,11 @@ def load_model(checkpoint: Path, model: nn.Module) -> Progress:
 
         verify(checkpoint)
         sharded.load(checkpoint, model, None)
-        return Progress(state["step"], state["seconds"], state.get("data"))
+        return _progress(state)
     weights = _read_tensors(checkpoint, MODEL, state)
     _check(checkpoint / MODEL, weights, _weights(model))
     model.load_state_dict(weights, strict=False)
-    return Progress(state["step"], state["seconds"], state.get("data"))
+    return _progress(state)
 
 
 def load(
@@ -173,7 +177,7 @@ def load(
             verify(checkpoint)
         sharded.load(checkpoint, model, optimizer)
         _load_scale(checkpoint, state, scaler)
-        return Progress(state["step"], state["seconds"], state.get("data"))
+        return _progress(state)
     weights = _read_tensors(checkpoint, MODEL, state)
     training = _read_tensors(checkpoint, TRAINING, state)
     _check(checkpoint / MODEL, weights, _weights(model))
@@ -204,7 +208,11 @@ def load(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
     for key, random_state in random.items():
         modules[key].set_rng_state(random_state)
-    return Progress(state["step"], state["seconds"], state.get("data"))
+    return _progress(state)
+
+
+def _progress(state: dict[str, Any]) -> Progress:
+    return Progress(*(state[name] for name in Progress._fields))
 
 
 def _load_scale(checkpoint: Path, state: dict[str, Any], scaler: torch.amp.GradScaler) -> None:
@@ -263,14 +271,14 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     kinds: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "seconds": (int, float),
+        "batches": int,
+        "data": (dict, type(None)),
         "scaler": dict,
         "files": dict,
     }
     for key, kind in kinds.items():
-        if not isinstance(state.get(key), kind):
+        if key not in state or not isinstance(state[key], kind):
             raise ValueError(f"{path}: got {key} = {state.get(key)!r}; truncated or not a checkpoint of keyspan")
-    if not isinstance(state.get("data"), (dict, type(None))):
-        raise ValueError(f"{path}: got data = {state['data']!r}; truncated or not a checkpoint of keyspan")
     sha256 = state.pop("sha256", None)
     if sha256 != _sum_of_state(state):
         raise ValueError(f"{path}: damaged: its SHA-256 is not the one that it records")
@@ -306,7 +314,7 @@ def _check_file(checkpoint: Path, name: str, state: dict[str, Any]) -> None:
         raise ValueError(f"{path}: missing; {STATE} beside it records {wanted['bytes']} bytes") from None
     if size != wanted["bytes"]:
         raise ValueError(f"{path}: truncated or foreign: got {size} bytes, {STATE} records {wanted['bytes']}")
-    if _sum_of(path) != wanted["sha256"]:
+    if sha256_of(path) != wanted["sha256"]:
         raise ValueError(f"{path}: damaged or foreign: its SHA-256 is not the one that {STATE} records")
 
 
@@ -321,14 +329,6 @@ def _check(path: Path, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
             raise ValueError(
                 f"{path}: {name} is {list(got[name].shape)} {got[name].dtype}, want {list(tensor.shape)} {tensor.dtype}"
             )
-
-
-def _sum_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _sum_of_state(state: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ another.
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,17 +111,11 @@ class Corpus:
         end: int = self.index["end"]
         return end
 
-    def check(self) -> None:
-        """Compare every shard with its checksum. Raises ValueError for one that was altered."""
-        for shard in self.index["shards"]:
-            for suffix, want in shard["sha256"].items():
-                path = self.folder / f"{shard['stem']}.{suffix}"
-                digest = hashlib.sha256()
-                with path.open("rb") as file:
-                    while part := file.read(2**20):
-                        digest.update(part)
-                if digest.hexdigest() != want:
-                    raise ValueError(f"{path}: its checksum is not that of index.json; prepare the data again")
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 of what tells prepared data apart: the form of tokens, and the shards' sizes and checksums."""
+        of = [self.index[name] for name in ("vocab_size", "end", "dtype", "shards")]
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
     # Batches
 
@@ -133,10 +128,18 @@ class Corpus:
         start = self._plans.start(index)
         if start is None or self._plans._of != (seed, tokens):
             return None
-        return {**self._form(seed, tokens), **start._asdict()}
+        return {"checksum": self.checksum, **self._form(seed, tokens), **start._asdict()}
 
     def seek(self, position: dict[str, Any], seed: int, tokens: int) -> None:
-        """Plan from there on, not from the first epoch; where it is of another seed or size, plan from the start."""
+        """Plan from there on, not from the first epoch; where it is of another seed or size, plan from the start.
+
+        Raises ValueError for a position in other data.
+        """
+        if position.get("checksum") != self.checksum:
+            raise ValueError(
+                f"data: {self.folder} is not what the run was begun with: it was prepared anew, from other text or "
+                "with other options; want the data of then, or a new run"
+            )
         form = self._form(seed, tokens)
         if {name: position.get(name) for name in form} != form:
             return

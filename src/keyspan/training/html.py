@@ -156,16 +156,18 @@ def _named(run: Run) -> str:
 
 
 def _summary(runs: Sequence[Run], metric: str) -> str:
-    names = ["step", "tokens", "loss", metric.replace("_", " "), "tokens/s", "time"]
+    names = ["step", "tokens", "filled", "loss", metric.replace("_", " "), "tokens/s", "time"]
     head = "".join(f'<th class="number">{escape(name)}</th>' for name in names)
     rows = []
     for run in runs:
         last, checks = run.last, [r[metric] for r in run.records if metric in r]
         seconds = run.result.get("seconds", last.get("seconds", 0))
         tokens = sum(r.get("tokens", 0) for r in run.records)
+        filled = [r["filled"] for r in run.records if "filled" in r]  # share of a batch's positions
         cells = [
             f"{last.get('step', 0):,} of {run.config.steps:,}",
             short(tokens),
+            f"{100 * sum(filled) / len(filled):.1f} %" if filled else "",
             _number(last["loss"]) if last else "",
             _number(checks[-1]) if checks else "",
             short(tokens / seconds) if seconds else "",

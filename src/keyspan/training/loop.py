@@ -41,7 +41,16 @@ from keyspan.training.graph import CapturedStep, check_capture
 from keyspan.training.guard import IN_A_ROW, Guard
 from keyspan.training.packing import Batch, pinned, to_device
 from keyspan.training.ranks import ALONE, Ranks, check_model, connected, is_cut, setting
-from keyspan.training.report import Report, in_words, peak_memory, peak_rate, plot, read_metrics, step_flops
+from keyspan.training.report import (
+    Report,
+    in_words,
+    peak_memory,
+    peak_rate,
+    plot,
+    prepare_with_bar,
+    read_metrics,
+    step_flops,
+)
 from keyspan.training.sharded import Saver
 from keyspan.training.tasks import SyntheticTask
 
@@ -76,8 +85,8 @@ class Result:
     """The same figure of simpler models."""
 
 
-def make_task(config: TrainConfig) -> Task:
-    """The task of a configuration: its data and its alphabet."""
+def make_task(config: TrainConfig, quiet: bool = True) -> Task:
+    """The task of a configuration: its data and its alphabet. Unless `quiet`, a bar shows how text is prepared."""
     if config.task == "stdlib":
         return StandardLibrary(config.max_length)
     if config.data:
@@ -85,18 +94,18 @@ def make_task(config: TrainConfig) -> Task:
         from keyspan.training.mixture import Mixture
 
         folders, weights = zip(*sources(config.data), strict=True)
-        corpora = [Corpus(_prepared(path), config.max_length, config.max_documents) for path in folders]
+        corpora = [Corpus(_prepared(path, quiet), config.max_length, config.max_documents) for path in folders]
         return corpora[0] if len(corpora) == 1 else Mixture(corpora, weights)
     return SyntheticTask(config.task, config.max_length)
 
 
-def _prepared(data: Path) -> Path:
+def _prepared(data: Path, quiet: bool) -> Path:
     """The folder of `keyspan prepare`; text is prepared first, beside itself."""
     if (data / "index.json").is_file():
         return data
-    from keyspan.training.prepare import Prepare, prepare
+    from keyspan.training.prepare import Prepare
 
-    return prepare(Prepare((data,), data.with_name(f"{data.name}.prepared"), held_out=0.05))
+    return prepare_with_bar(Prepare((data,), data.with_name(f"{data.name}.prepared"), held_out=0.05), quiet)
 
 
 def make_model(config: TrainConfig, vocab_size: int) -> GPT:
@@ -140,9 +149,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def train_batches(task: Task, config: TrainConfig, step: int, ranks: Ranks = ALONE) -> list[Batch]:
-    """A rank's micro-batches of a step, a function of the configuration and the step; ranks share out those of one."""
-    first = step * config.accumulation
+def train_batches(
+    task: Task, config: TrainConfig, step: int, ranks: Ranks = ALONE, first: int | None = None
+) -> list[Batch]:
+    """A rank's micro-batches of a step; the ranks share out those of one.
+
+    Args:
+        first: number of the step's first micro-batch; by default that of a run whose accumulation never changed.
+    """
+    first = step * config.accumulation if first is None else first
     own = range(ranks.data_rank, config.accumulation, ranks.data)
     return [task.train_batch(config.seed, first + i, config.tokens) for i in own]
 
@@ -261,7 +276,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         changes = ranks.agree(lambda: _changes(config))
         device = ranks.device or find_device(config.device)
         torch.manual_seed(config.seed)
-        ranks.agree(lambda: make_task(config) is None)  # the first rank prepares data that is not prepared
+        ranks.agree(lambda: make_task(config, quiet) is None)  # the first rank prepares data that is not prepared
         task = make_task(config)
         model = make_model(config, task.vocab_size).to(device)
         _check_kernels(model, config, device)
@@ -273,20 +288,21 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
             optimizer = make_optimizer(model, config)
             scaler = make_scaler(config, device)
             parts = _Parts(task, model, objective, optimizer, scaler, ranks)
-            step, seconds = 0, 0.0
-            data: dict[str, Any] | None = None
+            start = Progress(0, 0.0)
             if checkpoint.exists(run):
                 folder = checkpoint.latest(run)
                 with checkpoint.naming_older(run):
                     ranks.agree(lambda: checkpoint.verify(folder))
-                    step, seconds, data = checkpoint.load(folder, model, optimizer, scaler, verified=True)
-            if data is not None and not isinstance(task, (SyntheticTask, StandardLibrary)):
-                task.seek(data, config.seed, config.tokens)
-            if config.steps < step:
-                raise ValueError(f"steps: got {config.steps}, but {run} is at step {step}; want at least that many")
+                    start = checkpoint.load(folder, model, optimizer, scaler, verified=True)
+            if start.data is not None and not isinstance(task, (SyntheticTask, StandardLibrary)):
+                task.seek(start.data, config.seed, config.tokens)
+            if config.steps < start.step:
+                raise ValueError(
+                    f"steps: got {config.steps}, but {run} is at step {start.step}; want at least that many"
+                )
             if ranks.first:
                 write_file(run / "config.json", replace(config, out=None, resume=None).to_json().encode())
-            return _run(config, run, Progress(step, seconds, data), parts, changes, quiet or not ranks.first)
+            return _run(config, run, start, parts, changes, quiet or not ranks.first)
 
 
 class _Parts(NamedTuple):
@@ -327,7 +343,7 @@ def _run(
     """All steps from `start` on, evaluations and checkpoints included."""
     task, model, objective, optimizer, scaler, ranks = parts
     device = next(model.parameters()).device
-    step, seconds, _ = start
+    step, seconds = start.step, start.seconds
     board = config.tensorboard and ranks.first
     record = Report(run, step, config.steps, quiet=quiet, record=ranks.first, tensorboard=board)
     recent = ranks.agree(lambda: [r["loss"] for r in read_metrics(run) if "loss" in r and r["step"] <= step])
@@ -358,11 +374,18 @@ def _run(
         rate = peak_rate(device, config.precision)
         began = time.perf_counter()
 
+        def first_of(step: int) -> int:
+            """Number of a step's first micro-batch; the run may have had another accumulation before."""
+            return start.batches + (step - start.step) * config.accumulation
+
+        def batches_of(step: int) -> list[Batch]:
+            return train_batches(task, config, step, ranks, first_of(step))
+
         def progress() -> Progress:
             data = None
             if not isinstance(task, (SyntheticTask, StandardLibrary)):
-                data = task.position(config.seed, step * config.accumulation, config.tokens)
-            return Progress(step, seconds, data)
+                data = task.position(config.seed, first_of(step), config.tokens)
+            return Progress(step, seconds, first_of(step), data)
 
         def stopped(step: int, error: FloatingPointError) -> FloatingPointError:
             saver.wait()
@@ -403,10 +426,10 @@ def _run(
             began = time.perf_counter()
 
         with ThreadPoolExecutor(1) as pool:  # makes the next step's batches while the device computes
-            ahead = pool.submit(train_batches, task, config, step, ranks)
+            ahead = pool.submit(batches_of, step)
             while step < config.steps and final is None and not stopping:
                 batches = ahead.result()
-                ahead = pool.submit(train_batches, task, config, step + 1, ranks)
+                ahead = pool.submit(batches_of, step + 1)
                 ranks.seed(config.seed, step)
                 lr = learning_rate(config, step)
                 for group in optimizer.param_groups:

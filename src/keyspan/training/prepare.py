@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import re
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,7 +30,7 @@ from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from keyspan.files import locked, read_json, write_file
+from keyspan.files import locked, read_json, sha256_of, write_file
 
 BLOCK = 1024
 """Most documents that are tokenized together, in parallel; a shard ends between blocks."""
@@ -97,8 +99,19 @@ class Bad(NamedTuple):
 Record: TypeAlias = "str | Bad"
 
 
-def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None) -> Path:
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def prepare(
+    options: Prepare, report: Callable[[str], None] = _ignore, read: Callable[[int, int], None] = _ignore
+) -> Path:
     """Do it; returns the folder. What is finished already is left as it is.
+
+    Args:
+        report: gets a line of text where something is begun or stored.
+        read: gets how many bytes of the input have been read, and how many there are, ten times a second; they are
+            counted from 0 again where the tokenizer is trained on the input first.
 
     Raises:
         ValueError: for inputs that are not there or of an unknown form, for another input or options than those of an
@@ -114,10 +127,10 @@ def prepare(options: Prepare, report: Callable[[str], None] = lambda text: None)
         return out
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "prepares data in this folder"):
-        return _prepare(options, files, plan, report)
+        return _prepare(options, _Input(files, options.text_key, read), plan, report)
 
 
-def _prepare(options: Prepare, files: list[Path], plan: dict[str, Any], report: Callable[[str], None]) -> Path:
+def _prepare(options: Prepare, source: _Input, plan: dict[str, Any], report: Callable[[str], None]) -> Path:
     out = options.out
     index = out / "index.json"
     state: dict[str, Any] = {"plan": plan, "records": 0, "shards": [], "counts": asdict(Counts())}
@@ -131,12 +144,12 @@ def _prepare(options: Prepare, files: list[Path], plan: dict[str, Any], report: 
         given = Path(options.tokenizer)
         if not (kept.is_file() and given.is_file() and kept.samefile(given)):
             kept.unlink(missing_ok=True)  # left by a run of another plan
-    encode = _tokenizer(options, files, report)
+    encode = _tokenizer(options, source, report)
     write_file(progress, json.dumps(state).encode())  # from here on the tokenizer is known to be this plan's
     counts = Counts(**state["counts"])
     writer = _Writer(out, encode.dtype, state["shards"])
     seen: set[bytes] = set()
-    records = _records(files, options)
+    records = iter(source)
     for record in islice(records, state["records"]):  # stored already; their digests tell duplicates
         if isinstance(record, str) and options.deduplicate:
             seen.add(_digest(record))
@@ -161,6 +174,18 @@ def _prepare(options: Prepare, files: list[Path], plan: dict[str, Any], report: 
     write_file(index, f"{json.dumps(found, indent=1)}\n".encode())
     progress.unlink(missing_ok=True)
     return out
+
+
+def verify(folder: Path) -> None:
+    """Compare every shard of a prepared folder with its checksum. Raises ValueError for one that is not there or was
+    altered."""
+    for shard in read_json(folder / "index.json")["shards"]:
+        for suffix, want in shard["sha256"].items():
+            path = folder / f"{shard['stem']}.{suffix}"
+            if not path.is_file():
+                raise ValueError(f"{path} is not there; prepare the data again")
+            if sha256_of(path) != want:
+                raise ValueError(f"{path}: its checksum is not that of index.json; prepare the data again")
 
 
 def _take(record: Record, seen: set[bytes], counts: Counts, options: Prepare) -> str | None:
@@ -215,15 +240,35 @@ def _files(inputs: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _records(files: Iterable[Path], options: Prepare) -> Iterator[Record]:
-    for path in files:
-        name = path.name.lower()
-        if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-            yield from _json_lines(path, options.text_key)
-        elif name.endswith(".parquet"):
-            yield from _parquet(path, options.text_key)
-        else:
-            yield from _plain(path)
+class _Input:
+    """The records of the files, in order; tells how much has been read."""
+
+    def __init__(self, files: Sequence[Path], key: str, read: Callable[[int, int], None]) -> None:
+        self._files, self._key, self._read = files, key, read
+        self._sizes = [path.stat().st_size for path in files]
+
+    def __iter__(self) -> Iterator[Record]:
+        last, total = 0.0, sum(self._sizes)
+        for number, path in enumerate(self._files):
+            try:
+                file = path.open("rb")
+            except OSError as error:
+                yield Bad(str(path), str(error))
+                continue
+            with file:
+                for record in _read_file(path, file, self._key):
+                    if time.monotonic() > last + 0.1:
+                        last = time.monotonic()
+                        self._read(sum(self._sizes[:number]) + file.tell(), total)
+                    yield record
+        self._read(total, total)
+
+
+def _read_file(path: Path, file: IO[bytes], key: str) -> Iterator[Record]:
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        return _json_lines(path, file, key)
+    return _parquet(path, file, key) if name.endswith(".parquet") else _plain(path, file)
 
 
 def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -239,49 +284,48 @@ def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield block
 
 
-def _open(path: Path) -> IO[bytes]:
+def _unpacked(path: Path, file: IO[bytes]) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
-        return cast("IO[bytes]", gzip.GzipFile(path))
+        return cast("IO[bytes]", gzip.GzipFile(fileobj=file))
     if path.suffix.lower() == ".zst":
-        opened: IO[bytes] = import_module("zstandard").open(path, "rb")
-        return opened
-    return path.open("rb")
+        unpacking = import_module("zstandard").ZstdDecompressor()
+        return io.BufferedReader(unpacking.stream_reader(file, read_across_frames=True, closefd=False))
+    return file
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _json_lines(path: Path, key: str) -> Iterator[Record]:
+def _json_lines(path: Path, file: IO[bytes], key: str) -> Iterator[Record]:
     number = 0
     damage: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if path.suffix.lower() == ".zst":
         damage += (import_module("zstandard").ZstdError,)
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield Bad(place, f"no JSON ({error})")
-                    continue
-                text = value.get(key) if isinstance(value, dict) else None
-                if not isinstance(text, str):
-                    yield Bad(place, f"holds no text under {key!r}")
-                elif _SURROGATE.search(text):
-                    yield Bad(place, "holds half a surrogate pair, which is no character")
-                else:
-                    yield text
+        for number, line in enumerate(_unpacked(path, file), 1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield Bad(place, f"no JSON ({error})")
+                continue
+            text = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(text, str):
+                yield Bad(place, f"holds no text under {key!r}")
+            elif _SURROGATE.search(text):
+                yield Bad(place, "holds half a surrogate pair, which is no character")
+            else:
+                yield text
     except damage as error:
         yield Bad(f"{path}, behind line {number}", str(error))
 
 
-def _parquet(path: Path, key: str) -> Iterator[Record]:
+def _parquet(path: Path, opened: IO[bytes], key: str) -> Iterator[Record]:
     parquet: Any = import_module("pyarrow.parquet")
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(opened)
         if key not in file.schema_arrow.names:
             yield Bad(str(path), f"has no column {key!r}, but {', '.join(file.schema_arrow.names)}")
             return
@@ -294,13 +338,13 @@ def _parquet(path: Path, key: str) -> Iterator[Record]:
         yield Bad(str(path), str(error))
 
 
-def _plain(path: Path) -> Iterator[Record]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            while text := file.read(PIECE):
-                yield text + (file.readline(PIECE) if len(text) == PIECE else "")
-    except UnicodeDecodeError as error:
-        yield Bad(str(path), f"is not UTF-8 text ({error})")
+def _plain(path: Path, file: IO[bytes]) -> Iterator[Record]:
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as lines:
+        try:
+            while text := lines.read(PIECE):
+                yield text + (lines.readline(PIECE) if len(text) == PIECE else "")
+        except UnicodeDecodeError as error:
+            yield Bad(str(path), f"is not UTF-8 text ({error})")
 
 
 # Tokens
@@ -327,7 +371,7 @@ def _bytes(texts: list[str]) -> list[Any]:
     return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
 
-def _tokenizer(options: Prepare, files: Sequence[Path], report: Callable[[str], None]) -> _Encoder:
+def _tokenizer(options: Prepare, source: Iterable[Record], report: Callable[[str], None]) -> _Encoder:
     if options.tokenizer == "bytes":
         return _Encoder("bytes", 257, 256, _bytes)
     from tokenizers import Tokenizer
@@ -338,8 +382,8 @@ def _tokenizer(options: Prepare, files: Sequence[Path], report: Callable[[str], 
         if kind == "train":
             if not size.isdigit() or not 258 <= int(size) < 2**31:
                 raise ValueError(f"tokenizer: got {options.tokenizer!r}, want train:VOCAB, at least 258 tokens")
-            report("training the tokenizer")
-            made = _train_tokenizer(int(size), (x for x in _records(files, options) if isinstance(x, str)))
+            report("training the tokenizer on the input")
+            made = _train_tokenizer(int(size), (x for x in source if isinstance(x, str)))
         else:
             path = Path(options.tokenizer)
             if not path.is_file():

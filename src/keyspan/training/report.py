@@ -1,4 +1,4 @@
-"""Progress bar, metrics.jsonl and loss.png of a training run."""
+"""Progress bars, metrics.jsonl and loss.png of a training run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from keyspan.files import named_errors, write_file
 from keyspan.models.gpt import GPT
 from keyspan.training.packing import Batch
+
+if TYPE_CHECKING:
+    from keyspan.training.prepare import Prepare
 
 METRICS = "metrics.jsonl"
 
@@ -107,6 +110,25 @@ class Report:
                     self._board.add_text(name, str(figure), step)
         with named_errors(self._path):
             self._file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def prepare_with_bar(options: Prepare, quiet: bool = False) -> Path:
+    """`prepare`, with a bar of how much of the input has been read."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from keyspan.training.prepare import prepare
+
+    columns = BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn(compact=True)
+    with Progress(*columns, disable=quiet) as progress:
+        bar = progress.add_task("", total=None, visible=False)
+
+        def say(text: str) -> None:
+            if not quiet:
+                progress.console.print(text, highlight=False, markup=False)
+
+        return prepare(
+            options, say, lambda done, total: progress.update(bar, completed=done, total=total, visible=True)
+        )
 
 
 def in_words(documents: Sequence[str]) -> str:
