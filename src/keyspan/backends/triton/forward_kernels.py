@@ -68,12 +68,10 @@ class Softmax(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Where the sums of segments wait: pointer [B, M, G, H, V] or None, and of each row of the tile its number there and
-    whether it is one."""
+    """Where the sums of segments wait: pointer [programs, BM, V] or None, and the number of this program."""
 
     pointer: Any
-    row: Any
-    valid: Any
+    program: Any
 
 
 @triton.jit
@@ -83,7 +81,8 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, totals, sums, heads_at_o
     With several splits `lse` gets the largest score instead, and `totals`, of the same shape, the sum of the weights
     relative to it: rounded together they would not do for the merge, see `RowStats`. Where there are segments
     (`Constants.segment`) split n is segment n of each document, the score is in the unit of scores, and `out` is not
-    divided by the sum of the weights. Without splits `sums` [B, M, G, H, V] is scratch, None where there is one segment.
+    divided by the sum of the weights. Without splits `sums` [row tiles · head tiles · G · B, BM, V] is scratch, None where
+    there is one segment.
 
     Grid: (row tiles · head tiles · G · B, splits). The last row tiles, which are the long ones of a causal mask, run
     first. `heads_at_once` heads run all their row tiles before the next heads start, so that their keys stay in L2.
@@ -114,9 +113,8 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, totals, sums, heads_at_o
     state = Softmax(acc, l, m, value_factor)
     heads = Heads(b, g, h)
     if C.segment > 0:
-        row = (b.to(tl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
         state = _documents(state, a=a, q=q, factor=factor, kv=kv, heads=heads, i=i, position=position, split=split,
-                           splits=splits, kept=Kept(sums, row, valid), C=C)  # fmt: skip
+                           splits=splits, kept=Kept(sums, tl.program_id(0)), C=C)  # fmt: skip
     else:
         for s in tl.static_range(max(C.S, 1)):
             rows = load_range(a, s, b, i, C)
@@ -187,19 +185,37 @@ def merge_factors(m, other, C: tl.constexpr):
 
 
 @triton.jit
+def _kept_sums(kept, C: tl.constexpr):
+    """Pointers [BM, V] to the sums of this program. They are one address and offsets that the compiler knows: addresses by
+    output row would stay in registers through all walks."""
+    at = tl.arange(0, C.BM)[:, None] * C.V + tl.arange(0, C.V)[None, :]
+    return kept.pointer + kept.program.to(tl.int64) * (C.BM * C.V) + at
+
+
+@triton.jit
+def _sums_so_far(kept, again, C: tl.constexpr):
+    """acc of the segments that are merged, 0 unless `again`."""
+    # Another thread may have stored what this one reads.
+    tl.debug_barrier()
+    return tl.load(_kept_sums(kept, C), mask=again, other=0.0)
+
+
+@triton.jit
 def _merge_segment(kept, again, part_acc, part_l, part_m, part_factor, l, m, C: tl.constexpr):
     """acc, l and m of all segments: those so far, of which `kept` holds acc if `again`, and one more."""
     if C.value_run > 0:
         part_acc *= part_factor[:, None]
     m, keep, take = merge_factors(m, part_m, C)
-    acc = part_acc * 0.0 * keep[:, None]
-    if kept.pointer is not None:
-        # Another thread may have stored what this one reads.
-        tl.debug_barrier()
-        columns = tl.arange(0, C.V)
-        at = kept.pointer + kept.row[:, None] * C.v_dim + columns[None, :]
-        acc = tl.load(at, mask=(again & kept.valid)[:, None] & (columns < C.v_dim)[None, :], other=0.0) * keep[:, None]
-    return tl.fma(part_acc, take[:, None], acc), tl.fma(part_l, take, l * keep), m
+    acc = part_acc * 0.0 if kept.pointer is None else _sums_so_far(kept, again, C)
+    return tl.fma(part_acc, take[:, None], acc * keep[:, None]), tl.fma(part_l, take, l * keep), m
+
+
+@triton.jit
+def _no_keys(C: tl.constexpr):
+    """acc, total, peak and value factor of a tile that has seen no key."""
+    acc = tl.full([C.BM, C.V], 0.0, tl.float32)
+    row = tl.full([C.BM], 0.0, tl.float32)
+    return acc, row, row - INFINITY, row
 
 
 @triton.jit
@@ -212,10 +228,9 @@ def _documents(state, a, q, factor, kv, heads, i, position, split, splits, kept,
     in memory: in registers there is room for one accumulator.
     """
     _, l, m, value_factor = state
-    part_acc = tl.full([C.BM, C.V], 0.0, tl.float32)
-    part_m = tl.full([C.BM], -INFINITY, tl.float32)
-    part_l = tl.full([C.BM], 0.0, tl.float32)
-    part_factor = tl.full([C.BM], 0.0, tl.float32)
+    if kept.pointer is None:
+        # No row has keys in several segments.
+        part_acc, part_l, part_m, part_factor = _no_keys(C)
     origin = load_origin(a, heads.b, i, C)
     document = tl.min(origin, 0)
     merged = document * 0
@@ -234,16 +249,8 @@ def _documents(state, a, q, factor, kv, heads, i, position, split, splits, kept,
             start, stop = tl.maximum(start, split), tl.minimum(stop, split + 1)
         for segment in tl.range(start, stop):
             if kept.pointer is not None:
-                if segment > start:
-                    acc, l, m = _merge_segment(kept, merged > 0, part_acc, part_l, part_m, part_factor, l, m, C)
-                    columns = tl.arange(0, C.V)
-                    tl.store(kept.pointer + kept.row[:, None] * C.v_dim + columns[None, :], acc,
-                             mask=kept.valid[:, None] & (columns < C.v_dim)[None, :])  # fmt: skip
-                    merged += 1
-                    part_acc = tl.full([C.BM, C.V], 0.0, tl.float32)
-                    part_m = tl.full([C.BM], -INFINITY, tl.float32)
-                    part_l = tl.full([C.BM], 0.0, tl.float32)
-                    part_factor = tl.full([C.BM], 0.0, tl.float32)
+                # Anew in each turn: an accumulator that is set to 0 between two loops makes wgmma wait for one another.
+                part_acc, part_l, part_m, part_factor = _no_keys(C)
             for s in tl.static_range(max(C.S, 1)):
                 rows = rows_of_document(load_range(a, s, heads.b, i, C), origin, document)
                 blocks = blocks_from(a, rows, anchor + segment * C.segment, C.segment, C.BN)
@@ -265,8 +272,15 @@ def _documents(state, a, q, factor, kv, heads, i, position, split, splits, kept,
                                          blocks=blocks, run=whole_run(blocks.start, blocks.stop), MASKED=True,
                                          C=C)  # fmt: skip
                     part_acc, part_l, part_m, part_factor = part
+            if kept.pointer is not None:
+                acc, l, m = _merge_segment(kept, merged > 0, part_acc, part_l, part_m, part_factor, l, m, C)
+                tl.store(_kept_sums(kept, C), acc)
+                merged += 1
         document = tl.min(tl.where(origin > document, origin, INT32_MAX), 0)
-    acc, l, m = _merge_segment(kept, merged > 0, part_acc, part_l, part_m, part_factor, l, m, C)
+    if kept.pointer is not None:
+        acc = _sums_so_far(kept, merged > 0, C)
+    else:
+        acc, l, m = _merge_segment(kept, merged > 0, part_acc, part_l, part_m, part_factor, l, m, C)
     return Softmax(acc, l, m, value_factor)
 
 

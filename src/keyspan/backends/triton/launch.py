@@ -113,7 +113,7 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made,
         made["peaks"] = part_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
         made["totals"] = totals = torch.empty_like(part_lse)
     elif invariant and problem.N > config.SEGMENT:
-        made["sums"] = sums = query.new_empty(out.shape, dtype=torch.float32)
+        made["sums"] = sums = query.new_empty((programs, tile.BM, constants.V), dtype=torch.float32)
     launches: list[Launch] = [
         (forward_kernel, (programs, splits),
          [arguments, keys, values, parts, part_lse, totals, sums, at_once, splits, constants], tile),
