@@ -29,6 +29,12 @@ def run(backend, q, k, v, mask, bias=None, **options):
     return layout.output(out), layout.lse(lse)
 
 
+def moved(x):
+    """The same numbers, one element behind where a tensor begins, in rows that are one element longer."""
+    memory = x.new_full((x.numel() // x.shape[-1] * (x.shape[-1] + 1) + 1,), torch.nan)
+    return memory[1:].view(*x.shape[:-1], -1)[..., : x.shape[-1]].copy_(x)
+
+
 class Random:
     """A random problem of several documents, and the same documents in other forms."""
 
@@ -97,13 +103,13 @@ class Random:
         out, lse = run(backend, q[None], k[None], v[None], mask, bias, **self.options)
         return out[0], lse[0]
 
-    def alone(self, backend, d, first=0, last=None):
-        """Rows first to last - 1 of document d, with all its keys that they may see."""
+    def alone(self, backend, d, first=0, last=None, place=lambda x: x):
+        """Rows first to last - 1 of document d, with all its keys that they may see; `place` puts tensors elsewhere."""
         last = self.queries[d] if last is None else last
         stop = self.keys[d] - (self.queries[d] - last)
         layout = S.Documents([last - first], [stop])
-        return self.run(backend, self.q[d][first:last], self.k[d][:stop], self.v[d][:stop], layout,
-                        self.dense[d][:, first:last, :stop])  # fmt: skip
+        tensors = (self.q[d][first:last], self.k[d][:stop], self.v[d][:stop])
+        return self.run(backend, *map(place, tensors), layout, self.dense[d][:, first:last, :stop])
 
     def packed(self, backend, order):
         """The documents in this order, as results of each document."""
@@ -199,6 +205,8 @@ def check_forms(backend, dtype, seed, small=False):
         for kind in ("padded", "gappy", "paged"):
             for d, got in enumerate(case.slots(backend, kind)):
                 same(got, want[d], f"document {d} with {kind} keys")
+        d = seed % len(order)
+        same(case.alone(backend, d, place=moved), want[d], f"document {d} in rows that are apart")
         d = rng.choice(order)
         same(case.batch(backend, d, 3, rng.randint(0, 2)), want[d], f"document {d} in a batch")
         # Chunks of rows see no keys behind them only where the mask is causal.

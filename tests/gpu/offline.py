@@ -160,7 +160,8 @@ def _product_loops(code: str) -> list[list[str]]:
             labels[found[1]] = len(instructions)
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(found[1])
-    branches = [(re.search(r"\bBRA\b.*`\((\.L_\w+)\)", op), n) for n, op in enumerate(instructions)]
+    # A loop repeats under a condition. Without one a branch returns from where the program waits for a barrier, at the end.
+    branches = [(re.match(r"@.*\bBRA\b.*`\((\.L_\w+)\)", op), n) for n, op in enumerate(instructions)]
     loops = [(labels[found[1]], n) for found, n in branches if found and labels.get(found[1], n + 1) <= n]
     loops = [(a, b) for a, b in loops if any("GMMA" in op for op in instructions[a:b])]
     inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
@@ -174,7 +175,8 @@ class Work(NamedTuple):
     head_dim: int
     kind: str
     """causal, full, alibi, table, bias, decode, paged; one: one query of one head, whose keys are split (Triton
-    specialises on arguments that are 1); invariant: documents, with invariant results; odd: two ranges, keys of `head_dim`
+    specialises on arguments that are 1); invariant: documents, with invariant results; segments: the same with so many
+    tiles and keys that a program adds up several segments; odd: two ranges, keys of `head_dim`
     and values of 3 elements, which TMA does not read."""
     stored: str = ""
     """Dtype of keys and values if it is not `dtype`: a scale per page of paged keys, else per head. A query of 8 bits has
@@ -187,7 +189,8 @@ FORWARD = ("decode", "paged", "one")
 FEW = {
     "sm_90": [("bfloat16", 64, "causal"), ("bfloat16", 128, "causal"), ("bfloat16", 128, "table"),
               ("bfloat16", 256, "full"), ("bfloat16", 128, "paged"), ("float8_e4m3fn", 128, "causal"),
-              ("bfloat16", 64, "one"), ("bfloat16", 128, "invariant"), ("bfloat16", 19, "odd"),
+              ("bfloat16", 64, "one"), ("bfloat16", 128, "invariant"), ("bfloat16", 128, "segments"),
+              ("bfloat16", 19, "odd"),
               ("bfloat16", 128, "decode", "int8"), ("bfloat16", 128, "paged", "float8_e4m3fn")],
     "sm_80": [("bfloat16", 128, "causal"), ("bfloat16", 128, "paged", "int8")],
     "sm_100": [("bfloat16", 128, "causal"), ("float8_e4m3fn", 128, "causal")],
@@ -204,7 +207,8 @@ def works(name: str, every: bool) -> list[Work]:
     found = [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in kinds]
     found += [Work(dtype, 128, kind) for dtype in ("bfloat16", "float16") for kind in ("decode", "paged")]
     found += [Work("float16", 128, "causal"), Work("bfloat16", 64, "one"), Work("bfloat16", 16, "causal")]
-    found += [Work(dtype, D, "invariant") for dtype in ("bfloat16", "float32") for D in (64, 128, 256)]
+    invariant = ("invariant", "segments")
+    found += [Work(dtype, D, kind) for dtype in ("bfloat16", "float32") for D in (64, 128, 256) for kind in invariant]
     found += [Work(dtype, D, "odd") for dtype in ("bfloat16", "float32") for D in (7, 19, 40, 100)]
     stored = ("int8",) if name == "sm_80" else ("int8", "float8_e4m3fn")
     found += [Work(dtype, D, kind, s) for s in stored for dtype, D, kind in (
@@ -238,6 +242,9 @@ def problem_of(work: Work) -> Any:
         mask = keyspan.Causal() & keyspan.Window(100, 0) & keyspan.Sinks(4)
     elif work.kind == "invariant":
         mask = keyspan.Documents([700, 324]) & keyspan.Causal()
+    elif work.kind == "segments":
+        M = N = 12000
+        mask = keyspan.Documents([11000, 1000]) & keyspan.Causal()
     elif work.kind == "odd":
         mask = keyspan.Documents([700, 324]) & keyspan.Window(300, 0) & keyspan.Prefix(5)
     elif work.kind == "alibi":
@@ -268,7 +275,7 @@ def problem_of(work: Work) -> Any:
         scales = {"key_scale": scale, "value_scale": scale}
     if dtype in STORED:
         scales["query_scale"] = torch.ones(1, M, G * H)
-    return make_problem(q, k, v, mask=mask, bias=bias, invariant=work.kind == "invariant", **scales)[0]
+    return make_problem(q, k, v, mask=mask, bias=bias, invariant=work.kind in ("invariant", "segments"), **scales)[0]
 
 
 HOPPER = [(64, "full"), (128, "causal"), (128, "alibi"), (128, "table"), (256, "causal")]

@@ -7,8 +7,9 @@ import torch
 from interpreter import dot_in_order
 from triton.runtime.interpreter import InterpreterBuilder
 
-from invariance_cases import Random, check_forms, gradients, gradients_in_a_batch
-from keyspan.backends.triton import config
+import keyspan
+from invariance_cases import Random, check_forms, gradients, gradients_in_a_batch, moved
+from keyspan.backends.triton import config, launch
 
 EVERY = os.environ.get("KEYSPAN_GPU_TESTS") == "all"
 """`make test-gpu-offline`: more problems."""
@@ -53,3 +54,28 @@ def test_gradients_do_not_depend_on_the_pack(seed, descriptors):
         alone = gradients(case, "triton", [d], 1)[1][d]
         for name, x, y in zip("qkv", packed[d], alone, strict=True):
             assert torch.equal(x, y), f"d{name} of document {d}: {int((x != y).sum())} of {x.numel()} differ"
+
+
+@pytest.mark.parametrize("moves", ["q", "kv", "qkv"])
+def test_the_place_in_memory_chooses_no_tile(moves, monkeypatch):
+    """On Hopper rows that are no whole vectors take smaller tiles, which add in another order."""
+    tiles, run = [], launch.run
+    monkeypatch.setattr(launch, "_family", lambda device: "hopper")
+    monkeypatch.setattr(config, "tile", lambda *form: config.TileConfig(64, 64, 1, 1))
+    monkeypatch.setattr(launch, "run", lambda *args, tile: tiles.append(tile) or run(*args, tile=tile))
+
+    def results(x, invariant=True):
+        tiles.clear()
+        x = {name: y.requires_grad_() for name, y in x.items()}
+        out = keyspan.attention(*x.values(), mask=keyspan.Causal(), backend="triton", invariant=invariant)
+        return [out, *torch.autograd.grad(out.sum(), list(x.values()))], tiles.copy()
+
+    inputs = {
+        name: torch.randn(1, 40, 1, 16, generator=torch.Generator().manual_seed(n)) for n, name in enumerate("qkv")
+    }
+    want, tiles_of_want = results(inputs)
+    views = {name: moved(x.detach()) if name in moves else x for name, x in inputs.items()}
+    got, tiles_of_got = results(views)
+    assert tiles_of_got == tiles_of_want
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert results(views, invariant=False)[1] != results(inputs, invariant=False)[1]

@@ -74,6 +74,7 @@ def _results(problem: Problem, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made, list[relaunch.Launched]]:
     """All tensors that the launches fill, `out` and `lse` first, and the launches."""
+    problem = _aligned(problem)
     B, M, G, H, _ = problem.query.shape
     N, V = problem.key.shape[1], problem.value.shape[-1]
     query = problem.query
@@ -260,6 +261,7 @@ def _backward(
     """All tensors that the launches for the gradients fill, and the launches; takes what `_prepared` returns."""
     if not period and hopper.backward_reason_against(problem, needs) is None:
         return _hopper_backward(problem, out, lse, grad, grad_lse)
+    problem = _aligned(problem)
     B, M, G, H, K = problem.query.shape
     N, V = problem.value.shape[1], problem.value.shape[-1]
     query = problem.query
@@ -761,15 +763,29 @@ def _wgmma_allowed(problem: Problem) -> bool:
     ptxas 12.8 makes descriptors of wgmma from registers that hold something else: a program then reads memory that is
     not its own (see `_lost_descriptors` in tests/gpu/offline.py)."""
     return _family(problem.query.device) != "hopper" or all(
-        x.data_ptr() % 16 == 0
-        and x.shape[-1] * x.element_size() % 16 == 0
-        and all(
-            stride * x.element_size() % 16 == 0
-            for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-            if size > 1
-        )
-        for x in (problem.query, problem.key, problem.value)
+        x.shape[-1] * x.element_size() % 16 == 0 and _begins_aligned(x) for x in _read(problem)
     )
+
+
+def _read(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    return problem.query, problem.key, problem.value
+
+
+def _begins_aligned(x: Tensor) -> bool:
+    """Whether each row begins at a multiple of 16 bytes."""
+    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+
+
+def _aligned(problem: Problem) -> Problem:
+    """The problem, or where results are to be invariant and only the place of the tensors in memory is against wgmma, one
+    whose tensors are copies: another tile would add in another order."""
+    if not problem.invariant or _wgmma_allowed(problem):
+        return problem
+    if any(x.shape[-1] * x.element_size() % 16 for x in _read(problem)):
+        return problem
+    copies = (x if _begins_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in _read(problem))
+    return problem._replace(**dict(zip(("query", "key", "value"), copies, strict=True)))
 
 
 def _terms(problem: Problem) -> str:
