@@ -191,17 +191,24 @@ def test_bits_of_an_answer_do_not_depend_on_anything_else(dtype, data):
     assert together == alone
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_probabilities_are_those_of_a_training_step(dtype):
-    """Of packed documents with gradients, token by token: what reinforcement learning compares."""
-    model, prompts = make("plain", dtype), draw(2, 5, 19, 1, 8)
-    answers = engine(model, step_tokens=6).generate(prompts, Sampling(9, temperature=1.0, seed=3, logprobs=0))
+def test_log_probabilities_are_those_of_a_training_step(dtype, autocast):
+    """Of packed documents with gradients, token by token: what reinforcement learning compares. In mixed precision
+    weights are fp32, and `dtype` is what both sides multiply in."""
+    if autocast and dtype == torch.float32:
+        pytest.skip("mixed precision has 16 bits")
+    model, prompts = make("plain", torch.float32 if autocast else dtype), draw(2, 5, 19, 1, 8)
+    precision = torch.autocast("cpu", dtype, enabled=autocast)
+    with precision:
+        answers = engine(model, step_tokens=6).generate(prompts, Sampling(9, temperature=1.0, seed=3, logprobs=0))
     documents = [prompt + answer.tokens for prompt, answer in zip(prompts, answers, strict=True)]
     tokens = torch.tensor([token for document in documents for token in document])
     model.train()
-    hidden = model(tokens, list(map(len, documents)))
-    logprobs = log_softmax(model.logits(hidden)).gather(1, tokens.roll(-1)[:, None])[:, 0]
-    losses = linear_cross_entropy(hidden, model.head_weight, tokens.roll(-1), reduction="none", chunk=7)
+    with precision:
+        hidden = model(tokens, list(map(len, documents)))
+        logprobs = log_softmax(model.logits(hidden)).gather(1, tokens.roll(-1)[:, None])[:, 0]
+        losses = linear_cross_entropy(hidden, model.head_weight, tokens.roll(-1), reduction="none", chunk=7)
     assert logprobs.requires_grad
     assert losses.requires_grad
     start = 0

@@ -164,14 +164,19 @@ def trained(config: GPTConfig) -> GPT:
     return model
 
 
-def model(name: str) -> None:
-    """Log-probabilities of the engine, with and without graphs, beside those of a training step."""
-    for kind, config in CONFIGS.items():
-        net = trained(config).to(DTYPES[name])
-        check_model(f"{kind} {name}", net)
-    summarize(f"models of {name}")
-    net.invariant = False
-    check_model(f"{kind} {name} without the switch", net)
+def model(name: str, kind: str) -> None:
+    """Log-probabilities of the engine, with and without graphs, beside those of a training step; `mixed`: under autocast,
+    of fp32 weights."""
+    if name == "mixed":
+        with torch.autocast("cuda", torch.bfloat16):
+            check_model(f"{kind} {name}", trained(CONFIGS[kind]))
+        return
+    net = trained(CONFIGS[kind]).to(DTYPES[name])
+    check_model(f"{kind} {name}", net)
+    if kind == "norms":
+        summarize(f"model {name} {kind}")
+        net.invariant = False
+        check_model(f"{kind} {name} without the switch", net)
 
 
 def check_model(what: str, net: GPT) -> None:
@@ -298,26 +303,34 @@ def cost_decoding() -> None:
         )
 
 
-BITS = [
-    f"{part} {name}"
-    for part, names in (("model", ("bf16", "fp32")), ("products", DTYPES), ("layers", ("bf16", "fp32")))
+BITS = {
+    f"{part} {name}": [(part, name, *kind) for kind in kinds]
+    for part, names, kinds in (
+        ("model", ("bf16", "fp32", "mixed"), [(kind,) for kind in CONFIGS]),
+        ("products", DTYPES, [()]),
+        ("layers", ("bf16", "fp32"), [()]),
+    )
     for name in names
-]
+}
+"""Arguments of the processes of each part: most of their time is for compiling."""
 TIMES = ["cost_decoding", "cost_training"]
 
 
 def main(parts: list[str]) -> None:
     start = time.perf_counter()
     running = [
-        (part, subprocess.Popen([sys.executable, __file__, "one", *part.split()])) for part in parts if part in BITS
+        (of, subprocess.Popen([sys.executable, __file__, "one", *of]))
+        for part in parts
+        if part in BITS
+        for of in BITS[part]
     ]
-    for part, process in running:
+    for of, process in running:
         try:
             code = process.wait(max(1, 150 - (time.perf_counter() - start)))
         except subprocess.TimeoutExpired:
             process.kill()
             code = -1
-        print(f"{part}: exit {code}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{' '.join(of)}: exit {code}, {time.perf_counter() - start:.0f} s", flush=True)
     for part in (x for x in parts if x in TIMES):
         subprocess.run([sys.executable, __file__, "one", part], check=False, timeout=100)
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -399,12 +399,13 @@ class Engine:
             lengths.append(len(new))
         held = [request.held for request, _, _ in batch]
         logits = best = None
-        if self._graphs is not None and len(rows) == len(fed) == len(batch):
-            logits, likeliest = self._graphs.step(held, fed)
+        # Both compute in the weights' dtype.
+        graphs, program = (None, None) if torch.is_autocast_enabled(device.type) else (self._graphs, self._program)
+        if graphs is not None and len(rows) == len(fed) == len(batch):
+            logits, likeliest = graphs.step(held, fed)
             best = likeliest.tolist()
         else:
             self.cache.begin(held, lengths, device)
-            program = self._program
             if program is not None and len(rows) == len(fed) <= program.most_answers:
                 best = program.likeliest(fed)
                 if not all(request.sampling.plain for request, _, _ in batch):
