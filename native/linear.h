@@ -41,12 +41,16 @@ static inline int64_t numbers_per_word(const Linear &p) {
 typedef void (*LinearKernel)(const Linear &, int64_t first_row, int64_t last_row, int64_t first_column,
                              int64_t last_column, char *scratch);
 
-// What a unit of so many rows needs as `scratch`, in bytes.
 constexpr int64_t LINEAR_BLOCK = 128;  // words of a weight that are unpacked at a time
-constexpr int64_t LINEAR_ROWS = 192;   // most rows of a unit
+constexpr int64_t LINEAR_WHOLE = 2048;  // words of a panel that are multiplied in one go: the second cache holds them
+
+// Most rows of a unit: the second cache holds them; more, where unpacking a weight is shared by them.
+static inline int64_t linear_rows(const Linear &p) { return p.storage == PANELS_OF_DTYPE ? 96 : 192; }
+
+// What a unit needs as `scratch`, in bytes.
 static inline int64_t linear_scratch(const Linear &p) {
-    const int64_t rows = p.rows < LINEAR_ROWS ? p.rows : LINEAR_ROWS;
-    return 4 * (5 * LINEAR_BLOCK * LINEAR_PANEL + rows * (LINEAR_PANEL + p.inputs) + LINEAR_PANEL);
+    const int64_t most = linear_rows(p), rows = p.rows < most ? p.rows : most;
+    return 4 * (5 * LINEAR_BLOCK * LINEAR_PANEL + rows * (LINEAR_PANEL + p.inputs));
 }
 
 namespace portable {

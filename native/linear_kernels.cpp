@@ -118,6 +118,18 @@ INLINE vf erf_gelu(vf x) {
     return x * (x < broadcast(0.0f) ? tail : 1.0f - tail);
 }
 
+// `columns` sums of a row become results. `scale` and `bias` [LINEAR_PANEL] or null.
+INLINE void finish(const Linear &p, const float *sums, const float *scale, const float *bias, int64_t columns,
+                   char *out) {
+    for (int64_t j = 0; j < columns; j += W) {
+        vf y = load(sums + j);
+        if (scale) y *= load(scale + j);
+        if (bias) y += load(bias + j);
+        if (p.applied == ERF_GELU) y = erf_gelu(y);
+        narrow(p.dtype, y, min<int64_t>(W, columns - j), out + j * dtype_size(p.dtype));
+    }
+}
+
 // T: float, or uint32_t for pairs of bf16.
 template <class T>
 void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column,
@@ -126,8 +138,9 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
     const int64_t rows = last_row - first_row, size = dtype_size(p.dtype), per_word = numbers_per_word(p);
     const int64_t words = p.inputs / per_word;  // of a column of the weight
     const int64_t steps = per_word / PER_WORD<T>;  // that a word becomes, each a row of a block
-    float *sums = (float *)scratch, *bias = sums + rows * LINEAR_PANEL;
-    uint32_t *gathered = (uint32_t *)(bias + LINEAR_PANEL);
+    float *sums = (float *)scratch;
+    uint32_t *gathered = (uint32_t *)(sums + rows * LINEAR_PANEL);
+    float scale[LINEAR_PANEL], bias[LINEAR_PANEL];
     T *block = (T *)(gathered + LINEAR_BLOCK * LINEAR_PANEL);
     const char *x_rows = p.x + first_row * p.x_stride * size;
 
@@ -141,13 +154,21 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
         x_step = p.inputs;
     }
 
+    // Panels of the form that is multiplied are read from where they lie. Sums of few rows at a time stay in the first
+    // cache where all words of a panel are multiplied in one go.
+    const bool as_they_lie = p.storage == PANELS_OF_DTYPE && (PAIRS || p.dtype == F32);
+    const int64_t most = as_they_lie                    ? LINEAR_WHOLE
+                         : p.storage == PANELS_OF_INT8 ? LINEAR_BLOCK / 4  // the first cache holds it, widened
+                                                       : LINEAR_BLOCK;
+    const bool one_block = words <= most;
     while (first_column < last_column) {
         const int64_t panel = first_column / LINEAR_PANEL, inside = first_column % LINEAR_PANEL;
         const int64_t end = min(last_column, (panel + 1) * LINEAR_PANEL);
         const int64_t columns = end - first_column, vectors = (columns + W - 1) / W;
         const uint32_t *packed = (const uint32_t *)p.weight + panel * words * LINEAR_PANEL + inside;
-        const int64_t most = p.storage == PANELS_OF_INT8 ? LINEAR_BLOCK / 4 : LINEAR_BLOCK;  // the first cache holds it
-        for (int64_t word = 0; word < words; word += most) {
+        if (p.scale) memcpy(scale, p.scale + first_column, (size_t)columns * 4);
+        if (p.bias) widen(p.dtype, p.bias + first_column * size, 1, columns, bias);
+        for (int64_t word = 0; word == 0 || word < words; word += most) {
             const int64_t count = min(most, words - word);
             const uint32_t *source = packed + word * LINEAR_PANEL;
             if (p.storage == ROWS_OF_DTYPE) {
@@ -161,20 +182,17 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
             else if (!PAIRS && p.dtype != F32)
                 widen_words(p.dtype, source, count, vectors, (float *)block), b = block;
             const auto product = word ? gemm<ADD, T> : gemm<SET, T>;
-            for (int64_t r = 0; r < rows; r += ROWS)
-                product((int)min((int64_t)ROWS, rows - r), count * steps, x + r * x_step + word * steps, x_step, 1, b,
-                        LINEAR_PANEL, sums + r * LINEAR_PANEL, LINEAR_PANEL, vectors, {});
-        }
-        if (p.bias) widen(p.dtype, p.bias + first_column * size, 1, columns, bias);
-        for (int64_t r = 0; r < rows; r++) {
-            float *y = sums + r * LINEAR_PANEL;
-            if (p.scale)
-                for (int64_t i = 0; i < columns; i++) y[i] *= p.scale[first_column + i];
-            if (p.bias)
-                for (int64_t i = 0; i < columns; i++) y[i] += bias[i];
-            if (p.applied == ERF_GELU)
-                for (int64_t i = 0; i < vectors * W; i += W) store(y + i, erf_gelu(load(y + i)));
-            narrow(p.dtype, y, columns, 1.0f, p.out + ((first_row + r) * p.outputs + first_column) * size);
+            const bool last = word + count == words;
+            for (int64_t r = 0; r < rows; r += ROWS) {
+                const int64_t few = min((int64_t)ROWS, rows - r);
+                float *y = one_block ? sums : sums + r * LINEAR_PANEL;
+                product((int)few, count * steps, x + r * x_step + word * steps, x_step, 1, b, LINEAR_PANEL, y,
+                        LINEAR_PANEL, vectors, {});
+                if (!last) continue;
+                for (int64_t i = 0; i < few; i++, y += LINEAR_PANEL)
+                    finish(p, y, p.scale ? scale : nullptr, p.bias ? bias : nullptr, columns,
+                           p.out + ((first_row + r + i) * p.outputs + first_column) * size);
+            }
         }
         first_column = end;
     }

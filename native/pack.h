@@ -35,7 +35,9 @@ INLINE void widen(int64_t dtype, const char *from, int64_t stride, int64_t count
     int64_t i = 0;
     if (stride == 1) {
         if (dtype == F32) {
-            memcpy(to, from, (size_t)count * 4);
+            const float *single = (const float *)from;
+            for (; i + W <= count; i += W) store(to + i, load(single + i));
+            for (; i < count; i++) to[i] = single[i];
             return;
         }
         const uint16_t *half = (const uint16_t *)from;
@@ -58,6 +60,19 @@ INLINE void narrow(int64_t dtype, const float *from, int64_t count, float scale,
         store(half + i, dtype == BF16 ? narrow_bf16(x) : narrow_f16(x));
     }
     for (; i < count; i++) half[i] = dtype == BF16 ? to_bf16(from[i] * scale) : to_f16(from[i] * scale);
+}
+
+// The first `count` ≤ W numbers of a vector.
+INLINE void narrow(int64_t dtype, vf x, int64_t count, char *to) {
+    if (count < W) {
+        alignas(64) float wide[W];
+        store(wide, x);
+        return narrow(dtype, wide, count, 1.0f, to);
+    }
+    if (dtype == F32)
+        store((float *)to, x);
+    else
+        store((uint16_t *)to, dtype == BF16 ? narrow_bf16(x) : narrow_f16(x));
 }
 
 INLINE bool has_nonfinite(const float *x, int64_t count) {

@@ -168,6 +168,26 @@ def test_products_of_matrices(kernels, dtype, transposed, M, K, N):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize(("D", "C"), [(4, 1), (4120, 70), (4120, 520)])
+def test_packed_weights_have_the_bits_of_plain_ones(kernels, dtype, D, C):
+    """Panels longer than are multiplied in one go, and weights larger than are kept in the last cache, too."""
+    x, weight, bias = torch.randn(205, D).to(dtype), torch.randn(C, D).to(dtype), torch.randn(C).to(dtype)
+    packed = gemm.PackedWeight(weight)
+    for rows in (1, 7, 25, 97, 205):
+        assert torch.equal(packed.multiply(x[:rows], bias), gemm.linear(x[:rows], weight, bias))
+    rounded = gemm.PackedWeight(weight, int8=True)
+    many = rounded.multiply(x, bias)
+    for first in (0, 94, 191):
+        assert torch.equal(rounded.multiply(x[first : first + 2], bias), many[first : first + 2])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(packed.multiply(x, bias), gemm.linear(x, weight, bias))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 @pytest.mark.parametrize("activation", ACTIVATIONS)  # noqa: F405
 def test_the_gradients_of_a_model_do_not_depend_on_threads(dtype, activation):
     torch.manual_seed(0)
