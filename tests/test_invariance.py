@@ -51,6 +51,16 @@ def test_a_row_has_the_same_bits_in_every_form(backend, dtype):
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), FORMS, ids=str)
+def test_a_row_has_the_same_bits_in_every_form_with_keys_of_8_bits(backend, dtype, stored):
+    for seed in seeds(backend, 3):
+        try:
+            check_forms(backend, dtype, 20 + seed, stored=stored)
+        except AssertionError as error:
+            raise AssertionError(f"seed {20 + seed}: {error}") from error
+
+
 @pytest.fixture
 def threads_restored():
     before = torch.get_num_threads()

@@ -35,6 +35,12 @@ def test_a_row_has_the_same_bits_in_every_form(seed, descriptors):
     check_forms("triton", torch.float16 if descriptors else torch.float32, seed, small=True)
 
 
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("seed", range(20, 24 if EVERY else 21))
+def test_a_row_has_the_same_bits_in_every_form_with_keys_of_8_bits(seed, stored):
+    check_forms("triton", torch.float16, seed, small=True, stored=stored)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_gradients_do_not_depend_on_the_batch(seed):
     case = Random(200 + seed, torch.float32, small=True)
