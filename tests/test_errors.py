@@ -27,6 +27,7 @@ ERRORS = [
      "key", "3"),
     (dict(query=torch.zeros(3, 5, 4, 8)), "key", "batch 1"),
     (dict(mask="causal"), "mask", "str"),
+    (dict(mask=keyspan.Causal), "mask", "Causal,"),
     (dict(mask=torch.zeros(5, 7)), "mask", "float32"),
     (dict(mask=torch.zeros(5, 8, dtype=torch.bool)), "mask", r"\[5, 8\]"),
     (dict(mask=keyspan.Documents([2, 2])), "q_lengths", "4 in all"),
@@ -75,6 +76,17 @@ def test_errors_name_the_argument_what_was_got_and_what_was_wanted(changed, name
     tensors = [given.pop(n) for n in ("query", "key", "value")]
     with pytest.raises(ValueError, match=rf"^{name}.*got .*{got}.*want"):
         keyspan.attention(*tensors, **given)
+
+
+def test_hints_stand_where_they_help():
+    q, k, v = torch.zeros(1, 10, 8, 4), torch.zeros(1, 10, 2, 4), torch.zeros(1, 10, 2, 4)
+    for lengths in ([0, 3, 10], torch.tensor([0, 3, 10])):
+        with pytest.raises(ValueError, match=r"13 in all, .* cumulative\? Documents.from_cu_seqlens takes such"):
+            keyspan.attention(q, k, v, mask=keyspan.Documents(lengths))
+    with pytest.raises(ValueError, match=r"9 in all, want M = 10$"):
+        keyspan.attention(q, k, v, mask=keyspan.Documents([3, 6]))
+    with pytest.raises(ValueError, match=r"dropout_p: got 1.0, want a probability in \[0, 1\)$"):
+        keyspan.attention(q, k, v, dropout_p=1.0)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -614,6 +614,27 @@ def test_wrong_options(change, message, tmp_path):
         prepare(Prepare(**{"inputs": (path,), "out": tmp_path / "out", **change}))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("", "got no text, but 0 empty and 0 bad"), ('{"a": 1}', r"0 empty and 1 bad .* a.jsonl:1: ho")],
+)
+def test_inputs_without_text(tmp_path, monkeypatch, capsys, line, message):
+    """Nothing is finished then, so that the same command may be given with other options."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text(line)
+    for _ in range(2):
+        assert cli.main(["prepare", "a.jsonl", "--out", "out"]) == 1
+        assert re.search(f"^keyspan: inputs: .*{message}", capsys.readouterr().err)
+    assert not Path("out/index.json").exists()
+
+
+def test_data_that_are_not_there(tmp_path, capsys):
+    assert cli.main(["train", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 1
+    assert re.search(
+        "^keyspan: data: .*nowhere is not there, want a folder of keyspan prepare", capsys.readouterr().err
+    )
+
+
 def test_the_task_needs_its_data():
     with pytest.raises(ValueError, match=r"data: got none for the task data"):
         preset("data")

@@ -455,7 +455,10 @@ def _shared_by_group(x: Tensor) -> bool:
 def _checked(mask: KeyRanges, B: int, M: int, N: int, device: torch.device) -> KeyRanges:
     """Ranges that a user lowered or made, for these sizes."""
     if not isinstance(mask, KeyRanges):
-        raise ValueError(f"mask: got {type(mask).__name__}, want a mask, KeyRanges, a bool tensor or None")
+        raise ValueError(
+            f"mask: got {getattr(mask, '__name__', type(mask).__name__)}, "  # that of a class that was not called
+            "want a mask such as Causal(), KeyRanges, a bool tensor or None"
+        )
     for x in (mask.lo, mask.hi, mask.diagonal):
         if x.dim() != 3 or x.shape[2] != M or not _broadcasts(x.shape[1], B) or x.shape != mask.lo.shape:
             raise ValueError(f"mask: got ranges of shape {list(x.shape)}, want [S, {B} or 1, {M}], all alike")

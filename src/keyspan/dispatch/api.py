@@ -195,8 +195,9 @@ def _layout_hint(layout: str, tensors: tuple[Any, ...], options: Options) -> str
         else:
             other = [x.transpose(1, 2) for x in tensors]
             hint = "heads before tokens? pass layout='bhmk'" if layout == "bmhk" else "tokens first? pass layout='bmhk'"
-        undropped: Options = {**options, "dropout_p": 0.0}  # draws no random number
-        make_problem(*other, **undropped)
+        p = options["dropout_p"]
+        undropped: Options = {**options, "dropout_p": 0.0 if isinstance(p, float) and 0 < p < 1 else p}
+        make_problem(*other, **undropped)  # draws no random number
     except (ValueError, RuntimeError, IndexError):
         return ""
     return f" ({hint})"

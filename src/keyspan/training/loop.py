@@ -103,6 +103,8 @@ def _prepared(data: Path, quiet: bool) -> Path:
     """The folder of `keyspan prepare`; text is prepared first, beside itself."""
     if (data / "index.json").is_file():
         return data
+    if not data.exists():
+        raise ValueError(f"data: {data} is not there, want a folder of keyspan prepare, or text")
     from keyspan.training.prepare import Prepare
 
     return prepare_with_bar(Prepare((data,), data.with_name(f"{data.name}.prepared"), held_out=0.05), quiet)

@@ -115,15 +115,17 @@ def prepare(
 
     Raises:
         ValueError: for inputs that are not there or of an unknown form, for another input or options than those of an
-            unfinished run in the same folder, for a folder that another process prepares, and for a bad record where
-            they are to stop it.
+            unfinished run in the same folder, for a folder that another process prepares, for inputs without a
+            document, and for a bad record where they are to stop it.
     """
     out, files = options.out, _files(options.inputs)
     plan = _plan(options, files)
     index = out / "index.json"
     if index.is_file():
         if read_json(index).get("plan") != plan:
-            raise ValueError(f"out: {out} holds other data, or the same under other options; want a new folder")
+            raise ValueError(
+                f"out: {out} holds other data, or the same under other options; want another folder, or remove it"
+            )
         return out
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "prepares data in this folder"):
@@ -138,7 +140,9 @@ def _prepare(options: Prepare, source: _Input, plan: dict[str, Any], report: Cal
     if progress.is_file():
         state = read_json(progress)
         if state.get("plan") != plan:
-            raise ValueError(f"out: {out} holds an unfinished run over other data or options; want a new folder")
+            raise ValueError(
+                f"out: {out} holds an unfinished run over other data or options; want another folder, or remove it"
+            )
         report(f"going on behind record {state['records']}")
     else:
         given = Path(options.tokenizer)
@@ -166,6 +170,9 @@ def _prepare(options: Prepare, source: _Input, plan: dict[str, Any], report: Cal
             state |= {"records": done, "shards": writer.shards, "counts": asdict(counts)}
             write_file(progress, json.dumps(state).encode())
             report(f"{counts.documents} documents, {sum(x['tokens'] for x in writer.shards)} tokens")
+    if not counts.documents:
+        such = f", such as {counts.named[0]}" if counts.named else ""
+        raise ValueError(f"inputs: got no text, but {counts.empty} empty and {counts.bad} bad records{such}")
     writer.flush()
     found = {
         "format": 1, "plan": plan, "tokenizer": encode.name, "vocab_size": encode.vocab_size, "end": encode.end,

@@ -118,17 +118,23 @@ def prepare_with_bar(options: Prepare, quiet: bool = False) -> Path:
 
     from keyspan.training.prepare import prepare
 
-    columns = BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn(compact=True)
-    with Progress(*columns, disable=quiet) as progress:
-        bar = progress.add_task("", total=None, visible=False)
+    progress = Progress(BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn(compact=True))
+    bar = progress.add_task("", total=None)
 
-        def say(text: str) -> None:
-            if not quiet:
-                progress.console.print(text, highlight=False, markup=False)
+    def say(text: str) -> None:
+        progress.console.print(text, highlight=False, markup=False)
 
-        return prepare(
-            options, say, lambda done, total: progress.update(bar, completed=done, total=total, visible=True)
-        )
+    def show(done: int, total: int) -> None:
+        progress.start()  # nothing is shown where an error comes first
+        progress.update(bar, completed=done, total=total)
+
+    if quiet:
+        return prepare(options)
+    try:
+        return prepare(options, say, show)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def in_words(documents: Sequence[str]) -> str:

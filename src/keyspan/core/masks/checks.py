@@ -71,7 +71,10 @@ def check_total(name: str, lengths: Lengths, size_name: str, size: int) -> None:
         return
     exact = not isinstance(lengths, Tensor)
     if total > size or (exact and total != size):
-        raise ValueError(f"{name}: got {total} in all, want {'' if exact else 'at most '}{size_name} = {size}")
+        values = on_host(lengths) or [0]
+        cumulative = values[0] == 0 and values[-1] == size and values == sorted(values)
+        hint = "; are they cumulative? Documents.from_cu_seqlens takes such" if cumulative else ""
+        raise ValueError(f"{name}: got {total} in all, want {'' if exact else 'at most '}{size_name} = {size}{hint}")
 
 
 def check_same_count(name: str, lengths: Lengths, other_name: str, other: Lengths) -> None:
