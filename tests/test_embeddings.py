@@ -192,6 +192,11 @@ def test_long_texts(folder):
     embedder = load_embedder(folder, device="cpu")
     assert embedder.longest == 16
     assert embedder.tokenize(["b " * 14]) == [[1, *[4] * 14, 2]]
+    assert load_embedder(folder, device="cpu", longest=10).longest == 10
+    most = embedder.model.config.longest
+    assert load_embedder(folder, device="cpu", longest=most).longest == most > 16
+    with pytest.raises(ValueError, match=f"longest: got {most + 1}, want at most {most}: the model has no more"):
+        load_embedder(folder, device="cpu", longest=most + 1)
     with pytest.raises(ValueError, match="input: text 1 has 17 tokens, want at most 16"):
         embedder.tokenize(["b", "b " * 15])
     assert embedder.tokenize(["b " * 15], truncate=4) == [[1, 4, 4, 2]]

@@ -349,6 +349,25 @@ def test_a_model_whose_weights_were_changed_is_refused():
         engine.add([1, 2])
 
 
+def test_requests_longer_than_the_model_was_trained_for_are_refused():
+    net = GPT(GPTConfig(vocab_size=61, dim=32, layers=1, heads=2, max_positions=40))
+    engine = Engine(net, memory=2**20)
+    assert engine.max_model_len == 40
+    with pytest.raises(
+        ValueError, match="got 30 tokens and max_tokens = 11, want at most 40 in all, the most that the"
+    ):
+        engine.add([1] * 30, Sampling(max_tokens=11))
+    assert len(engine.generate([[1] * 30], Sampling(max_tokens=10))[0].tokens) == 10
+    assert Engine(net, memory=2**20, max_model_len=8).max_model_len == 8
+    longer = Engine(net, memory=2**20, max_model_len=60)  # asked for
+    assert len(longer.generate([[1] * 30], Sampling(max_tokens=30))[0].tokens) == 30
+    few = Engine(net, memory=PagedCache.bytes_per_page(net.config, 16, torch.float32), max_model_len=60)
+    with pytest.raises(ValueError, match="want at most 16 in all, which the cache's memory holds"):
+        few.add([1] * 10, Sampling(max_tokens=7))
+    with pytest.raises(ValueError, match="max_model_len: got 0, want at least 1"):
+        Engine(net, max_model_len=0)
+
+
 def test_a_full_queue_and_wrong_requests_are_refused():
     net = model()
     engine = Engine(net, memory=pages(4), page_size=4, waiting=2)

@@ -102,7 +102,9 @@ def small(**changes) -> GPT:
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_embeddings": False, "head_dim": 12, "rope_scaling": RopeScaling("linear", 4.0)},
-     {"rope_scaling": RopeScaling("llama3", 8.0, 64)}],
+     {"rope_scaling": RopeScaling("llama3", 8.0, 64), "max_positions": 512},
+     {"rope_scaling": RopeScaling("linear", 4.0), "max_positions": 64},
+     {"rope_scaling": RopeScaling("yarn", 4.0, 16, 1.0, 32.0, magnitude=1.2), "max_positions": 64}],
 )  # fmt: skip
 @torch.inference_mode()
 def test_what_is_saved_is_loaded_by_transformers_and_by_us(changes, tmp_path):
@@ -114,6 +116,30 @@ def test_what_is_saved_is_loaded_by_transformers_and_by_us(changes, tmp_path):
     torch.testing.assert_close(theirs(tokens[None]).logits[0], want, rtol=1e-4, atol=1e-5)
     again = load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert again.config == model.config
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scaling", "want"),
+    [
+        ("Llama", None, 4096),
+        ("Llama", {"rope_type": "linear", "factor": 2.5}, 10_240),
+        ("Llama", {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512,
+                   "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 4096),
+        ("Qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16_384),
+        ("Gemma3", {"rope_type": "linear", "factor": 8.0}, 4096),
+    ],
+)  # fmt: skip
+def test_a_models_longest_text_is_read_with_its_scaling(architecture, scaling, want):
+    raw = {"architectures": [f"{architecture}ForCausalLM"], "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 7,
+           "num_hidden_layers": 2, "intermediate_size": 40, "query_pre_attn_scalar": 16, "rope_scaling": scaling,
+           "hidden_activation": "silu", "max_position_embeddings": 4096}  # fmt: skip
+    assert read_config(raw)[1].max_positions == want
+    del raw["max_position_embeddings"]
+    assert read_config(raw)[1].max_positions == (want if architecture == "Qwen2" else None)
+    for wrong in (0, True, "4096"):
+        with pytest.raises(ValueError, match=r"max_positions: got|wrong type"):
+            read_config({**raw, "rope_scaling": None, "max_position_embeddings": wrong})
 
 
 def test_shards_and_another_dtype(tmp_path):

@@ -280,6 +280,40 @@ def test_wrong_requests_are_refused_in_words(server, path, body, status, message
     assert not server.engine.busy()
 
 
+def test_requests_longer_than_the_model_was_trained_for_are_refused(folder, tmp_path, capsys):
+    from keyspan import cli
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    found = start(tmp_path)
+    chat = [{"role": "user", "content": "a" * 10}]  # 10 tokens, and 17 of the template
+    for path, body, tokens in (
+        ("completions", {"prompt": "a" * 20, "max_tokens": 13}, 20),
+        ("completions", {"prompt": [5] * 40, "max_tokens": 0}, 40),
+        ("completions", {"prompt": ["a", "a" * 33], "stream": True, "max_tokens": 1}, 33),
+        ("chat/completions", {"messages": chat, "max_tokens": 6}, 27),
+    ):
+        got = httpx.post(f"{found.url}/v1/{path}", json={"model": "tiny", **body})
+        assert got.status_code == 400
+        assert f"got {tokens} tokens" in got.json()["error"]["message"]
+        assert "want at most 32 in all, the most that the model may read" in got.json()["error"]["message"]
+    assert not found.engine.busy()
+    client = openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0)
+    options = {"extra_body": {"ignore_eos": True}}
+    assert client.completions.create(model="tiny", prompt="a" * 20, max_tokens=12, **options).usage.total_tokens == 32
+    assert client.chat.completions.create(model="tiny", messages=chat, **options).usage.total_tokens == 32
+    found.close()
+
+    words = ["generate", str(tmp_path), "--device", "cpu", "--max-tokens", "13", "--prompt", "a" * 20]
+    assert cli.main(words) == 1
+    assert "got 20 tokens and max_tokens = 13, want at most 32 in all" in capsys.readouterr().err
+    assert cli.main([*words, "--max-model-len", "33"]) == 0
+    assert cli.main([*words, "--max-model-len", "30"]) == 1
+    assert "want at most 30 in all" in capsys.readouterr().err
+
+
 def test_a_form_is_refused_by_its_type(server):
     got = httpx.post(f"{server.url}/v1/completions", data={"model": "tiny", "prompt": "a"})
     assert got.status_code == 400

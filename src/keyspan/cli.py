@@ -179,6 +179,7 @@ def generate(
     dtype: str | None = None,
     weights: str | None = None,
     cache_dtype: str | None = None,
+    max_model_len: int | None = None,
     device: str = "auto",
 ) -> None:
     """Continue a prompt with a model; print both, the answer as it is written.
@@ -197,6 +198,7 @@ def generate(
         dtype: fp32, bf16 or fp16. By default as the folder says.
         weights: int8 rounds the weights to 8 bits. By default as dtype says.
         cache_dtype: int8 or fp8 stores keys and values in 8 bits. By default as dtype says.
+        max_model_len: Most tokens of prompt and answer. By default as many as the model was trained to read.
         device: auto (an accelerator where there is one, else the CPU), or a torch device.
     """
     from keyspan.inference.engine import Engine
@@ -221,7 +223,7 @@ def generate(
     pages = -(-(len(tokens) + max_tokens) // 16) + 1
     stored = find_cache_dtype(cache_dtype)
     memory = pages * PagedCache.bytes_per_page(net.config, 16, stored or net.embedding.weight.dtype)
-    engine = Engine(net, tokenizer, memory=memory, draft=draft, cache_dtype=stored)
+    engine = Engine(net, tokenizer, memory=memory, draft=draft, cache_dtype=stored, max_model_len=max_model_len)
     for event in engine.stream(tokens, sampling):
         print(event.text, end="", flush=True)
     print()

@@ -175,7 +175,11 @@ def packs(sequences: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequen
 
 
 def load_embedder(
-    folder: Path | str, dtype: str | None = None, device: str = "auto", weights: str | None = None
+    folder: Path | str,
+    dtype: str | None = None,
+    device: str = "auto",
+    weights: str | None = None,
+    longest: int | None = None,
 ) -> Embedder:
     """The encoder of a folder with what sentence-transformers' files in it say; on a CPU its weights are packed.
 
@@ -187,8 +191,9 @@ def load_embedder(
         dtype: fp32, bf16 or fp16; None for that of the config.
         device: auto, or a torch device.
         weights: int8 rounds them to 8 bits, as `GPT.pack`; None keeps them in `dtype`.
+        longest: most tokens of a text, in place of what sentence_bert_config.json says.
 
-    Raises ValueError for a folder whose modules or pooling are not supported, and as `load_encoder`.
+    Raises ValueError for a `longest` beyond the model's positions, a folder whose modules or pooling are not supported, and as `load_encoder`.
     """
     from tokenizers import Tokenizer
 
@@ -211,7 +216,11 @@ def load_embedder(
     prefix = (about.get("prompts") or {}).get(about.get("default_prompt_name"), "")
     if weights == "int8" or model.reason_against_packing() is None:
         model.pack(int8=weights == "int8")
-    longest, lower = reading.get("max_seq_length"), bool(reading.get("do_lower_case"))
+    if longest is not None and longest > model.config.longest:
+        raise ValueError(
+            f"longest: got {longest}, want at most {model.config.longest}: the model has no more positions"
+        )
+    longest, lower = longest or reading.get("max_seq_length"), bool(reading.get("do_lower_case"))
     return Embedder(model, tokenizer, pooling, normalize, longest, prefix=prefix, lower=lower)
 
 

@@ -124,6 +124,8 @@ class Engine:
         ngram: how many tokens must agree for a guess.
         cache_dtype: of keys and values; None for the weights' dtype. `torch.int8` and `torch.float8_e4m3fn` store them
             in 8 bits with a scale for each token and head: about half of the memory of 16 bits, and other answers.
+        max_model_len: most tokens of a prompt and its answer; None: as many as the model was trained to read
+            (`GPTConfig.max_positions`). More may be asked for. Memory may hold fewer.
         graphs: on a GPU, whether steps that add one token to each request are captured as CUDA graphs; a page is set
             apart for them.
 
@@ -144,13 +146,14 @@ class Engine:
         draft: int = 0,
         ngram: int = 3,
         cache_dtype: torch.dtype | None = None,
+        max_model_len: int | None = None,
         graphs: bool = True,
     ) -> None:
         for name, value, least in (
             ("page_size", page_size, 1), ("step_tokens", step_tokens, 1), ("running", running, 1),
-            ("waiting", waiting, 1), ("draft", draft, 0), ("ngram", ngram, 1),
+            ("waiting", waiting, 1), ("draft", draft, 0), ("ngram", ngram, 1), ("max_model_len", max_model_len, 1),
         ):  # fmt: skip
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}, want at least {least}")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.step_tokens, self.running_limit, self.waiting_limit = step_tokens, running, waiting
@@ -168,6 +171,13 @@ class Engine:
                 f"{1 + spare} pages of {page_size} tokens"
             )
         self.cache = PagedCache(model.config, pages, page_size, stored, weight.device, share=share, spare=spare)
+        limits = {
+            pages * page_size: "which the cache's memory holds",
+            max_model_len or model.config.max_positions or pages * page_size: "the most that the model may read",
+        }
+        self.max_model_len = min(limits)
+        """Most tokens of a prompt and its answer, by `max_model_len`, by the model and by memory."""
+        self._why_not_more = limits[self.max_model_len]
         self._graphs = DecodeGraphs(model, self.cache, running) if spare else None
         self._program: DecoderProgram | None = None
         if DecoderProgram.reason_against(model) is None:
@@ -187,7 +197,7 @@ class Engine:
         """Queue a request; returns its id.
 
         Raises:
-            ValueError: for an empty prompt, a token outside the vocabulary, a request that memory cannot hold, text
+            ValueError: for an empty prompt, a token outside the vocabulary, a request of more than `max_model_len`, text
                 without a tokenizer, an id that is in use.
             QueueFullError: where too many requests wait.
             RuntimeError: where a weight of the model, or its `invariant`, was changed since the engine was made.
@@ -199,11 +209,10 @@ class Engine:
             )
         sampling = sampling or Sampling()
         tokens = self._tokens(prompt)
-        room = self.cache.pages * self.cache.page_size
-        if len(tokens) + sampling.max_tokens > room:
+        if len(tokens) + sampling.max_tokens > self.max_model_len:
             raise ValueError(
                 f"prompt: got {len(tokens)} tokens and max_tokens = {sampling.max_tokens}, "
-                f"want at most {room} in all, which the cache's memory holds"
+                f"want at most {self.max_model_len} in all, {self._why_not_more}"
             )
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: got texts, want none without a tokenizer")

@@ -117,6 +117,9 @@ class Serve:
     encoders."""
     memory: float = 1.0
     """GiB for keys and values."""
+    max_model_len: int | None = None
+    """Most tokens of a prompt and its answer, or of a text to embed. Default: as many as the model was trained to read;
+    a decoder reads more where this says so. Longer requests are answered 400."""
     page_size: int = 16
     """Tokens a page of the cache."""
     step_tokens: int = 512
@@ -164,7 +167,9 @@ def _app(options: Serve, where: str, limits: Any, keys: tuple[str, ...]) -> Any:
 
         if options.invariant:
             raise ValueError("invariant: got True for an encoder, want False: only decoders have it")
-        embedder = load_embedder(options.model, options.dtype, options.device, options.weights)
+        embedder = load_embedder(
+            options.model, options.dtype, options.device, options.weights, longest=options.max_model_len
+        )
         embedder.step_tokens = options.step_tokens
         print(f"{name}: {embedder.model.num_parameters():,} parameters, embeddings of {embedder.dim}, {where}")
         return make_embedding_app(embedder, name, limits, keys, options.waiting)
@@ -182,9 +187,11 @@ def _app(options: Serve, where: str, limits: Any, keys: tuple[str, ...]) -> Any:
         waiting=options.waiting,
         draft=options.draft,
         cache_dtype=find_cache_dtype(options.cache_dtype),
+        max_model_len=options.max_model_len,
     )
     room = engine.cache.pages * options.page_size
-    print(f"{name}: {model.num_parameters():,} parameters, room for {room:,} tokens, {where}")
+    longest = f"{engine.max_model_len:,} in a request"
+    print(f"{name}: {model.num_parameters():,} parameters, room for {room:,} tokens, {longest}, {where}")
     return make_app(engine, name, limits, keys)
 
 

@@ -309,7 +309,7 @@ def _routes(app: FastAPI, server: _Server) -> None:
             raise ValueError("top_logprobs: got a number, want logprobs = true with it")
         if body.max_completion_tokens is not None:
             body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
-        room = server.engine.cache.pages * server.engine.cache.page_size - len(tokens)
+        room = server.engine.max_model_len - len(tokens)
         default = max(0, min(server.limits.max_tokens, room))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         each = [body.sampling(server.limits, logprobs, default, n) for n in range(body.n)]

@@ -149,6 +149,7 @@ def _read_config(raw: Raw, where: str) -> tuple[Family, GPTConfig]:
         head_dim=raw.get("head_dim") or dim // heads,
         rope_theta=rope[0],
         rope_scaling=rope[1],
+        max_positions=_max_positions(raw, name, rope[1]),
         local_rope_theta=local,
         windows=_windows(raw, family, layers, where),
         activation=known[activation],  # type: ignore[arg-type]
@@ -205,6 +206,16 @@ def _rope(raw: Raw, where: str) -> tuple[tuple[float, RopeScaling | None], float
     if local is not None and float(local) == theta and scaling is None:
         local = None
     return (theta, scaling), None if local is None else float(local)
+
+
+def _max_positions(raw: Raw, architecture: str, scaling: RopeScaling | None) -> int | None:
+    """`max_position_embeddings` with what RoPE's scaling adds to it: Llama 3's and Gemma 3's entries have it already."""
+    if scaling is not None and scaling.kind == "yarn":
+        return int(scaling.original_length * scaling.factor)
+    found: int | None = raw.get("max_position_embeddings")
+    if found is not None and scaling is not None and scaling.kind == "linear" and not architecture.startswith("Gemma3"):
+        return int(found * scaling.factor)
+    return found
 
 
 def _yarn(found: Raw, raw: Raw) -> RopeScaling:
@@ -332,8 +343,8 @@ def save(model: GPT, folder: Path | str) -> None:
     config = model.config
     plain = GPTConfig(
         config.vocab_size, config.dim, config.layers, config.heads, config.kv_heads, config.hidden, config.head_dim,
-        rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, norm_eps=config.norm_eps,
-        tie_embeddings=config.tie_embeddings, embedding_std=config.embedding_std, dropout=config.dropout,
+        rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, max_positions=config.max_positions,
+        norm_eps=config.norm_eps, tie_embeddings=config.tie_embeddings, embedding_std=config.embedding_std, dropout=config.dropout,
     )  # fmt: skip
     if plain != config:
         differing = [x for x in vars(plain) if getattr(plain, x) != getattr(config, x)]
@@ -346,9 +357,13 @@ def save(model: GPT, folder: Path | str) -> None:
     if config.rope_scaling is not None:
         r = config.rope_scaling
         scaling = {"rope_type": r.kind, "factor": r.factor}
-        if r.kind == "llama3":
+        if r.kind != "linear":
             scaling |= {"original_max_position_embeddings": r.original_length}
+        if r.kind == "llama3":
             scaling |= {"low_freq_factor": r.low_turns, "high_freq_factor": r.high_turns}
+        elif r.kind == "yarn":
+            scaling |= {"beta_slow": r.low_turns, "beta_fast": r.high_turns}
+            scaling |= {"truncate": r.whole, "attention_factor": r.magnitude}
     raw = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -370,6 +385,9 @@ def save(model: GPT, folder: Path | str) -> None:
         "eos_token_id": None,
         "dtype": dtype,
     }
+    if config.max_positions is not None:
+        scaled = config.rope_scaling is not None and config.rope_scaling.kind == "linear"
+        raw["max_position_embeddings"] = round(config.max_positions / (scaling["factor"] if scaled else 1))
     tensors: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     for source in _sources(config, FAMILIES["LlamaForCausalLM"]):

@@ -99,6 +99,7 @@ class GgufFile:
             "intermediate_size": want("feed_forward_length"),
             "head_dim": head_dim,
             "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
+            "max_position_embeddings": self.entry(f"{a}.context_length"),
             "rms_norm_eps": want("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "attention_bias": a == "llama" and "blk.0.attn_q.bias" in self._tensors,

@@ -103,6 +103,9 @@ class GPTConfig:
     positions: Positions = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    max_positions: int | None = None
+    """Most tokens of a text that the model was trained to read, with RoPE's scaling; an engine refuses longer requests
+    unless told otherwise. None: unknown."""
     windows: tuple[int | None, ...] | None = None
     """Sliding windows: per layer, how many tokens a token sees, itself included, or None for all. None: no windows."""
     local_rope_theta: float | None = None
@@ -160,6 +163,8 @@ class GPTConfig:
             len(self.windows) != self.layers or any(w is not None and w < 1 for w in self.windows)
         ):
             raise ValueError(f"windows: got {self.windows}, want {self.layers} of None or an int ≥ 1, one a layer")
+        if self.max_positions is not None and not (type(self.max_positions) is int and self.max_positions >= 1):
+            raise ValueError(f"max_positions: got {self.max_positions!r}, want an int ≥ 1 or None")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token: got {self.experts_per_token}, want 1 … experts = {self.experts}")
         if not 0 <= self.dropout < 1:
