@@ -131,9 +131,9 @@ def test_what_is_saved_is_loaded_by_transformers_and_by_us(changes, tmp_path):
     ],
 )  # fmt: skip
 def test_a_models_longest_text_is_read_with_its_scaling(architecture, scaling, want):
-    raw = {"architectures": [f"{architecture}ForCausalLM"], "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 7,
-           "num_hidden_layers": 2, "intermediate_size": 40, "query_pre_attn_scalar": 16, "rope_scaling": scaling,
-           "hidden_activation": "silu", "max_position_embeddings": 4096}  # fmt: skip
+    raw = {"architectures": [f"{architecture}ForCausalLM"], "hidden_size": 32, "num_attention_heads": 4,
+           "vocab_size": 7, "num_hidden_layers": 2, "intermediate_size": 40, "query_pre_attn_scalar": 16,
+           "rope_scaling": scaling, "max_position_embeddings": 4096}  # fmt: skip
     assert read_config(raw)[1].max_positions == want
     del raw["max_position_embeddings"]
     assert read_config(raw)[1].max_positions == (want if architecture == "Qwen2" else None)

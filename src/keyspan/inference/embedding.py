@@ -193,7 +193,8 @@ def load_embedder(
         weights: int8 rounds them to 8 bits, as `GPT.pack`; None keeps them in `dtype`.
         longest: most tokens of a text, in place of what sentence_bert_config.json says.
 
-    Raises ValueError for a `longest` beyond the model's positions, a folder whose modules or pooling are not supported, and as `load_encoder`.
+    Raises ValueError for a `longest` beyond the model's positions, a folder whose modules or pooling are not supported,
+    and as `load_encoder`.
     """
     from tokenizers import Tokenizer
 

@@ -197,8 +197,8 @@ class Engine:
         """Queue a request; returns its id.
 
         Raises:
-            ValueError: for an empty prompt, a token outside the vocabulary, a request of more than `max_model_len`, text
-                without a tokenizer, an id that is in use.
+            ValueError: for an empty prompt, a token outside the vocabulary, a request of more than `max_model_len`
+                tokens, text without a tokenizer, an id that is in use.
             QueueFullError: where too many requests wait.
             RuntimeError: where a weight of the model, or its `invariant`, was changed since the engine was made.
         """

@@ -209,7 +209,7 @@ def _rope(raw: Raw, where: str) -> tuple[tuple[float, RopeScaling | None], float
 
 
 def _max_positions(raw: Raw, architecture: str, scaling: RopeScaling | None) -> int | None:
-    """`max_position_embeddings` with what RoPE's scaling adds to it: Llama 3's and Gemma 3's entries have it already."""
+    """`max_position_embeddings` with what RoPE's scaling adds to it; Llama 3's and Gemma 3's have it already."""
     if scaling is not None and scaling.kind == "yarn":
         return int(scaling.original_length * scaling.factor)
     found: int | None = raw.get("max_position_embeddings")
@@ -344,7 +344,8 @@ def save(model: GPT, folder: Path | str) -> None:
     plain = GPTConfig(
         config.vocab_size, config.dim, config.layers, config.heads, config.kv_heads, config.hidden, config.head_dim,
         rope_theta=config.rope_theta, rope_scaling=config.rope_scaling, max_positions=config.max_positions,
-        norm_eps=config.norm_eps, tie_embeddings=config.tie_embeddings, embedding_std=config.embedding_std, dropout=config.dropout,
+        norm_eps=config.norm_eps, tie_embeddings=config.tie_embeddings, embedding_std=config.embedding_std,
+        dropout=config.dropout,
     )  # fmt: skip
     if plain != config:
         differing = [x for x in vars(plain) if getattr(plain, x) != getattr(config, x)]
