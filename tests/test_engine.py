@@ -13,7 +13,7 @@ from keyspan.inference.engine import Engine, QueueFullError
 from keyspan.inference.pages import Held, PagedCache, PagePool
 from keyspan.inference.sampling import Sampling, choose
 from keyspan.inference.tokenizer import ByteTokenizer, Detokenizer
-from keyspan.models import GPT, GPTConfig
+from keyspan.models import GPT, GPTConfig, gpt
 
 CONFIGS = {
     "plain": GPTConfig(vocab_size=29, dim=32, layers=2, heads=4, kv_heads=2, embedding_std=1.0),
@@ -123,6 +123,37 @@ def test_pages_behind_a_window_are_given_back():
     assert engine.cache.available() == 64
 
 
+@pytest.mark.parametrize("stored", [None, torch.int8])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_and_values_take_no_more_memory_than_is_given(name, stored):
+    """Nor do they move to other memory while requests come and go."""
+    for memory in (pages(9, CONFIGS[name]), pages(9, CONFIGS[name]) + 100):
+        engine = Engine(model(name), memory=memory, page_size=4, cache_dtype=stored)
+        tensors = [x for n in range(CONFIGS[name].layers) for x in engine.cache.storage(n) if x is not None]
+        taken = sum(x.nbytes for x in tensors)
+        assert memory - PagedCache.bytes_per_page(CONFIGS[name], 4, stored or torch.float32) < taken <= memory
+        places = [x.data_ptr() for x in tensors]
+        engine.generate(draw(4, 9, 13, 6, 11, 8), Sampling(max_tokens=20))
+        kept = [x for n in range(CONFIGS[name].layers) for x in engine.cache.storage(n) if x is not None]
+        assert [(x.data_ptr(), x.nbytes) for x in kept] == [(p, x.nbytes) for p, x in zip(places, tensors, strict=True)]
+
+
+def test_a_step_reads_prompts_and_writes_answers_in_one_attention_call_a_layer(monkeypatch):
+    net = model()
+    net.backend = "chunked"  # so that it runs layer by layer
+    engine = Engine(net, memory=pages(64), page_size=4, step_tokens=10)
+    calls = []
+    attend = gpt.attention
+    monkeypatch.setattr(gpt, "attention", lambda q, *a, **k: calls.append(q.shape[1]) or attend(q, *a, **k))
+    engine.add(draw(0, 3)[0], Sampling(max_tokens=9))
+    engine.step()
+    calls.clear()
+    engine.add(draw(1, 25)[0], Sampling(max_tokens=2))
+    events = [engine.step() for _ in range(3)]
+    assert calls == [10, 10, 10, 10, 8, 8], "each of two layers once: one new token, and 9 + 9 + 7 of the prompt"
+    assert [len(some) for some in events] == [1, 1, 2]
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_random_arrivals_lengths_cancels_and_memory(data):
@@ -136,8 +167,9 @@ def test_random_arrivals_lengths_cancels_and_memory(data):
     wanted, got, cancelled, ended = {}, {}, set(), {}
     for n in range(data.draw(st.integers(1, 7))):
         prompt = start[: data.draw(st.integers(0, 12))] + draw(n, data.draw(st.integers(1, 12)))[0]
-        sampling = Sampling(max_tokens=data.draw(st.integers(1, 12)))
-        wanted[engine.add(prompt, sampling, id=str(n))] = (prompt, sampling.max_tokens)
+        heat = data.draw(st.sampled_from([0.0, 12.0]))
+        sampling = Sampling(max_tokens=data.draw(st.integers(1, 12)), temperature=heat, seed=n)
+        wanted[engine.add(prompt, sampling, id=str(n))] = (prompt, sampling)
         got[str(n)] = []
         for _ in range(data.draw(st.integers(0, 4))):
             for event in engine.step():
@@ -150,8 +182,10 @@ def test_random_arrivals_lengths_cancels_and_memory(data):
         for event in engine.step():
             got[event.id] += [] if event.token is None else [event.token]
             ended[event.id] = event.finished or ended.get(event.id)
-    for id, (prompt, count) in wanted.items():
-        want = greedy(net, prompt, count)
+    for id, (prompt, sampling) in wanted.items():
+        want = greedy(net, prompt, sampling.max_tokens)
+        if sampling.temperature:
+            want = Engine(net, memory=pages(64, net.config), page_size=4).generate([prompt], sampling)[0].tokens
         assert got[id] == want[: len(got[id])]
         assert ended[id] in ({"cancelled", "length"} if id in cancelled else {"length"})
         assert id in cancelled or got[id] == want
@@ -189,12 +223,23 @@ def test_choose_draws_from_the_distribution():
     drawn = [choose(logits, Sampling(temperature=1.0), [], [], (n + 0.5) / 4000).token for n in range(4000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
     torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=1e-3)
-    few = [choose(logits, Sampling(temperature=1.0, min_p=0.3), [], [], (n + 0.5) / 100).token for n in range(100)]
-    assert set(few) == {1, 2}
+    for limit, kept in (
+        ({"min_p": 0.3}, {1, 2}),
+        ({"top_p": 0.6}, {1}),
+        ({"top_p": 0.7}, {1, 2}),
+        ({"top_p": 0.95, "top_k": 2}, {1, 2}),
+        ({"top_k": 3, "min_p": 0.2}, {1, 2}),
+    ):
+        few = [choose(logits, Sampling(temperature=1.0, **limit), [], [], (n + 0.5) / 100).token for n in range(100)]
+        assert set(few) == kept, limit
+    assert choose(logits, Sampling(temperature=1e-4), [], [], 0.999).token == 1
     assert choose(logits, Sampling(temperature=1.0, top_k=2), [], [], 1 - 1e-12).token == 2
     assert choose(logits, Sampling(repetition_penalty=4.0), [1], [], 0.0).token == 2
     assert choose(logits, Sampling(frequency_penalty=0.6), [1], [1, 1], 0.0).token == 2
     assert choose(logits, Sampling(presence_penalty=0.6), [], [1, 1], 0.0).token == 1
+    assert choose(logits, Sampling(presence_penalty=1.1), [], [1], 0.0).token == 2
+    assert choose(logits, Sampling(presence_penalty=1.1), [1], [], 0.0).token == 1, "of the prompt nothing is taken off"
+    assert choose(logits - 4, Sampling(repetition_penalty=1.6), [1], [], 0.0).token == 2, "negative ones are multiplied"
 
 
 def test_stop_texts_and_end_tokens():

