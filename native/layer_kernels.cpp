@@ -122,6 +122,13 @@ void rms_norm_backward(const RmsNorm &p, int64_t first, int64_t last, float *dwe
     float *normed = scratch, *grad = scratch + padded(D);
     for (int64_t t = first; t < last; t++) {
         read_row(normed, p.total, p.total_dtype, t, D, D);
+        if (p.residual) {
+            add_row(normed, p.residual, p.residual_dtype, t, D, D);
+            if (p.total_dtype != F32) {  // rounded as forward did
+                write_row(normed, p.dx, p.total_dtype, t, D, D);
+                read_row(normed, p.dx, p.total_dtype, t, D, D);
+            }
+        }
         read_row(grad, p.grad, p.out_dtype, t, D, D);
         const float r = p.inverse[t];
         vf products{};
@@ -138,6 +145,9 @@ void rms_norm_backward(const RmsNorm &p, int64_t first, int64_t last, float *dwe
         if (p.grad_total) add_row(grad, p.grad_total, p.total_dtype, t, D, D);
         write_row(grad, p.dx, p.total_dtype, t, D, D);
         if (p.dresidual) write_row(grad, p.dresidual, p.residual_dtype, t, D, D);
+        if (!p.out) continue;
+        for (int64_t i = 0; i < D; i += W) store(normed + i, load(normed + i) * read_some<Single>(p.weight + i, D - i));
+        write_row(normed, p.out, p.out_dtype, t, D, D);
     }
 }
 

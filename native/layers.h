@@ -8,8 +8,9 @@ namespace keyspan {
 
 // Structs as in params.h. Forward of `rms_norm` reads x, residual (or null) and weight, and writes total (where there
 // is a residual), out and inverse [T] = 1 / rms. Backward reads grad (as out), grad_total (as total; or null), weight,
-// total and inverse, and writes dx (as total), the same once more as dresidual (as residual; or null), and the sums
-// dweight [parts, D] over runs of rows (or null), the first of which becomes their total.
+// inverse and what was normed: total, or its sum with residual where that is not null. It writes dx (as total), the same
+// once more as dresidual (as residual; or null), out again (or null), and the sums dweight [parts, D] over runs of rows
+// (or null), the first of which becomes their total.
 #define KEYSPAN_RMS_NORM_FIELDS(POINTER, INT, FLOAT)                                                             \
     POINTER(const void *, x) POINTER(const void *, residual) POINTER(const float *, weight)                      \
     POINTER(void *, total) POINTER(void *, out) POINTER(float *, inverse)                                        \

@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from keyspan.layers import add_rms_norm, geglu, linear_cross_entropy, rms_norm, rotary_table, swiglu
+from keyspan.layers import (
+    Linear,
+    RMSNorm,
+    add_rms_norm,
+    gated,
+    geglu,
+    linear_cross_entropy,
+    norm_linear,
+    rms_norm,
+    rotary_table,
+    swiglu,
+)
 from keyspan.layers.rope import rotate, rotate_qkv
 from keyspan.models.gpt import GPT, GPTConfig
 
@@ -42,15 +53,36 @@ def test_rms_norm(kernels, shape, add):
     out, got_total, inverse = kernels.rms_norm(x, residual if add else None, weight, 1e-3, torch.float32)
     torch.testing.assert_close(out.double(), want.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got_total.double(), total.detach(), rtol=1e-6, atol=1e-6)
-    dx, dweight = kernels.rms_norm_backward(grad, grad_total if add else None, got_total, weight, inverse, True)
+    more = grad_total if add else None
+    dx, none, dweight, nothing = kernels.rms_norm_backward(grad, more, got_total, None, weight, inverse)
+    assert none is nothing is None
     torch.testing.assert_close(dx.double(), x64.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dweight.double(), w64.grad, rtol=1e-4, atol=1e-5)
-    assert kernels.rms_norm_backward(grad, None, got_total, weight, inverse, False)[1] is None
-    rounded = torch.full_like(residual, torch.nan, dtype=torch.bfloat16)  # the gradient of a residual in another dtype
-    more = grad_total if add else None
-    again, _ = kernels.rms_norm_backward(grad, more, got_total, weight, inverse, False, rounded)
+    assert kernels.rms_norm_backward(grad, None, got_total, None, weight, inverse, weight_too=False)[2] is None
+    again, rounded, *_ = kernels.rms_norm_backward(
+        grad, more, got_total, None, weight, inverse, weight_too=False, residual_dtype=torch.bfloat16
+    )
     assert torch.equal(again, dx)
+    assert rounded.dtype == torch.bfloat16
     assert torch.equal(rounded, dx.bfloat16())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 48), (33, 300)])
+def test_backward_adds_and_norms_again_with_the_same_bits(kernels, shape, dtypes):
+    torch.manual_seed(0)
+    x, residual, grad, grad_total = (torch.randn(shape) for _ in range(4))
+    x, grad_total = x.to(dtypes[0]), grad_total.to(dtypes[0])
+    residual, grad, weight = residual.to(dtypes[1]), grad.bfloat16(), torch.randn(shape[1])
+    out, total, inverse = kernels.rms_norm(x, residual, weight, 1e-3, torch.bfloat16)
+    of_sum, of_terms = (
+        kernels.rms_norm_backward(grad, grad_total, *what, weight, inverse, residual_dtype=torch.bfloat16, normed=True)
+        for what in ((total, None), (x, residual))
+    )
+    assert torch.equal(of_sum[3], out)
+    for a, b in zip(of_sum, of_terms, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -65,6 +97,9 @@ def test_rotary_in_place_and_back(kernels, interleaved, K, heads):
     kernels.rotate_qkv(y, *table, heads, interleaved=interleaved)
     torch.testing.assert_close(y[:, :turned], rotate(x[None, :, :turned], table, interleaved)[0])
     assert torch.equal(y[:, turned:], x[:, turned:])
+    apart = kernels.rotated_qkv(x, *table, heads, interleaved=interleaved)
+    assert all(part.is_contiguous() for part in apart)
+    assert torch.equal(torch.cat(apart, 1), y)
     parts = tuple(part.contiguous() for part in y.split(heads, 1))
     back = kernels.rotate_qkv_backward(parts, *table, interleaved=interleaved)
     torch.testing.assert_close(back, x)
@@ -155,8 +190,10 @@ def test_a_target_out_of_range_gives_nan(kernels):
 
 def run_layers_on(kernels, monkeypatch):
     """Makes the layers run these kernels, or torch's functions for None."""
-    for name in ("rmsnorm", "rope", "gated", "cross_entropy"):
-        monkeypatch.setattr(sys.modules[f"keyspan.layers.{name}"], "kernels_for", lambda *tensors: kernels)
+    for name in ("rmsnorm", "rope", "gated", "cross_entropy", "normed"):
+        monkeypatch.setattr(
+            sys.modules[f"keyspan.layers.{name}"], "kernels_for", lambda *tensors, compiled=False: kernels
+        )
 
 
 def gradients(function, inputs):
@@ -167,11 +204,22 @@ def gradients(function, inputs):
     return [*results, *torch.autograd.grad(total, inputs, allow_unused=True)]
 
 
+def _of_norm(x, y, w, residual=None, terms=False):
+    """`norm_linear` of x and the residual, with weights w of the norm and y of the linear layer."""
+    norm, layer = RMSNorm(12, 1e-3), Linear(12, 8, bias=False)
+    del norm.weight, layer.weight
+    norm.weight, layer.weight = w, y
+    return norm_linear(x, residual, norm, layer, terms)
+
+
 FUNCTIONS = {
     "rms_norm": (lambda x, y, w: rms_norm(x, w), 3),
     "add_rms_norm": (lambda x, y, w: add_rms_norm(x, y, w), 3),
     "only the norm": (lambda x, y, w: add_rms_norm(x, y, w)[0], 3),
     "only the sum": (lambda x, y, w: add_rms_norm(x, y, w)[1], 3),
+    "norm_linear": (lambda x, y, w: _of_norm(x, y, w)[0], 3),
+    "norm_linear of a sum": (lambda x, y, w: _of_norm(x, y, w, residual=y * 2), 3),
+    "norm_linear of terms": (lambda x, y, w: _of_norm(x, y, w, residual=y.bfloat16(), terms=True), 3),
     "swiglu": (lambda x, y, w: swiglu(x, y.repeat(2, 1), w[:1].repeat(16), y.t(), None), 3),
     "geglu": (lambda x, y, w: geglu(x, y.repeat(2, 1), w[:1].repeat(16), y.t(), None), 3),
     "rotary": (lambda x, y, w: rotate_qkv(x * 1, rotary_table(torch.arange(8), 2), (3, 2, 1)), 1),
@@ -212,9 +260,38 @@ def test_rotation_in_place_is_seen_by_autograd(kernels, monkeypatch):
         torch.testing.assert_close(rotate_qkv(leaf * 1, table, (3, 2, 1))[0], q.detach())
 
 
+def test_a_layer_of_a_norm_has_the_bits_of_both(kernels, monkeypatch):
+    torch.manual_seed(0)
+    run_layers_on(kernels, monkeypatch)
+    norm, layer = RMSNorm(12), Linear(12, 5)
+    x, y, g, s = torch.randn(9, 12), torch.randn(9, 12).bfloat16(), torch.randn(9, 5).bfloat16(), torch.randn(9, 12)
+    inputs = [x.requires_grad_(), y.requires_grad_(), *norm.parameters(), *layer.parameters()]
+
+    def run(call):
+        with torch.autocast("cpu", torch.bfloat16):
+            z, total = call()
+        return z, total, *torch.autograd.grad((z, total), inputs, (g, s))
+
+    def apart():
+        h, total = norm.add(x, y, torch.bfloat16)
+        return layer(h), total
+
+    want = run(apart)
+    for terms in (False, True):
+        for a, b in zip(run(lambda terms=terms: norm_linear(x, y, norm, layer, terms)), want, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        dx, dy = torch.autograd.grad(norm_linear(x, y, norm, layer, terms)[1], (x, y), s)  # of the sum alone
+        assert torch.equal(dx, s)
+        assert torch.equal(dy, s.bfloat16())
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_gpt_on_kernels_is_the_plain_gpt(precision, activation, kernels, monkeypatch):
+@pytest.mark.parametrize("products", ["the library's", "torch's"])
+def test_a_gpt_on_kernels_is_the_plain_gpt(precision, activation, products, kernels, monkeypatch):
+    if products == "torch's":  # the layers then differ too
+        monkeypatch.setattr(gated, "native", lambda *x: False)
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=11, dim=24, layers=2, heads=4, kv_heads=2, hidden=40, activation=activation)
     model = GPT(config, backend="chunked")

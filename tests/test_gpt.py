@@ -3,18 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keyspan import Alibi, Causal, Documents, KeyRanges
 from keyspan.backends.native import binding
 from keyspan.core.masks import lowering
 from keyspan.core.problem import Problem
-from keyspan.layers import Linear, linear_cross_entropy, rms_norm, rotary, swiglu
+from keyspan.layers import Linear, gated, gemm, linear_cross_entropy, rms_norm, rotary, swiglu
 from keyspan.models import GPT, GPTConfig, alibi_slopes
 from keyspan.models.experts import Experts
 from keyspan.models.gpt import Step
 
+needs_library = pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
 POSITIONS = ["rope", "alibi", "none"]
 LENGTHS = [5, 1, 9, 3]
 
@@ -269,6 +272,46 @@ def test_compiled_model_equals_the_eager_model_for_all_lengths(positions):
     assert len(graphs) == 1
 
 
+def saved_bytes(model: GPT, T: int, compiled: bool) -> int:
+    """Bytes that backward of a step of T tokens keeps, each storage once, parameters not counted."""
+    storages: dict[int, int] = {}
+
+    def see(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def partitioned(graph, inputs):
+        return aot_autograd(
+            fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+            partition_fn=min_cut_rematerialization_partition,
+        )(graph, inputs)
+
+    torch._dynamo.reset()
+    loss = torch.compile(model.loss, fullgraph=True, backend=partitioned, dynamic=False) if compiled else model.loss
+    tokens, lengths = torch.randint(23, (T,)), torch.tensor([T - 9, 5, 4])
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
+        loss(tokens, tokens, lengths).backward()
+    for p in model.parameters():
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_backward_keeps_each_tensor_of_a_layer_once(compiled, activation, monkeypatch):
+    """What is kept for a token and a layer: no norm, no gate, and one of the two sums, the other as what was added."""
+    monkeypatch.setattr(gemm, "_cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(gated, "native", lambda *x: False)  # as on a GPU, where products of a layer do not share caches
+    options = {"dim": 32, "heads": 4, "kv_heads": 2, "hidden": 80, "activation": activation}
+    few, more = ([saved_bytes(small(layers=layers, **options), T, compiled) for T in (64, 128)] for layers in (2, 3))
+    found = ((more[1] - few[1]) - (more[0] - few[0])) / 64
+    dim, qkv, hidden, heads = 32, 64, 80, 4
+    residual, added, inverse = 4 * dim, 2 * dim, 2 * 4
+    assert found == residual + added + inverse + 2 * qkv + (2 * dim + 4 * heads) + 2 * 2 * hidden
+
+
 def fake_gpu(model: GPT) -> GPT:
     """The model with fake parameters on a GPU that need not exist; without gradients, which would need torch's own."""
     for module in model.modules():
@@ -322,9 +365,6 @@ def test_the_model_compiles_for_a_gpu_without_a_graph_break(positions, monkeypat
     calls += [n for n in graphs[-1].graph.nodes if n.target is torch.ops.keyspan.attention_forward.default]
     assert [node.args[-1] for node in calls] == ["triton"] * model.config.layers
     assert [node.args[Problem._fields.index("host_row_keys")] for node in calls] == row_keys * model.config.layers
-
-
-needs_library = pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
 
 
 @needs_library

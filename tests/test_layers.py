@@ -18,6 +18,7 @@ from keyspan.layers import (
     linear,
     linear_cross_entropy,
     log_softmax,
+    norm_linear,
     rms_norm,
     rotary,
     rotary_table,
@@ -743,14 +744,21 @@ def test_layers_compile_without_a_graph_break(monkeypatch, dtype, instructions, 
     if as_torch_2_11:
         trace_as_torch_2_11(monkeypatch)
     monkeypatch.setattr(gemm, "_cpu_multiplies", lambda dtype: instructions)
+    torch._dynamo.reset()  # a graph holds what was true when it was traced
     torch.manual_seed(0)
     x, w, w12, w3 = leaves((1, 6, 2, 8), (8,), (24, 8), (8, 12))
     targets = torch.randint(0, 8, (12,))
+    norm, first, mlp = RMSNorm(8), Linear(8, 8), SwiGLU(8, 12)
 
     def layers(x: Tensor) -> Tensor:
         h = rotary(rms_norm(x, w), torch.arange(6)).flatten(0, 2)
         h = h + swiglu(linear(h, w12[:8]), w12, None, w3, None)
         h = h + geglu(add_rms_norm(h, h, w)[0], w12, None, w3, None)
+        y, h = norm_linear(h, None, norm, first)
+        turned = rotate_qkv(y, rotary_table(torch.arange(12), 2), (2, 1, 1))
+        y, h = norm_linear(h, torch.cat(turned, 2).view(12, 8), norm, first)
+        y, h = mlp.of_norm(h, y, norm)
+        h = h + y
         z = [
             linear_cross_entropy(h, w3.t(), targets.clamp(max=11), chunk=5, reduction=reduction)
             for reduction in ("mean", "none")
@@ -761,7 +769,7 @@ def test_layers_compile_without_a_graph_break(monkeypatch, dtype, instructions, 
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         want, got = layers(x), compiled(x)
     torch.testing.assert_close(got, want)
-    inputs = (x, w, w12, w3)
+    inputs = (x, w, w12, w3, *norm.parameters(), *first.parameters(), *mlp.parameters())
     # Compiled products are torch's, which sum in another order.
     for g, true in zip(*(torch.autograd.grad(loss, inputs) for loss in (got, want)), strict=True):
         error = 1e-5 if dtype == torch.float32 else 1.6e-2

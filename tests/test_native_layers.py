@@ -35,7 +35,7 @@ def test_rms_norm_rounds_once(kernels, dtype, D):
     want = F.rms_norm(total64, (D,), weight64, 1e-6)
     within_a_rounding(out, want.detach(), dtype)
     want.backward(grad.double())
-    dx, dweight = kernels.rms_norm_backward(grad, None, total, weight, inverse, True)
+    dx, _, dweight, _ = kernels.rms_norm_backward(grad, None, total, None, weight, inverse)
     torch.testing.assert_close(dx.double(), total64.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     torch.testing.assert_close(dweight.double(), weight64.grad, rtol=1e-5, atol=1e-5)
 
@@ -100,7 +100,7 @@ def test_rows_and_threads_change_no_bit(kernels, dtype):
 
     def run(rows):
         out, total, inverse = kernels.rms_norm(x[rows], residual[rows], weight, 1e-6, dtype)
-        dx, dweight = kernels.rms_norm_backward(grad[rows], grad[rows], total, weight, inverse, True)
+        dx, _, dweight, _ = kernels.rms_norm_backward(grad[rows], grad[rows], total, None, weight, inverse)
         turned = x[rows].clone().view(-1, 6, 16)
         angles = [t[rows].contiguous() for t in table]
         kernels.rotate_qkv(turned, *angles, (2, 2, 2), interleaved=False)
@@ -214,7 +214,7 @@ def test_no_rows_are_no_work(kernels):
     x, weight = torch.empty(0, 8), torch.ones(8)
     out, total, inverse = kernels.rms_norm(x, x, weight, 1e-6, torch.float32)
     assert out.shape == total.shape == (0, 8)
-    dx, dweight = kernels.rms_norm_backward(x, None, total, weight, inverse, True)
+    dx, _, dweight, _ = kernels.rms_norm_backward(x, None, total, None, weight, inverse)
     assert dx.shape == (0, 8)
     assert not dweight.any()
     assert kernels.gate(x, "silu").shape == (0, 4)

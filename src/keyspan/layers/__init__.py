@@ -4,6 +4,7 @@ from keyspan.layers.cross_entropy import linear_cross_entropy, log_softmax
 from keyspan.layers.gated import GeGLU, SwiGLU, geglu, swiglu
 from keyspan.layers.gemm import Linear, linear
 from keyspan.layers.multihead_attention import MultiheadAttention
+from keyspan.layers.normed import norm_linear
 from keyspan.layers.rmsnorm import RMSNorm, add_rms_norm, rms_norm
 from keyspan.layers.rope import rotary, rotary_table, rotate, rotate_qkv
 
@@ -18,6 +19,7 @@ __all__ = [
     "RMSNorm",
     "rms_norm",
     "add_rms_norm",
+    "norm_linear",
     "rotary",
     "rotary_table",
     "rotate",

@@ -22,6 +22,8 @@ from keyspan.layers.gemm import (
     weight_gradient,
 )  # fmt: skip
 from keyspan.layers.kernels import kernels_for
+from keyspan.layers.normed import norm_linear, recomputes
+from keyspan.layers.rmsnorm import RMSNorm
 
 Activation = Literal["silu", "gelu_tanh"]
 """Of the gate."""
@@ -66,18 +68,55 @@ class _Gated(torch.autograd.Function):
 def _backward(grad: Tensor, x: Tensor, x12: Tensor, w12: Tensor, w3: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
     """Gradients of x, w12, b12, w3 and b3, those that are needed."""
     dtype, need = ctx.dtype, ctx.needs_input_grad
-    dx12 = None
-    if any(need[:3]):
-        dx12, h = _gate_backward(input_gradient(grad, w3, dtype, dtype), x12, ctx.activation)
-    else:
-        h = _gate(x12, ctx.activation)
+    dx12, dw3 = _gate_linear_backward(grad, x12, w3, ctx, any(need[:3]), ctx.dtypes[3] if need[3] else None)
     return (
         input_gradient(dx12, w12, dtype, ctx.dtypes[0]) if dx12 is not None and need[0] else None,
         weight_gradient(dx12, x, dtype, ctx.dtypes[1]) if dx12 is not None and need[1] else None,
         bias_gradient(dx12, dtype, ctx.dtypes[2]) if dx12 is not None and need[2] else None,
-        weight_gradient(grad, h, dtype, ctx.dtypes[3]) if need[3] else None,
+        dw3,
         bias_gradient(grad, dtype, ctx.dtypes[4]) if need[4] else None,
     )
+
+
+def _gate_linear_backward(
+    grad: Tensor, x12: Tensor, w3: Tensor, ctx: Any, need_x12: bool, to: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of x12 where needed, that of w3 in the dtype `to`, or None)."""
+    dx12 = None
+    if need_x12:
+        dx12, h = _gate_backward(input_gradient(grad, w3, ctx.dtype, ctx.dtype), x12, ctx.activation)
+    else:
+        h = _gate(x12, ctx.activation)
+    return dx12, None if to is None else weight_gradient(grad, h, ctx.dtype, to)
+
+
+class _GateLinear(torch.autograd.Function):
+    """The half of a gated layer behind its first product. Saves x12."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x12: Tensor,
+        w3: Tensor,
+        b3: Tensor | None,
+        dtype: torch.dtype,
+        activation: Activation,
+        invariant: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x12, w3)
+        ctx.dtype, ctx.activation, ctx.bias_dtype = dtype, activation, None if b3 is None else b3.dtype
+        with torch.autocast(x12.device.type, enabled=False):
+            return product(_gate(x12, activation), w3, b3, dtype, invariant)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x12, w3 = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            dx12, dw3 = _gate_linear_backward(grad, x12, w3, ctx, need[0], w3.dtype if need[1] else None)
+            db3 = bias_gradient(grad, ctx.dtype, ctx.bias_dtype) if need[2] else None
+        return dx12, dw3, db3, None, None, None
 
 
 def _native_backward(
@@ -109,7 +148,7 @@ def chunks(rows: int, width: int) -> Iterator[slice]:
 
 def _gate(x12: Tensor, activation: Activation) -> Tensor:
     """f(x1) · x2 [..., D] of x12 [..., 2 D], by one kernel where there is one."""
-    kernels = kernels_for(x12)
+    kernels = kernels_for(x12, compiled=True)
     if kernels is not None:
         h: Tensor = kernels.gate(x12.reshape(-1, x12.shape[-1]), activation)
         return h.view(*x12.shape[:-1], h.shape[-1])
@@ -119,7 +158,7 @@ def _gate(x12: Tensor, activation: Activation) -> Tensor:
 
 def _gate_backward(dh: Tensor, x12: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """(gradient of x12, `_gate(x12)`), given the gradient of the latter; by one kernel where there is one."""
-    kernels = kernels_for(x12)
+    kernels = kernels_for(x12, compiled=True)
     if kernels is not None:
         rows = x12.reshape(-1, x12.shape[-1])
         dx12, h = kernels.gate_backward(dh.reshape(-1, dh.shape[-1]).contiguous(), rows, activation)
@@ -200,6 +239,21 @@ class SwiGLU(nn.Module):
         return _gated(
             x, self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias, self.activation, self.w12.invariant
         )
+
+    def of_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(`self(norm(total))`, total), see `norm_linear`, with its `terms`."""
+        w12, w3 = self.w12, self.w3
+        dtype = gemm_dtype(x)
+        # The library's products of the layer as a whole share the caches of a CPU.
+        apart = not native(dtype, x, w12.weight, w3.weight) and recomputes(x, residual, norm, w12.weight, w12.bias)
+        if not apart:
+            normed, total = norm.of_sum(x, residual, dtype)
+            return self(normed), total
+        x12, total = norm_linear(x, residual, norm, w12, terms=True)
+        y: Tensor = _GateLinear.apply(  # type: ignore[no-untyped-call]
+            x12, w3.weight, w3.bias, x12.dtype, self.activation, w3.invariant
+        )
+        return y, total
 
 
 class GeGLU(SwiGLU):

@@ -10,25 +10,41 @@ import torch
 from torch import Tensor
 
 from keyspan.core import shims
+from keyspan.layers import compiled_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
+def kernels_for(x: Tensor, *others: Tensor | None, compiled: bool = False) -> ModuleType | None:
     """`triton_kernels` or `native_kernels` of keyspan.layers for plain tensors of one device; None where torch's
     functions run.
 
-    They run under torch.compile too, which fuses them with what surrounds them, and under other modes and transforms.
+    They run under other modes and transforms, and under `torch.compile`, which fuses them with what surrounds them.
+    With `compiled` the kernels run there as ops, of `compiled_kernels`.
     """
-    if torch.compiler.is_compiling() or not shims.eager() or x.dtype not in _DTYPES:
+    compiling = torch.compiler.is_compiling()
+    if (not compiled if compiling else not shims.eager()) or x.dtype not in _DTYPES:
         return None
     given = (x, *(t for t in others if t is not None))
-    # The kernels read memory as it lies: of another device, or of a subclass, it would be no memory of theirs.
-    if not all(shims.plain(t) and t.device == x.device for t in given):
-        return None
     if any(t.is_floating_point() and t.dtype not in _DTYPES for t in given):
         return None
-    return _triton() if x.is_cuda else _native() if x.is_cpu else None
+    # The kernels read memory as it lies: of another device, or of a subclass, it would be no memory of theirs.
+    if compiling:
+        known = _has_kernels(x.device.type) and all(type(t) in shims.PLAIN and t.device == x.device for t in given)
+        return compiled_kernels if known else None
+    if not all(shims.plain(t) and t.device == x.device for t in given):
+        return None
+    return of_device(x.device.type)
+
+
+def of_device(device_type: str) -> ModuleType | None:
+    """The kernels for tensors on devices of this type, if any."""
+    return _triton() if device_type == "cuda" else _native() if device_type == "cpu" else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(device_type: str) -> bool:
+    return of_device(device_type) is not None
 
 
 @functools.cache

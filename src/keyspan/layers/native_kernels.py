@@ -6,6 +6,7 @@ Arithmetic is fp32; results are rounded once. T rows (tokens), D width, C classe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,23 +44,25 @@ def rms_norm_backward(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     inverse: Tensor,
-    weight_too: bool,
-    dresidual: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(gradient of x, gradient of weight in fp32 or None). x is what was normed; its gradient includes `grad_total`.
-
-    The gradient of x is also written to `dresidual`, in its dtype, where that is given.
-    """
+    *,
+    weight_too: bool = True,
+    residual_dtype: torch.dtype | None = None,
+    normed: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of RMSNorm, see `triton_kernels.rms_norm_backward`."""
     T, D = x.shape
     dx = torch.empty_like(x)
+    dresidual = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
+    out = torch.empty_like(grad) if normed else None
     parts = max(1, min(_PARTS, T))
     dweight = torch.empty((parts, D), dtype=torch.float32, device="cpu") if weight_too else None
-    pointers = (None, None, weight.float().contiguous(), x, None, inverse, grad, grad_total, dx, dresidual, dweight)
-    more = DTYPES[x.dtype if dresidual is None else dresidual.dtype]
-    _run("rms_norm_backward", "rms_norm", pointers, DTYPES[x.dtype], more, DTYPES[grad.dtype], T, D, parts, 0.0)
-    return dx, None if dweight is None else dweight[0].clone()
+    pointers = (None, residual, weight.float().contiguous(), x, out, inverse, grad, grad_total, dx, dresidual, dweight)
+    more = residual_dtype or (x.dtype if residual is None else residual.dtype)
+    _run("rms_norm_backward", "rms_norm", pointers, DTYPES[x.dtype], DTYPES[more], DTYPES[grad.dtype], T, D, parts, 0.0)
+    return dx, dresidual, None if dweight is None else dweight[0].clone(), out
 
 
 def rotate_qkv(x: Tensor, cosine: Tensor, sine: Tensor, heads: tuple[int, int, int], *, interleaved: bool) -> None:
@@ -71,6 +74,22 @@ def rotate_qkv(x: Tensor, cosine: Tensor, sine: Tensor, heads: tuple[int, int, i
         "rotary", "rotary", (x, None, None, cosine, sine, x), DTYPES[x.dtype], T, K,
         q + k, 0, 0, stride, 0, 0, stride, False, interleaved,
     )  # fmt: skip
+
+
+def rotated_qkv(
+    x: Tensor, cosine: Tensor, sine: Tensor, heads: Sequence[int], *, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `rotate_qkv`, to three tensors [T, heads, K] of query, key and value."""
+    T, every, K = x.shape
+    q, k, v = x.split(list(heads), 1)
+    turned = [x.new_empty(part.shape) for part in (q, k)]
+    for part, out in zip((q, k), turned, strict=True):
+        n = part.shape[1]
+        _run(
+            "rotary", "rotary", (part, None, None, cosine, sine, out), DTYPES[x.dtype], T, K,
+            n, 0, 0, every * K, 0, 0, n * K, False, interleaved,
+        )  # fmt: skip
+    return turned[0], turned[1], v.clone(memory_format=torch.contiguous_format)
 
 
 def rotate_qkv_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,51 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight, None, None
 
 
+Kept = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""What backward of a norm needs: what was normed, or x and residual [T, D]; 1 / rms [T]; weight [D]."""
+
+
+def norm_of_sum(
+    kernels: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, terms: bool
+) -> tuple[Tensor, Tensor, Kept]:
+    """(norm, x + residual, `Kept`) of x and residual [T, D].
+
+    With `terms` these two are kept where the residual has fewer bytes than the sum.
+    """
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    normed, total, inverse = kernels.rms_norm(x, residual, weight, eps, dtype)
+    terms = terms and residual is not None and residual.dtype.itemsize < x.dtype.itemsize
+    return normed, total, (x, residual, inverse, weight) if terms else (total, None, inverse, weight)
+
+
+def norm_gradients(
+    kernels: Any,
+    kept: Kept,
+    grad: Tensor,
+    grad_total: Tensor | None,
+    needs: Sequence[bool],
+    residual_dtype: torch.dtype | None,
+    normed: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(gradients of x, residual and weight, those that are needed; the norm [T, D] again where `normed`).
+
+    The gradients of the norm and of the sum are [T, D] when flat. A residual that was not there has dtype None.
+    """
+    x, residual, inverse, weight = kept
+    rounded = residual_dtype if needs[1] and residual_dtype != x.dtype else None
+    dx, dresidual, dweight, out = kernels.rms_norm_backward(
+        grad.reshape(x.shape).contiguous(),
+        None if grad_total is None else grad_total.reshape(x.shape).contiguous(),
+        x, residual, weight, inverse, weight_too=needs[2], residual_dtype=rounded, normed=normed,
+    )  # fmt: skip
+    return (
+        dx if needs[0] else None,
+        (dx if dresidual is None else dresidual) if needs[1] else None,
+        None if dweight is None else dweight.to(weight.dtype),
+        out,
+    )
+
+
 class _Fused(torch.autograd.Function):
     """(norm, x + residual) by one kernel; without a residual the norm alone."""
 
@@ -51,7 +97,7 @@ class _Fused(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         more = None if residual is None else residual.reshape(rows.shape).contiguous()
         out, total, inverse = kernels.rms_norm(rows, more, weight, eps, dtype)
-        ctx.save_for_backward(total, weight, inverse)
+        ctx.save_for_backward(total, None, inverse, weight)
         ctx.kernels, ctx.dtype = kernels, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return out.view(x.shape) if residual is None else (out.view(x.shape), total.view(x.shape))
@@ -59,28 +105,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        total, weight, inverse = ctx.saved_tensors
-        shape = next(g.shape for g in (grad, grad_total) if g is not None)
-        dweight, needs = None, ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         if grad is None:
-            dx = grad_total
-            dresidual = dx.to(ctx.dtype) if needs[1] and dx is not None else None
-        else:
-            more = None if grad_total is None else grad_total.reshape(total.shape).contiguous()
-            rows = grad.reshape(total.shape).contiguous()
-            rounded = needs[1] and ctx.dtype != total.dtype
-            dresidual = torch.empty_like(total, dtype=ctx.dtype) if rounded else None
-            dx, dweight = ctx.kernels.rms_norm_backward(rows, more, total, weight, inverse, needs[2], dresidual)
-            dx = dx.view(shape)
-            dresidual = dx if dresidual is None else dresidual.view(shape)
-        return (
-            dx if needs[0] else None,
-            dresidual if needs[1] else None,
-            None if dweight is None else dweight.to(weight.dtype),
-            None,
-            None,
-            None,
-        )
+            assert grad_total is not None  # torch calls for one of them
+            dresidual = grad_total.to(ctx.dtype) if needs[1] else None
+            return grad_total if needs[0] else None, dresidual, None, None, None, None
+        dx, dresidual, dweight, _ = norm_gradients(ctx.kernels, ctx.saved_tensors, grad, grad_total, needs, ctx.dtype)
+        dx, dresidual = (None if d is None else d.view(grad.shape) for d in (dx, dresidual))
+        return dx, dresidual, dweight, None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
@@ -152,3 +184,7 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum) of x and residual [..., dim], see `add_rms_norm`."""
         return add_rms_norm(x, residual, self.weight, self.eps, dtype)
+
+    def of_sum(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """`add`, or (norm of x, x) where residual is None."""
+        return (self(x, dtype), x) if residual is None else self.add(x, residual, dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from keyspan.layers import compiled_kernels
 from keyspan.layers.kernels import kernels_for
 
 
@@ -78,6 +79,28 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, interleaved: bo
     return rotate(x, rotary_table(positions, x.shape[-1], theta), interleaved)
 
 
+class _Rotate(torch.autograd.Function):
+    """As `_RotateInPlace` to tensors of their own, for a compiler, for which nothing is overwritten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int], interleaved: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        x = qkv.view(qkv.shape[0], sum(heads), qkv.shape[1] // sum(heads))
+        q, k, v = compiled_kernels.rotated_qkv(x, cos, sin, heads, interleaved=interleaved)
+        return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = (grad[0].contiguous() for grad in grads)
+        cos, sin = ctx.saved_tensors
+        grad = compiled_kernels.rotate_qkv_backward((q, k, v), cos, sin, interleaved=ctx.interleaved)
+        return grad.flatten(1), None, None, None, None
+
+
 class _RotateInPlace(torch.autograd.Function):
     """Query, key and value heads of a fused projection [T, (q + k + v) · K], the first two rotated where they lie."""
 
@@ -117,9 +140,13 @@ def rotate_qkv(
     """
     q, k, v = heads
     T, K = qkv.shape[0], qkv.shape[1] // (q + k + v)
-    kernels = kernels_for(qkv, *table)
+    kernels = kernels_for(qkv, *table, compiled=True)
     if kernels is not None and _in_place(qkv) and all(_is_angles(t, T, K) for t in table):
-        query, key, value = _RotateInPlace.apply(qkv, *table, (q, k, v), interleaved, kernels)  # type: ignore[no-untyped-call]
+        heads = (q, k, v)
+        if kernels is compiled_kernels:
+            query, key, value = _Rotate.apply(qkv, *table, heads, interleaved)  # type: ignore[no-untyped-call]
+        else:
+            query, key, value = _RotateInPlace.apply(qkv, *table, heads, interleaved, kernels)  # type: ignore[no-untyped-call]
         return query, key, value
     turned, value = qkv.view(1, T, q + k + v, K).split((q + k, v), dim=2)
     query, key = rotate(turned, table, interleaved).split((q, k), dim=2)

@@ -7,6 +7,7 @@ kernels are not specialised on T. Imported by the first layer that runs on a GPU
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -54,8 +55,9 @@ def rms_norm_forward_kernel(x, residual, weight, total, out, inverse, T, eps, D:
 
 
 @triton.jit
-def rms_norm_backward_kernel(grad, grad_total, x, weight, inverse, dx, dresidual, dweight, T, D: tl.constexpr,
-                             BT: tl.constexpr, BD: tl.constexpr, ADD: tl.constexpr, RESIDUAL: tl.constexpr,
+def rms_norm_backward_kernel(grad, grad_total, x, residual, weight, inverse, dx, dresidual, normed, dweight, T,
+                             D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TERMS: tl.constexpr,
+                             ADD: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr,
                              WEIGHT: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BD)  # [BD]
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
@@ -64,15 +66,24 @@ def rms_norm_backward_kernel(grad, grad_total, x, weight, inverse, dx, dresidual
         row = (tile * BT + tl.arange(0, BT)).to(tl.int64)  # [BT]
         inside = (row < T)[:, None] & (column < D)[None, :]  # [BT, BD]
         at = row[:, None] * D + column[None, :]
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
+        # All loads before the first store, which the compiler cannot move them over.
         r = tl.load(inverse + row, mask=row < T, other=0.0)  # [BT]
-        n = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * r[:, None]  # [BT, BD], the normed rows
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
+        if TERMS:
+            v += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            v = v.to(x.dtype.element_ty).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)  # [BT, BD]
+        if ADD:
+            more = tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+        n = v * r[:, None]  # [BT, BD], the normed rows
+        if NORMED:
+            tl.store(normed + at, (n * w[None, :]).to(normed.dtype.element_ty), mask=inside)
         if WEIGHT:
             sums += tl.sum(g * n, 0)
         g *= w[None, :]
         d = r[:, None] * (g - n * (tl.sum(g * n, 1) / D)[:, None])
         if ADD:
-            d += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+            d += more
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
         if RESIDUAL:
             tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=inside)
@@ -109,26 +120,42 @@ def rms_norm_backward(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     inverse: Tensor,
-    weight_too: bool,
-    dresidual: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(gradient of x, gradient of weight in fp32 or None). x is what was normed; its gradient includes `grad_total`.
+    *,
+    weight_too: bool = True,
+    residual_dtype: torch.dtype | None = None,
+    normed: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of RMSNorm, and the norm once more for who has not kept it.
 
-    The gradient of x is also written to `dresidual`, in its dtype, where that is given.
+    Args:
+        grad: [T, D], the gradient of the norm; grad_total: the other one of what was normed, or None.
+        x: [T, D], what was normed, or a term of it; residual: the other term, or None.
+        weight: [D]; inverse: fp32 [T], of `rms_norm`.
+        weight_too: whether the gradient of weight is wanted.
+        residual_dtype: of a second gradient of x, residual's where that is given; None where there is no use for it.
+        normed: whether the norm is wanted, in grad's dtype.
+
+    Returns:
+        The gradient of x, the same in `residual_dtype`, the gradient of weight in fp32, and the norm with the bits of
+        `rms_norm`; None for those that are not wanted.
     """
     T, D = x.shape
     BT, BD = _row_tile(D)
     dx = torch.empty_like(x)
+    dresidual = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
+    out = torch.empty_like(grad) if normed else None
     programs = max(1, min(_PROGRAMS, triton.cdiv(T, BT)))
     parts = torch.empty((programs, D), dtype=torch.float32, device=x.device) if weight_too else None
     with _on(x):
         rms_norm_backward_kernel[(programs,)](
-            grad, grad_total, x, weight, inverse, dx, dresidual, parts, T, D, BT, BD, grad_total is not None,
-            dresidual is not None, weight_too, num_warps=_warps(BT * BD),
+            grad, grad_total, x, residual, weight, inverse, dx, dresidual, out, parts, T, D, BT, BD,
+            residual is not None, grad_total is not None, dresidual is not None, normed, weight_too,
+            num_warps=_warps(BT * BD),
         )  # fmt: skip
-    return dx, None if parts is None else parts.sum(0)
+    return dx, dresidual, None if parts is None else parts.sum(0), out
 
 
 # Rotary embedding
@@ -156,10 +183,10 @@ def _rotate_heads(source, source_stride, target, target_stride, c, s, row, insid
 
 
 @triton.jit(do_not_specialize=["T"])
-def rotary_kernel(q, k, v, out, cosine, sine, T, q_stride, k_stride, v_stride, out_stride, Q: tl.constexpr,
-                  K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
-                  BACK: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Q heads of query, K of key and V of value, the first two rotated, one behind the other in `out`."""
+def rotary_kernel(q, k, v, to_q, to_k, to_v, cosine, sine, T, q_stride, k_stride, v_stride, to_q_stride, to_k_stride,
+                  to_v_stride, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr,
+                  BT: tl.constexpr, BH: tl.constexpr, BACK: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Q heads of query, K of key and V of value, the first two rotated, from q, k, v to to_q, to_k, to_v."""
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
     pair = tl.arange(0, BH)  # [BH]
     inside = (row < T)[:, None] & (pair < HALF)[None, :]  # [BT, BH]
@@ -168,30 +195,46 @@ def rotary_kernel(q, k, v, out, cosine, sine, T, q_stride, k_stride, v_stride, o
     s = tl.load(sine + angle, mask=inside, other=0.0)
     if BACK:
         s = -s
-    _rotate_heads(q, q_stride, out, out_stride, c, s, row, inside, Q, True, HALF, BH, INTERLEAVED)
-    out += Q * 2 * HALF
-    _rotate_heads(k, k_stride, out, out_stride, c, s, row, inside, K, True, HALF, BH, INTERLEAVED)
-    out += K * 2 * HALF
-    _rotate_heads(v, v_stride, out, out_stride, c, s, row, inside, V, False, HALF, BH, INTERLEAVED)
+    _rotate_heads(q, q_stride, to_q, to_q_stride, c, s, row, inside, Q, True, HALF, BH, INTERLEAVED)
+    _rotate_heads(k, k_stride, to_k, to_k_stride, c, s, row, inside, K, True, HALF, BH, INTERLEAVED)
+    _rotate_heads(v, v_stride, to_v, to_v_stride, c, s, row, inside, V, False, HALF, BH, INTERLEAVED)
 
 
-def _rotary_tile(T: int, K: int) -> tuple[tuple[int], int, int]:
-    """(grid, BT, BH) for T tokens and heads of K numbers."""
+def _rotate(
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    table: tuple[Tensor, Tensor],
+    heads: Sequence[int],
+    *,
+    back: bool,
+    interleaved: bool,
+) -> None:
+    """So many heads of query and key are rotated, those of value copied, from and to tensors [T, heads, K].
+
+    Heads of a token lie side by side.
+    """
+    T, _, K = sources[0].shape
     BH = triton.next_power_of_2(K // 2)
     BT = max(1, _TILE_ELEMENTS // 4 // BH)
-    return (triton.cdiv(T, BT),), BT, BH
+    with _on(table[0]):
+        rotary_kernel[(triton.cdiv(T, BT),)](
+            *sources, *targets, *table, T, *(x.stride(0) for x in (*sources, *targets)), *heads, K // 2, BT, BH, back,
+            interleaved, num_warps=2,
+        )  # fmt: skip
 
 
 def rotate_qkv(x: Tensor, cosine: Tensor, sine: Tensor, heads: tuple[int, int, int], *, interleaved: bool) -> None:
     """Rotate query and key heads of x [T, q + k + v heads, K] where they lie. Cosine and sine are fp32 [T, K / 2]."""
-    T, every, K = x.shape
-    grid, BT, BH = _rotary_tile(T, K)
-    stride = every * K
-    with _on(x):
-        rotary_kernel[grid](
-            x, x, x, x, cosine, sine, T, stride, stride, stride, stride, heads[0] + heads[1], 0, 0, K // 2, BT, BH,
-            False, interleaved, num_warps=2,
-        )  # fmt: skip
+    _rotate([x] * 3, [x] * 3, (cosine, sine), (heads[0] + heads[1], 0, 0), back=False, interleaved=interleaved)
+
+
+def rotated_qkv(
+    x: Tensor, cosine: Tensor, sine: Tensor, heads: Sequence[int], *, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `rotate_qkv`, to three tensors [T, heads, K] of query, key and value."""
+    q, k, v = (x.new_empty((len(x), n, x.shape[2])) for n in heads)
+    _rotate(x.split(heads, 1), (q, k, v), (cosine, sine), heads, back=False, interleaved=interleaved)
+    return q, k, v
 
 
 def rotate_qkv_backward(
@@ -201,12 +244,7 @@ def rotate_qkv_backward(
     T, _, K = grads[0].shape
     heads = [g.shape[1] for g in grads]
     out = grads[0].new_empty((T, sum(heads), K))
-    grid, BT, BH = _rotary_tile(T, K)
-    with _on(out):
-        rotary_kernel[grid](
-            *grads, out, cosine, sine, T, *(n * K for n in heads), sum(heads) * K, *heads, K // 2, BT, BH, True,
-            interleaved, num_warps=2,
-        )  # fmt: skip
+    _rotate(grads, out.split(heads, 1), (cosine, sine), heads, back=True, interleaved=interleaved)
     return out
 
 

@@ -24,6 +24,7 @@ from keyspan.layers import (
     SwiGLU,
     linear,
     linear_cross_entropy,
+    norm_linear,
     rotary_table,
     rotate_qkv,
 )  # fmt: skip
@@ -243,7 +244,11 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(config.heads)) if config.sinks else None
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        q, k, v = self._heads(self.qkv(x), None if step.turns is None else step.turns[self.window])
+        return self.attend(self.qkv(x), step)
+
+    def attend(self, qkv: Tensor, step: Step) -> Tensor:
+        """The result, given the projection of x to query, key and value heads [T, (H + 2 G) · K]."""
+        q, k, v = self._heads(qkv, None if step.turns is None else step.turns[self.window])
         options: dict[str, Any] = {}
         if step.cache is not None:
             k, v, key_scale, value_scale = step.cache.append(self.layer, k, v)
@@ -257,7 +262,7 @@ class Attention(nn.Module):
             q, k, v, mask=mask, bias=step.bias, scale=self.scale, softcap=self.softcap,
             sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=step.backend, **options,
         )  # fmt: skip
-        y: Tensor = self.out(out.reshape(x.shape[0], -1))
+        y: Tensor = self.out(out.reshape(qkv.shape[0], -1))
         return y
 
     def _heads(self, qkv: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,14 +297,32 @@ class Block(nn.Module):
         self.mlp = _feed_forward(config)
         self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
         self.mlp_post_norm = RMSNorm(config.dim, config.norm_eps) if config.post_norms else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = _dropout(config)
 
     def forward(self, x: Tensor, more: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         dtype = gemm_dtype(x)  # of what the linear layers round their input to
-        h, x = (self.attention_norm(x, dtype), x) if more is None else self.attention_norm.add(x, more, dtype)
-        h = self.attention(h, step)
-        h, x = self.mlp_norm.add(x, self.dropout(self.attention_post_norm(h)), dtype)
-        return x, self.dropout(self.mlp_post_norm(self.mlp(h)))
+        if _watched(self.attention):
+            h, x = self.attention_norm.of_sum(x, more, dtype)
+            h = self.attention(h, step)
+        else:
+            qkv, x = norm_linear(x, more, self.attention_norm, self.attention.qkv)
+            h = self.attention.attend(qkv, step)
+        more = self.dropout(self.attention_post_norm(h))
+        if isinstance(self.mlp, SwiGLU) and not _watched(self.mlp):
+            h, x = self.mlp.of_norm(x, more, self.mlp_norm)
+        else:
+            h, x = self.mlp_norm.add(x, more, dtype)
+            h = self.mlp(h)
+        return x, self.dropout(self.mlp_post_norm(h))
+
+
+def _dropout(config: GPTConfig) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # of nothing, it is a copy when compiled
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks see what the module takes or returns."""
+    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
 
 
 class GPT(nn.Module):
@@ -322,7 +345,7 @@ class GPT(nn.Module):
         self.config = config
         self.backend = backend
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = _dropout(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self._packed_head: PackedWeight | None = None
