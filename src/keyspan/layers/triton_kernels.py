@@ -17,8 +17,8 @@ from torch import Tensor
 
 _TILE_ELEMENTS = 4096
 """Elements that a program holds of a matrix at a time: 16 KiB of fp32 registers."""
-_PROGRAMS = 264
-"""Programs that add up RMSNorm's gradient of the weight, each over its own rows: two a processor of an H100.
+_PROGRAMS = 528
+"""Programs that add up RMSNorm's gradient of the weight, each over its own rows: four a processor of an H100.
 
 The number is fixed, so that the order of the sum does not depend on the device."""
 
@@ -91,10 +91,10 @@ def rms_norm_backward_kernel(grad, grad_total, x, residual, weight, inverse, dx,
         tl.store(dweight + tl.program_id(0) * D + column, sums, mask=column < D)
 
 
-def _row_tile(D: int) -> tuple[int, int]:
+def _row_tile(D: int, elements: int = _TILE_ELEMENTS) -> tuple[int, int]:
     """(BT, BD): rows and padded width of a tile."""
     BD = triton.next_power_of_2(D)
-    return max(1, _TILE_ELEMENTS // BD), BD
+    return max(1, elements // BD), BD
 
 
 def rms_norm(
@@ -143,7 +143,7 @@ def rms_norm_backward(
         `rms_norm`; None for those that are not wanted.
     """
     T, D = x.shape
-    BT, BD = _row_tile(D)
+    BT, BD = _row_tile(D, _TILE_ELEMENTS // 2)
     dx = torch.empty_like(x)
     dresidual = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
     out = torch.empty_like(grad) if normed else None
@@ -215,7 +215,7 @@ def _rotate(
     """
     T, _, K = sources[0].shape
     BH = triton.next_power_of_2(K // 2)
-    BT = max(1, _TILE_ELEMENTS // 4 // BH)
+    BT = max(1, _TILE_ELEMENTS // 8 // BH)
     with _on(table[0]):
         rotary_kernel[(triton.cdiv(T, BT),)](
             *sources, *targets, *table, T, *(x.stride(0) for x in (*sources, *targets)), *heads, K // 2, BT, BH, back,
@@ -297,9 +297,9 @@ def gate_backward_kernel(grad, x12, out, dx12, T, D: tl.constexpr, BT: tl.conste
     tl.store(dx12 + at + D, (g * gate).to(dx12.dtype.element_ty), mask=inside)
 
 
-def _gate_tile(T: int, D: int) -> tuple[tuple[int, int], int, int]:
-    """(grid, BT, BD) for a matrix [T, D]."""
-    BD = min(512, triton.next_power_of_2(D))
+def _gate_tile(T: int, D: int, width: int) -> tuple[tuple[int, int], int, int]:
+    """(grid, BT, BD) for a matrix [T, D], in tiles at most so wide."""
+    BD = min(width, triton.next_power_of_2(D))
     BT = max(1, _TILE_ELEMENTS // 2 // BD)
     return (triton.cdiv(T, BT), triton.cdiv(D, BD)), BT, BD
 
@@ -308,7 +308,7 @@ def gate(x12: Tensor, activation: str) -> Tensor:
     """f(x1) · x2 [T, D] of x12 [T, 2 D]; f is silu, or gelu in its tanh form."""
     T, D = x12.shape[0], x12.shape[1] // 2
     out = x12.new_empty((T, D))
-    grid, BT, BD = _gate_tile(T, D)
+    grid, BT, BD = _gate_tile(T, D, 512)
     with _on(x12):
         gate_forward_kernel[grid](x12, out, T, D, BT, BD, activation == "gelu_tanh", num_warps=4)
     return out
@@ -318,9 +318,9 @@ def gate_backward(grad: Tensor, x12: Tensor, activation: str) -> tuple[Tensor, T
     """(gradient of x12 [T, 2 D], f(x1) · x2 [T, D] computed again), given the gradient of the latter."""
     T, D = grad.shape
     out, dx12 = torch.empty_like(grad), torch.empty_like(x12)
-    grid, BT, BD = _gate_tile(T, D)
+    grid, BT, BD = _gate_tile(T, D, 2048)
     with _on(x12):
-        gate_backward_kernel[grid](grad, x12, out, dx12, T, D, BT, BD, activation == "gelu_tanh", num_warps=4)
+        gate_backward_kernel[grid](grad, x12, out, dx12, T, D, BT, BD, activation == "gelu_tanh", num_warps=8)
     return dx12, out
 
 
