@@ -3,9 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from keyspan import Alibi, Causal, Documents, KeyRanges
@@ -274,6 +272,10 @@ def test_compiled_model_equals_the_eager_model_for_all_lengths(positions):
 
 def saved_bytes(model: GPT, T: int, compiled: bool) -> int:
     """Bytes that backward of a step of T tokens keeps, each storage once, parameters not counted."""
+    # They import Triton, which the tests of kernels must do first.
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
     storages: dict[int, int] = {}
 
     def see(x: Tensor) -> Tensor:
