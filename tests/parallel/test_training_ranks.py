@@ -277,22 +277,66 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+OPTIONS = (
+    "--task sort --max-length 12 --dim 16 --layers 1 --heads 2 --kv-heads 1 --hidden 16 --tokens 96 --accumulation 2 "
+    "--warmup 2 --eval-every 1000000 --device cpu"
+)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def test_a_killed_rank_is_started_again_by_torchrun(tmp_path):
     """The run goes on from its last checkpoint, and ends with the losses of one that nobody killed."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    given = {
-        "task": "sort", "max-length": 12, "dim": 16, "layers": 1, "heads": 2, "kv-heads": 1, "hidden": 16, "tokens": 96,
-        "accumulation": 2, "steps": 6, "warmup": 2, "eval-every": 100, "checkpoint-every": 2, "device": "cpu",
-    }  # fmt: skip
-    options = [str(word) for name, value in given.items() for word in (f"--{name}", value)] + ["--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*launch, "--max-restarts", "1", str(script), "train", *options, str(tmp_path / "run")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    options = [*OPTIONS.split(), "--steps", "6", "--checkpoint-every", "2", "--out"]
+    words = [*TORCHRUN, "--max-restarts", "1", str(script), "train", *options, str(tmp_path / "run")]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "Signal 9" in done.stderr or "-9" in done.stderr
     train(parse_train([*options, str(tmp_path / "one")]), quiet=True)
     assert curve(tmp_path / "run")[0] == pytest.approx(curve(tmp_path / "one")[0], abs=1e-5)
     assert "bits" in done.stdout or "exact match" in done.stdout
     assert done.stdout.count("run folder") == 1
+
+
+def test_sigterm_to_torchrun_saves_the_run(tmp_path):
+    """As a cluster sends it before the time is up: the ranks save after the step in hand, and the run goes on."""
+    run = tmp_path / "run"
+    words = [
+        *TORCHRUN,
+        "-m",
+        "keyspan",
+        "train",
+        *OPTIONS.split(),
+        "--steps",
+        "1000000",
+        "--checkpoint-every",
+        "1000000",
+    ]
+    process = subprocess.Popen(
+        [*words, "--fsdp", "--out", str(run)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not run.exists() or len(curve(run)[0]) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    taken = curve(run)[0]
+    assert checkpoint.latest(run).name == f"step-{len(taken):08d}"
+    assert f"interrupted after step {len(taken)}" in out
+    train(replace(read_config(run), fsdp=False, resume=run, steps=len(taken) + 2), quiet=True)
+    assert curve(run)[0][: len(taken)] == taken
+    assert len(curve(run)[0]) == len(taken) + 2
