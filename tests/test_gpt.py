@@ -314,6 +314,26 @@ def test_backward_keeps_each_tensor_of_a_layer_once(compiled, activation, monkey
     assert found == residual + added + inverse + 2 * qkv + (2 * dim + 4 * heads) + 2 * 2 * hidden
 
 
+@needs_library
+def test_hooks_of_a_blocks_modules_see_their_inputs_and_change_no_bit(monkeypatch):
+    """Products with the norm before them would call neither module."""
+    monkeypatch.setattr(gated, "native", lambda *x: False)
+    model, tokens, seen = small(), draw(), []
+
+    def run():
+        loss = model.loss(tokens, tokens.roll(1), LENGTHS)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    want = run()
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    got = run()
+    assert [x.shape for x in seen] == [(len(tokens), model.config.dim)] * 2 * model.config.layers
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
 def fake_gpu(model: GPT) -> GPT:
     """The model with fake parameters on a GPU that need not exist; without gradients, which would need torch's own."""
     for module in model.modules():
