@@ -245,8 +245,8 @@ class SwiGLU(nn.Module):
         w12, w3 = self.w12, self.w3
         dtype = gemm_dtype(x)
         # The library's products of the layer as a whole share the caches of a CPU.
-        apart = not native(dtype, x, w12.weight, w3.weight) and recomputes(x, residual, norm, w12.weight, w12.bias)
-        if not apart:
+        whole = type(w3) is not Linear or native(dtype, x, w12.weight, w3.weight)
+        if whole or not recomputes(w12, x, residual, norm):
             normed, total = norm.of_sum(x, residual, dtype)
             return self(normed), total
         x12, total = norm_linear(x, residual, norm, w12, terms=True)

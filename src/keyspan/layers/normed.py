@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def norm_linear(
     Where a gradient is wanted and a `Linear` is run by fused kernels, also under `torch.compile`, backward keeps total
     and one number a row. It computes the norm again in the pass that computes the norm's gradient, with the same bits.
     """
-    if type(layer) is Linear and layer.packed is None and recomputes(x, residual, norm, layer.weight, layer.bias):
+    if recomputes(layer, x, residual, norm):
         dtype = gemm_dtype(x, weight=layer.weight, bias=layer.bias)
         found: Any = _NormLinear.apply(  # type: ignore[no-untyped-call]
             x, residual, norm.weight, layer.weight, layer.bias, norm.eps, dtype, layer.invariant, terms
@@ -76,9 +76,11 @@ def norm_linear(
     return layer(normed), total
 
 
-def recomputes(x: Tensor, residual: Tensor | None, norm: RMSNorm, *weights: Tensor | None) -> bool:
-    """Whether a layer of these weights, of a norm, is one node of autograd."""
-    given = [t for t in (residual, norm.weight, *weights) if t is not None]
+def recomputes(layer: nn.Module, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> TypeGuard[Linear]:
+    """Whether the layer of the norm is one node of autograd."""
+    if type(layer) is not Linear or layer.packed is not None:
+        return False
+    given = [t for t in (residual, norm.weight, layer.weight, layer.bias) if t is not None]
     fits = x.ndim == 2 and norm.weight.shape == x.shape[1:] and (residual is None or residual.shape == x.shape)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given))
     return fits and wanted and kernels_for(x, *given, compiled=True) is not None
