@@ -90,6 +90,13 @@ def emulated(monkeypatch):
     return ran
 
 
+@pytest.fixture(params=[512, 64], ids=["late scores", "early scores"])
+def both_forms(request, monkeypatch):
+    """All heads get the loop of narrow ones, then that of wide ones."""
+    monkeypatch.setattr(hopper, "_LEAST_EARLY_SCORES", request.param)
+    return request.param == 64
+
+
 def problem_of(case):
     return in_bfloat16(case.problem(torch.bfloat16))
 
@@ -141,9 +148,23 @@ def test_most_kinds_of_cases_fit():
 
 
 @pytest.mark.parametrize("case", FITTING, ids=lambda case: case.name)
-def test_agrees_with_reference(case, emulated):
+def test_agrees_with_reference(case, emulated, both_forms):
     agree(case)
-    assert [name for name, _ in emulated] == ["hopper_forward_kernel"]
+    ((name, form),) = emulated
+    assert (name, form.early_scores) == ("hopper_forward_kernel", both_forms)
+
+
+def test_wide_heads_have_early_scores(emulated):
+    torch.manual_seed(0)
+    for dim in (128, 136):
+        q, k, v = (torch.randn(1, 70, 2, dim) for _ in "qkv")
+        with torch.no_grad():
+            got = keyspan.attention(*(x.bfloat16() for x in (q, k, v)), mask=keyspan.Causal(), backend="triton")
+        want = keyspan.attention(
+            *(x.bfloat16().double() for x in (q, k, v)), mask=keyspan.Causal(), backend="reference"
+        )
+        assert worst(got.double(), want) < 0.02
+    assert [form.early_scores for _, form in emulated] == [False, True]
 
 
 EVERY = Needs(True, True, True, False, False, True, [])
@@ -223,13 +244,13 @@ def test_gradients_of_wide_heads(case, k_dim, v_dim, emulated, memory_is_nan, mo
 
 
 @pytest.mark.parametrize("name", ["several tiles", "shared prompt", "relative table, two ranges", "softcap"])
-def test_three_consumers(name, emulated, monkeypatch):
+def test_three_consumers(name, emulated, both_forms, monkeypatch):
     monkeypatch.setattr(hopper, "tile", lambda problem: config.TileConfig(192, 32, 4, 3, 128))
     agree(next(case for case in CASES if case.name == name))
     assert emulated[0][1].consumers == 3
 
 
-def test_programs_take_many_items(emulated, monkeypatch):
+def test_programs_take_many_items(emulated, both_forms, monkeypatch):
     # More tiles than programs: every program goes through the ring several times.
     monkeypatch.setattr(launch, "_processors", lambda device: 3)
     agree(next(case for case in CASES if case.name == "several tiles"))
@@ -242,7 +263,7 @@ def test_programs_take_many_items(emulated, monkeypatch):
     ids=["causal", "window and sinks"],
 )
 @pytest.mark.parametrize("terms", [{}, {"softcap": 5.0, "sinks": torch.tensor([0.3, 1.0])}], ids=["plain", "terms"])
-def test_bits_of_a_row_depend_on_its_document_alone(visibility, terms):
+def test_bits_of_a_row_depend_on_its_document_alone(visibility, terms, both_forms):
     torch.manual_seed(0)
     lengths = [33, 5, 150, 67]
     q, k, v = (torch.randn(1, sum(lengths), 2, 16).bfloat16() for _ in "qkv")
@@ -265,7 +286,7 @@ def test_bits_of_a_row_depend_on_its_document_alone(visibility, terms):
     assert torch.equal(twice[1:], alone)
 
 
-def test_hidden_nan_and_infinity_do_not_reach_a_row():
+def test_hidden_nan_and_infinity_do_not_reach_a_row(both_forms):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 70, 2, 16).bfloat16() for _ in "qkv")
     mask = keyspan.Documents([33, 37]) & keyspan.Causal()
@@ -278,7 +299,7 @@ def test_hidden_nan_and_infinity_do_not_reach_a_row():
     assert torch.isnan(got[:, 20:30]).all()
 
 
-def test_hidden_nan_does_not_reach_a_row_with_a_table_and_a_sink():
+def test_hidden_nan_does_not_reach_a_row_with_a_table_and_a_sink(both_forms):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 70, 2, 16).bfloat16() for _ in "qkv")
     mask = keyspan.Documents([10, 23, 37], [0, 33, 37]) & keyspan.Causal()  # the first has no keys
@@ -336,8 +357,24 @@ def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
         "no reset",
     ],
 )
-def test_the_emulator_sees_mistakes(right, wrong, monkeypatch):
+def test_the_emulator_sees_mistakes(right, wrong, both_forms, monkeypatch):
     breaks("hopper_kernels", right, wrong, monkeypatch)
+    with pytest.raises((AssertionError, TimeoutError, TypeError)):
+        agree(next(case for case in CASES if case.name == "relative table, two ranges"))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("s = warpgroup_mma_wait(1, deps=(s,))", "pass"),
+        ("begin + (t + 1) * C.BN", "begin + t * C.BN"),
+        ("s = _issued(q, keys, key_full, n + 1, zero, C)\n", "s = _issued(q, keys, key_full, n, zero, C)\n"),
+    ],
+    ids=["no wait for products", "wrong block", "wrong keys"],
+)
+def test_the_emulator_sees_mistakes_with_early_scores(right, wrong, monkeypatch):
+    breaks("hopper_kernels", right, wrong, monkeypatch)
+    monkeypatch.setattr(hopper, "_LEAST_EARLY_SCORES", 64)
     with pytest.raises((AssertionError, TimeoutError, TypeError)):
         agree(next(case for case in CASES if case.name == "relative table, two ranges"))
 

@@ -25,6 +25,8 @@ _LEAST_ROW_KEYS = 1024
 """Fewest keys that rows see on average, see `KeyRanges.row_keys`: forward with heads of up to 64, and backward, where half
 of it is enough if four query heads share a key head."""
 _MANY_ROW_KEYS = 4096
+_LEAST_EARLY_SCORES = 256
+"""Least head dimension with `Form.early_scores`: narrower heads were slower with it, but for those without ranges."""
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -172,9 +174,9 @@ def launch(
     registers = {2: (240, 24), 3: (160, 32)}[consumers]
     simple = problem.scale >= _SMALLEST and not problem.softcap and problem.slopes is None and problem.table is None
     S = 0 if problem.lo is None else problem.lo.shape[0]
-    form = Form(
-        tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, simple, problem.softcap > 0, consumers, tile.stages, *registers
-    )
+    early = max(K, V) >= _LEAST_EARLY_SCORES
+    kind = simple, problem.softcap > 0, early
+    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, *kind, consumers, tile.stages, *registers)
     unit = math.log2(math.e) if problem.table is None else 1
     score = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
     scales = Scales(*map(_single, (score, problem.softcap * unit)))
