@@ -571,8 +571,8 @@ def test_explain_says_which_kernels_run(monkeypatch):
 
 
 def test_compiles_for_sm_90():
-    """Forward: no spills in the loop over keys where heads are of up to 128, few around it. Backward: few, and nearly none
-    where each warp group has one accumulator. Nothing serialised; it fits."""
+    """Forward: no spills in the loop over keys, few with ALiBi or a table. Backward: few, and nearly none where each warp
+    group has one accumulator. Nothing serialised; it fits."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).parent
     every = ["--all"] if os.environ.get("KEYSPAN_GPU_TESTS") == "all" else []
@@ -596,8 +596,8 @@ def test_compiles_for_sm_90():
         assert kernel["serialised"] == [], name
         assert kernel["shared"] <= 227 * 1024, name
         plain = kernel["kind"] in ("full", "causal")
-        # What runs once a run of blocks, or a branch needs that few tiles take: scores near the diagonal.
-        limit = {64: 4 if plain else 40, 128: 8 if plain else 32, 256: 28 if plain else 64}[kernel["head_dim"]]
+        # A branch that few tiles take: scores near the diagonal, with ALiBi or a table.
+        limit = 0 if plain else 8
         if kernel in backward:
             # In the loops of both halves of the keys: two accumulators, scores and their gradients take 192 registers of 240.
             limit = 120
