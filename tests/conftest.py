@@ -17,3 +17,9 @@ def poisoned_memory():
     CACHE.clear()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def few_held_out_problems(monkeypatch):
+    """The last evaluation of 2000 problems would take longer than these runs."""
+    monkeypatch.setattr("keyspan.training.tasks.HELD_OUT_PROBLEMS", 60)

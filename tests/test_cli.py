@@ -1,6 +1,7 @@
 """The command line: options become a configuration, mistakes become one line, and a run goes from end to end."""
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -16,13 +17,8 @@ from keyspan import cli
 from keyspan.training.config import PRESETS, TrainConfig
 from keyspan.training.loop import load_run, read_config
 
+pytestmark = pytest.mark.usefixtures("few_held_out_problems")
 TINY = "--task sort --max-length 4 --dim 16 --tokens 128 --steps 4 --warmup 1 --device cpu"
-
-
-@pytest.fixture(autouse=True)
-def few_held_out_problems(monkeypatch):
-    """The last evaluation of 2000 problems would take longer than these runs."""
-    monkeypatch.setattr("keyspan.training.tasks.HELD_OUT_PROBLEMS", 60)
 
 
 @pytest.mark.parametrize("task", PRESETS)
@@ -203,7 +199,11 @@ def test_subpackages_are_attributes():
     code = "import sys, keyspan; assert 'keyspan.layers' not in sys.modules; print(keyspan.layers.rms_norm.__name__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "rms_norm\n"
-    assert {"layers", "training", "attention"} <= set(dir(keyspan))
+    packages = {module.name for module in pkgutil.iter_modules(keyspan.__path__) if module.ispkg}
+    assert packages | {"attention"} <= set(dir(keyspan))
+    for name in packages:
+        found = subprocess.run([sys.executable, "-c", f"import keyspan; keyspan.{name}"], check=False)
+        assert found.returncode == 0, name
     with pytest.raises(AttributeError, match="module 'keyspan' has no attribute 'lairs'"):
         keyspan.lairs  # noqa: B018
 

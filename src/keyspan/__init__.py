@@ -47,7 +47,7 @@ __all__ = [
     "__version__",
 ]
 
-_SUBPACKAGES = ("bench", "inference", "interop", "layers", "models", "ops", "testing", "training")
+_SUBPACKAGES = ("bench", "inference", "interop", "layers", "models", "ops", "parallel", "testing", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
