@@ -426,20 +426,13 @@ def merge_kernel(a, parts, peaks, totals, out, lse, splits, C: tl.constexpr):
     acc = tl.full([C.V], 0.0, tl.float32)
     l = tl.sum(acc, 0)
     m = l - INFINITY
-    STEP: tl.constexpr = 8  # parts that are read at a time: one by one each would wait for memory
-    n = tl.arange(0, STEP)
-    for first in tl.range(0, splits, STEP):
-        known = first + n < splits
-        at = (first + n) * size  # [STEP]
-        part = tl.load(parts + (at + row)[:, None] * C.v_dim + columns[None, :],
-                       mask=known[:, None] & (columns < C.v_dim)[None, :], other=0.0)  # fmt: skip
-        total = tl.load(totals + at + stat, mask=known, other=0.0)
-        peak = tl.load(peaks + at + stat, mask=known, other=-INFINITY)
-        for k in tl.static_range(STEP):
-            # Sums with zeros. A part beyond the last changes nothing: its peak is −inf.
-            m, keep, take = merge_factors(m, tl.sum(tl.where(n == k, peak, 0.0), 0), C)
-            acc = tl.fma(tl.sum(tl.where((n == k)[:, None], part, 0.0), 0), take, acc * keep)
-            l = tl.fma(tl.sum(tl.where(n == k, total, 0.0), 0), take, l * keep)
+    for n in tl.range(0, splits):
+        at = n * size
+        part = tl.load(parts + (at + row) * C.v_dim + columns, mask=columns < C.v_dim, other=0.0)
+        total = tl.load(totals + at + stat)
+        m, keep, take = merge_factors(m, tl.load(peaks + at + stat), C)
+        acc = tl.fma(part, take, acc * keep)
+        l = tl.fma(total, take, l * keep)
     acc *= output_share(l, l, a, b, heads.g, C)
     tl.store(out + row * C.v_dim + columns, acc.to(out.dtype.element_ty), mask=columns < C.v_dim)
     tl.store(lse + stat, row_lse(l, m, a, heads, C))

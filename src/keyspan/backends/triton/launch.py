@@ -121,7 +121,7 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made,
     ]  # fmt: skip
     if splits > 1 and invariant:
         given = [arguments, parts, part_lse, totals, out, lse, splits, constants]
-        launches.append((merge_kernel, (B * M * G * H,), given, config.TileConfig(0, 0, 1, 1, fusion=False)))
+        launches.append((merge_kernel, (B * M * G * H,), given, config.TileConfig(0, 0, 2, 1, fusion=False)))
     elif splits > 1:
         rows = B * M * G * H
         of_split = [
