@@ -36,8 +36,9 @@ class TileConfig(NamedTuple):
 SEGMENT = 1024
 """Keys after which sums of invariant results begin anew, which is where few rows are split: a multiple of every BN."""
 
-KERNELS = ("forward", "decode", "keys", "keys alone", "values alone", "queries", "bias", "table")
-"""Entries of the table. `forward` and `decode` are one kernel: in `decode` the rows of a tile are heads of few queries.
+KERNELS = ("forward", "invariant", "decode", "keys", "keys alone", "values alone", "queries", "bias", "table")
+"""Entries of the table. `forward`, `invariant` and `decode` are one kernel: in `decode` the rows of a tile are heads of few
+queries; `invariant` is one tile for many queries and few, as `forward` where it has no entry.
 `keys`, `keys alone` and `values alone` are one kernel: the gradients of keys and values by one launch or two, see
 `split_key_value`."""
 
@@ -106,6 +107,9 @@ _HOPPER_TERMS: dict[str, dict[str, Row]] = {
     },
 }
 
+# Invariant results of heads up to 64: with more registers there is room for two programs instead of three.
+_HOPPER_INVARIANT = dict.fromkeys(("plain", "positions"), TileConfig(64, 64, 4, 3, registers=168))
+
 # The weights of a table's ends are summed beside their gradients: registers of half a tile.
 _HOPPER_TERMS["table"] = _HOPPER_TERMS["positions"] | {
     "queries": (TileConfig(64, 64, 4, 3), *_HALF["hopper"]["queries"][1:])
@@ -150,7 +154,7 @@ def without_wgmma(kernel: str, tile: TileConfig) -> TileConfig:
     if kernel in ("bias", "table"):
         return tile._replace(BM=rows, BN=keys)
     # The gradients of keys are products of transposed tiles.
-    return tile._replace(BM=rows) if kernel in ("forward", "decode", "queries") else tile._replace(BN=keys)
+    return tile._replace(BM=rows) if kernel in ("forward", "invariant", "decode", "queries") else tile._replace(BN=keys)
 
 
 def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "plain") -> TileConfig:
@@ -172,6 +176,10 @@ def tile(kernel: str, itemsize: int, head_dim: int, family: str, terms: str = "p
         keys = 128 if itemsize == 1 else 64 if itemsize == 2 else 32
         return TileConfig(16, keys if head_dim <= 128 else max(32, keys // 2), 4, stages)
     hopper = family == "hopper"
+    if kernel == "invariant":
+        if hopper and itemsize == 2 and column == 0 and terms in _HOPPER_INVARIANT:
+            return _HOPPER_INVARIANT[terms]
+        kernel = "forward"
     tables: list[dict[str, Row]]
     if itemsize == 4:
         tables = [_HOPPER_SINGLE, _SINGLE] if hopper and terms != "loads" else [_SINGLE]

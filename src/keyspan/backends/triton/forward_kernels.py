@@ -68,10 +68,12 @@ class Softmax(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Where the sums of segments wait: pointer [programs, BM, V] or None, and the number of this program."""
+    """Where the sums of segments wait: pointer [programs, BM, V] or None, the number of this program, and which rows of the
+    tile are rows, [BM]."""
 
     pointer: Any
     program: Any
+    valid: Any
 
 
 @triton.jit
@@ -114,7 +116,7 @@ def forward_kernel(a, key_tiles, value_tiles, out, lse, totals, sums, heads_at_o
     heads = Heads(b, g, h)
     if C.segment > 0:
         state = _documents(state, a=a, q=q, factor=factor, kv=kv, heads=heads, i=i, position=position, split=split,
-                           splits=splits, kept=Kept(sums, tl.program_id(0)), C=C)  # fmt: skip
+                           splits=splits, kept=Kept(sums, tl.program_id(0), valid), C=C)  # fmt: skip
     else:
         for s in tl.static_range(max(C.S, 1)):
             rows = load_range(a, s, b, i, C)
@@ -197,7 +199,7 @@ def _sums_so_far(kept, again, C: tl.constexpr):
     """acc of the segments that are merged, 0 unless `again`."""
     # Another thread may have stored what this one reads.
     tl.debug_barrier()
-    return tl.load(_kept_sums(kept, C), mask=again, other=0.0)
+    return tl.load(_kept_sums(kept, C), mask=(again & kept.valid)[:, None], other=0.0)
 
 
 @triton.jit
@@ -274,7 +276,7 @@ def _documents(state, a, q, factor, kv, heads, i, position, split, splits, kept,
                     part_acc, part_l, part_m, part_factor = part
             if kept.pointer is not None:
                 acc, l, m = _merge_segment(kept, merged > 0, part_acc, part_l, part_m, part_factor, l, m, C)
-                tl.store(_kept_sums(kept, C), acc)
+                tl.store(_kept_sums(kept, C), acc, mask=kept.valid[:, None])
                 merged += 1
         document = tl.min(tl.where(origin > document, origin, INT32_MAX), 0)
     if kept.pointer is not None:

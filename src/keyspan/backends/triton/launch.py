@@ -40,6 +40,8 @@ _LEAST_SPLIT = 256
 """Fewest keys worth a split."""
 _LARGEST_SCRATCH = 2**28
 """Bytes that the parts of split keys may take where their number is that of segments."""
+_MOST_WAVES = 32
+"""Programs per processor of splits that fill no device."""
 _MOST_SPLITS = 65535
 """Largest second dimension of a grid."""
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -90,7 +92,7 @@ def _forward(problem: Problem, out: Tensor, lse: Tensor) -> tuple[relaunch.Made,
     if rows * triton.next_power_of_2(H) > config.MOST_ROWS_OF_MMA and not _wgmma_allowed(problem):
         rows = 0
     invariant = problem.invariant
-    tile = _tile("decode" if rows and not invariant else "forward", problem)
+    tile = _tile("invariant" if invariant else "decode" if rows else "forward", problem)
     pack = 1
     if rows and invariant:
         # One tile for all calls: the layout of another in registers has another order of sums.
@@ -740,11 +742,16 @@ def _wanted_splits(problem: Problem, programs: int, decode: bool) -> int:
 
 
 def _segments(problem: Problem, programs: int, decode: bool) -> int:
-    """The number of splits of invariant results, by how many it takes to fill the device: one for each segment, or 1."""
+    """The number of splits of invariant results, by how many it takes to fill the device: one for each segment, or 1.
+
+    Decoded rows are also split where there are enough programs, since a tile of few rows would keep sums of as many as
+    fit; not where most of many programs might find no key."""
     segments = triton.cdiv(problem.N, config.SEGMENT)
     scratch = segments * problem.query[..., 0].numel() * problem.value.shape[-1] * 4
-    split = _wanted_splits(problem, programs, decode) > 1 and scratch <= _LARGEST_SCRATCH and segments <= _MOST_SPLITS
-    return segments if split else 1
+    wanted = _wanted_splits(problem, programs, decode) > 1
+    if decode and programs * segments <= _MOST_WAVES * _processors(problem.query.device):
+        wanted = True
+    return segments if wanted and scratch <= _LARGEST_SCRATCH and segments <= _MOST_SPLITS else 1
 
 
 def _tile(kernel: str, problem: Problem) -> config.TileConfig:
