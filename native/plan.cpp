@@ -415,12 +415,19 @@ int64_t useful_threads(const Params &p, const PlanStorage &plan) {
     return (double)plan.visible_pairs * (double)(p.K + p.V) < (in_team() ? 1e5 : 2e6) ? 1 : p.threads;
 }
 
-void run_decode(const Params &, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
-    parallel_for(threads, (int64_t)plan.runs.size(), [&](int64_t unit, int64_t thread) {
-        kernels.decode(plan, plan.runs[unit], plan.scratch + thread * plan.scratch_stride);
-    });
-    parallel_for(threads, (int64_t)plan.shared.size(), [&](int64_t unit, int64_t thread) {
-        kernels.combine(plan, plan.shared[unit], plan.scratch + thread * plan.scratch_stride);
+void run_decode(const Params &p, const PlanStorage &plan, const Kernels &kernels, int64_t threads) {
+    // Results are combined in the same parallel region: whoever waits knows that another thread computes the last runs.
+    const int64_t runs = (int64_t)plan.runs.size(), combined = (int64_t)plan.shared.size() * p.G;
+    std::atomic<int64_t> left{runs};
+    parallel_for(threads, runs + combined, [&](int64_t unit, int64_t thread) {
+        char *const scratch = plan.scratch + thread * plan.scratch_stride;
+        if (unit < runs) {
+            kernels.decode(plan, plan.runs[unit], scratch);
+            left.fetch_sub(1, std::memory_order_release);
+            return;
+        }
+        for (Wait wait; left.load(std::memory_order_acquire) > 0;) wait.once();
+        kernels.combine(plan, plan.shared[(unit - runs) / p.G], (unit - runs) % p.G, scratch);
     });
 }
 

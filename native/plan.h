@@ -188,13 +188,14 @@ struct RowTile {
 };
 
 // One table for each instruction set. `pack` fills one panel of a slot; `forward`, `decode` and `backward` compute one
-// unit of work; `combine` merges the blocks of a tile that several runs have decoded; `write_key_grads` writes dk and dv.
+// unit of work; `combine` merges the blocks of a group of a tile that several runs have decoded; `write_key_grads` writes
+// dk and dv.
 // `backward` adds to sums of gradients: of keys, of values, and [H][bias_width] of biases, see BiasSums.
 struct Kernels {
     void (*pack)(const Plan &, bool backward, int64_t slot, int64_t batch, int64_t group, int64_t panel);
     void (*forward)(const Plan &, int64_t slot, int64_t batch, int64_t group, const Tile &, char *scratch);
     void (*decode)(const Plan &, const Run &, char *scratch);
-    void (*combine)(const Plan &, const Run &, char *scratch);
+    void (*combine)(const Plan &, const Run &, int64_t group, char *scratch);
     void (*backward)(const Plan &, int64_t slot, int64_t batch, int64_t group, const Chunk &, float *grad_keys,
                      float *grad_values, float *grad_biases, char *scratch);
     void (*write_key_grads)(const Plan &, int64_t batch, int64_t group, const float *grad_keys,

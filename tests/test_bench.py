@@ -9,6 +9,7 @@ import torch
 from keyspan import cli
 from keyspan.bench import attention, measure, providers
 from keyspan.bench.attention import Bench, main
+from keyspan.bench.bandwidth import fastest_turns
 from keyspan.bench.measure import NOISY, Row, compare_rates, spread
 from keyspan.bench.report import draw, line, summary, verdict
 from keyspan.bench.works import DTYPES, TABLE
@@ -118,6 +119,13 @@ def test_timings_that_spread_give_no_ratio():
     fine = [row("keyspan", NOISY), row("sdpa", NOISY, rate=0.5)]
     compare_rates(fine)
     assert fine[1].ratio == 2.0
+
+
+def test_turns_that_anything_held_up_do_not_count_beside_a_read():
+    reads = [1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    calls = [9.0, 2.0, 2.0, 2.0, 2.5, 5.0, 5.0, 5.0]  # the first was held up, and so was a read beside two others
+    assert fastest_turns(reads, calls) == [(1.0, 2.0), (1.0, 2.5)]
+    assert fastest_turns([1.0, 2.0], [4.0]) == [(1.5, 4.0)]
 
 
 def test_results_are_kept_when_interrupted(tmp_path, monkeypatch):
