@@ -147,7 +147,7 @@ def stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, st
     if grad_lse is not None:
         delta -= tl.load(grad_lse + stat, mask=i < M, other=0.0)
     at, rows = stats_pointer(a, stats, heads, C)
-    tl.store(at + i, load_lse(lse, stat, C), mask=i < M)
+    tl.store(at + i, load_lse(lse, tl.minimum(stat, bgh.to(tl.int64) * M + M - 1), C), mask=i < M)
     tl.store(at + rows + i, delta, mask=i < M)
 
 
