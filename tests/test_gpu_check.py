@@ -61,7 +61,7 @@ def test_the_documents_fill_the_work_that_is_timed():
 
 
 def test_jobs_are_known_in_other_processes():
-    jobs = checks.jobs(1)
+    jobs = checks.jobs(1, 10)
     assert pickle.loads(pickle.dumps((guarded, measure.warm, jobs))) == (guarded, measure.warm, jobs)
     began = time.time()
     with processes(1) as pool:

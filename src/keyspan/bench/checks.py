@@ -54,15 +54,55 @@ def check_case(name: str, dtype_name: str, descriptors: bool) -> dict[str, Any]:
 
 
 def check_hopper(name: str) -> dict[str, Any]:
-    """One case of the tests by the Hopper kernel, which is not chosen for a problem as small."""
+    """One case of the tests by the Hopper kernels, which are not chosen for a problem as small."""
     from keyspan.backends.triton import hopper
 
-    chosen = hopper.reason_against
-    hopper.reason_against = lambda problem: hopper.missing(problem) if hopper._runs_on(problem.query.device) else ""
+    kept = {}
+    for kernel in ("", "backward_", "keys_", "queries_"):
+        fits = getattr(hopper, f"{kernel}missing")
+        kept[f"{kernel}reason_against"] = getattr(hopper, f"{kernel}reason_against")
+
+        def reason(problem: Problem, *needs: Any, fits: Callable[..., str | None] = fits) -> str | None:
+            return fits(problem, *needs) if hopper._runs_on(problem.query.device) else "not a Hopper GPU"
+
+        setattr(hopper, f"{kernel}reason_against", reason)
     try:
         return check_case(name, "bfloat16", True)
     finally:
-        hopper.reason_against = chosen
+        for kind, chosen in kept.items():
+            setattr(hopper, kind, chosen)
+
+
+def check_repeats(name: str, runs: int) -> dict[str, Any]:
+    """Forward and backward of a large work, as a CUDA graph: whether so many runs give the same bits."""
+    from keyspan.bench.clock import as_graph
+    from keyspan.bench.providers import make
+    from keyspan.bench.works import gpu_work
+
+    dim, kind, *grouped = name.split(", ")
+    D = int(dim[1:])
+    N = 8192 if kind in ("full", "causal") else 16384  # what documents of `gpu_work` fill
+    work = gpu_work(kind, N, D, 4096 // D, 1024 // D) if grouped else gpu_work(kind, N, D)
+    x = work.inputs(torch.bfloat16, "cuda")
+    leaves = [t.requires_grad_() for t in x if t is not None]
+    attend = make("keyspan:triton", work, torch.bfloat16, torch.device("cuda"))
+    grad = torch.randn_like(x.query)
+    found: list[torch.Tensor] = []
+
+    def run() -> None:
+        out = attend(x)
+        found[:] = out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    again = as_graph(run)
+    again()
+    first = [t.clone() for t in found]
+    same = True
+    for _ in range(runs - 1):
+        for t in found:
+            t.fill_(math.nan)
+        again()
+        same &= all(map(torch.equal, first, found))
+    return {"worst": name, "share": 0.0 if all(bool(t.isfinite().all()) for t in first) else math.inf, "same": same}
 
 
 def check_large(name: str) -> dict[str, Any]:
@@ -199,12 +239,20 @@ def check_stored(name: str) -> dict[str, Any]:
     return {"worst": f"{error:.1e}", "share": error / 1e-2, "same": same}
 
 
-def jobs(every: int) -> list[tuple[Any, ...]]:
-    """The checks at real sizes and every n-th of the small ones, as a function and its arguments."""
+def jobs(every: int, repeats: int) -> list[tuple[Any, ...]]:
+    """The checks at real sizes and every n-th of the small ones, as a function and its arguments.
+
+    Args:
+        repeats: how often forward and backward of each form of the kernels run; 0 for no such check.
+    """
     from keyspan.testing.cases import CASES
 
+    large: list[tuple[Any, ...]] = []
+    if repeats:
+        kinds: tuple[str, ...] = ("causal", "full", "causal, grouped", "packed", "window", "alibi", "table")
+        large += [(check_repeats, f"{d}, {k}", repeats) for k in kinds for d in ("D128", "D64", "D256")]
     kinds = ("full", "causal", "packed", "window", "alibi", "table", "bias")
-    large: list[tuple[Any, ...]] = [(check_large, f"{d}, {k}") for k in kinds for d in ("D128", "D64", "D256")]
+    large += [(check_large, f"{d}, {k}") for k in kinds for d in ("D128", "D64", "D256")]
     large += [(check_large, f"{d}, causal") for d in ("K128 V64", "D96")]
     again = ("causal", "ranges", "decode", "fp32", "alibi", "table", "bias", "lse", "sinks")
     large += [(check_again, name) for name in again]

@@ -47,6 +47,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=520, help="seconds in all")
     parser.add_argument("--check", type=float, default=200, help="seconds for the checks; 0 for none")
     parser.add_argument("--every", type=int, default=1, help="of the checks, every n-th")
+    parser.add_argument("--repeats", type=int, default=10, help="runs of each form of the kernels, compared bit by bit")
     parser.add_argument("--quick", action="store_true", help="the most telling shapes only")
     parser.add_argument("--peers", default=",".join(("cudnn", "flash", "efficient", "flex", *OTHERS)))
     parser.add_argument("--workers", type=int, default=15)
@@ -66,7 +67,8 @@ def main(words: list[str] | None = None) -> int:
     todo = [*sorted(shapes, key=lambda work: work.sequence), gpu_work("causal", 2**14, 128, 1)]
     with processes(given.workers) as pool:
         warming = [pool.submit(guarded, warm, work, BF16[1], compiled(work, peers)) for work in todo]
-        checking = [pool.submit(guarded, *job) for job in checks.jobs(given.every)] if given.check else []
+        wanted = checks.jobs(given.every, given.repeats) if given.check else []
+        checking = [pool.submit(guarded, *job) for job in wanted]
         found = arriving(checking, min(given.check, left() - 30))
         good = checks.report(found, len(checking), given.out / "check.jsonl")
         for warmed in (job.result() for job in warming):
