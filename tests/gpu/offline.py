@@ -293,7 +293,7 @@ def hopper_main(every: bool) -> None:
         from keyspan.backends.triton import hopper, launch
 
         hopper.reason_against, hopper.backward_reason_against = hopper.missing, hopper.backward_missing
-        hopper.keys_reason_against = hopper.keys_missing
+        hopper.keys_reason_against, hopper.queries_reason_against = hopper.keys_missing, hopper.queries_missing
         needs = Needs(True, True, True, False, False, False, [])
         for D, kind in HOPPER_ALL if every else HOPPER:
             problem = problem_of(Work("bfloat16", D, kind))

@@ -58,8 +58,12 @@ def kernels(problem: Problem) -> str:
 
     needs = Needs(True, True, True, False, False, problem.sinks is not None, [False] * len(problem.biases))
     forward, backward = hopper.reason_against(problem), hopper.backward_reason_against(problem, needs)
-    if backward is not None and hopper.keys_reason_against(problem, needs) is None:
-        backward_names = f"of keys and values Hopper's, in Gluon, of queries plain Triton: {backward}"
+    parts = {
+        "queries": hopper.queries_reason_against(problem, needs),
+        "keys and values": hopper.keys_reason_against(problem, needs),
+    }
+    if backward is not None and None in parts.values():
+        backward_names = ", ".join(f"of {name} {_family_of(reason)}" for name, reason in parts.items())
     elif forward == backward is not None:
         return f"plain Triton, not Hopper's: {forward}"
     else:

@@ -93,8 +93,8 @@ _LEAST_BLOCKS = 6
 """Fewest blocks of keys for each multiprocessor: with fewer, blocks of one group wait for each other."""
 _LEAST_MASKED_BLOCKS = 1.9
 """The same where rows have ranges, each query head has a key head of its own, and heads are wider than 64."""
-_LEAST_KEY_BLOCKS = 2
-"""Fewest blocks of keys for each multiprocessor, where only their gradients come from a kernel for Hopper."""
+_LEAST_WIDE_BLOCKS = 2
+"""Fewest blocks of 64 keys, or of 64 queries, for each multiprocessor, with heads wider than 128."""
 
 
 def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
@@ -221,31 +221,47 @@ def _terms_missing(problem: Problem) -> str | None:
     return None
 
 
-def keys_missing(problem: Problem, needs: Needs) -> str | None:
-    """What of a backward pass the Hopper kernel of keys and values does not have."""
+def wide_missing(problem: Problem) -> str | None:
+    """What of a backward pass neither the Hopper kernel of queries nor that of keys and values has."""
     reason = missing(problem)
     if reason is not None:
         return reason
     dims = problem.query.shape[-1], problem.value.shape[-1]
     if max(dims) <= 128:
         return f"head dimensions are {dims[0]} and {dims[1]}, want more than 128"
-    if not (needs.key and needs.value):
-        return "not both key and value need gradients"
     return _terms_missing(problem)
+
+
+def keys_missing(problem: Problem, needs: Needs) -> str | None:
+    """What of a backward pass the Hopper kernel of keys and values does not have."""
+    return wide_missing(problem) if needs.key and needs.value else "not both key and value need gradients"
+
+
+def queries_missing(problem: Problem, needs: Needs) -> str | None:
+    """What of a backward pass the Hopper kernel of queries does not have."""
+    if not needs.query:
+        return "query needs no gradient"
+    return "slopes of ALiBi need gradients" if needs.slopes else wide_missing(problem)
 
 
 def keys_reason_against(problem: Problem, needs: Needs) -> str | None:
     """Why the plain Triton kernels compute the gradients of keys and values, and not the Hopper kernel for wide heads."""
+    B, _, G, _, _ = problem.query.shape
+    return keys_missing(problem, needs) or _wide_reason(problem, B * G * -(-problem.key.shape[1] // 64))
+
+
+def queries_reason_against(problem: Problem, needs: Needs) -> str | None:
+    """Why the plain Triton kernel computes the gradient of the query, and not the Hopper kernel for wide heads."""
+    B, M, G, H, _ = problem.query.shape
+    return queries_missing(problem, needs) or _wide_reason(problem, B * G * H * -(-M // 64))
+
+
+def _wide_reason(problem: Problem, blocks: int) -> str | None:
     if not _runs_on(problem.query.device):
         return "the device is not a GPU of compute capability 9.0 with a Triton whose Gluon has Hopper's instructions"
-    reason = keys_missing(problem, needs)
-    if reason is not None:
-        return reason
-    B, _, G, _, _ = problem.query.shape
-    blocks = B * G * -(-problem.key.shape[1] // keys_tile(problem).BN)
-    least = _LEAST_KEY_BLOCKS * _processors(problem.query.device.index)
+    least = _LEAST_WIDE_BLOCKS * _processors(problem.query.device.index)
     if blocks < least:
-        return f"there are {blocks} blocks of keys, want at least {least}, {_LEAST_KEY_BLOCKS} for each multiprocessor"
+        return f"there are {blocks} blocks of 64, want at least {least}, {_LEAST_WIDE_BLOCKS} for each multiprocessor"
     return None
 
 
@@ -284,7 +300,7 @@ def launch_backward(
     N, v_dim = problem.value.shape[1], problem.value.shape[-1]
     K = _padded(max(k_dim, v_dim))
     S = 0 if problem.lo is None else problem.lo.shape[0]
-    form = BackwardForm(tile.BM, tile.BN, K, k_dim, v_dim, H, S, tile.stages, 240, 24)
+    form = BackwardForm(tile.BM, tile.BN, K, K, k_dim, v_dim, H, S, False, tile.stages, 240, 24)
     rows = [1, 1, 1, tile.BM, K]
     items = -(-N // tile.BN) * G * B
     halves = [1, 1, tile.BN // 2, K]
@@ -344,13 +360,14 @@ def launch_keys(
         counters: `relaunch.Counters`.
         processors: how many programs run at a time.
     """
-    from keyspan.backends.triton.hopper_keys_kernels import KeysForm, hopper_keys_kernel
+    from keyspan.backends.triton.hopper_backward_kernels import BackwardForm
+    from keyspan.backends.triton.hopper_keys_kernels import hopper_keys_kernel
 
     B, M, G, H, k_dim = problem.query.shape
     N, v_dim = problem.value.shape[1], problem.value.shape[-1]
     K, V = map(_padded, (k_dim, v_dim))
     S = 0 if problem.lo is None else problem.lo.shape[0]
-    form = KeysForm(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, problem.softcap > 0, tile.stages, 240, 24)
+    form = BackwardForm(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, problem.softcap > 0, tile.stages, 240, 24)
     items = -(-N // tile.BN) * G * B
     at_once = min(B * G, max(1, _CACHED_KEYS // (M * H * (K + V) * 2)))
     given = [
@@ -371,6 +388,56 @@ def launch_keys(
         form,
     ]
     return hopper_keys_kernel, (min(items, processors),), given, tile
+
+
+def queries_tile(problem: Problem) -> Any:
+    """Queries and keys of a tile of the kernel of queries, a `config.TileConfig`."""
+    from keyspan.backends.triton.config import TileConfig
+
+    return TileConfig(128, 64, 4, 2, 168)
+
+
+def launch_queries(
+    problem: Problem,
+    arguments: Any,
+    tile: Any,
+    grad: Tensor,
+    stats: Tensor,
+    dq: Tensor,
+    broken: Tensor,
+    counters: Any,
+    processors: int,
+) -> tuple[Any, tuple[int, ...], list[Any], Any]:
+    """Kernel, grid, arguments and tile of the gradient of the query alone, which fills `dq` and `broken`; the others as of
+    `launch_keys`."""
+    from keyspan.backends.triton.hopper_kernels import ROWS, Form
+    from keyspan.backends.triton.hopper_queries_kernels import hopper_queries_kernel
+
+    B, M, G, H, k_dim = problem.query.shape
+    N, v_dim = problem.value.shape[1], problem.value.shape[-1]
+    K, V = map(_padded, (k_dim, v_dim))
+    S = 0 if problem.lo is None else problem.lo.shape[0]
+    consumers = tile.BM // ROWS.value
+    softcap = problem.softcap > 0
+    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, False, softcap, False, consumers, tile.stages, 240, 24)
+    items = B * G * H * -(-M // tile.BM)
+    at_once = min(B * G * H, max(1, _CACHED_KEYS * H // (N * (K + V) * 2)))
+    given = [
+        arguments,
+        _scales(problem),
+        _described(problem.query.permute(0, 2, 3, 1, 4), [1, 1, 1, ROWS.value, K]),
+        _described(grad.permute(0, 2, 3, 1, 4), [1, 1, 1, ROWS.value, V]),
+        _described(problem.key.transpose(1, 2), [1, 1, tile.BN, K]),
+        _described(problem.value.transpose(1, 2), [1, 1, tile.BN, V]),
+        stats,
+        dq,
+        broken,
+        counters,
+        at_once,
+        items,
+        form,
+    ]
+    return hopper_queries_kernel, (min(items, processors),), given, tile
 
 
 def _scales(problem: Problem) -> Any:

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from keyspan.backends.triton.hopper_kernels import FAR, ROWS, _diagonal, _get, _put, _range, _term, tma_load
+from keyspan.backends.triton.hopper_kernels import FAR, MOVE, ROWS, _diagonal, _get, _put, _range, _term, tma_load
 
 # Triton 3.8 renames it.
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -39,10 +39,17 @@ ORDERED = gl.constexpr("fence.proxy.async.global; mov.b32 $0, $1;")
 
 # Entries of a plan, of which there are two: the block's number, group and batch entry, how many tiles it visits, and the
 # first tile and the last plus one for each of up to three ranges.
-BLOCK, GROUP, BATCH, COUNT, START, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 16))
+BLOCK, GROUP, BATCH, COUNT, START, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 10))
 # For each of the last VISITS tiles: its number among those of all heads, by how many blocks it is visited before, and
 # whether some row does not see all keys. The adder, which comes last, is never VISITS tiles behind the loader.
-VISIT, VISITS, TILE, RANK, PARTIAL, PLAN = map(gl.constexpr, (32, 8, 0, 1, 2, 64))
+VISIT, VISITS, TILE, RANK, PARTIAL, PLAN = map(gl.constexpr, (20, 8, 0, 1, 2, 44))
+# Barriers for which the warps that compute wait: two of each in a row, one, VISITS.
+QUERY_FULL, GRAD_FULL, PLAN_FULL, KEY_FULL, VALUE_FULL, SUM_EMPTY, VISIT_FULL = map(gl.constexpr, (0, 2, 4, 6, 7, 8, 9))
+FULL = gl.constexpr(17)
+# And at which they arrive.
+QUERY_EMPTY, PLAN_EMPTY, KEY_EMPTY, VALUE_EMPTY, SUM_FULL, PLAN_NEXT, EMPTY = map(gl.constexpr, (0, 2, 4, 5, 6, 7, 8))
+GRAD_EMPTY = SUM_FULL
+"""Two, of kernels in which queries and gradients are not done with at the same time, and which make no sums."""
 EARLY = gl.constexpr(192)
 """How many queries of a block are still to be loaded when the next block is taken."""
 
@@ -55,12 +62,14 @@ class BackwardForm(NamedTuple):
     BN: int
     """Keys of a block."""
     K: int
-    """Both head dimensions padded to 64 or 128, then as they are."""
+    """Head dimensions padded to a power of two, 64 or more, then as they are. Up to 128 both are padded to the same."""
+    V: int
     k_dim: int
     v_dim: int
     H: int
     S: int
     """Ranges per row; 0 where every key is visible."""
+    softcap: bool
     stages: int
     """Tiles in the ring."""
     registers: int
@@ -97,7 +106,6 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
         broken: int32, an entry for each ROWS keys, padded to whole blocks, 0 at the start: whether their gradients have a
             NaN.
     """
-    STAGES: gl.constexpr = C.stages
     dtype: gl.constexpr = query_tiles.dtype
     queries = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, 1, C.BM, C.K], query_tiles.layout)
     grads = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, 1, C.BM, C.K], grad_tiles.layout)
@@ -107,49 +115,48 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
     scores = gl.allocate_shared_memory(dtype, [4, ROWS, C.BM], score_layout)
     sums = gl.allocate_shared_memory(gl.float32, [2, 16, 256], sum_tiles.layout)
     stats = gl.allocate_shared_memory(gl.float32, [2 * C.stages, C.BM], stat_tiles.layout)
+    staging = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.K], value_tiles.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    masks = gl.allocate_shared_memory(gl.int32, [3 * C.stages, C.BM], plain)
+    masks = gl.allocate_shared_memory(gl.int32, [C.stages, C.BM], plain)
+    diagonals = masks
+    if a.slopes is not None:
+        diagonals = gl.allocate_shared_memory(gl.float32, [C.stages, C.BM], plain)
     plan = gl.allocate_shared_memory(gl.int32, [PLAN, 1], plain)
-    key_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    visit_full = gl.allocate_shared_memory(gl.int64, [VISITS, 1], mbarrier.MBarrierLayout())
-    plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    plan_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    plan_next = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    query_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
-    query_empty = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
-    grad_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [FULL, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [EMPTY, 1], mbarrier.MBarrierLayout())
     score_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    sum_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    sum_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(key_full.index(0), count=1)
-    mbarrier.init(value_full.index(0), count=1)
-    mbarrier.init(key_empty.index(0), count=2)
-    mbarrier.init(value_empty.index(0), count=2)
-    for n in gl.static_range(STAGES):
-        # The loader itself, and what it loads.
-        mbarrier.init(query_full.index(n), count=2)
-        mbarrier.init(query_empty.index(n), count=2)
-        mbarrier.init(grad_full.index(n), count=1)
+    score_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(2):
+        # The loader itself, and what it loads.
+        mbarrier.init(full.index(QUERY_FULL + n), count=2)
+        mbarrier.init(empty.index(QUERY_EMPTY + n), count=2)
+        mbarrier.init(full.index(GRAD_FULL + n), count=1)
         mbarrier.init(score_full.index(n), count=2)
-        mbarrier.init(plan_full.index(n), count=1)
-        mbarrier.init(plan_empty.index(n), count=4)
+        mbarrier.init(score_empty.index(n), count=2)
+        mbarrier.init(full.index(PLAN_FULL + n), count=1)
+        mbarrier.init(empty.index(PLAN_EMPTY + n), count=4)
+    mbarrier.init(empty.index(PLAN_NEXT), count=1)
+    mbarrier.init(full.index(KEY_FULL), count=1)
+    mbarrier.init(empty.index(KEY_EMPTY), count=2)
+    mbarrier.init(full.index(VALUE_FULL), count=1)
+    mbarrier.init(empty.index(SUM_FULL), count=2)
+    mbarrier.init(full.index(SUM_EMPTY), count=1)
     for n in gl.static_range(VISITS):
-        mbarrier.init(visit_full.index(n), count=1)
-    mbarrier.init(plan_next.index(0), count=1)
-    mbarrier.init(sum_full.index(0), count=2)
-    mbarrier.init(sum_empty.index(0), count=1)
+        mbarrier.init(full.index(VISIT_FULL + n), count=1)
     rings = (
-        (queries, query_full, query_empty),
-        (grads, grad_full),
-        (scores, score_full),
-        (sums, sum_full, sum_empty),
-        (keys, values, key_full, value_full, key_empty, value_empty),
-        (stats, masks),
-        (plan, plan_full, plan_empty, visit_full, plan_next),
+        queries,
+        grads,
+        scores,
+        sums,
+        keys,
+        values,
+        staging,
+        (stats, masks, diagonals),
+        score_full,
+        score_empty,
+        plan,
+        full,
+        empty,
     )
     tiles = (query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles)
     gl.warp_specialize(
@@ -168,58 +175,93 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
 @gluon.jit
 def _planner(a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C: gl.constexpr):
     """Takes blocks of keys, each while the last tiles of the one before are loaded, and finds the tiles that see them."""
-    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
-    blocks = (a.N + C.BN - 1) // C.BN
+    empty = rings[-1]
     turn = 0
     running = True
     while running:
         if turn > 0:
             # Not before: other programs wait for a block that has been taken.
-            mbarrier.wait(plan_next.index(0), turn - 1 & 1)
+            mbarrier.wait(empty.index(PLAN_NEXT), turn - 1 & 1)
         item = gl.atomic_add(order, 1)
-        slot = turn % 2
-        at = (plan, slot * ENTRIES)
-        mbarrier.wait(plan_empty.index(slot), turn // 2 & 1 ^ 1)
+        _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, items, C)
         running = item < items
-        if running:
-            # Groups go through all their blocks `heads_at_once` at a time.
-            run = item // (heads_at_once * blocks)
-            inside = item - run * heads_at_once * blocks
-            groups = gl.minimum(heads_at_once, a.B * a.G - run * heads_at_once)
-            block = inside // groups
-            group = run * heads_at_once + inside % groups
-            _put(at, BLOCK, block)
-            _put(at, GROUP, group % a.G)
-            _put(at, BATCH, group // a.G)
-            count = block * 0
-            for s in gl.static_range(max(C.S, 1)):
-                start, stop, found = _visible(a, bounds, bounds_s, bounds_b, s, group // a.G, block * C.BN, C)
-                _put(at, START + 2 * s, start)
-                _put(at, START + 2 * s + 1, stop)
-                count += found
-            _put(at, COUNT, count * C.H)
-        else:
-            _put(at, COUNT, item * 0 - 1)
-        mbarrier.arrive(plan_full.index(slot), count=1)
         turn += 1
+
+
+@gluon.jit
+def _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, items, C: gl.constexpr):
+    """Plan an item, or the end where there are no more."""
+    plan, full, empty = rings[-3], rings[-2], rings[-1]
+    at = (plan, turn % 2 * ENTRIES)
+    mbarrier.wait(empty.index(PLAN_EMPTY + turn % 2), turn // 2 & 1 ^ 1)
+    if item < items:
+        blocks = (a.N + C.BN - 1) // C.BN
+        # Groups go through all their blocks `heads_at_once` at a time.
+        run = item // (heads_at_once * blocks)
+        inside = item - run * heads_at_once * blocks
+        groups = gl.minimum(heads_at_once, a.B * a.G - run * heads_at_once)
+        block = inside // groups
+        group = run * heads_at_once + inside % groups
+        _put(at, BLOCK, block)
+        _put(at, GROUP, group % a.G)
+        _put(at, BATCH, group // a.G)
+        count = block * 0
+        for s in gl.static_range(max(C.S, 1)):
+            start, stop, found = _visible(a, bounds, bounds_s, bounds_b, s, group // a.G, block * C.BN, C)
+            _put(at, START + 2 * s, start)
+            _put(at, START + 2 * s + 1, stop)
+            count += found
+        _put(at, COUNT, count * C.H)
+    else:
+        _put(at, COUNT, item * 0 - 1)
+    mbarrier.arrive(full.index(PLAN_FULL + turn % 2), count=1)
+
+
+@gluon.jit
+def _mask_of(a, s, b, i, n0, full, C: gl.constexpr):
+    """Of rows i, which keys from n0 on they see in range s, `_packed`, and how far behind n0 the keys beside them are;
+    0 where `full` and nothing depends on that."""
+    mask = i * 0
+    diagonal = mask
+    if (not full) | (a.slopes is not None):
+        row = gl.minimum(i, a.M - 1)
+        lo, hi = _range(a, s, b, row, C)
+        if a.slopes is not None:
+            diagonal = _diagonal(a, s, b, row, C) - n0
+        mask = _packed(lo - n0, hi - n0, C)
+    return mask, diagonal
+
+
+@gluon.jit
+def _load_queries(
+    a, query_tiles, stat_tiles, queries, rows, full, stage, b, g, h, tile, mask, diagonal, C: gl.constexpr
+):
+    """Load queries of a tile, and what belongs to them."""
+    stats, masks, diagonals = rows
+    masks.index(stage).store(mask)
+    if a.slopes is not None:
+        diagonals.index(stage).store(diagonal.to(gl.float32))
+    ready = full.index(QUERY_FULL + stage)
+    mbarrier.expect(ready, query_tiles.block_type.nbytes + 8 * C.BM)
+    tma_load(query_tiles, [b, g, h, tile * C.BM, 0], ready, queries.index(stage))
+    padded = (a.M + 127) // 128 * 128
+    stat = 2 * ((b * a.G + g) * C.H + h) * padded + tile * C.BM
+    tma_load(stat_tiles, [stat], ready, stats.index(2 * stage))
+    tma_load(stat_tiles, [stat + padded], ready, stats.index(2 * stage + 1))
+    mbarrier.arrive(ready, count=1)
 
 
 @gluon.jit
 def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
     """Loads each block of keys, and the tiles that see some of them."""
     query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles = tiles
-    queries, query_full, query_empty = rings[0]
-    grads, grad_full = rings[1]
-    keys, values, key_full, value_full, key_empty, value_empty = rings[4]
-    stats, masks = rings[5]
-    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
+    queries, grads, scores, sums, keys, values, staging, rows, score_full, score_empty, plan, full, empty = rings
     lanes: gl.constexpr = gl.BlockedLayout([C.BM // 32], [32], [1], [0])
     row_tiles = (a.M + C.BM - 1) // C.BM
-    padded = (a.M + 127) // 128 * 128
     turn = 0
     loaded = 0
     t = 0
-    mbarrier.wait(plan_full.index(0), 0)
+    mbarrier.wait(full.index(PLAN_FULL), 0)
     count = _get((plan, 0), COUNT)
     while count >= 0:
         entry = (plan, turn % 2 * ENTRIES)
@@ -227,70 +269,63 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
         group, n0 = b * a.G + g, block * C.BN
         missing = count > 0
         if count == 0:
-            mbarrier.arrive(plan_next.index(0), count=1)
-            # Gradients leave through the memory of the values, so that is handed over in each turn.
-            mbarrier.wait(value_empty.index(0), turn & 1 ^ 1)
-            mbarrier.arrive(value_full.index(0), count=1)
+            mbarrier.arrive(empty.index(PLAN_NEXT), count=1)
         left = count
         for s in gl.static_range(max(C.S, 1)):
             start, stop = _get(entry, START + 2 * s), _get(entry, START + 2 * s + 1)
             for x in range(stop - start):
                 tile = stop - 1 - x
-                seen, full, rank = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, tile, a, C)
+                seen, whole, rank = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, tile, a, C)
                 if seen:
                     i = tile * C.BM + gl.arange(0, C.BM, lanes)
-                    lo = i * 0
-                    width = lo
-                    diagonal = lo
-                    if (not full) | (a.slopes is not None):
-                        # Rows behind the last have no weights whatever they see, see `hopper_stats_kernel`.
-                        row = gl.minimum(i, a.M - 1)
-                        lo, hi = _range(a, s, b, row, C)
-                        if a.slopes is not None:
-                            diagonal = _diagonal(a, s, b, row, C)
-                        width = gl.maximum(hi - lo, 0)
+                    # Rows behind the last have no weights whatever they see, see `hopper_stats_kernel`.
+                    mask, diagonal = _mask_of(a, s, b, i, n0, whole, C)
                     # All heads of the group, before the next tile: blocks that end earlier wait for nobody.
                     for h in range(C.H):
                         stage = t % C.stages
                         head = group * C.H + h
-                        at = (plan, VISIT + 4 * (t % VISITS))
+                        at = (plan, VISIT + 3 * (t % VISITS))
                         if left == gl.minimum(count, EARLY // C.BM):
-                            mbarrier.arrive(plan_next.index(0), count=1)
+                            mbarrier.arrive(empty.index(PLAN_NEXT), count=1)
                         left -= 1
-                        mbarrier.wait(query_empty.index(stage), t // C.stages & 1 ^ 1)
+                        mbarrier.wait(empty.index(QUERY_EMPTY + stage), t // C.stages & 1 ^ 1)
                         _put(at, TILE, head * row_tiles + tile)
                         _put(at, RANK, rank)
-                        _put(at, PARTIAL, 1 - full.to(gl.int32))
-                        mbarrier.arrive(visit_full.index(t % VISITS), count=1)
-                        masks.index(3 * stage).store(lo)
-                        masks.index(3 * stage + 1).store(width)
-                        if a.slopes is not None:
-                            masks.index(3 * stage + 2).store(diagonal)
-                        mbarrier.expect(query_full.index(stage), query_tiles.block_type.nbytes + 8 * C.BM)
-                        tma_load(query_tiles, [b, g, h, tile * C.BM, 0], query_full.index(stage), queries.index(stage))
-                        stat = 2 * head * padded + tile * C.BM
-                        tma_load(stat_tiles, [stat], query_full.index(stage), stats.index(2 * stage))
-                        tma_load(stat_tiles, [stat + padded], query_full.index(stage), stats.index(2 * stage + 1))
-                        mbarrier.arrive(query_full.index(stage), count=1)
-                        mbarrier.expect(grad_full.index(stage), grad_tiles.block_type.nbytes)
-                        tma_load(grad_tiles, [b, g, h, tile * C.BM, 0], grad_full.index(stage), grads.index(stage))
+                        _put(at, PARTIAL, 1 - whole.to(gl.int32))
+                        mbarrier.arrive(full.index(VISIT_FULL + t % VISITS), count=1)
+                        _load_queries(
+                            a, query_tiles, stat_tiles, queries, rows, full, stage, b, g, h, tile, mask, diagonal, C
+                        )
+                        mbarrier.expect(full.index(GRAD_FULL + stage), grad_tiles.block_type.nbytes)
+                        tma_load(
+                            grad_tiles, [b, g, h, tile * C.BM, 0], full.index(GRAD_FULL + stage), grads.index(stage)
+                        )
                         t += 1
                         if missing:
-                            # Only now, for the keys of the block before are in use until its last product.
-                            mbarrier.wait(key_empty.index(0), loaded & 1 ^ 1)
-                            mbarrier.expect(key_full.index(0), 2 * key_tiles.block_type.nbytes)
+                            # The last to read the values before was the tile before this.
+                            last = t - 2 + C.stages
+                            mbarrier.wait(empty.index(QUERY_EMPTY + last % C.stages), last // C.stages & 1 ^ 1)
+                            mbarrier.expect(full.index(VALUE_FULL), 2 * value_tiles.block_type.nbytes)
                             for n in gl.static_range(2):
-                                tma_load(key_tiles, [b, g, n0 + n * ROWS, 0], key_full.index(0), keys.index(n))
-                            mbarrier.wait(value_empty.index(0), turn & 1 ^ 1)
-                            mbarrier.expect(value_full.index(0), 2 * value_tiles.block_type.nbytes)
+                                tma_load(value_tiles, [b, g, n0 + n * ROWS, 0], full.index(VALUE_FULL), values.index(n))
+                            # Keys are in use until the block's last product.
+                            mbarrier.wait(empty.index(KEY_EMPTY), loaded & 1 ^ 1)
+                            mbarrier.expect(full.index(KEY_FULL), 2 * key_tiles.block_type.nbytes)
                             for n in gl.static_range(2):
-                                tma_load(value_tiles, [b, g, n0 + n * ROWS, 0], value_full.index(0), values.index(n))
+                                tma_load(key_tiles, [b, g, n0 + n * ROWS, 0], full.index(KEY_FULL), keys.index(n))
                             missing = False
                             loaded += 1
-        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        mbarrier.arrive(empty.index(PLAN_EMPTY + turn % 2), count=1)
         turn += 1
-        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        mbarrier.wait(full.index(PLAN_FULL + turn % 2), turn // 2 & 1)
         count = _get((plan, turn % 2 * ENTRIES), COUNT)
+
+
+@gluon.jit
+def _packed(lo, hi, C: gl.constexpr):
+    """The first key that a row sees of a block, and, in the upper half, how many it sees."""
+    lo = gl.maximum(gl.minimum(lo, C.BN), 0)
+    return lo + (gl.maximum(gl.minimum(hi, C.BN) - lo, 0) << 16)
 
 
 @gluon.jit
@@ -343,14 +378,10 @@ def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, tile, a
 @gluon.jit
 def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C: gl.constexpr):
     """dk and dv of one half of the block's keys, and what all its keys add to one half of dq: of the rows of a tile where
-    there are 128, else of the columns."""
-    queries, query_full, query_empty = rings[0]
-    grads, grad_full = rings[1]
-    scores, score_full = rings[2]
-    sums, sum_full, sum_empty = rings[3]
-    keys, values, key_full, value_full, key_empty, value_empty = rings[4]
-    stats, masks = rings[5]
-    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
+    there are 128, else of the columns. With 128 rows that is computed one tile late, so that the two halves do not wait
+    for each other's gradients of scores; with 64 the tensor cores would wait for operands instead."""
+    LATE: gl.constexpr = C.BM > 64
+    queries, grads, scores, sums, keys, values, staging, rows, score_full, score_empty, plan, full, empty = rings
     dtype: gl.constexpr = queries.dtype
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     K_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.K, 16])
@@ -362,82 +393,118 @@ def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C
     filled = 0
     turn = 0
     loaded = 0
-    mbarrier.wait(plan_full.index(0), 0)
+    mbarrier.wait(full.index(PLAN_FULL), 0)
     count = _get((plan, 0), COUNT)
     while count >= 0:
         entry = (plan, turn % 2 * ENTRIES)
         block, g, b = _get(entry, BLOCK), _get(entry, GROUP), _get(entry, BATCH)
         first = (block * 2 + ME) * ROWS
-        j = gl.expand_dims(first + gl.arange(0, ROWS, gl.SliceLayout(1, S_L)), 1)
+        j = gl.expand_dims(ME * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L)), 1)
         dk_acc = gl.full([ROWS, C.K], 0.0, gl.float32, K_L)
         dv_acc = gl.full([ROWS, C.K], 0.0, gl.float32, K_L)
-        k = keys.index(ME).reshape([ROWS, C.K])
-        v = values.index(ME).reshape([ROWS, C.K])
         if count > 0:
-            mbarrier.wait(key_full.index(0), loaded & 1)
+            mbarrier.wait(full.index(KEY_FULL), loaded & 1)
             stage = filled % C.stages
-            mbarrier.wait(query_full.index(stage), filled // C.stages & 1)
+            mbarrier.wait(full.index(QUERY_FULL + stage), filled // C.stages & 1)
+            k = keys.index(ME).reshape([ROWS, C.K])
             q = queries.index(stage).reshape([C.BM, C.K])
             s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(value_full.index(0), turn & 1)
+            mbarrier.wait(full.index(VALUE_FULL), loaded & 1)
             s = warpgroup_mma_wait(0, deps=(s,))
             for x in range(count):
                 t = filled + x
                 stage = t % C.stages
                 q = queries.index(stage).reshape([C.BM, C.K])
-                mbarrier.wait(grad_full.index(stage), t // C.stages & 1)
+                mbarrier.wait(full.index(GRAD_FULL + stage), t // C.stages & 1)
                 do = grads.index(stage).reshape([C.BM, C.K])
+                me = _opaque(ME, t)
+                v = values.index(me).reshape([ROWS, C.K])
                 dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                partial = _get((plan, VISIT + 4 * (t % VISITS)), PARTIAL) != 0
+                partial = _get((plan, VISIT + 3 * (t % VISITS)), PARTIAL) != 0
                 h = x % C.H
-                p = _weights(s * score_scale, a, stats, 2 * stage, masks, 3 * stage, partial, j, b, g, h, S_L)
+                p = _weights(s, score_scale, a, rows, stage, partial, j, b, g, h, S_L)
                 weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, K_L, 2))
                 dv_acc = warpgroup_mma(weights, do, dv_acc, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-                ds = _score_gradients(p, dp, stats, 2 * stage, S_L).to(dtype)
-                # Whoever is here has seen the last products of the step before the last, which read the same memory.
+                ds = _score_gradients(p, dp, rows, stage, S_L).to(dtype)
+                if LATE:
+                    mbarrier.wait(score_empty.index(t % 2), t // 2 & 1 ^ 1)
+                # Else: who is here has seen the last products of the step before the last, which read the same memory.
                 scores.index(t % 2 * 2 + ME).store(ds)
                 fence_async_shared()
                 mbarrier.arrive(score_full.index(t % 2), count=1)
                 ds = gl.convert_layout(ds, gl.DotOperandLayout(0, K_L, 2))
                 dk_acc = warpgroup_mma(ds, q, dk_acc, is_async=True)
-                mbarrier.wait(score_full.index(t % 2), t // 2 & 1)
-                dq = nothing
-                for half in gl.static_range(2):
-                    left = scores.index(t % 2 * 2 + half).slice(row, 64, 1).permute((1, 0))
-                    right = keys.index(half).reshape([ROWS, C.K]).slice(column, 64, 1)
-                    dq = warpgroup_mma(left, right, dq, use_acc=half > 0, is_async=True)
+                if LATE:
+                    # Of the tile before; of no use in a block's first step.
+                    mbarrier.wait(score_full.index((t + 1) % 2), (t + 1) // 2 & 1 ^ 1)
+                    dq = _products(scores, keys, (t + 1) % 2, row, column, nothing, C)
+                else:
+                    mbarrier.wait(score_full.index(t % 2), t // 2 & 1)
+                    dq = _products(scores, keys, t % 2, row, column, nothing, C)
                 # Products read left operands from registers until they are waited for.
                 dv_acc, weights, dk_acc, ds = warpgroup_mma_wait(2, deps=(dv_acc, weights, dk_acc, ds))
-                mbarrier.arrive(query_empty.index(stage), count=1)
+                mbarrier.arrive(empty.index(QUERY_EMPTY + stage), count=1)
                 # The next scores, of anything after the last tile.
                 stage = (t + 1) % C.stages
                 if x + 1 < count:
-                    mbarrier.wait(query_full.index(stage), (t + 1) // C.stages & 1)
+                    mbarrier.wait(full.index(QUERY_FULL + stage), (t + 1) // C.stages & 1)
+                k = keys.index(me).reshape([ROWS, C.K])
                 q = queries.index(stage).reshape([C.BM, C.K])
                 s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 dq = warpgroup_mma_wait(1, deps=(dq,))
-                mbarrier.wait(sum_empty.index(0), t & 1 ^ 1)
-                sums.index(ME).store(_in_order(dq))
-                fence_async_shared()
-                mbarrier.arrive(sum_full.index(0), count=1)
+                if LATE:
+                    if x > 0:
+                        mbarrier.arrive(score_empty.index((t + 1) % 2), count=1)
+                        _hand_over(dq, sums, full, empty, t - 1, ME)
+                else:
+                    _hand_over(dq, sums, full, empty, t, ME)
                 s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(key_empty.index(0), count=1)
+            if LATE:
+                t = filled + count - 1
+                mbarrier.wait(score_full.index(t % 2), t // 2 & 1)
+                dq = _products(scores, keys, t % 2, row, column, nothing, C)
+                dq = warpgroup_mma_wait(0, deps=(dq,))
+                mbarrier.arrive(score_empty.index(t % 2), count=1)
+                mbarrier.arrive(empty.index(KEY_EMPTY), count=1)
+                _hand_over(dq, sums, full, empty, t, ME)
+            else:
+                mbarrier.arrive(empty.index(KEY_EMPTY), count=1)
             loaded += 1
-        else:
-            mbarrier.wait(value_full.index(0), turn & 1)
-        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        mbarrier.arrive(empty.index(PLAN_EMPTY + turn % 2), count=1)
         # NaN if a gradient is, or infinite, which the repair does not change.
         bad = gl.sum(dv_acc * 0.0, 1) + gl.sum(dk_acc * 0.0, 1)
         at = broken + ((b * a.G + g) * ((a.N + C.BN - 1) // C.BN) + block) * 2 + ME
         gl.store(at + gl.arange(0, ROWS, gl.SliceLayout(1, K_L)) * 0, 1, mask=bad != bad)
-        _leave(dv_tiles, dv_acc.to(dtype), values.index(ME), b, g, first, C)
-        _leave(dk_tiles, (dk_acc * a.scale).to(dtype), values.index(ME), b, g, first, C)
-        mbarrier.arrive(value_empty.index(0), count=1)
+        _wait_read()
+        _leave(dv_tiles, dv_acc.to(dtype), staging.index(ME), b, g, first, C)
+        _wait_read()
+        _leave(dk_tiles, (dk_acc * a.scale).to(dtype), staging.index(ME), b, g, first, C)
         filled += count
         turn += 1
-        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        mbarrier.wait(full.index(PLAN_FULL + turn % 2), turn // 2 & 1)
         count = _get((plan, turn % 2 * ENTRIES), COUNT)
+    _wait_read()
+
+
+@gluon.jit
+def _products(scores, keys, slot, row: gl.constexpr, column: gl.constexpr, nothing, C: gl.constexpr):
+    """What all keys of the block add to one half of dq, asynchronously."""
+    dq = nothing
+    for half in gl.static_range(2):
+        left = scores.index(slot * 2 + half).slice(row, 64, 1).permute((1, 0))
+        right = keys.index(half).reshape([ROWS, C.K]).slice(column, 64, 1)
+        dq = warpgroup_mma(left, right, dq, use_acc=half > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _hand_over(dq, sums, full, empty, t, ME: gl.constexpr):
+    """Give the adder one half of what is added to dq of the t-th tile."""
+    mbarrier.wait(full.index(SUM_EMPTY), t & 1 ^ 1)
+    sums.index(ME).store(_in_order(dq))
+    fence_async_shared()
+    mbarrier.arrive(empty.index(SUM_FULL), count=1)
 
 
 @gluon.jit
@@ -447,40 +514,56 @@ def _leave(tiles, x, through, b, g, first, C: gl.constexpr):
     fence_async_shared()
     gl.thread_barrier()
     tma_store(tiles, [b, g, first, 0], through)
+
+
+@gluon.jit
+def _wait_read():
+    """Until what has been written by TMA has been read."""
     token = gl.arange(0, 32 * gl.num_warps(), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     gl.inline_asm_elementwise(READ, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
     gl.thread_barrier()
 
 
 @gluon.jit
-def _weights(s, a, stats, stat, masks, mask, partial, j, b, g, h, layout: gl.constexpr):
-    """Weights [keys, queries] from scores without ALiBi, in log₂.
+def _opaque(n, t):
+    """The number n, computed anew in each step t of a loop, as far as the compiler knows. Of shared memory at a fixed place
+    it would keep the addresses of all slices that products read in registers, and spill them."""
+    return gl.inline_asm_elementwise(MOVE, "=r,r", [t * 0 + n], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _weights(s, unit, a, rows, stage, partial, j, b, g, h, layout: gl.constexpr):
+    """Weights [keys, queries] from scores without ALiBi.
 
     Args:
-        stat: where in `stats` lse is, which delta follows.
-        mask: where in `masks` lo of the queries is; the width of their range follows, and with ALiBi their diagonal.
-        partial: whether some query does not see all keys `j`.
+        unit: what makes scores in log2 of s.
+        rows: of all stages, statistics, masks and diagonals.
+        partial: whether some query does not see all keys.
+        j: keys, counted from the block's first.
         layout: of the scores.
     """
+    stats, masks, diagonals = rows
     by_query: gl.constexpr = gl.SliceLayout(0, layout)
+    s = s * unit - gl.expand_dims(stats.index(2 * stage).load(by_query), 0)
     if a.slopes is not None:
         slope = _term(a, a.slopes + b * a.slopes_b + g * a.slopes_g + h * a.slopes_h)
-        # In floats, which are exact up to 2²⁴: converting every distance takes as long as the exponential.
-        diagonal = gl.expand_dims(masks.index(mask + 2).load(by_query), 0)
-        s -= slope * gl.abs(j.to(gl.float32) - diagonal.to(gl.float32))
-    p = gl.exp2(s - gl.expand_dims(stats.index(stat).load(by_query), 0))
+        # In floats, which are exact up to 2^24: converting every distance takes as long as the exponential.
+        s -= slope * gl.abs(j.to(gl.float32) - gl.expand_dims(diagonals.index(stage).load(by_query), 0))
+    p = gl.exp2(s)
     if partial:
-        # Below lo the difference wraps around and is larger than any width.
-        lo = gl.expand_dims(masks.index(mask).load(by_query), 0)
-        width = gl.expand_dims(masks.index(mask + 1).load(by_query), 0)
-        p = gl.where((j - lo).to(gl.uint32, bitcast=True) < width.to(gl.uint32, bitcast=True), p, 0.0)
+        # The compiler would compare in every tile and drop the branch around this, but for something it must not move.
+        j = gl.inline_asm_elementwise(MOVE, "=r,r", [j], dtype=gl.int32, is_pure=False, pack=1)
+        mask = masks.index(stage).load(by_query)
+        # Below the first key the difference wraps around and is larger than any width.
+        n = (j - gl.expand_dims(mask & 65535, 0)).to(gl.uint32, bitcast=True)
+        p = gl.where(n < gl.expand_dims((mask >> 16).to(gl.uint32, bitcast=True), 0), p, 0.0)
     return p
 
 
 @gluon.jit
-def _score_gradients(p, dp, stats, stat, layout: gl.constexpr):
-    """Gradients of scores from weights and their gradients; `stat`, `layout` as of `_weights`."""
-    return p * (dp - gl.expand_dims(stats.index(stat + 1).load(gl.SliceLayout(0, layout)), 0))
+def _score_gradients(p, dp, rows, stage, layout: gl.constexpr):
+    """Gradients of scores from weights and their gradients; the others as of `_weights`."""
+    return p * (dp - gl.expand_dims(rows[0].index(2 * stage + 1).load(gl.SliceLayout(0, layout)), 0))
 
 
 @gluon.jit
@@ -502,21 +585,20 @@ def _added(turn, token):
 @gluon.jit
 def _adder(a, sum_tiles, rings, order, C: gl.constexpr):
     """Adds to dq in memory once it is the block's turn."""
-    sums, sum_full, sum_empty = rings[3]
-    plan, plan_full, plan_empty, visit_full, plan_next = rings[6]
+    sums, plan, full, empty = rings[3], rings[-3], rings[-2], rings[-1]
     token = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     turns = order + 1
     filled = 0
     turn = 0
     before = 0
-    mbarrier.wait(plan_full.index(0), 0)
+    mbarrier.wait(full.index(PLAN_FULL), 0)
     count = _get((plan, 0), COUNT)
     while count >= 0:
-        mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        mbarrier.arrive(empty.index(PLAN_EMPTY + turn % 2), count=1)
         for x in range(count):
             t = filled + x
-            mbarrier.wait(visit_full.index(t % VISITS), t // VISITS & 1)
-            at = (plan, VISIT + 4 * (t % VISITS))
+            mbarrier.wait(full.index(VISIT_FULL + t % VISITS), t // VISITS & 1)
+            at = (plan, VISIT + 3 * (t % VISITS))
             tile, rank = _get(at, TILE), _get(at, RANK)
             # Asked while the last tile is still being added and this one is computed.
             added = _added(turns + tile, token)
@@ -526,7 +608,7 @@ def _adder(a, sum_tiles, rings, order, C: gl.constexpr):
                 gl.atomic_add(turns + before, 1, sem="release", scope="gpu")
             while gl.max(added, 0) < rank:
                 added = _added(turns + tile, token)
-            mbarrier.wait(sum_full.index(0), t & 1)
+            mbarrier.wait(empty.index(SUM_FULL), t & 1)
             token = gl.inline_asm_elementwise(ORDERED, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
             for n in gl.static_range(2):
                 if rank == 0:
@@ -535,11 +617,11 @@ def _adder(a, sum_tiles, rings, order, C: gl.constexpr):
                     _tma_add(sum_tiles, [tile * 32 + n * 16, 0], sums.index(n))
             token = gl.inline_asm_elementwise(READ, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
             gl.thread_barrier()
-            mbarrier.arrive(sum_empty.index(0), count=1)
+            mbarrier.arrive(full.index(SUM_EMPTY), count=1)
             before = tile
         filled += count
         turn += 1
-        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+        mbarrier.wait(full.index(PLAN_FULL + turn % 2), turn // 2 & 1)
         count = _get((plan, turn % 2 * ENTRIES), COUNT)
     if filled > 0:
         token = gl.inline_asm_elementwise(DONE, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)

@@ -89,6 +89,17 @@ def hopper_repair_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, broken,
 
 
 @triton.jit
+def hopper_repair_queries_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, broken, dq, tiles, C: tl.constexpr):
+    """Repairs gradients of queries, BM rows of a head, that have a NaN. Grid: (tiles · H · G · B)."""
+    program = tl.program_id(0)
+    tile, head = program % tiles, program // tiles
+    grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
+    if (tl.load(broken + program) > 0) & (tile * C.BM < a.M):
+        heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
+        repair_queries(a, grad, stats, dq, None, None, heads, tile, C)
+
+
+@triton.jit
 def _repair_block(a, grad, stats, broken, dk, dv, block, C: tl.constexpr):
     if tl.load(broken + 2 * block) + tl.load(broken + 2 * block + 1) > 0:
         blocks = tl.cdiv(a.N, C.BN)

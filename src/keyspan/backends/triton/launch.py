@@ -29,6 +29,7 @@ from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kern
 from keyspan.backends.triton.hopper_ends_kernels import (
     hopper_finish_kernel,
     hopper_repair_kernel,
+    hopper_repair_queries_kernel,
     hopper_stats_kernel,
 )
 from keyspan.core import shims
@@ -273,7 +274,8 @@ def _backward(
     arguments = _arguments(problem, period)
     grads = (grad, *grad.stride()[:4])
     launches: list[Launch] = []
-    if needs.query or needs.slopes or needs.table or _natural(problem):
+    by_hopper = not period and hopper.queries_reason_against(problem, needs) is None
+    if not by_hopper and (needs.query or needs.slopes or needs.table or _natural(problem)):
         tile = _tile("queries", problem)
         constants = _constants(problem, tile, 1, period)
         keys, values = _key_tiles(problem, constants)
@@ -293,6 +295,9 @@ def _backward(
             (stats_kernel, (triton.cdiv(M, tile.BM) * H * G * B,),
              [arguments, *grads, out, grad_lse, lse, stats, _constants(problem, tile, 1, period)], tile)
         )  # fmt: skip
+    if by_hopper:
+        made["query"] = query.new_empty((B, M, G, H, K))
+        launches += _hopper_queries(problem, arguments, grads, made)
     if needs.key:
         made["key"] = query.new_empty((B, N, G, K), dtype=problem.key.dtype)
     if needs.value:
@@ -341,6 +346,30 @@ def _backward(
              [arguments, *grads, stats, made["table"], _constants(problem, tile, 1, period)], tile)
         )  # fmt: skip
     return made, _launched(query, launches)
+
+
+def _hopper_queries(
+    problem: Problem, arguments: Arguments, grads: tuple[Any, ...], made: relaunch.Made
+) -> list[Launch]:
+    """The launches of the Hopper kernel for the query's gradient."""
+    query, tile = problem.query, hopper.queries_tile(problem)
+    B, M, G, H, _ = query.shape
+    tiles = triton.cdiv(M, tile.BM) * 2  # of 64 rows, in which they are repaired
+    made["broken queries"] = broken = query.new_empty(tiles * H * G * B, dtype=torch.int32)
+    step = hopper.launch_queries(
+        problem,
+        arguments,
+        tile,
+        grads[0],
+        made["stats"],
+        made["query"],
+        broken,
+        _counters(query),
+        _processors(query.device),
+    )
+    half = config.TileConfig(tile.BM // 2, tile.BN, 4, 1)
+    repair = [arguments, *grads, made["stats"], broken, made["query"], tiles, _constants(problem, half, 1)]
+    return [step, (hopper_repair_queries_kernel, (tiles * H * G * B,), repair, half)]
 
 
 def _counters(query: Tensor) -> relaunch.Counters:
