@@ -96,18 +96,20 @@ def test_the_instruction_set_is_put_back():
     assert binding.isa_number() == before
 
 
-def test_a_library_of_other_sources_is_loud(monkeypatch, tmp_path):
+def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path):
     """In a checkout whose native/ it was not compiled from; where there is no native/ nothing can be said."""
     monkeypatch.setattr(binding, "_CHECKOUT", tmp_path)
-    binding._load()
+    assert binding._load()[1] is None
     (tmp_path / "native").mkdir()
     stamp = binding.LIBRARY.keyspan_stamp
     stamp.restype = ctypes.c_char_p
     (tmp_path / "native" / "build.py").write_text(f"def stamp(): return {stamp().decode()!r}")
-    binding._load()
+    assert binding._load()[1] is None
     (tmp_path / "native" / "build.py").write_text("def stamp(): return 'another'")
     with pytest.warns(UserWarning, match=r"compiled from other sources .* run `python native/build.py src/keyspan/"):
-        binding._load()
+        library, reason = binding._load()
+    assert library is None
+    assert "compiled from other sources" in reason
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------

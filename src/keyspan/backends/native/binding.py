@@ -143,7 +143,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         library = ctypes.CDLL(str(found[0]))
-        _warn_of_other_sources(library)
+        if _is_of_other_sources(library):
+            reason = f"the native library was compiled from other sources than those in {_CHECKOUT}/native"
+            warnings.warn(f"{reason}, and is not used: run `{_COMMAND}` there", stacklevel=2)
+            return None, f"{reason}: {_BUILD}"
         structs = {"params": PARAMS_FIELDS, "dense": DENSE_FIELDS, "linear": LINEAR_FIELDS, "product": PRODUCT_FIELDS}
         structs |= LAYER_FIELDS
         for name, fields in structs.items():
@@ -164,20 +167,19 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-def _warn_of_other_sources(library: ctypes.CDLL) -> None:
-    """Warn where the library was compiled from other sources than those of the checkout that it lies in."""
+def _is_of_other_sources(library: ctypes.CDLL) -> bool:
+    """Whether the library was compiled from other sources than those of the checkout that it lies in."""
     path = None if _CHECKOUT is None else _CHECKOUT / "native" / "build.py"
     spec = None if path is None or not path.exists() else importlib.util.spec_from_file_location("_native_build", path)
     if spec is None or spec.loader is None:
-        return
+        return False
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     describe = getattr(library, "keyspan_stamp", None)
-    if describe is not None:
-        describe.restype = ctypes.c_char_p
-    if describe is None or describe().decode() != build.stamp():
-        text = f"the native library was compiled from other sources than those in {_CHECKOUT}/native"
-        warnings.warn(f"{text}: run `{_COMMAND}` there", stacklevel=2)
+    if describe is None:
+        return True
+    describe.restype = ctypes.c_char_p
+    return bool(describe().decode() != build.stamp())
 
 
 def _difference(fields: _Fields, description: str) -> str | None:
