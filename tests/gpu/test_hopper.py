@@ -96,13 +96,6 @@ def emulated(monkeypatch):
     return ran
 
 
-@pytest.fixture(params=[512, 64], ids=["late scores", "early scores"])
-def both_forms(request, monkeypatch):
-    """All heads get the loop of narrow ones, then that of wide ones."""
-    monkeypatch.setattr(hopper, "_LEAST_EARLY_SCORES", request.param)
-    return request.param == 64
-
-
 def problem_of(case):
     return in_bfloat16(case.problem(torch.bfloat16))
 
@@ -154,23 +147,9 @@ def test_most_kinds_of_cases_fit():
 
 
 @pytest.mark.parametrize("case", FITTING, ids=lambda case: case.name)
-def test_agrees_with_reference(case, emulated, both_forms):
+def test_agrees_with_reference(case, emulated):
     agree(case)
-    ((name, form),) = emulated
-    assert (name, form.early_scores) == ("hopper_forward_kernel", both_forms)
-
-
-def test_wide_heads_have_early_scores(emulated):
-    torch.manual_seed(0)
-    for dim in (128, 136):
-        q, k, v = (torch.randn(1, 70, 2, dim) for _ in "qkv")
-        with torch.no_grad():
-            got = keyspan.attention(*(x.bfloat16() for x in (q, k, v)), mask=keyspan.Causal(), backend="triton")
-        want = keyspan.attention(
-            *(x.bfloat16().double() for x in (q, k, v)), mask=keyspan.Causal(), backend="reference"
-        )
-        assert worst(got.double(), want) < 0.02
-    assert [form.early_scores for _, form in emulated] == [False, True]
+    assert [name for name, _ in emulated] == ["hopper_forward_kernel"]
 
 
 EVERY = Needs(True, True, True, False, False, True, [])
@@ -250,13 +229,13 @@ def test_gradients_of_wide_heads(case, k_dim, v_dim, emulated, memory_is_nan, mo
 
 
 @pytest.mark.parametrize("name", ["several tiles", "shared prompt", "relative table, two ranges", "softcap"])
-def test_three_consumers(name, emulated, both_forms, monkeypatch):
+def test_three_consumers(name, emulated, monkeypatch):
     monkeypatch.setattr(hopper, "tile", lambda problem: config.TileConfig(192, 32, 4, 3, 128))
     agree(next(case for case in CASES if case.name == name))
     assert emulated[0][1].consumers == 3
 
 
-def test_programs_take_many_items(emulated, both_forms, monkeypatch):
+def test_programs_take_many_items(emulated, monkeypatch):
     # More tiles than programs: every program goes through the ring several times.
     monkeypatch.setattr(launch, "_processors", lambda device: 3)
     agree(next(case for case in CASES if case.name == "several tiles"))
@@ -269,7 +248,7 @@ def test_programs_take_many_items(emulated, both_forms, monkeypatch):
     ids=["causal", "window and sinks"],
 )
 @pytest.mark.parametrize("terms", [{}, {"softcap": 5.0, "sinks": torch.tensor([0.3, 1.0])}], ids=["plain", "terms"])
-def test_bits_of_a_row_depend_on_its_document_alone(visibility, terms, both_forms):
+def test_bits_of_a_row_depend_on_its_document_alone(visibility, terms):
     torch.manual_seed(0)
     lengths = [33, 5, 150, 67]
     q, k, v = (torch.randn(1, sum(lengths), 2, 16).bfloat16() for _ in "qkv")
@@ -292,7 +271,7 @@ def test_bits_of_a_row_depend_on_its_document_alone(visibility, terms, both_form
     assert torch.equal(twice[1:], alone)
 
 
-def test_hidden_nan_and_infinity_do_not_reach_a_row(both_forms):
+def test_hidden_nan_and_infinity_do_not_reach_a_row():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 70, 2, 16).bfloat16() for _ in "qkv")
     mask = keyspan.Documents([33, 37]) & keyspan.Causal()
@@ -305,7 +284,7 @@ def test_hidden_nan_and_infinity_do_not_reach_a_row(both_forms):
     assert torch.isnan(got[:, 20:30]).all()
 
 
-def test_hidden_nan_does_not_reach_a_row_with_a_table_and_a_sink(both_forms):
+def test_hidden_nan_does_not_reach_a_row_with_a_table_and_a_sink():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 70, 2, 16).bfloat16() for _ in "qkv")
     mask = keyspan.Documents([10, 23, 37], [0, 33, 37]) & keyspan.Causal()  # the first has no keys
@@ -363,24 +342,8 @@ def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
         "no reset",
     ],
 )
-def test_the_emulator_sees_mistakes(right, wrong, both_forms, monkeypatch):
+def test_the_emulator_sees_mistakes(right, wrong, monkeypatch):
     breaks("hopper_kernels", right, wrong, monkeypatch)
-    with pytest.raises((AssertionError, TimeoutError, TypeError)):
-        agree(next(case for case in CASES if case.name == "relative table, two ranges"))
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("s = warpgroup_mma_wait(1, deps=(s,))", "pass"),
-        ("begin + (t + 1) * C.BN", "begin + t * C.BN"),
-        ("s = _issued(q, keys, key_full, n + 1, zero, C)\n", "s = _issued(q, keys, key_full, n, zero, C)\n"),
-    ],
-    ids=["no wait for products", "wrong block", "wrong keys"],
-)
-def test_the_emulator_sees_mistakes_with_early_scores(right, wrong, monkeypatch):
-    breaks("hopper_kernels", right, wrong, monkeypatch)
-    monkeypatch.setattr(hopper, "_LEAST_EARLY_SCORES", 64)
     with pytest.raises((AssertionError, TimeoutError, TypeError)):
         agree(next(case for case in CASES if case.name == "relative table, two ranges"))
 
@@ -607,8 +570,8 @@ def test_explain_says_which_kernels_run(monkeypatch):
 
 
 def test_compiles_for_sm_90():
-    """Forward: no spills in the loop over keys, few with ALiBi or a table. Backward: nearly none. Nothing serialised; it
-    fits."""
+    """Forward: no spills in the loop over keys where heads are of up to 128, few around it. Backward: nearly none. Nothing
+    serialised; it fits."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).parent
     every = ["--all"] if os.environ.get("KEYSPAN_GPU_TESTS") == "all" else []
@@ -634,8 +597,8 @@ def test_compiles_for_sm_90():
         assert kernel["serialised"] == [], name
         assert kernel["shared"] <= 227 * 1024, name
         plain = kernel["kind"] in ("full", "causal")
-        # A branch that few tiles take: scores near the diagonal, with ALiBi or a table.
-        limit = 0 if plain else 8
+        # What runs once a run of blocks, or a branch needs that few tiles take: scores near the diagonal.
+        limit = {64: 4 if plain else 40, 128: 8 if plain else 32, 256: 28 if plain else 64}[kernel["head_dim"]]
         if kernel not in forward:
             limit = 16
         assert kernel["loop_spills"] <= limit, (name, kernel)

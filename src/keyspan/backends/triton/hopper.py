@@ -25,8 +25,6 @@ _LEAST_ROW_KEYS = 1024
 """Fewest keys that rows see on average, see `KeyRanges.row_keys`: forward with heads of up to 64, and backward, where half
 of it is enough if four query heads share a key head."""
 _MANY_ROW_KEYS = 4096
-_LEAST_EARLY_SCORES = 256
-"""Least head dimension with `Form.early_scores`: narrower heads were slower with it, but for those without ranges."""
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -174,8 +172,7 @@ def launch(
     registers = {2: (240, 24), 3: (160, 32)}[consumers]
     simple = problem.scale >= _SMALLEST and not problem.softcap and problem.slopes is None and problem.table is None
     S = 0 if problem.lo is None else problem.lo.shape[0]
-    early = max(K, V) >= _LEAST_EARLY_SCORES
-    kind = simple, problem.softcap > 0, early
+    kind = simple, problem.softcap > 0
     form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, *kind, consumers, tile.stages, *registers)
     unit = math.log2(math.e) if problem.table is None else 1
     score = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
@@ -419,7 +416,7 @@ def launch_queries(
     S = 0 if problem.lo is None else problem.lo.shape[0]
     consumers = tile.BM // ROWS.value
     softcap = problem.softcap > 0
-    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, False, softcap, False, consumers, tile.stages, 240, 24)
+    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, False, softcap, consumers, tile.stages, 240, 24)
     items = B * G * H * -(-M // tile.BM)
     at_once = min(B * G * H, max(1, _CACHED_KEYS * H // (N * (K + V) * 2)))
     given = [

@@ -30,12 +30,6 @@ FRACTION_FREE = gl.constexpr(2.0**24)
 """From here on fp32 has no fractions."""
 LARGEST = gl.constexpr(3.4028234663852886e38)
 MOVE = gl.constexpr("mov.b32 $0, $1;")
-PINNED = gl.constexpr(
-    "{ .reg .pred never; setp.eq.b32 never, $2, 0x7fc0beef; setp.eq.and.b32 never, $3, 0x7fc0beef, never; "
-    "@never bar.arrive 15, 256; mov.b32 $0, $2; mov.b32 $1, $3; }"
-)
-"""Two registers as they are. A wait that comes after it stays behind what computes them, for a barrier that no thread ever
-arrives at could depend on them: no arithmetic makes a NaN of these bits."""
 
 # Entries of a plan, which is one run of blocks: the item's first row, head of the group, group and batch entry; which range
 # of its rows; the first key and how many blocks; whether the item begins and ends with it (FIRST, LAST); then, for each
@@ -64,8 +58,6 @@ class Form(NamedTuple):
     simple: bool
     """Scores are score_scale · q·k with score_scale > 0: the scale folds into the exponential."""
     softcap: bool
-    early_scores: bool
-    """The softmax's first half, with the largest score, is computed during P · V of the block before."""
     consumers: int
     stages: int
     """Tiles of keys, and of values, in the ring."""
@@ -445,14 +437,14 @@ def _near(s, a, g, h, slope, distance):
 
 
 @gluon.jit
-def _scores(s, a, scales, g, h, terms, bounds, j0, C: gl.constexpr):
+def _scores(s, a, scales, g, h, terms, bounds, j0, layout: gl.constexpr, C: gl.constexpr):
     """Products of a consumer's rows with keys j0 … to scores: those returned times a factor plus, by row, a shift.
 
     What all rows see, far from the diagonal, needs no predicate, and one table entry and differences of distances serve
     all its keys.
     """
     lo, width, diagonal, full_first, full_last, left, right = bounds
-    n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
+    n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, layout)), 0)
     full = (j0 >= full_first) & (j0 + C.BN <= full_last)
     s = _capped(s, scales, C)
     unit = scales.score if C.simple else 1.0
@@ -509,37 +501,26 @@ def _scaled(x, factor):
 
 
 @gluon.jit
-def _differences(s, a, scales, g, h, terms, bounds, j0, m, C: gl.constexpr):
-    """The online softmax's first half: products with keys j0 … to differences of scores from the pivot; the new largest
-    score; and by which factor earlier sums shrink."""
-    s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, j0, C)
+def _weights(a, s, unit, shift, m, l, acc, C: gl.constexpr):
+    """The online softmax: weights; the new largest score; the new sums of weights (`_by_thread`) and of values, but for
+    this block's."""
     top = gl.max(_by_thread(s, gl.max, C), 1)
     highest = gl.maximum(m, gl.convert_layout(top, m.type.layout) * unit + shift)
     # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
     pivot = gl.where(highest == -INFINITY, 0.0, highest)
-    return s * unit - gl.expand_dims(pivot - shift, 1), highest, _exponential(a, m - pivot)
-
-
-@gluon.jit
-def _weights(a, differences, shrink, l, acc, C: gl.constexpr):
-    """The second half: weights; and the new sums of weights (`_by_thread`) and of values, but for this block's."""
+    shrink = _exponential(a, m - pivot)
     acc = _scaled(acc, shrink)
-    p = _exponential(a, differences)
-    return p, _scaled(l, shrink) + _by_thread(p, gl.sum, C), acc
+    p = _exponential(a, s * unit - gl.expand_dims(pivot - shift, 1))
+    return p, highest, _scaled(l, shrink) + _by_thread(p, gl.sum, C), acc
 
 
 @gluon.jit
-def _issued(q, keys, full, n, zero, C: gl.constexpr):
-    """Products of the rows with the n-th tile of keys, to be waited for."""
+def _product(q, keys, full, n, zero, C: gl.constexpr):
+    """Products of the rows with the n-th tile of keys; all products before are waited for as well."""
     stage = n % C.stages
     mbarrier.wait(full.index(stage), n // C.stages & 1)
-    return warpgroup_mma(q, keys.index(stage).reshape([C.BN, C.K]).permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _anything(zero):
-    """So that no registers hold the old scores; but not a constant, which would be set every time."""
-    return gl.inline_asm_elementwise(MOVE, "=r,r", [zero], dtype=gl.float32, is_pure=False, pack=1)
+    tile = keys.index(stage).reshape([C.BN, C.K]).permute((1, 0))
+    return warpgroup_mma_wait(0, deps=(warpgroup_mma(q, tile, zero, use_acc=False, is_async=True),))
 
 
 @gluon.jit
@@ -581,46 +562,23 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
             terms = _position_terms(a, b, g, h)
             bounds = _bounds(a, rings, plan, turn % 2, b, i, ME, C)
             mbarrier.wait(query_full.index(ME), loaded & 1)
-            s = warpgroup_mma_wait(0, deps=(_issued(q, keys, key_full, filled, zero, C),))
-            if C.early_scores:
-                s, m, shrink = _differences(s, a, scales, g, h, terms, bounds, begin, m, C)
+            s = _product(q, keys, key_full, filled, zero, C)
             for t in range(count):
-                n = filled + t
-                stage = n % C.stages
-                tile = values.index(stage).reshape([C.BN, C.V])
-                if C.early_scores:
-                    p, l, acc = _weights(a, s, shrink, l, acc, C)
-                    weights = gl.convert_layout(p.to(dtype), P_L)
-                    # Waits for values are in both branches: the compiler would move the scaling of sums behind one before.
-                    if t + 1 < count:
-                        mbarrier.wait(value_full.index(stage), n // C.stages & 1)
-                        s = _issued(q, keys, key_full, n + 1, zero, C)
-                        acc = warpgroup_mma(weights, tile, acc, is_async=True)
-                        s = warpgroup_mma_wait(1, deps=(s,))
-                        s, m, shrink = _differences(s, a, scales, g, h, terms, bounds, begin + (t + 1) * C.BN, m, C)
-                        shrink = gl.inline_asm_elementwise(
-                            PINNED, "=r,=r,r,r", [shrink], dtype=gl.float32, is_pure=False, pack=2
-                        )
-                        acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
-                    else:
-                        mbarrier.wait(value_full.index(stage), n // C.stages & 1)
-                        acc = warpgroup_mma(weights, tile, acc, is_async=True)
-                        s = _anything(zero)
-                        acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
+                stage = (filled + t) % C.stages
+                # Before the softmax, though needed after it: the compiler mixes instructions between waits only, and
+                # exponentials leave room for those that scale sums and convert weights.
+                mbarrier.wait(value_full.index(stage), (filled + t) // C.stages & 1)
+                s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, begin + t * C.BN, S_L, C)
+                p, m, l, acc = _weights(a, s, unit, shift, m, l, acc, C)
+                weights = gl.convert_layout(p.to(dtype), P_L)
+                acc = warpgroup_mma(weights, values.index(stage).reshape([C.BN, C.V]), acc, is_async=True)
+                if t + 1 < count:
+                    s = _product(q, keys, key_full, filled + t + 1, zero, C)
                 else:
-                    # Before the softmax, though needed after it: the compiler mixes instructions between waits only, and
-                    # exponentials leave room for those that scale sums and convert weights.
-                    mbarrier.wait(value_full.index(stage), n // C.stages & 1)
-                    s, m, shrink = _differences(s, a, scales, g, h, terms, bounds, begin + t * C.BN, m, C)
-                    p, l, acc = _weights(a, s, shrink, l, acc, C)
-                    weights = gl.convert_layout(p.to(dtype), P_L)
-                    acc = warpgroup_mma(weights, tile, acc, is_async=True)
-                    if t + 1 < count:
-                        s = warpgroup_mma_wait(0, deps=(_issued(q, keys, key_full, n + 1, zero, C),))
-                    else:
-                        s = _anything(zero)
-                    # The product reads its weights from registers until it is waited for.
-                    acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
+                    # Anything, so that no registers hold the old scores; but not a constant, which would be set every time.
+                    s = gl.inline_asm_elementwise(MOVE, "=r,r", [zero], dtype=gl.float32, is_pure=False, pack=1)
+                # The product reads its weights from registers until it is waited for.
+                acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
                 mbarrier.arrive(stage_empty.index(stage), count=1)
             if ends >= LAST:
                 mbarrier.arrive(query_empty.index(ME), count=1)
