@@ -159,13 +159,14 @@ def caches_masks(device: torch.device) -> bool:
 
 def mask_key(mask: Mask, device: torch.device) -> Hashable | None:
     """What a lowered mask depends on besides batch, M and N, where torch runs eagerly; None where it is not cached."""
-    if device.type == "cpu":
+    kind, index = device.type, device.index  # read once: each access builds an object
+    if kind == "cpu":
         return mask.cache_key()
     # The memory of a CUDA graph belongs to the graph; and another stream might read a mask before it is written.
-    if device.type != "cuda" or device.index is None or shims.cuda_capturing():
+    if kind != "cuda" or index is None or shims.cuda_capturing():
         return None
     key = mask.cache_key()
-    return None if key is None else (key, shims.cuda_stream(device.index))
+    return None if key is None else (key, shims.cuda_stream(index))
 
 
 def lower(mask: Mask, batch: int, M: int, N: int, device: torch.device) -> KeyRanges:

@@ -35,6 +35,10 @@ class Frame(NamedTuple):
     """Whether every document begins at key 0."""
 
 
+_KEY = "_cache_key"
+"""Where a mask keeps its `cache_key`, which a call of `attention` asks for each time."""
+
+
 class Mask:
     """Base class: masks combine with `&`, lower to key ranges, materialise, draw and move to a device."""
 
@@ -51,11 +55,18 @@ class Mask:
         `None` where the lowered form may not be cached: a field is a tensor, which may be written to, or the class
         is a user's.
         """
+        fields = vars(self)
+        key: Hashable | None = fields.get(_KEY)
+        if key is None:
+            key = self._key()
+            if key is not None:  # of fields that nobody writes to
+                fields[_KEY] = key
+        return key
+
+    def _key(self) -> Hashable | None:
         values = tuple(vars(self).values())
-        for value in values:  # a loop takes half the time of `all`
-            if value is not None and not isinstance(value, (int, str, tuple)):
-                return None
-        return (type(self), values) if self._keyed else None
+        known = all(value is None or isinstance(value, (int, str, tuple)) for value in values)
+        return (type(self), values) if self._keyed and known else None
 
     @property
     def parts(self) -> tuple[Mask, ...]:
@@ -196,7 +207,7 @@ class Combined(Mask, keyed=True):
     def parts(self) -> tuple[Mask, ...]:
         return self.members
 
-    def cache_key(self) -> Hashable | None:
+    def _key(self) -> Hashable | None:
         keys = tuple(part.cache_key() for part in self.members)
         return None if not self._keyed or None in keys else keys
 
@@ -237,7 +248,7 @@ class Union(Mask, keyed=True):
             return NotImplemented
         return Union(tuple(member & other for member in self.members))
 
-    def cache_key(self) -> Hashable | None:
+    def _key(self) -> Hashable | None:
         keys = tuple(member.cache_key() for member in self.members)
         return None if not self._keyed or None in keys else (Union, keys)
 
