@@ -23,6 +23,7 @@ from keyspan.layers.gemm import (
     native_linear,
     native_matmul,
     operand,
+    widens,
 )  # fmt: skip
 from keyspan.layers.kernels import kernels_for
 
@@ -67,14 +68,22 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a.T @ b`, without a product beside the sum where there is a kernel for these dtypes."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """`total += a.T @ b`, without a product beside the sum where there is a kernel for these dtypes.
+
+    `first`: the sum begins, and what `total` holds is not read.
+    """
     if native(a.dtype, a, b):
-        native_matmul(a, b, total, transposed=True, accumulate=True)
+        native_matmul(a, b, total, transposed=True, accumulate=not first)
     elif total.dtype == a.dtype:
-        total.addmm_(a.t(), b)
-    elif a.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
+        total.addmm_(a.t(), b, beta=0 if first else 1)
+    elif a.is_cuda and widens(a.dtype, total.dtype):
+        if first:
+            torch.mm(a.t(), b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(a.t() @ b)
     else:
         total += a.t() @ b
 
@@ -144,7 +153,9 @@ def _run(
     product = _gradient_dtype(hidden, options.dtype)
     gradient = product if any(needs) else None
     dhidden = hidden.new_empty((T, D) if needs[0] else 0, dtype=product)
-    dweight = weight.new_zeros(tuple(weight.shape) if needs[1] else 0, dtype=wide)
+    dweight = weight.new_empty(weight.shape if needs[1] else 0, dtype=wide)
+    if not T:
+        dweight.zero_()
     dbias = hidden.new_zeros(len(weight) if needs[2] else 0, dtype=wide)
     kernels = kernels_for(hidden, weight, bias, targets)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -170,7 +181,7 @@ def _run(
             if needs[0]:
                 _product(dz, w, dhidden[rows])
             if needs[1]:
-                _add_product(dweight, dz, h)
+                _add_product(dweight, dz, h, first=not start)
             if needs[2]:
                 dbias += dz.sum(0, dtype=wide)
             del z, dz  # before the next chunk's are allocated

@@ -333,7 +333,16 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype, to: torch.dtype
     if _native_gradient(dtype, to, grad, x):
         out = grad.new_empty((rows.shape[1], x.shape[1]), dtype=to)
         return native_matmul(rows.to(dtype), x.to(dtype), out, transposed=True)
-    return (operand(rows, dtype).t() @ operand(x, dtype)).to(dtype).to(to)
+    a, b = operand(rows, dtype).t(), operand(x, dtype)
+    if a.is_cuda and widens(a.dtype, to) and not _differentiable(a, b):
+        return torch.mm(a, b, out_dtype=to)
+    return (a @ b).to(dtype).to(to)
+
+
+def widens(dtype: torch.dtype, to: torch.dtype) -> bool:
+    """Whether CUDA's product of operands in `dtype` writes its fp32 sums as they are, so that no result is rounded and
+    read once more to be widened."""
+    return to == torch.float32 and dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None
 
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype, to: torch.dtype) -> Tensor:
@@ -343,8 +352,11 @@ def bias_gradient(grad: Tensor, dtype: torch.dtype, to: torch.dtype) -> Tensor:
 
 def _native_gradient(dtype: torch.dtype, to: torch.dtype, *operands: Tensor) -> bool:
     """Whether the native library computes a gradient: it is not to be differentiated itself."""
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    return not differentiable and to in _NATIVE and native(dtype, *operands)
+    return not _differentiable(*operands) and to in _NATIVE and native(dtype, *operands)
+
+
+def _differentiable(*operands: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in operands)
 
 
 class _Linear(torch.autograd.Function):

@@ -375,6 +375,7 @@ class GPT(nn.Module):
         *,
         cache: Cache | None = None,
         context: Context | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Hidden states [T, D] of packed documents, none of which sees another.
 
@@ -387,12 +388,14 @@ class GPT(nn.Module):
             cache: keys and values of the tokens before; then document b continues the cache's sequence b.
             context: where ranks share the documents; then tokens are this rank's rows, and lengths those of all. Every
                 rank of the group calls the model, forward and backward.
+            dtype: of the hidden states; None for that of the residual stream, which is the weights'. What multiplies
+                them next may ask for its own at once.
 
         Raises ValueError for tokens of another shape or dtype, for lengths that do not fit, and where the model is
         `invariant` and cannot be: with a context, for fp64, and without the kernels (see `keyspan.layers.linear`).
         """
         if self.invariant and torch.compiler.is_compiling():
-            found: Tensor = _uncompiled(self, tokens, lengths, cache=cache, context=context)
+            found: Tensor = _uncompiled(self, tokens, lengths, cache=cache, context=context, dtype=dtype)
             return found
         if self.invariant and context is not None:
             raise ValueError(
@@ -410,8 +413,7 @@ class GPT(nn.Module):
         more = None
         for block in self.blocks:
             x, more = block(x, more, step)
-        hidden: Tensor = self.norm(x) if more is None else self.norm.add(x, more)[0]
-        return hidden
+        return self.norm.of_sum(x, more, dtype)[0]
 
     def _step(
         self, tokens: Tensor, lengths: list[int] | Tensor, cache: Cache | None, context: Context | None = None
@@ -481,7 +483,7 @@ class GPT(nn.Module):
 
         Targets equal to `ignore_index` do not count. The logits [T, C] are never held as a whole.
         """
-        hidden = self(tokens, lengths, context=context)
+        hidden = self(tokens, lengths, context=context, dtype=gemm_dtype(self.embedding.weight))
         softcap = self.config.logit_softcap
         return linear_cross_entropy(
             hidden, self.head_weight, targets, ignore_index=ignore_index, softcap=softcap, invariant=self.invariant
