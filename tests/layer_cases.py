@@ -39,7 +39,7 @@ def wide(*tensors):
     return [x.double().requires_grad_() for x in tensors]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 48), (33, 300)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 48), (33, 300), (70, 1100)])
 @pytest.mark.parametrize("add", [False, True])
 def test_rms_norm(kernels, shape, add):
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_cross_entropy(kernels, C, softcap, with_bias, z_loss, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("C", [5, 64, 999])
+@pytest.mark.parametrize("C", [5, 64, 999, 17000])
 def test_cross_entropy_of_16_bits(kernels, dtype, C):
     z = (3 * torch.randn(6, C)).to(dtype)
     targets = torch.randint(C, (6,))

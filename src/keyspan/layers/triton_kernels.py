@@ -91,6 +91,26 @@ def rms_norm_backward_kernel(grad, grad_total, x, residual, weight, inverse, dx,
         tl.store(dweight + tl.program_id(0) * D + column, sums, mask=column < D)
 
 
+@triton.jit
+def column_sums_kernel(parts, out, P, D: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
+    column = tl.program_id(0) * BD + tl.arange(0, BD)  # [BD]
+    sums = tl.zeros([BP, BD], tl.float32)
+    for start in range(0, P, BP):
+        row = start + tl.arange(0, BP)  # [BP]
+        inside = (row < P)[:, None] & (column < D)[None, :]  # [BP, BD]
+        sums += tl.load(parts + row[:, None] * D + column[None, :], mask=inside, other=0.0)
+    tl.store(out + column, tl.sum(sums, 0), mask=column < D)
+
+
+def _column_sums(parts: Tensor) -> Tensor:
+    """`parts.sum(0)` of fp32 [P, D]; torch's kernel has too few programs for such a shape."""
+    P, D = parts.shape
+    out = parts.new_empty(D)
+    with _on(parts):
+        column_sums_kernel[(triton.cdiv(D, 32),)](parts, out, P, D, 64, 32, num_warps=8)
+    return out
+
+
 def _row_tile(D: int, elements: int = _TILE_ELEMENTS) -> tuple[int, int]:
     """(BT, BD): rows and padded width of a tile."""
     BD = triton.next_power_of_2(D)
@@ -155,7 +175,7 @@ def rms_norm_backward(
             residual is not None, grad_total is not None, dresidual is not None, normed, weight_too,
             num_warps=_warps(BT * BD),
         )  # fmt: skip
-    return dx, dresidual, None if parts is None else parts.sum(0), out
+    return dx, dresidual, None if parts is None else _column_sums(parts), out
 
 
 # Rotary embedding
@@ -328,9 +348,9 @@ def gate_backward(grad: Tensor, x12: Tensor, activation: str) -> tuple[Tensor, T
 
 
 @triton.jit
-def _logits(z, bias, at, C, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+def _logits(z, bias, at, C, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EVICT: tl.constexpr):
     """Logits at columns `at`, capped; −inf beyond the last column."""
-    x = tl.load(z + at, mask=at < C, other=-float("inf")).to(tl.float32)
+    x = tl.load(z + at, mask=at < C, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
     if BIAS:
         x += tl.load(bias + at, mask=at < C, other=0.0).to(tl.float32)
     if SOFTCAP:
@@ -341,37 +361,48 @@ def _logits(z, bias, at, C, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _logit_gradient(x, shift, gain, less, softcap, SOFTCAP: tl.constexpr):
+    """gain · exp(x − lse) − less, the gradient of capped logits x, as that of the logits; shift = −lse · log₂ e."""
+    d = gain * tl.exp2(x * 1.4426950408889634 + shift) - less
+    if SOFTCAP:
+        d *= 1.0 - tl.minimum((x / softcap) * (x / softcap), 1.0)
+    return d
+
+
+@triton.jit
 def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_stride, C, ignore_index, softcap,
                          z_loss, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,
-                         KNOWN: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
-                         BC: tl.constexpr):  # fmt: skip
+                         KNOWN: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr, NARROW: tl.constexpr,
+                         RUNS: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """One row of logits: its lse and loss (where KNOWN, an earlier pass found the lse), then its gradient.
 
-    The gradient may overwrite the logits, in their dtype or in one of half the size.
+    The gradient may overwrite the logits, in their dtype or, where NARROW, in one of half the size. A block is RUNS
+    runs of BC columns; a thread has as many of each run, and rescales its sum once a block.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
     dz += row * dz_stride
     target = tl.load(targets + row)
     counted = target != ignore_index
-    column = tl.arange(0, BC)  # [BC]
+    known = (target >= 0) & (target < C)
+    own = tl.where(known, target, 0) + tl.zeros([1], tl.int64)  # [1]
+    own_logit = _logits(z, bias, own, C, softcap, BIAS, SOFTCAP, "")  # [1]
+    column = tl.arange(0, RUNS)[:, None] * BC + tl.arange(0, BC)[None, :]  # [RUNS, BC]
     if KNOWN:
         denominator = tl.load(lse + row)
     else:
         peak = tl.full([BC], -float("inf"), tl.float32)
         total = tl.zeros([BC], tl.float32)
-        for start in range(0, C, BC):
-            x = _logits(z, bias, start + column, C, softcap, BIAS, SOFTCAP)  # [BC]
-            higher = tl.maximum(peak, x)
+        for start in range(0, C, RUNS * BC):
+            x = _logits(z, bias, start + column, C, softcap, BIAS, SOFTCAP, "evict_last")  # [RUNS, BC]
+            higher = tl.maximum(peak, tl.max(x, 0))
             pivot = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp(peak - pivot) + tl.exp(x - pivot)
+            total = total * tl.exp(peak - pivot) + tl.sum(tl.exp(x - pivot[None, :]), 0)
             peak = higher
         top = tl.max(peak, 0)
         pivot = tl.where(top == -float("inf"), 0.0, top)
         denominator = pivot + tl.log(tl.sum(total * tl.exp(peak - pivot), 0))
-        known = (target >= 0) & (target < C)
-        own = tl.where(known, target, 0) + tl.zeros([1], tl.int64)  # [1]
-        loss = denominator - tl.max(_logits(z, bias, own, C, softcap, BIAS, SOFTCAP), 0)
+        loss = denominator - tl.max(own_logit, 0)
         if Z_LOSS:
             loss += z_loss * denominator * denominator
         tl.store(lse + row, denominator)
@@ -380,19 +411,27 @@ def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_
         factor = 1.0
         if WEIGHTED:
             factor = tl.load(grads + row)
-        spread = 1.0
+        gain = factor
         if Z_LOSS:
-            spread = 1.0 + 2.0 * z_loss * denominator
-        for start in range(0, C, BC):
-            at = start + column  # [BC]
-            x = _logits(z, bias, at, C, softcap, BIAS, SOFTCAP)
-            # All threads have read this block, and those before it, when one writes over them.
+            gain *= 1.0 + 2.0 * z_loss * denominator
+        shift = -1.4426950408889634 * denominator
+        tl.debug_barrier()  # all threads have the target's logit when one writes over it
+        if counted:
+            for start in range(0, C, RUNS * BC):
+                at = start + column  # [RUNS, BC]
+                x = _logits(z, bias, at, C, softcap, BIAS, SOFTCAP, "evict_first")
+                if NARROW:
+                    # Others' logits lie there: all threads have read this block, and those before it, when one writes.
+                    tl.debug_barrier()
+                d = _logit_gradient(x, shift, gain, 0.0, softcap, SOFTCAP)
+                tl.store(dz + at, d.to(dz.dtype.element_ty), mask=at < C, eviction_policy="evict_first")
             tl.debug_barrier()
-            d = tl.exp(x - denominator) * spread - tl.where(at == target, 1.0, 0.0)
-            if SOFTCAP:
-                d *= 1.0 - tl.minimum((x / softcap) * (x / softcap), 1.0)
-            d = tl.where(counted, d * factor, 0.0)
-            tl.store(dz + at, d.to(dz.dtype.element_ty), mask=at < C)
+            d = _logit_gradient(own_logit, shift, gain, factor, softcap, SOFTCAP)
+            tl.store(dz + own, d.to(dz.dtype.element_ty), mask=known)
+        else:
+            for start in range(0, C, RUNS * BC):
+                at = start + column
+                tl.store(dz + at, tl.zeros([RUNS, BC], dz.dtype.element_ty), mask=at < C)
 
 
 def cross_entropy_(
@@ -423,11 +462,13 @@ def cross_entropy_(
     T, C = z.shape
     dz = z if gradient in (None, z.dtype) else z.view(gradient)[:, :C]
     # Wide programs: few rows are at work at a time, so that the second reading of a row finds it in the L2 cache.
-    BC = min(16384 if z.dtype == torch.float32 else 8192, triton.next_power_of_2(C))
+    load = 16 // z.itemsize  # numbers
+    BC = min(512 * load, triton.next_power_of_2(C))
+    runs = min(4, triton.next_power_of_2(triton.cdiv(C, BC)))
     with _on(z):
         cross_entropy_kernel[(T,)](
             z, z.stride(0), bias, targets, lse, losses, grads, dz, dz.stride(0), C, ignore_index, softcap or 1.0,
             z_loss, bias is not None, softcap is not None, z_loss != 0, losses is None, gradient is not None,
-            grads is not None, BC, num_warps=max(1, min(32, BC // 512)),
+            grads is not None, dz.dtype != z.dtype, runs, BC, num_warps=max(1, BC // (32 * load)),
         )  # fmt: skip
     return dz
