@@ -151,6 +151,16 @@ def test_bf16_autocast_stays_near_fp32():
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
+def test_hidden_states_in_a_dtype_are_rounded_once():
+    model, tokens = small(), draw()
+    assert torch.equal(model(tokens, LENGTHS, dtype=torch.bfloat16), model(tokens, LENGTHS).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(tokens, LENGTHS)
+        want = linear_cross_entropy(hidden, model.head_weight, tokens)
+        assert torch.equal(model.loss(tokens, tokens, LENGTHS), want)
+    assert hidden.dtype == torch.float32
+
+
 def test_dropout_acts_in_training_only_and_follows_the_seed():
     model, tokens = small(dropout=0.3), draw()
 
