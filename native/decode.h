@@ -10,10 +10,11 @@ namespace keyspan {
 namespace KEYSPAN_NAMESPACE {
 namespace {
 
-// Values that are added up in registers. Of a cache in memory (more than CACHE_BYTES) few rows take VALUE_BYTES of all
-// groups at a time, which are read in the order of addresses.
+// Values that are added up in registers. Few rows take so many bytes of all groups at a time, which are read in the
+// order of addresses: LARGE_BYTES where keys and values lie in memory, because they are more than CACHE_BYTES; else
+// SMALL_BYTES for each key of a word, because they may lie in a cache or in memory.
 constexpr int FEW_VALUES = 16, MANY_VALUES = 32;
-constexpr int64_t VALUE_BYTES = 8 << 10, CACHE_BYTES = 12 << 20;
+constexpr int64_t LARGE_BYTES = 8 << 10, SMALL_BYTES = 16 << 10, CACHE_BYTES = 12 << 20;
 static_assert(BLOCK_KEYS % W == 0 && FEW_VALUES % 2 == 0 && MANY_VALUES % 2 == 0, "whole vectors and pairs");
 
 template <int KIND>
@@ -42,7 +43,7 @@ struct Decoder {
           together(p.k_stride[1] > p.k_stride[2] ? p.G : 1),
           in_memory(p.B * p.N * p.G * (p.K + p.V) * size > CACHE_BYTES), rows(load_tiles(plan, run, scratch)),
           value_keys(rows > VALUE_ROWS ? MANY_VALUES : few_values()), tiles((RowTile *)scratch),
-          ahead(plan, run, tiles[0], sequence, together, max(W, value_keys), value_keys, in_memory) {
+          ahead(plan, run, tiles[0], sequence, together, max(W, value_keys), value_keys) {
         Arena arena{scratch};
         arena.reserve<RowTile>(p.G);
         queries = arena.reserve<Word>(p.G * plan.rows * QUERY_WORDS);
@@ -66,8 +67,8 @@ struct Decoder {
     }
 
     int few_values() const {
-        if (!in_memory) return FEW_VALUES;
-        return (int)clamp(VALUE_BYTES / (together * p.V * size) / 2 * 2, 2 * PER_WORD<Word>, FEW_VALUES);
+        const int64_t bytes = in_memory ? LARGE_BYTES : SMALL_BYTES * PER_WORD<Word>;
+        return (int)clamp(bytes / (together * p.V * size) / 2 * 2, 2 * PER_WORD<Word>, FEW_VALUES);
     }
 
     // Tiles lie first in scratch memory; returns the number of their rows.
@@ -149,17 +150,19 @@ struct Decoder {
     // Sums over the keys of `span`, an even number of them, of groups g0 to g1 - 1.
     void add_values(Span span, int64_t g0, int64_t g1) {
         for (int64_t g = g0; g < g1; g++) memset(row_of(sums, g), 0, (size_t)(rows * plan.value_width * 4));
+        const GroupSteps steps{plan.rows * BLOCK_KEYS / PER_WORD<Word>, p.v_stride[2] * size,
+                               plan.rows * plan.value_width};
+        const int64_t side = rows <= VALUE_ROWS ? g1 - g0 : 1;  // more rows read a group's values again
         for (int n = span.begin; n < span.end; n += value_keys) {
             const int count = min(value_keys, span.end - n);
             ahead.keep_distance(span.end - n - count);
-            for (int64_t g = g0; g < g1; g++) {
-                ahead.reading(true, count, [&] {
+            for (int64_t g = g0; g < g1; g += side)
+                ahead.reading(true, count * (int)side, [&] {
                     for (int r = 0; r < rows; r += VALUE_ROWS)
                         accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), values + n, count,
                                               g * p.v_stride[2] * size, row_of(sums, g) + r * plan.value_width,
-                                              plan.value_width, ahead);
+                                              plan.value_width, side, steps, ahead);
                 });
-            }
         }
     }
 
@@ -185,7 +188,7 @@ struct Decoder {
                 }
             for (int r = 0; r < rows; r += VALUE_ROWS)
                 accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, count, 0,
-                                      to + r * plan.value_width, plan.value_width, ahead);
+                                      to + r * plan.value_width, plan.value_width, 1, GroupSteps{}, ahead);
         }
         for (int r = 0; r < rows; r++) {
             const Span seen = row_span(tiles[g], s, r, first, last);

@@ -11,8 +11,8 @@ namespace {
 // core's miss buffers and stops it.
 //
 // A pass over keys reads W keys of all groups by columns: it is prefetched that many bytes ahead. A pass over values
-// reads in the order of addresses, and VALUES_AHEAD bytes suffice. That is less where the keys' distance is more than
-// the L1 cache holds: a line that is still there when it is read is fetched once, not twice.
+// reads in the order of addresses, and VALUES_AHEAD bytes suffice, or what it reads at a time. That is less where the
+// keys' distance is more than the L1 cache holds: a line that is still there when it is read is fetched once, not twice.
 //
 // Caches of all sizes are prefetched. Where keys lie in the L3 cache already, this costs 3 to 8 % of the time; but a
 // model reads the caches of all layers and the weights between two calls, and from memory a short cache takes 1.3 to
@@ -33,14 +33,12 @@ struct Ahead {
 
     // `keys` and `values`: most of which a pass reads all groups at a time.
     Ahead(const Plan &plan, const Run &run, const RowTile &tile, int64_t sequence, int64_t together, int keys,
-          int values, bool in_memory)
+          int values)
         : plan(plan), p(*plan.params), run(run), tile(tile), sequence(sequence), together(together),
           block(run.first_block) {
         keys_ahead = max<int64_t>(LEAST_BYTES, keys * row_bytes(false));
-        values_ahead = VALUES_AHEAD;
-        if (in_memory)
-            values_ahead = keys_ahead <= L1_BYTES ? keys_ahead : max(VALUES_AHEAD, values * row_bytes(true));
-        values_ahead = min(keys_ahead, values_ahead);
+        values_ahead = keys_ahead;
+        if (keys_ahead > L1_BYTES) values_ahead = min(keys_ahead, max(VALUES_AHEAD, values * row_bytes(true)));
         due = distance = keys_ahead;
         while (due >= LINE) lines(4);
     }

@@ -275,18 +275,28 @@ INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weig
     }
 }
 
+// Distances from one group to the next: of weights in words, of values in bytes, of sums in floats.
+struct GroupSteps {
+    int64_t weights, values, out;
+};
+
+// Several groups in one call: a call for each would take as long as the few values of one.
 template <int KIND>
 __attribute__((noinline)) void accumulate_rows(int rows, int64_t dims, const typename Row<KIND>::Word *weights,
-                                               const char *const *values, int keys, int64_t offset,
-                                               float *out, int64_t width, Ahead &ahead) {
-#define KEYSPAN_ACCUMULATE(R) accumulate_values<R, KIND>(dims, weights, values, keys, offset, out, width, ahead)
+                                               const char *const *values, int keys, int64_t offset, float *out,
+                                               int64_t width, int64_t groups, const GroupSteps &steps, Ahead &ahead) {
+#define KEYSPAN_ACCUMULATE(R)                                                                           \
+    for (int64_t g = 0; g < groups; g++)                                                                \
+        accumulate_values<R, KIND>(dims, weights + g * steps.weights, values, keys, offset + g * steps.values, \
+                                   out + g * steps.out, width, ahead);                                  \
+    return
     switch (rows) {
-    case 1: return KEYSPAN_ACCUMULATE(1);
-    case 2: return KEYSPAN_ACCUMULATE(2);
-    case 3: return KEYSPAN_ACCUMULATE(3);
-    case 4: return KEYSPAN_ACCUMULATE(4);
-    case 5: return KEYSPAN_ACCUMULATE((VALUE_ROWS < 5 ? VALUE_ROWS : 5));
-    default: return KEYSPAN_ACCUMULATE(VALUE_ROWS);
+    case 1: KEYSPAN_ACCUMULATE(1);
+    case 2: KEYSPAN_ACCUMULATE(2);
+    case 3: KEYSPAN_ACCUMULATE(3);
+    case 4: KEYSPAN_ACCUMULATE(4);
+    case 5: KEYSPAN_ACCUMULATE((VALUE_ROWS < 5 ? VALUE_ROWS : 5));
+    default: KEYSPAN_ACCUMULATE(VALUE_ROWS);
     }
 #undef KEYSPAN_ACCUMULATE
 }

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import keyspan
 from invariance_cases import Random, check_forms, gradients, gradients_in_a_batch
@@ -131,6 +132,7 @@ def on_threads(documents):
         (r"document 0 packed as .* from token 0 on, by up to", lambda docs: [x + len(docs) for x in docs], {}),
         ("document 1 packed as", lambda documents: [x + n for n, x in enumerate(documents)], {}),
         ("document 0 alone on 3 threads: 12 of 12 entries", on_threads, {}),
+        ("document 0 computed a second time in the same way", lambda docs: [torch.rand_like(x) for x in docs], {}),
         ("at place 1 of a batch of 3", numbers, {"batched": lambda x: x * 2 + torch.arange(3)[:, None, None]}),
         (r"document 0 in pieces of \[1, 1, 1, 1\] .*: 9 of 12 .* from token 1 on", numbers,
          {"pieces": lambda x, lengths: torch.cat([part * 2 + (n > 0) for n, part in enumerate(x.split(lengths))])}),
@@ -142,7 +144,39 @@ def test_the_checker_finds_what_is_not(message, packed, options):
         check_invariance(packed, DOCUMENTS, **options)
 
 
-@pytest.mark.parametrize("documents", [DOCUMENTS[:1], [*DOCUMENTS, torch.zeros(0, 3)], [torch.tensor(1.0)] * 2])
+def test_the_checker_finds_what_torch_gives_packed_rows():
+    def attend(documents):
+        x, lengths = torch.cat(documents)[None, None], torch.tensor([len(x) for x in documents])
+        document = torch.arange(len(documents)).repeat_interleave(lengths)
+        mask = (document[:, None] == document) & torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(x, x, x, mask)[0, 0].split(lengths.tolist())
+
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(
+        AssertionError, match=r"document \d packed as .* entries differ from the document alone on one thread"
+    ):
+        check_invariance(attend, [torch.randn(n, 32, generator=generator) for n in (300, 41, 700)], threads=1)
+
+
+@pytest.mark.parametrize(
+    ("message", "packed", "options"),
+    [
+        (r"packed: got one tensor of shape \[4, 3\] as results, want a list of 1, .* n = 4; use split", torch.cat, {}),
+        (r"packed: got a list among the results", lambda docs: [x.tolist() for x in docs], {}),
+        (r"packed: got results of shapes \[4, 3\], want a list of 3, .* n = 4, 1, 7", lambda docs: [docs[0]], {}),
+        (r"packed: got results of shapes \[\], want a list of 1", lambda docs: [x.sum() for x in docs], {}),
+        (r"threads: got \(\), want", numbers, {"threads": ()}),
+        (r"threads: got 0, want", numbers, {"threads": 0}),
+    ],
+)  # fmt: skip
+def test_the_checker_refuses_results_of_another_form(message, packed, options):
+    with pytest.raises(ValueError, match=message):
+        check_invariance(packed, DOCUMENTS, **options)
+
+
+@pytest.mark.parametrize(
+    "documents", [DOCUMENTS[:1], [*DOCUMENTS, torch.zeros(0, 3)], [torch.tensor(1.0)] * 2, [[1, 2], [3]]]
+)
 def test_the_checker_refuses_too_few_tokens(documents):
     with pytest.raises(ValueError, match=r"documents: got .*, want "):
         check_invariance(numbers, documents)

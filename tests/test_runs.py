@@ -15,10 +15,12 @@ import torch
 from keyspan import cli
 from keyspan.backends.native import binding
 from keyspan.cli import parse_train
-from keyspan.layers import gemm
+from keyspan.inference import Engine, Sampling
+from keyspan.layers import gemm, linear_cross_entropy
 from keyspan.training import checkpoint, loop
 from keyspan.training.data import is_held_out
 from keyspan.training.loop import (
+    autocast,
     learning_rate,
     load_run,
     make_task,
@@ -231,6 +233,28 @@ def test_an_invariant_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"invariant: got True, want False: the native library is not built"):
         train(replace(TINY, invariant=True, out=tmp_path / "none"), quiet=True)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_log_probabilities_of_a_trained_run(tmp_path, monkeypatch, precision):
+    """Those of a packed training batch equal those of cached generation, token by token; prompts are of its batches."""
+    batches = []
+    monkeypatch.setattr(loop, "take_step", lambda *x, **options: batches.extend(x[3]) or take_step(*x, **options))
+    train(replace(TINY, steps=20, precision=precision, out=tmp_path / "run"), quiet=True)
+    config, _, model = load_run(tmp_path / "run", "cpu")
+    documents = [x.tolist() for x in batches[-1].tokens.split(batches[-1].lengths)][:6]
+    prompts = [x[: 1 + n % len(x)] for n, x in enumerate(documents)]
+    sampling = [Sampling(9, temperature=1.0, seed=n, logprobs=0, ignore_end=True) for n in range(len(prompts))]
+    with autocast(config, torch.device("cpu")):
+        answers = Engine(model, memory=2**22, step_tokens=7).generate(prompts, sampling)
+        packed = [prompt + answer.tokens for prompt, answer in zip(prompts, answers, strict=True)]
+        tokens, lengths = torch.tensor([token for document in packed for token in document]), [*map(len, packed)]
+        hidden = model.train()(tokens, lengths)
+        losses = linear_cross_entropy(hidden, model.head_weight, tokens.roll(-1), reduction="none")
+    assert losses.requires_grad
+    for prompt, answer, own in zip(prompts, answers, losses.split(lengths), strict=True):
+        assert torch.equal(-own[len(prompt) - 1 : -1], torch.tensor(answer.logprobs))
 
 
 def test_a_backend_that_cannot_run_leaves_no_folder(tmp_path):

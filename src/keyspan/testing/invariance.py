@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 
 def check_invariance(
-    packed: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    packed: Callable[[Sequence[Tensor]], Iterable[Tensor]],
     documents: Sequence[Tensor],
     *,
     batched: Callable[[Tensor], Tensor] | None = None,
     pieces: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
-    threads: Sequence[int] = (1, 2, 3, 4),
+    threads: int | Sequence[int] = (1, 2, 3, 4),
     seed: int = 0,
 ) -> None:
     """Raise unless a function's result for a token depends on its document alone, bit by bit.
@@ -28,6 +28,7 @@ def check_invariance(
     - in pieces, as generation and chunked prefill compute it, by `pieces`: whole, token by token and at random cuts;
     - on each number of threads.
 
+    First it is computed twice in the same way, so that a function that does not repeat its own bits is called that.
     NaNs are equal to NaNs.
 
     Args:
@@ -36,42 +37,52 @@ def check_invariance(
         batched: results `[B, n, …]` of a batch of documents of one length, `[B, n, …]`.
         pieces: result `[n, …]` of one document computed by so many tokens at a time, each piece after those before it,
             e.g. with a cache of keys and values. The lengths add up to n.
-        threads: numbers of threads that torch is set to; those before are restored.
+        threads: number or numbers of threads that torch is set to; that before is restored.
         seed: of the orders and cuts.
 
     Raises:
         AssertionError: a result differs; it names the form, the document, the first token and how many entries differ.
-        ValueError: there are too few documents, or an empty one.
+        ValueError: there are too few documents, or an empty one; or a result is not one tensor `[n, …]` for each.
 
     >>> check_invariance(lambda documents: [x * 2 for x in documents], [torch.ones(3, 1), torch.ones(5, 1)])
     """
     if len(documents) < 2:
         raise ValueError(f"documents: got {len(documents)}, want two or more, so that there is a pack")
     for x in documents:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"documents: got a {type(x).__name__}, want tensors [n, …]")
         if x.dim() < 1 or len(x) < 1:
             raise ValueError(f"documents: got shape {list(x.shape)}, want [n, …] with n ≥ 1")
+    counts = [threads] if isinstance(threads, int) else list(threads)
+    if not counts or min(counts) < 1:
+        raise ValueError(f"threads: got {threads}, want numbers of threads, each at least 1")
     generator = torch.Generator().manual_seed(seed)
     before = torch.get_num_threads()
+
+    def results(order: Sequence[int]) -> list[Tensor]:
+        return _checked(packed([documents[d] for d in order]), [len(documents[d]) for d in order])
+
     try:
         torch.set_num_threads(1)
-        alone = [packed([x])[0] for x in documents]
-        for count in threads:
+        alone = [results([d])[0] for d in range(len(documents))]
+        for d, want in enumerate(alone):
+            _compare(results([d])[0], want, f"document {d} computed a second time in the same way")
+        for count in counts:
             torch.set_num_threads(count)
-            for d, (x, want) in enumerate(zip(documents, alone, strict=True)):
-                _compare(packed([x])[0], want, f"document {d} alone on {count} threads")
+            on = f"on {count} thread{'s' * (count > 1)}"
+            for d, want in enumerate(alone):
+                _compare(results([d])[0], want, f"document {d} alone {on}")
             for order in _orders(len(documents), generator):
-                found = packed([documents[d] for d in order])
-                for d, got in zip(order, found, strict=True):
-                    _compare(got, alone[d], f"document {d} packed as {order} on {count} threads")
+                for d, got in zip(order, results(order), strict=True):
+                    _compare(got, alone[d], f"document {d} packed as {order} {on}")
             for d, (x, want) in enumerate(zip(documents, alone, strict=True)):
                 if batched is not None:
                     for place in range(3):
                         batch = torch.stack([x.roll(entry - place, 0) for entry in range(3)])
-                        where = f"document {d} at place {place} of a batch of 3 on {count} threads"
-                        _compare(batched(batch)[place], want, where)
+                        _compare(batched(batch)[place], want, f"document {d} at place {place} of a batch of 3 {on}")
                 if pieces is not None:
                     for lengths in _cuts(len(x), generator):
-                        _compare(pieces(x, lengths), want, f"document {d} in pieces of {lengths} on {count} threads")
+                        _compare(pieces(x, lengths), want, f"document {d} in pieces of {lengths} {on}")
     finally:
         torch.set_num_threads(before)
 
@@ -89,6 +100,21 @@ def _cuts(length: int, generator: torch.Generator) -> Iterator[list[int]]:
     yield [1] * length
     cuts = sorted({0, length, *torch.randint(length + 1, (3,), generator=generator).tolist()})
     yield [last - first for first, last in itertools.pairwise(cuts)]
+
+
+def _checked(found: Iterable[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """The results of `packed`, as a list."""
+    want = f"want a list of {len(lengths)}, for each document a tensor [n, …] with n = {', '.join(map(str, lengths))}"
+    if isinstance(found, Tensor):
+        raise ValueError(f"packed: got one tensor of shape {list(found.shape)} as results, {want}; use split(lengths)")
+    results = list(found)
+    for x in results:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"packed: got a {type(x).__name__} among the results, {want}")
+    got = [len(x) if x.dim() else None for x in results]
+    if got != list(lengths):
+        raise ValueError(f"packed: got results of shapes {', '.join(str(list(x.shape)) for x in results)}, {want}")
+    return results
 
 
 def _compare(got: Tensor, want: Tensor, where: str) -> None:
