@@ -5,36 +5,43 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["pytest", "torch.distributed.tensor", "keyspan.training.loop", "keyspan.parallel", "keyspan.testing.cases"]
+"""Imported once, by the server that ranks are forked from: each would take seconds over it."""
 
-def run_ranks(function, ranks: int, *arguments: str, timeout: float = 300) -> list[str]:
+
+def run_ranks(function: Callable[..., None], ranks: int, *arguments: str, timeout: float = 300) -> list[str]:
     """What `function(*arguments)` of an importable test module prints on each rank; AssertionError where one fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(function.__code__.co_filename).parent), *sys.path])
-    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    words = [sys.executable, __file__, function.__module__.split(".")[-1], function.__name__, *arguments]
-    processes = [
-        subprocess.Popen(
-            words, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(ranks)
-    ]
-    texts, stop = [], time.monotonic() + timeout
-    try:
-        for process in processes:
-            texts.append(process.communicate(timeout=max(stop - time.monotonic(), 1))[0])
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(texts)
+    server = get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    called = (function.__module__.split(".")[-1], function.__name__, arguments)
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(ranks)]
+        port, stop = free_port(), time.monotonic() + timeout
+        processes = [
+            server.Process(target=_rank, args=(rank, ranks, port, str(files[rank]), *called)) for rank in range(ranks)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(max(stop - time.monotonic(), 0))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        texts = [file.read_text() for file in files]
+    assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(texts)
     return texts
 
 
@@ -45,8 +52,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def main() -> None:
-    module, name, *arguments = sys.argv[1:]
+def _rank(rank: int, ranks: int, port: int, file: str, module: str, name: str, arguments: tuple[Any, ...]) -> None:
+    written = os.open(file, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(written, stream)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     getattr(importlib.import_module(module), name)(*arguments)
@@ -55,7 +65,3 @@ def main() -> None:
     # (pytorch/pytorch#179291).
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -63,24 +63,20 @@ def as_json(**changes):
 
 
 ARRANGEMENTS = {
-    "data": {}, "context": {"context": 2}, "fsdp": {"fsdp": True, "invariant": binding.LIBRARY is not None},
+    "context": {"context": 2}, "fsdp": {"fsdp": True, "invariant": binding.LIBRARY is not None},
     "context and fsdp": {"fsdp": True, "context": 2},
 }  # fmt: skip
 
 
 def test_every_arrangement_has_the_losses_of_one_process(tmp_path):
-    """Two ranks; and the same run again from the checkpoint of another arrangement, one process among them."""
+    """Two ranks; data parallelism goes on from half of the run with FSDP, one process from half of the last one."""
     train(replace(CONFIG, out=tmp_path / "one"), quiet=True)
     losses, held_out = curve(tmp_path / "one")
     options = [as_json(out=str(tmp_path / name), **changes) for name, changes in ARRANGEMENTS.items()]
     options.append(as_json(out=str(tmp_path / "fsdp in bf16"), fsdp=True, precision="bf16"))
-    # Two go on from the last checkpoint but one, of step 2, of another.
-    again = {"context and fsdp": "one", "data": "fsdp"}
-    for name, before in again.items():
-        places = {"from": str(tmp_path / before), "to": str(tmp_path / f"again {name}")}
-        options.append(json.dumps(places | ARRANGEMENTS[name]))
+    options.append(json.dumps({"from": str(tmp_path / "fsdp"), "to": str(tmp_path / "data")}))
     run_ranks(arrangements, 2, *options)
-    for run in [*ARRANGEMENTS, *(f"again {name}" for name in again)]:
+    for run in [*ARRANGEMENTS, "data"]:
         got = curve(tmp_path / run)
         assert got[0] == pytest.approx(losses, abs=1e-5), run
         assert got[1] == held_out, run
@@ -115,30 +111,32 @@ def damaged_parts(run):
 
 WIDE = {"heads": 4, "kv_heads": 2}
 TENSOR = {
-    "data × tensor": {"tensor": 2}, "fsdp × tensor": {"fsdp": True, "tensor": 2},
-    "context × tensor": {"context": 2, "tensor": 2},
     "context × fsdp × tensor": {"fsdp": True, "context": 2, "tensor": 2},
+    "fsdp × tensor": {"from": "one", "fsdp": True, "tensor": 2},
+    "context × tensor": {"from": "context × fsdp × tensor", "context": 2, "tensor": 2},
+    "data × tensor": {"from": "tensor", "tensor": 2},
 }  # fmt: skip
-"""On four ranks; on two the first one is tensor parallelism alone."""
+"""On four ranks. "from": goes on from half of another run, so that its second half is computed in this arrangement."""
 
 
 def test_tensor_parallelism_has_the_losses_of_one_process(tmp_path):
-    """Alone and beside all other kinds, on meshes of one to three dimensions, and from others' checkpoints."""
+    """Alone on two ranks and beside all other kinds, on meshes of one to three dimensions, from others' checkpoints."""
     train(replace(CONFIG, **WIDE, out=tmp_path / "one"), quiet=True)
     losses, held_out = curve(tmp_path / "one")
-    alibi = {**WIDE, "positions": "alibi", "tie_embeddings": False}
+    alibi = {**WIDE, "positions": "alibi", "tie_embeddings": False, "steps": 2}
     train(replace(CONFIG, **alibi, out=tmp_path / "alibi"), quiet=True)
     two = [as_json(**WIDE, out=str(tmp_path / "tensor"), tensor=2)]
     run_ranks(arrangements, 2, *two, as_json(**alibi, out=str(tmp_path / "alibi of two"), tensor=2))
     assert curve(tmp_path / "alibi of two")[0] == pytest.approx(curve(tmp_path / "alibi")[0], abs=1e-5)
-    options = [as_json(**WIDE, out=str(tmp_path / name), **changes) for name, changes in TENSOR.items()]
-    again = {"fsdp × tensor": "one", "context × tensor": "fsdp × tensor", "data × tensor": "tensor"}
-    for name, before in again.items():
-        places = {"from": str(tmp_path / before), "to": str(tmp_path / f"again {name}")}
-        options.append(json.dumps(places | TENSOR[name]))
-    options.append(json.dumps({"from": str(tmp_path / "tensor"), "to": str(tmp_path / "again data"), "context": 2}))
+    options = []
+    for name, changes in TENSOR.items():
+        if "from" in changes:
+            places = {"from": str(tmp_path / changes["from"]), "to": str(tmp_path / name)}
+            options.append(json.dumps(changes | places))
+        else:
+            options.append(as_json(**WIDE, out=str(tmp_path / name), **changes))
     run_ranks(arrangements, 4, *options)
-    for run in ["tensor", *TENSOR, *(f"again {name}" for name in (*again, "data"))]:
+    for run in ["tensor", *TENSOR]:
         got = curve(tmp_path / run)
         assert got[0] == pytest.approx(losses, abs=1e-5), run
         assert got[1] == held_out, run
