@@ -20,7 +20,7 @@ help:
 	@echo "make docs   build the documentation (strict)"
 	@echo "make bench  attention benchmark against torch's own"
 	@echo "make gpu-check         on a machine with a GPU: is the Triton backend right there, and how fast"
-	@echo "make test-gpu-offline  every configuration of the GPU kernels compiled for four architectures, no GPU needed"
+	@echo "make test-gpu-offline  every configuration of the GPU kernels compiled for four architectures, and more problems; no GPU needed"
 	@echo "make sanitize          the native backend's fuzz test under the address, undefined and thread sanitizers (2 minutes)"
 
 # Torch goes in first and pinned, then the package with its native library.

@@ -409,7 +409,7 @@ def test_requests_longer_than_the_model_was_trained_for_are_refused():
     few = Engine(net, memory=PagedCache.bytes_per_page(net.config, 16, torch.float32), max_model_len=60)
     with pytest.raises(ValueError, match="want at most 16 in all, which the cache's memory holds"):
         few.add([1] * 10, Sampling(max_tokens=7))
-    with pytest.raises(ValueError, match="max_model_len: got 0, want at least 1"):
+    with pytest.raises(ValueError, match="max_model_len: got 0, want an int ≥ 1"):
         Engine(net, max_model_len=0)
 
 

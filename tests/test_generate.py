@@ -71,7 +71,7 @@ def test_cache_errors():
         model(torch.tensor([1, 2, 3]), [1, 1], cache=cache)
     assert cache.lengths == [2, 1]
     for arguments, name in (((0, 4), "sequences"), ((2, 0), "capacity")):
-        with pytest.raises(ValueError, match=f"{name}: got 0, want at least 1"):
+        with pytest.raises(ValueError, match=f"{name}: got 0, want an int ≥ 1"):
             KVCache(*arguments)
 
 

@@ -592,7 +592,7 @@ def test_cross_entropy_memory_does_not_grow_with_the_logits():
         ({"bias": torch.zeros(4)}, r"bias: got shape \[4\], want \[5\]"),
         ({"softcap": 0.0}, r"softcap: got 0.0, want a positive number"),
         ({"reduction": "average"}, r"reduction: got 'average'"),
-        ({"chunk": 0}, r"chunk: got 0, want at least 1"),
+        ({"chunk": 0}, r"chunk: got 0, want an int ≥ 1"),
     ],
 )
 def test_cross_entropy_errors(change, message):

@@ -424,8 +424,8 @@ def test_key_ranges_are_checked_at_construction():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: keyspan.Causal().lower(1, -1, 3), "M: got -1, want at least 0"),
-        (lambda: keyspan.Causal().lower(1, 3, -8), "N: got -8, want at least 0"),
+        (lambda: keyspan.Causal().lower(1, -1, 3), "M: got -1, want an int ≥ 0"),
+        (lambda: keyspan.Causal().lower(1, 3, -8), "N: got -8, want an int ≥ 0"),
         (lambda: keyspan.Causal().lower(1, 3, 2**31), "N: got 2147483648, want .* less than 2³¹"),
         (lambda: keyspan.Documents(torch.tensor([1, 2], dtype=torch.uint16)), "q_lengths: got torch.uint16"),
         (lambda: keyspan.Documents(torch.tensor([1, 2], dtype=torch.complex64)), "q_lengths: got torch.complex64"),

@@ -1,5 +1,6 @@
 """The Triton backend on every shared case against the fp64 reference, in Triton's interpreter."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -131,7 +132,14 @@ def test_gradients_of_a_part_of_the_keys_with_the_lse_of_all(parts):
     assert max(errors.values()) <= 1, errors
 
 
-@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+EVERY = os.environ.get("KEYSPAN_GPU_TESTS") == "all"
+"""`make test-gpu-offline`: with plain loads and with TMA; else in turn."""
+IN_TURN = [(case, tma) for n, case in enumerate(CASES[::3]) for tma in (False, True) if EVERY or tma == n % 2]
+
+
+@pytest.mark.parametrize(
+    ("case", "descriptors"), IN_TURN, indirect=["descriptors"], ids=lambda x: x.name if isinstance(x, Case) else str(x)
+)
 def test_bfloat16(case, descriptors):
     agree(case, torch.bfloat16)
 

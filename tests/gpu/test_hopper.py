@@ -587,7 +587,7 @@ def test_compiles_for_sm_90():
         [x for x in found if x["kernel"] == f"hopper_{name}_kernel"]
         for name in ("forward", "backward", "keys", "queries")
     )
-    assert len(forward) >= 5
+    assert len(forward) >= 4
     assert len(backward) >= 2
     assert keys
     assert queries

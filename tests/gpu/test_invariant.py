@@ -30,7 +30,13 @@ def products_in_order(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_in_order)
 
 
-@pytest.mark.parametrize("seed", range(12 if EVERY else 6))
+def in_turn(seeds, every):
+    """Seeds, each with plain loads and with TMA; or with either in turn."""
+    pairs = [(seed, tma) for seed in range(every if EVERY else seeds) for tma in (False, True)]
+    return [(seed, tma) for seed, tma in pairs if EVERY or tma == seed % 2]
+
+
+@pytest.mark.parametrize(("seed", "descriptors"), in_turn(6, 12), indirect=["descriptors"])
 def test_a_row_has_the_same_bits_in_every_form(seed, descriptors):
     check_forms("triton", torch.float16 if descriptors else torch.float32, seed, small=True)
 
@@ -41,7 +47,7 @@ def test_a_row_has_the_same_bits_in_every_form_with_keys_of_8_bits(seed, stored)
     check_forms("triton", torch.float16, seed, small=True, stored=stored)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(4 if EVERY else 3))
 def test_gradients_do_not_depend_on_the_batch(seed):
     case = Random(200 + seed, torch.float32, small=True)
     want = gradients_in_a_batch(case, "triton", 1, 0)
@@ -50,7 +56,7 @@ def test_gradients_do_not_depend_on_the_batch(seed):
             assert torch.equal(x, want[name]), f"d{name} of entry {at} of {batch}"
 
 
-@pytest.mark.parametrize("seed", range(5 if EVERY else 3))
+@pytest.mark.parametrize(("seed", "descriptors"), in_turn(3, 5), indirect=["descriptors"])
 def test_gradients_do_not_depend_on_the_pack(seed, descriptors):
     case = Random(300 + seed, torch.float32, small=True)
     order = list(range(len(case.keys)))

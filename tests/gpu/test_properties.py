@@ -1,5 +1,7 @@
 """Properties of the Triton backend beyond the shared cases, in Triton's interpreter: hidden keys, strides, dtypes."""
 
+import os
+
 import pytest
 import torch
 import triton
@@ -12,6 +14,9 @@ from keyspan.backends import Needs, reference
 from keyspan.backends.triton import launch
 from keyspan.core.problem import make_problem
 from keyspan.testing.cases import malformed
+
+EVERY = os.environ.get("KEYSPAN_GPU_TESTS") == "all"
+"""`make test-gpu-offline`: more problems."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
@@ -52,8 +57,10 @@ def test_nan_in_hidden_keys_does_not_leak(terms, special):
         torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("seed", "dtype"), [(seed, dtype) for seed in range(4) for dtype in (torch.float32, torch.float16)]
+    if EVERY else [(0, torch.float16), (1, torch.float32), (2, torch.float32)], ids=str,
+)  # fmt: skip
 def test_gradients_do_not_depend_on_the_batch(seed, dtype, monkeypatch):
     """Those of the plain kernels, given the output, which depends on it: few rows share tiles and are split by load."""
     monkeypatch.setattr(launch, "_rows_per_tile", lambda problem: 0)

@@ -460,8 +460,7 @@ class TestMasks:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
-    @pytest.mark.parametrize("side", [None, "left"])
+    @pytest.mark.parametrize(("name", "side"), [("llama", None), ("gemma3", "left"), ("bert", "left")])
     def test_whole_graph(self, name, side):
         model = build(name)
         model.set_attn_implementation("keyspan")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -313,6 +313,69 @@ def test_four_ranks_equal_one_device(tmp_path):
     assert curve(tmp_path / "four")[1] == curve(tmp_path / "one")[1]
 
 
+@pytest.fixture
+def events(monkeypatch):
+    """What a rank of four that talks to nobody does, in order: a message is sent or waited for, a part is computed."""
+    found: list[tuple[str, int]] = []
+    numbers = count()
+
+    class Work:
+        def __init__(self):
+            self.number = next(numbers)
+            found.append(("sent", self.number))
+
+        def wait(self):
+            found.append(("waited for", self.number))
+
+    def all_to_all_single(received, sent, received_sizes, sent_sizes, group=None, async_op=False):
+        assert async_op, "a collective that is waited for at once overlaps nothing"
+        received.zero_()
+        return Work()
+
+    def computed(function):
+        def recorded(*given):
+            found.append(("computed", len([kind for kind, _ in found if kind == "computed"])))
+            return function(*given)
+
+        return recorded
+
+    for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 4}.items():
+        monkeypatch.setattr(dist, name, lambda group=None, value=value: value)
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    monkeypatch.setattr(parallel.context, "attend", computed(parallel.context.attend))
+    monkeypatch.setattr(parallel.context, "gradients", computed(parallel.context.gradients))
+    monkeypatch.setattr(parallel.masks, "LEAST_ROWS", 1)
+    return found
+
+
+@pytest.mark.parametrize("form", [("ring", 1), ("gather", 4)], ids=["ring", "gather in slices"])
+def test_messages_travel_while_parts_are_computed(form, events):
+    """Between the start of a message and the wait for it a part is computed, but where there is nothing left to do."""
+    mask = ContextMask(None, Partition.contiguous(32, 4), exchange=form[0])
+    q = torch.randn(1, 8, 4, 8, requires_grad=True)
+    k, v = (torch.randn(1, 8, 4, 8, requires_grad=True) for _ in range(2))
+    assert mask.form(4, 4) == form
+    out = context_attention(q, k, v, mask, backend="chunked")
+    parts = 4  # of four ranks, or slices of heads
+    assert [kind for kind, _ in events].count("computed") == parts
+    first = form[0] == "gather"  # the first part is the rank's own keys, or has to come
+    assert idle(events) == ([0] if first else [])
+    events.clear()
+    torch.autograd.grad(out.sum(), (q, k, v))
+    assert [kind for kind, _ in events].count("computed") == parts
+    sent = [number for kind, number in events if kind == "sent"]
+    assert len(sent) == 2 * parts - (not first) * 2  # keys, and the gradients of those of others
+    assert idle(events) == [*(sent[:1] if first else []), sent[-1]], "the last gradients have nothing beside them"
+
+
+def idle(events):
+    """The messages between whose start and end nothing was computed."""
+    ends = {number: at for at, (kind, number) in enumerate(events) if kind == "waited for"}
+    starts = {number: at for at, (kind, number) in enumerate(events) if kind == "sent"}
+    assert starts.keys() == ends.keys(), "each message that is sent is waited for"
+    return [n for n, at in starts.items() if "computed" not in [kind for kind, _ in events[at : ends[n]]]]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -323,7 +386,7 @@ def test_four_ranks_equal_one_device(tmp_path):
         (lambda q, m: ContextMask(S.Documents([7]), Partition.contiguous(8, 1)), "q_lengths: got 7 in all"),
         (lambda q, m: Partition((((0, 3),), ((4, 8),))), "pieces: got a run from row 4 behind row 3"),
         (lambda q, m: Partition((((3, 8), (0, 3)),)), "pieces: got .* in ascending order"),
-        (lambda q, m: Partition.balanced(None, 8, 0), "length, ranks: got 8 rows for 0 ranks"),
+        (lambda q, m: Partition.balanced(None, 8, 0), "ranks: got 0, want an int ≥ 1"),
         (lambda q, m: m.queries.take(q[:, :5], 0), "x: got 5 rows along dim 1, want 8"),
     ],
 )

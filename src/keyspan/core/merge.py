@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_tensor
+
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attention over disjoint sets of them: exact, and differentiable in all inputs.
@@ -31,6 +33,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     for index, part in enumerate(parts):
         if not isinstance(part, (tuple, list)) or len(part) != 2:
             raise ValueError(f"parts[{index}]: got {type(part).__name__}, want a pair (out, lse)")
+        for name, x in zip(("out", "lse"), part, strict=True):
+            check_tensor(f"parts[{index}] {name}", x)
     out, lse = parts[0]
     want = (out.shape[0], *out.shape[2:-1], out.shape[1]) if out.dim() >= 3 else None
     for index, (o, s) in enumerate(parts):

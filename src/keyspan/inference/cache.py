@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from keyspan import Causal, PaddedKeys
+from keyspan.core.checks import check_int
 from keyspan.models.gpt import Stored
 
 
@@ -32,8 +33,7 @@ class KVCache:
 
     def __init__(self, sequences: int, capacity: int = 256, *, grow: bool = True) -> None:
         for name, value in (("sequences", sequences), ("capacity", capacity)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, want at least 1")
+            check_int(name, value)
         self.lengths = [0] * sequences
         self.capacity = capacity
         self.grow = grow

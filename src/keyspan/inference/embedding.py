@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keyspan.core.checks import check_int, check_type
 from keyspan.files import read_json
 from keyspan.inference.program import EncoderProgram
 from keyspan.inference.serve import DTYPES
@@ -50,6 +51,8 @@ class Embedder:
         lower: bool = False,
         step_tokens: int = 1024,
     ) -> None:
+        check_type("model", model, Encoder)
+        check_int("step_tokens", step_tokens)
         most = model.config.longest
         self.special_tokens = tokenizer.num_special_tokens_to_add(False)
         self.longest = most if longest is None else min(longest, most)

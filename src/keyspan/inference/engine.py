@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_int, check_type
 from keyspan.core.problem import STORED, names
 from keyspan.inference.graphs import DecodeGraphs
 from keyspan.inference.pages import Held, Key, PagedCache
@@ -149,12 +150,14 @@ class Engine:
         max_model_len: int | None = None,
         graphs: bool = True,
     ) -> None:
+        check_type("model", model, GPT)
         for name, value, least in (
-            ("page_size", page_size, 1), ("step_tokens", step_tokens, 1), ("running", running, 1),
-            ("waiting", waiting, 1), ("draft", draft, 0), ("ngram", ngram, 1), ("max_model_len", max_model_len, 1),
+            ("memory", memory, 0), ("page_size", page_size, 1), ("step_tokens", step_tokens, 1),
+            ("running", running, 1), ("waiting", waiting, 1), ("draft", draft, 0),
+            ("ngram", ngram, 1), ("max_model_len", max_model_len, 1),
         ):  # fmt: skip
-            if value is not None and value < least:
-                raise ValueError(f"{name}: got {value}, want at least {least}")
+            if value is not None or name != "max_model_len":
+                check_int(name, value, least)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.step_tokens, self.running_limit, self.waiting_limit = step_tokens, running, waiting
         self.draft, self.ngram = draft, ngram
@@ -208,6 +211,7 @@ class Engine:
                 "packed weights and graphs are those of the old ones: make a new Engine"
             )
         sampling = sampling or Sampling()
+        check_type("sampling", sampling, Sampling)
         tokens = self._tokens(prompt)
         if len(tokens) + sampling.max_tokens > self.max_model_len:
             raise ValueError(
@@ -282,7 +286,11 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("prompt: got text, want tokens: the engine has no tokenizer")
             prompt = self.tokenizer.encode(prompt)
-        tokens, C = [operator.index(token) for token in prompt], self.model.config.vocab_size
+        try:
+            tokens = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f"prompt: got {type(prompt).__name__}, want text, or a list of int, the tokens") from None
+        C = self.model.config.vocab_size
         if not tokens:
             raise ValueError("prompt: got no token, want at least one")
         if not 0 <= min(tokens) <= max(tokens) < C:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_int, check_type
 from keyspan.inference.cache import KVCache
 from keyspan.inference.sampling import sample
 from keyspan.models.gpt import GPT
@@ -28,8 +29,13 @@ def stream(
 
     The arguments are those of `generate`; a stop token is not yielded, its prompt is merely absent from then on.
     """
+    check_type("model", model, GPT)
     device = model.embedding.weight.device
     stops = {stop} if isinstance(stop, int) else set(stop or ())
+    if not all(isinstance(token, int) for token in stops):
+        raise ValueError(f"stop: got {stop!r}, want a token or several")
+    if generator is not None:
+        check_type("generator", generator, torch.Generator)
     _check(model, prompts, max_tokens)
     cache = KVCache(len(prompts))
     running = list(range(len(prompts)))
@@ -87,15 +93,23 @@ def generate(
 
 
 def _check(model: GPT, prompts: list[list[int]], max_tokens: int) -> None:
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens: got {max_tokens}, want 0 or more")
+    check_int("max_tokens", max_tokens, 0)
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
+        raise ValueError(f"prompts: got {_shortened(prompts)}, want a list of tokens for each prompt")
     if not prompts:
         raise ValueError("prompts: got none, want at least one")
     for b, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompts: got an empty prompt {b}, want at least one token in each")
+        if not all(isinstance(token, int) for token in prompt):
+            raise ValueError(f"prompts: got {_shortened(prompt)} as prompt {b}, want a list of int, the tokens")
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(
                 f"prompts: got tokens {min(prompt)} … {max(prompt)} in prompt {b}, "
                 f"want 0 … {model.config.vocab_size - 1}"
             )
+
+
+def _shortened(given: object) -> str:
+    text = f"{type(given).__name__} {given!r}"
+    return text if len(text) < 80 else text[:80] + "…"

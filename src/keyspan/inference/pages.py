@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from keyspan import PagedKeys, quantize
-from keyspan.core.problem import STORED
+from keyspan.core.checks import check_device, check_int, check_type
+from keyspan.core.problem import STORED, names
 from keyspan.models.gpt import GPTConfig, Stored
 
 Key = bytes
@@ -130,9 +131,12 @@ class PagedCache:
         share: bool = True,
         spare: bool = False,
     ) -> None:
-        for name, value in (("pages", pages), ("page_size", page_size)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, want at least 1")
+        check_type("config", config, GPTConfig)
+        check_int("pages", pages)
+        check_int("page_size", page_size)
+        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype in STORED):
+            raise ValueError(f"dtype: got {dtype!r}, want a floating-point dtype or {names(*STORED)}")
+        device = check_device("device", device)
         self.pages, self.page_size, self.share = pages, page_size, share
         self._window = [config.window(n) for n in range(config.layers)]
         self.pools = {window: PagePool(pages) for window in dict.fromkeys(self._window)}
@@ -144,7 +148,7 @@ class PagedCache:
             Stored(*(torch.zeros(size, dtype=kind, device=device) for size, kind in kinds)) for _ in self._window
         ]
         self.step = PagedStep()
-        self._device = torch.device(device)
+        self._device = device
         self._layouts: dict[int | None, PagedKeys] = {}
         self._slots: dict[int | None, Tensor] = {}
 

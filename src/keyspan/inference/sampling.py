@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_fields, check_int, check_number, check_tensor, is_a
 from keyspan.layers import log_softmax
 
 
@@ -25,11 +25,13 @@ def probabilities(
         None or 1: all. Among equal tokens the earlier one is the likelier.
     Raises ValueError for a negative temperature, top_k below 1, top_p outside (0, 1].
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, want 0 or a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: got {top_k}, want at least 1 (or None)")
-    if top_p is not None and not 0 < top_p <= 1:
+    check_tensor("logits", logits)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {list(logits.shape)}, want a token at least in the last dimension")
+    check_number("temperature", temperature)
+    if top_k is not None:
+        check_int("top_k", top_k)
+    if top_p is not None and not (is_a(top_p, float) and 0 < top_p <= 1):
         raise ValueError(f"top_p: got {top_p}, want a number in (0, 1] (or None)")
     logits = logits.float()
     if temperature == 0:
@@ -100,6 +102,7 @@ class Sampling:
     """How many of the likeliest tokens to report beside each token, with log-probabilities; None: not even its own."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         limits = {
             "max_tokens": (self.max_tokens >= 0, "0 or more"),
             "temperature": (0 <= self.temperature < float("inf"), "0 or a positive number"),

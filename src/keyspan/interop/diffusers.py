@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from keyspan.core.checks import check_type
 from keyspan.core.masks import Causal, Mask
 from keyspan.dispatch.api import attention
 from keyspan.layers.multihead_attention import padding_mask
@@ -40,6 +41,7 @@ def use_keyspan(model: Model) -> Model:
     Raises:
         ValueError: where a layer has another processor; `keyspan.interop.torch.replace_sdpa` reaches those as well.
     """
+    check_type("model", model, nn.Module)
     layers = [m for m in model.modules() if isinstance(m, (Attention, AttentionModuleMixin))]
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without attention layers, want a model of diffusers")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from keyspan.core.checks import check_int, check_type
 from keyspan.core.masks import Causal, Mask
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention
@@ -61,6 +62,7 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal: got True and an attn_mask, want one of them; Causal() & mask says both")
     for name, x in (("query", query), ("key", key), ("value", value)):
+        check_type(name, x, Tensor)
         if x.dim() < 2:
             raise ValueError(f"{name}: got shape {list(x.shape)}, want [..., heads, tokens, dim]")
     dims = max(query.dim(), key.dim(), value.dim())
@@ -198,6 +200,10 @@ def find_ranges(
     Raises:
         ValueError: where ranges do not describe the mask and `dense` is False; the message says how many are needed.
     """
+    if not callable(mask_mod):
+        raise ValueError(f"mask_mod: got {type(mask_mod).__name__}, want a function of (b, h, q_idx, kv_idx)")
+    for name, size in (("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)):
+        check_int(name, size, 0)
     b = torch.arange(B or 1, device=device)[:, None, None, None]
     h = torch.arange(H or 1, device=device)[None, :, None, None]
     kv = torch.arange(KV_LEN, device=device)[None, None, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from keyspan.core.checks import check_int, check_number, check_tensor
 from keyspan.dispatch.flops import register_when_imported
 from keyspan.layers.gemm import (
     gemm_dtype,
@@ -358,20 +359,27 @@ def linear_cross_entropy(
     Chunked over tokens, with gradients beside the loss, as in Liger Kernel (Hsu et al., 2024); "Cut Your Losses in
     Large-Vocabulary Language Models" (Wijmans et al., 2024) is chunked over the vocabulary too.
     """
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight, hidden)
+    check_tensor("bias", bias, hidden, optional=True)
     if hidden.ndim != 2:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, want [T, D]")
     T, D = hidden.shape
     if weight.ndim != 2 or weight.shape[1] != D:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want [C, {D}] (hidden's last size)")
     C = weight.shape[0]
+    if not isinstance(targets, Tensor) or targets.device != hidden.device:
+        got = f"a tensor on {targets.device}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets: got {got}, want a tensor on {hidden.device} like hidden")
     if targets.shape != (T,) or targets.dtype != torch.int64:
         raise ValueError(f"targets: got {targets.dtype} of shape {list(targets.shape)}, want torch.int64 [{T}]")
     if bias is not None and bias.shape != (C,):
         raise ValueError(f"bias: got shape {list(bias.shape)}, want [{C}]")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, want a positive number or None")
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss: got {z_loss}, want a number ≥ 0")
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index: got {ignore_index!r}, want an int")
+    if softcap is not None:
+        check_number("softcap", softcap, positive=True)
+    check_number("z_loss", z_loss)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, want 'mean', 'sum' or 'none'")
     dtype = gemm_dtype(hidden, weight=weight)
@@ -379,8 +387,7 @@ def linear_cross_entropy(
         size, most = _CHUNKS.get(hidden.device.type, _CHUNKS["cuda"])
         number = _gradient_dtype(hidden, dtype).itemsize
         chunk = max(_CHUNK_TOKENS, min(most, size // (number * C) // 256 * 256))
-    if chunk < 1:
-        raise ValueError(f"chunk: got {chunk}, want at least 1 token")
+    check_int("chunk", chunk)
     options = _Options(ignore_index, softcap, z_loss, chunk, invariant, dtype)
     if reduction == "none":
         losses: Tensor = _Each.apply(hidden, weight, bias, targets, options)  # type: ignore[no-untyped-call]
@@ -424,7 +431,8 @@ def log_softmax(logits: Tensor) -> Tensor:
     logits that were cast to fp32 first are summed in another order. Where no kernel of Keyspan runs (see
     `keyspan.layers.kernels`) torch's function does; on a GPU its sums depend on where in memory a row lies.
     """
-    rows = logits.reshape(-1, logits.shape[-1])
+    check_tensor("logits", logits)
+    rows = logits.flatten(0, -2) if logits.dim() > 1 else logits[None]
     kernels = kernels_for(rows) if rows.numel() else None
     if kernels is None:
         return rows.log_softmax(-1, dtype=_wide(logits)).view(logits.shape)

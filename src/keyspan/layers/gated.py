@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keyspan.core.checks import check_int, check_tensor
 from keyspan.layers.gemm import (
     Linear,
     bias_gradient,
@@ -180,6 +181,11 @@ def _gated(
     activation: Activation,
     invariant: bool,
 ) -> Tensor:
+    check_tensor("x", x)
+    check_tensor("w12", w12, x)
+    check_tensor("b12", b12, x, optional=True)
+    check_tensor("w3", w3, x)
+    check_tensor("b3", b3, x, optional=True)
     if w12.ndim != 2 or w12.shape[1] != x.shape[-1] or w12.shape[0] % 2:
         raise ValueError(f"w12: got shape {list(w12.shape)}, want [2 * hidden, {x.shape[-1]}] (x's last size)")
     hidden = w12.shape[0] // 2
@@ -205,7 +211,7 @@ def swiglu(
     b3 [C] or None -> [..., C], in autocast's dtype where autocast is on, else in x's. No input is changed.
     Backward keeps x and the pre-activation [..., 2 * hidden] and recomputes the rest; the values are those of
     the eager formula. It can be differentiated once. With `invariant` its products are those of `linear` with it.
-    Raises ValueError where shapes or dtypes do not fit, and as `linear` does.
+    Raises ValueError where shapes, dtypes or devices do not fit, and as `linear` does.
     """
     return _gated(x, w12, b12, w3, b3, "silu", invariant)
 
@@ -228,8 +234,12 @@ class SwiGLU(nn.Module):
         self, in_features: int, hidden_features: int, out_features: int | None = None, bias: bool = True
     ) -> None:
         super().__init__()
+        check_int("in_features", in_features)
+        check_int("hidden_features", hidden_features)
+        out_features = in_features if out_features is None else out_features
+        check_int("out_features", out_features)
         self.w12 = Linear(in_features, 2 * hidden_features, bias=bias)
-        self.w3 = Linear(hidden_features, out_features or in_features, bias=bias)
+        self.w3 = Linear(hidden_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

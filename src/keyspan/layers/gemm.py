@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keyspan.core.checks import check_int, check_tensor
 from keyspan.core.shims import eager, plain, profiled
 
 # Names in `torch.cpu.get_capabilities` of the instruction sets with which oneDNN multiplies a dtype natively.
@@ -117,7 +118,7 @@ def native_multiplies(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: tor
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these shapes make a product of numbers; torch says what is wrong with others."""
+    """Whether these shapes make a product of numbers."""
     return weight.ndim == 2 and x.shape[-1] == weight.shape[1] > 0 and (bias is None or bias.shape == weight.shape[:1])
 
 
@@ -397,9 +398,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, invariant: boo
     With `invariant` a row has the same bits whatever rows are beside it on a GPU too; gradients are torch's. There fp32
     operands are multiplied as three products of tf32, which comes to nearly fp32.
 
-    Raises ValueError where dtypes differ and autocast is off, and where `invariant` cannot be kept: for fp64, without
+    Raises ValueError where shapes or devices do not fit, where dtypes differ and autocast is off, and where `invariant`
+    cannot be kept: for fp64, without
     Triton on a GPU or the native library on a CPU, and where a compiler or mode intercepts torch.
     """
+    check_tensor("x", x)
+    check_tensor("weight", weight, x)
+    check_tensor("bias", bias, x, optional=True)
+    if weight.dim() != 2 or weight.size(1) != x.size(-1):
+        raise ValueError(f"weight: got shape {list(weight.shape)}, want [C, {x.size(-1)}] (x's last size)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {list(bias.shape)}, want [{weight.shape[0]}] (weight's first size)")
     dtype = gemm_dtype(x, weight=weight, bias=bias)
     result: Tensor
     by_library = native_multiplies(x, weight, bias, dtype)
@@ -422,6 +431,13 @@ class Linear(nn.Linear):
     packed: PackedWeight | None = None
     """Set by `pack`."""
 
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        check_int("in_features", in_features, 0)
+        check_int("out_features", out_features, 0)
+        super().__init__(in_features, out_features, bias, device, dtype)
+
     def pack(self, int8: bool = False) -> None:
         """Multiply by a `PackedWeight` from now on, for inference; the plain weight is given up.
 
@@ -436,5 +452,6 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] -> [..., out_features]."""
         if self.packed is not None:
+            check_tensor("x", input)
             return self.packed.multiply(input, self.bias)
         return linear(input, self.weight, self.bias, self.invariant)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import reduce
 from operator import and_
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan.core.biases import Bias
+from keyspan.core.checks import check_int, check_tensor, check_type
 from keyspan.core.masks import Causal, Dense, KeyLengths, Layout, Mask, as_mask
 from keyspan.core.masks.checks import readable
 from keyspan.core.ranges import KeyRanges
@@ -39,6 +41,29 @@ class MultiheadAttention(nn.MultiheadAttention):
         layer.load_state_dict(old.state_dict())
         y, _ = layer(x, x, x, mask=Documents(lengths) & Causal())
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
+            if name in ("embed_dim", "num_heads") or size is not None:
+                check_int(name, size)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim: got {embed_dim}, want a multiple of num_heads = {num_heads}")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
 
     def forward(
         self,
@@ -81,6 +106,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 "need_weights: got True, want False: the weights are never made (nn.MultiheadAttention does)"
             )
+        widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
+        for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
+            check_tensor(name, x, self.out_proj.weight)
+            if x.shape[-1] != width:
+                raise ValueError(f"{name}: got shape {list(x.shape)}, want a last size of {width}, of this layer")
+        for name, scores in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if scores is not None:
+                check_type(name, scores, Tensor)
         if query.dim() not in (2, 3) or {key.dim(), value.dim()} != {query.dim()}:
             shapes = [list(x.shape) for x in (query, key, value)]
             raise ValueError(f"query, key, value: got shapes {shapes}, want three of [tokens, B, E] or of [tokens, E]")
@@ -141,6 +174,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 visible.append(Dense(~key_padding_mask[:, None, None]))
         if attn_mask is not None:
             if attn_mask.dim() == 3:
+                if attn_mask.shape[0] != B * self.num_heads:
+                    want = f"[{B} · {self.num_heads}, M, N]"
+                    raise ValueError(f"attn_mask: got shape {list(attn_mask.shape)}, want {want} or [M, N]")
                 attn_mask = attn_mask.unflatten(0, (B, self.num_heads))
             if attn_mask.dtype == torch.bool:
                 visible.append(Dense(~attn_mask))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keyspan.core.checks import check_tensor
 from keyspan.layers.gemm import Linear, bias_gradient, gemm_dtype, input_gradient, product, weight_gradient
 from keyspan.layers.kernels import kernels_for
 from keyspan.layers.rmsnorm import RMSNorm, norm_gradients, norm_of_sum
@@ -65,7 +66,14 @@ def norm_linear(
 
     Where a gradient is wanted and a `Linear` is run by fused kernels, also under `torch.compile`, backward keeps total
     and one number a row. It computes the norm again in the pass that computes the norm's gradient, with the same bits.
+
+    Raises ValueError where an argument has another type, and as the norm and the layer do.
     """
+    check_tensor("x", x)
+    check_tensor("residual", residual, x, optional=True)
+    for name, module, kind in (("norm", norm, RMSNorm), ("layer", layer, nn.Module)):
+        if not isinstance(module, kind):
+            raise ValueError(f"{name}: got {type(module).__name__}, want {kind.__name__}")
     if recomputes(layer, x, residual, norm):
         dtype = gemm_dtype(x, weight=layer.weight, bias=layer.bias)
         found: Any = _NormLinear.apply(  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keyspan.core.checks import check_dtype, check_int, check_number, check_tensor
 from keyspan.layers.gemm import cast
 from keyspan.layers.kernels import kernels_for
 
@@ -128,11 +129,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
         and on a CPU with the native library.
 
     Raises:
-        ValueError: where weight is not [D].
+        ValueError: where weight is not [D], and for other arguments that do not fit.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    _check(x, weight)
+    _check(x, weight, eps, dtype)
     dtype = dtype or x.dtype
     kernels = kernels_for(x, weight) if dtype != torch.float64 else None
     if kernels is not None:
@@ -151,7 +152,8 @@ def add_rms_norm(
 
     x and residual [..., D] of one shape; else as `rms_norm`.
     """
-    _check(x, weight)
+    _check(x, weight, eps, dtype)
+    check_tensor("residual", residual, x)
     if residual.shape != x.shape:
         raise ValueError(f"residual: got shape {list(residual.shape)}, want {list(x.shape)} as x")
     dtype = dtype or x.dtype
@@ -164,7 +166,11 @@ def add_rms_norm(
     return normed, total
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight, x)
+    check_number("eps", eps)
+    check_dtype("dtype", dtype)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want {list(x.shape[-1:])} (x's last size)")
 
@@ -174,6 +180,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
+        check_int("dim", dim)
+        check_number("eps", eps)
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 

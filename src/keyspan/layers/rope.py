@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from keyspan.core.checks import check_int, check_number, check_tensor
 from keyspan.layers import compiled_kernels
 from keyspan.layers.kernels import kernels_for
 
@@ -19,8 +20,13 @@ def rotary_table(
     """Cosine and sine of the angles `position * theta ** (-2 * pair / dim)`, shared by all layers of a step.
 
     positions [...] (integers or floats), dim even -> two fp32 tensors [..., dim / 2]. `scaling` changes the
-    frequencies [dim / 2], radians per position. Raises ValueError for an odd dim.
+    frequencies [dim / 2], radians per position. Raises ValueError for an odd dim and other arguments that do not fit.
     """
+    _check_positions(positions)
+    check_int("dim", dim, 0)
+    check_number("theta", theta, positive=True)
+    if scaling is not None and not callable(scaling):
+        raise ValueError(f"scaling: got {scaling!r}, want a function of the frequencies or None")
     if dim % 2:
         raise ValueError(f"dim: got {dim}, want an even number (components are rotated in pairs)")
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
@@ -32,6 +38,12 @@ def rotary_table(
         table: tuple[Tensor, Tensor] = torch.ops.keyspan.rotary_table(positions, frequencies)
         return table
     return _table(positions, frequencies)
+
+
+def _check_positions(positions: Any) -> None:
+    if not isinstance(positions, Tensor) or positions.dtype == torch.bool:
+        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"positions: got {got}, want a tensor of integers or floats")
 
 
 def _table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +63,14 @@ torch.library.register_fake("keyspan::rotary_table", _table_fake, lib=_library)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
-    """`rotary` by a table: x [B, M, H, K] or [B, M, G, H, K], table of [M, K / 2] or [B, M, K / 2]."""
+    """`rotary` by a table: x [B, M, H, K] or [B, M, G, H, K], table of [M, K / 2] or [B, M, K / 2].
+
+    Raises ValueError where the shapes do not fit.
+    """
+    check_tensor("x", x)
+    if x.ndim not in (4, 5):
+        raise ValueError(f"x: got shape {list(x.shape)}, want [B, M, H, K] or [B, M, G, H, K]")
+    _check_table(table, x.shape[1], x.shape[-1], x)
     heads = [1] * (x.ndim - 3)
     cos, sin = (t.view(*t.shape[:-1], *heads, t.shape[-1]) for t in table)
     if interleaved:
@@ -71,12 +90,23 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, interleaved: bo
     x [B, M, H, K] or [B, M, G, H, K] with K even, positions [M] or [B, M] -> x's shape and dtype.
     Angles and products are fp32. Raises ValueError where positions do not fit x, and for an odd K.
     """
+    check_tensor("x", x)
+    _check_positions(positions)
     if x.ndim not in (4, 5):
         raise ValueError(f"x: got shape {list(x.shape)}, want [B, M, H, K] or [B, M, G, H, K]")
     B, M = x.shape[:2]
     if positions.shape not in ((M,), (B, M)):
         raise ValueError(f"positions: got shape {list(positions.shape)}, want [{M}] or [{B}, {M}]")
     return rotate(x, rotary_table(positions, x.shape[-1], theta), interleaved)
+
+
+def _check_table(table: Any, M: int, K: int, x: Tensor) -> None:
+    if not isinstance(table, (tuple, list)) or len(table) != 2:
+        raise ValueError(f"table: got {type(table).__name__}, want the cosine and sine of rotary_table")
+    for t in table:
+        check_tensor("table", t, x)
+        if t.ndim < 2 or 2 * t.shape[-1] != K or t.shape[-2] not in (1, M):
+            raise ValueError(f"table: got shape {list(t.shape)}, want [{M}, {K} / 2], or the same for each of a batch")
 
 
 class _Rotate(torch.autograd.Function):
@@ -137,8 +167,17 @@ def rotate_qkv(
 
     Returns:
         [1, T, Hq, K], [1, T, G, K], [1, T, G, K], views of one tensor or of two.
+
+    Raises:
+        ValueError: where shapes do not fit.
     """
+    check_tensor("qkv", qkv)
+    if len(heads) != 3 or min(heads) < 0 or not sum(heads):
+        raise ValueError(f"heads: got {heads!r}, want three counts: of query, key and value heads")
     q, k, v = heads
+    if qkv.ndim != 2 or qkv.shape[1] % (q + k + v):
+        raise ValueError(f"qkv: got shape {list(qkv.shape)}, want [T, {q + k + v} · K] of {q + k + v} heads")
+    _check_table(table, qkv.shape[0], qkv.shape[1] // (q + k + v), qkv)
     T, K = qkv.shape[0], qkv.shape[1] // (q + k + v)
     kernels = kernels_for(qkv, *table, compiled=True)
     if kernels is not None and _in_place(qkv) and all(_is_angles(t, T, K) for t in table):

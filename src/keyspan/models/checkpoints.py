@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_device, check_dtype, check_type
 from keyspan.files import read_json, write_file
 from keyspan.models.gguf import GgufFile
 from keyspan.models.gpt import GPT, GPTConfig, RopeScaling
@@ -43,7 +44,9 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
             tensor; the message names it.
         OSError: where a file cannot be read.
     """
-    path = Path(path)
+    check_type("path", path, str, Path)
+    check_dtype("dtype", dtype)
+    path, device = Path(path), check_device("device", device)
     with ExitStack() as stack:
         stored: Tensors
         if path.suffix == ".gguf":
@@ -340,6 +343,7 @@ def save(model: GPT, folder: Path | str) -> None:
     """
     from safetensors.torch import save_file
 
+    check_type("model", model, GPT)
     config = model.config
     plain = GPTConfig(
         config.vocab_size, config.dim, config.layers, config.heads, config.kv_heads, config.hidden, config.head_dim,

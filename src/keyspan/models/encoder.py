@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan import Documents, KeyRanges, attention
+from keyspan.core.checks import check_fields, check_int
 from keyspan.files import read_json
 from keyspan.layers import Linear
 from keyspan.layers.gemm import PackedWeight
@@ -49,10 +50,9 @@ class EncoderConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("vocab_size", "dim", "layers", "heads", "hidden", "positions", "types"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, want an int ≥ 1")
+            check_int(name, getattr(self, name))
         if self.dim % self.heads:
             raise ValueError(f"dim: got {self.dim}, want a multiple of heads = {self.heads}")
         if not 0 <= self.first_position < self.positions:

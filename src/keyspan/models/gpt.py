@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
+from keyspan.core.checks import check_fields, check_int, check_type
 from keyspan.core.masks import Layout, Mask
+from keyspan.core.masks.checks import readable
 from keyspan.layers import (
     GeGLU,
     Linear,
@@ -144,11 +146,10 @@ class GPTConfig:
     """Probability of dropping attention weights, outputs of attention and SwiGLU, and embeddings, in training."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         least_one = ("vocab_size", "dim", "layers", "heads")
         for name in (*least_one, "kv_heads", "hidden", "head_dim", "experts", "experts_per_token"):
-            value, least = getattr(self, name), int(name in least_one)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value!r}, want an int ≥ {least}")
+            check_int(name, getattr(self, name), int(name in least_one))
         if not self.head_dim and self.dim % self.heads:
             raise ValueError(f"dim: got {self.dim}, want a multiple of heads = {self.heads}")
         if self.heads % (self.kv_heads or self.heads):
@@ -341,6 +342,7 @@ class GPT(nn.Module):
     slopes: Tensor
 
     def __init__(self, config: GPTConfig, backend: str | None = None, invariant: bool = False) -> None:
+        check_type("config", config, GPTConfig)
         super().__init__()
         self.config = config
         self.backend = backend
@@ -401,8 +403,17 @@ class GPT(nn.Module):
             raise ValueError(
                 "context: got one with invariant = True, want None: what ranks share is summed in their order"
             )
+        check_type("tokens", tokens, Tensor)
         if tokens.ndim != 1 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, want torch.int64 [T]")
+        if readable(tokens) and tokens.numel():
+            low, high = (int(x) for x in tokens.aminmax())
+            if not 0 <= low <= high < self.config.vocab_size:
+                raise ValueError(f"tokens: got {low} … {high}, want 0 … {self.config.vocab_size - 1}, the vocabulary")
+        if context is not None:
+            check_type("context", context, Context)
+        if cache is not None and not hasattr(cache, "extend"):
+            raise ValueError(f"cache: got {type(cache).__name__}, want one as keyspan.inference.KVCache")
         step = self._step(tokens, lengths, cache, context)
         x = self.embedding(tokens)
         if self.config.embedding_scale != 1:
@@ -562,6 +573,7 @@ def alibi_slopes(heads: int) -> Tensor:
     For n heads, n a power of two, head h (from 1) has 2 ** (-8 h / n). For other counts: the slopes of the next
     smaller power of two n, then every second one of those of 2 n, from the first.
     """
+    check_int("heads", heads)
     n = 1 << (heads.bit_length() - 1)
     slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)]
     between = [2 ** (-8 * h / (2 * n)) for h in range(1, 2 * n + 1, 2)]

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import layers
+from keyspan.core.checks import check_int, check_number, check_tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(mean(x²) + eps) · weight` over the last dimension, in fp32, rounded to x's dtype. `None` is ones."""
+    check_tensor("x", x)
     return layers.rms_norm(x, x.new_ones(x.shape[-1]) if weight is None else weight, eps)
 
 
@@ -23,6 +25,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, include_weight: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
+        check_int("dim", dim)
+        check_number("eps", eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim)) if include_weight else None
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_tensor
 from keyspan.layers import rotate
 from keyspan.ops.fmha.attn_bias import BlockDiagonalCausalWithOffsetPaddedKeysMask
 
@@ -51,6 +52,8 @@ def rope_padded(
     Returns:
         The rotated queries, in xq's shape and dtype.
     """
+    for name, x in (("xq", xq), ("xk", xk), ("xv", xv), ("cache_k", cache_k), ("cache_v", cache_v)):
+        check_tensor(name, x, xq if name != "xq" else None)
     T = xq.shape[1]
     if xq.dim() not in (4, 5) or xq.shape[0] != 1:
         raise ValueError(f"xq: got shape {list(xq.shape)}, want [1, T, H, K] or [1, T, G, H, K]")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import layers
+from keyspan.core.checks import check_int, check_tensor
 from keyspan.ops.unbind import get_stack_strides, unbind
 
 
@@ -79,6 +80,9 @@ def swiglu(
     x `[..., I]`, w1 and w2 `[H, I]`, b1 and b2 `[H]` or None, w3 `[O, H]`, b3 `[O]` or None -> `[..., O]`.
     `op` is a hint.
     """
+    check_tensor("x", x)
+    check_tensor("w1", w1, x)
+    check_tensor("w2", w2, x)
     if w1.shape != w2.shape:
         raise ValueError(f"w2: got shape {list(w2.shape)}, want {list(w1.shape)} as w1")
     b12 = None
@@ -92,6 +96,8 @@ def swiglu_packed(
     x: Tensor, w1w2: Tensor, b1b2: Tensor | None, w3: Tensor, b3: Tensor | None, *, op: object = None
 ) -> Tensor:
     """`swiglu` with w1 and w2 stacked, `[2, H, I]`, and their biases, `[2, H]` or None: no weight is copied."""
+    check_tensor("x", x)
+    check_tensor("w1w2", w1w2, x)
     if w1w2.dim() != 3 or w1w2.shape[0] != 2:
         raise ValueError(f"w1w2: got shape {list(w1w2.shape)}, want [2, H, I]")
     return layers.swiglu(x, w1w2.flatten(0, 1), None if b1b2 is None else b1b2.flatten(), w3, b3)
@@ -118,7 +124,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.hidden_features = hidden_features
-        self.out_features = out_features or in_features
+        self.out_features = in_features if out_features is None else out_features
+        for name in ("in_features", "hidden_features", "out_features"):
+            check_int(name, getattr(self, name))
         self.op: object = None
         self.w12: nn.Linear | None = None
         if _pack_weights:

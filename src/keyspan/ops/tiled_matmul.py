@@ -7,9 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_type
+
 
 def tiled_matmul(a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """Block matrix product: `out[i][j] = Σₖ a[i][k] @ b[k][j]`, differentiable."""
+    for name, blocks in (("a", a), ("b", b)):
+        for row in blocks:
+            for block in row:
+                check_type(name, block, Tensor)
+    for k, row in enumerate(b):
+        height, widths = {x.shape[0] for x in row}, {blocks[k].shape[1] for blocks in a if len(blocks) == len(b)}
+        if widths and height != widths:
+            raise ValueError(
+                f"b: got blocks of {sorted(height)} rows in row {k}, want {sorted(widths)}, as a's columns"
+            )
     if any(len(row) != len(b) for row in a):
         raise ValueError(f"a: got rows of {[len(row) for row in a]} blocks, want {len(b)}, the number of rows of b")
     columns = list(zip(*b, strict=True))
@@ -18,6 +30,12 @@ def tiled_matmul(a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]]) -
 
 def masked_matmul(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """`a @ b`, −inf where a bool mask is false, or with a floating mask added."""
+    check_type("a", a, Tensor)
+    check_type("b", b, Tensor)
+    if mask is not None:
+        check_type("mask", mask, Tensor)
+    if a.shape[-1] != b.shape[-2:][0]:
+        raise ValueError(f"b: got shape {list(b.shape)}, want {a.shape[-1]} rows, the columns of a")
     scores = a @ b
     if mask is None:
         return scores

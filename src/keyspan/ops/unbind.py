@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_type
+
 
 def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     """`torch.unbind`. Its backward copies the gradients into one tensor.
@@ -15,11 +17,16 @@ def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     xFormers avoids that copy where one kernel wrote all gradients into one tensor. Here a registered operator returns
     them, whose results may not share memory.
     """
+    check_type("x", x, Tensor)
+    if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim: got {dim!r}, want {-x.dim()} … {x.dim() - 1}")
     return torch.unbind(x, dim)
 
 
 def get_stack_strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...] | None:
     """Strides of `torch.stack(tensors, dim)` if it can be a view of their common storage, else None."""
+    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise ValueError(f"tensors: got {type(tensors).__name__} of {len(tensors)}, want one tensor at least")
     first = tensors[0]
     dim = dim + first.dim() + 1 if dim < 0 else dim
     step = tensors[1].storage_offset() - first.storage_offset() if len(tensors) > 1 else first.numel()

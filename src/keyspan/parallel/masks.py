@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from keyspan.core.checks import check_device, check_type
 from keyspan.core.masks import Mask
 from keyspan.core.ranges import KeyRanges
 from keyspan.parallel.partition import Partition, lowered
@@ -105,6 +106,7 @@ class ContextMask:
         device: torch.device | str = "cpu",
         exchange: Exchange = "auto",
     ) -> None:
+        check_type("partition", partition, Partition)
         if exchange not in ("auto", "ring", "gather"):
             raise ValueError(f"exchange: got {exchange!r}, want 'auto', 'ring' or 'gather'")
         self.group = group.get_group() if isinstance(group, DeviceMesh) else group
@@ -116,7 +118,7 @@ class ContextMask:
         for name, x in (("partition", self.queries), ("keys", self.keys)):
             if x.ranks != ranks:
                 raise ValueError(f"{name}: got pieces for {x.ranks} ranks, want {ranks} as in the group")
-        self.exchange, self.device = exchange, torch.device(device)
+        self.exchange, self.device = exchange, check_device("device", device)
         whole = lowered(mask, batch, self.queries.length, self.keys.length)
         rows = [_rows(whole, self.queries.rows(rank)) for rank in range(ranks)]
         # Which keys any row of a rank sees, bool [ranks, N].

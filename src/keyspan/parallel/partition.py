@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_int, check_type
 from keyspan.core.masks import Combined, Mask, as_mask
 from keyspan.core.ranges import KeyRanges
 
@@ -33,6 +34,12 @@ class Partition:
     pieces: tuple[tuple[tuple[int, int], ...], ...]
 
     def __post_init__(self) -> None:
+        try:
+            whole = all(isinstance(n, int) for runs in self.pieces for first, stop in runs for n in (first, stop))
+        except (TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise ValueError(f"pieces: got {self.pieces!r}, want for each rank its runs of rows (first, stop)")
         for rank, runs in enumerate(self.pieces):
             if any(not 0 <= a < b for a, b in runs) or any(x[1] > y[0] for x, y in pairwise(runs)):
                 raise ValueError(f"pieces: got {runs} for rank {rank}, want runs (first, stop) in ascending order")
@@ -45,6 +52,8 @@ class Partition:
     @classmethod
     def contiguous(cls, length: int, ranks: int) -> Partition:
         """Rank r holds the r-th of `ranks` runs of nearly equal length."""
+        check_int("length", length, 0)
+        check_int("ranks", ranks)
         return cls._dealt(_bounds(length, ranks), [[rank] for rank in range(ranks)])
 
     @classmethod
@@ -62,8 +71,8 @@ class Partition:
             mask: of self-attention over `length` rows; `None`: every row sees every key.
             batch: batch entries that the mask is for.
         """
-        if length < 0 or ranks < 1:
-            raise ValueError(f"length, ranks: got {length} rows for {ranks} ranks, want 0 or more for at least one")
+        check_int("length", length, 0)
+        check_int("ranks", ranks)
         ranges = lowered(mask, batch, length, length)
         area = (ranges.hi.long() - ranges.lo).clamp(min=0).sum((0, 1))
         total = torch.cat([area.new_zeros(1), area.cumsum(0)])
@@ -138,6 +147,8 @@ def lowered(mask: Mask | KeyRanges | Tensor | None, batch: int, M: int, N: int) 
             )
         ranges = mask.to("cpu")
     else:
+        if mask is not None:
+            check_type("mask", mask, Mask, Tensor)
         ranges = (Combined(()) if mask is None else as_mask(mask).to("cpu")).lower(batch, M, N)
     if ranges.block_table is not None:
         raise ValueError("mask: got paged keys, want keys in one row: pages are not cut across ranks")

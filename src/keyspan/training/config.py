@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from keyspan.core.checks import check_device, check_fields, check_int, in_words, is_a
+
 TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib", "data"]
 
 
@@ -138,6 +140,10 @@ class TrainConfig:
     those that make the task, the model and the order of the data."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_int("max_length", self.max_length)
+        if self.device != "auto":
+            check_device("device", self.device)
         if self.task not in get_args(TaskName):
             raise ValueError(f"task: got {self.task!r}, want one of {', '.join(get_args(TaskName))}")
         if bool(self.data) != (self.task == "data"):
@@ -202,8 +208,8 @@ class TrainConfig:
         for name, value in values.items():
             if name not in types:
                 raise ValueError(f"{source}: unknown option {name}")
-            if not _is_a(value, types[name]):
-                raise ValueError(f"{source}: {name}: got {value!r}, want {_words(types[name])}")
+            if not is_a(value, types[name], json=True):
+                raise ValueError(f"{source}: {name}: got {value!r}, want {in_words(types[name], json=True)}")
             if value is not None and Path in get_args(types[name]):
                 values[name] = Path(value)
             elif get_origin(types[name]) is tuple:
@@ -219,32 +225,6 @@ FIXED = (
     *("embedding_std", "seed", "max_documents"),
 )
 """Options that a resumed run cannot change: they make the task, the model, its initial weights and the data's order."""
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value read from JSON is of the type that a field is declared with."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(_is_a(x, get_args(kind)[0]) for x in value)
-    if get_args(kind):  # a union
-        return any(_is_a(value, one) for one in get_args(kind))
-    if isinstance(value, bool):
-        return kind is bool
-    written: dict[Any, Any] = {float: (int, float), Path: str}
-    return isinstance(value, written.get(kind, kind))
-
-
-def _words(kind: Any) -> str:
-    """The same type for a reader."""
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is tuple:
-        return f"a list, each {_words(get_args(kind)[0])}"
-    if get_args(kind):
-        return " or ".join(map(_words, get_args(kind)))
-    words: dict[Any, str] = {type(None): "null", Path: "a path"}
-    return words.get(kind, str(kind.__name__))
 
 
 _SYNTHETIC = TrainConfig(

@@ -93,8 +93,8 @@ def check_nonnegative(name: str, value: object) -> None:
 
 
 def check_size(name: str, value: int) -> None:
-    if not 0 <= value < 2**31:
-        raise ValueError(f"{name}: got {value}, want at least 0 and less than 2³¹")
+    if isinstance(value, (str, float)) or not 0 <= value < 2**31:
+        raise ValueError(f"{name}: got {value!r}, want an int ≥ 0 and less than 2³¹")
 
 
 def check_align(align: object) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from keyspan.core.biases import Alibi
 from keyspan.core.masks import GappyKeys, KeyLengths, Mask, PagedKeys
 from keyspan.dispatch.api import attention
-from keyspan.interop.flash_attn.functions import WindowSize, _visible
+from keyspan.interop.flash_attn.functions import WindowSize, _check_tensors, _visible
 from keyspan.layers.rope import rotate
 
 
@@ -68,6 +68,7 @@ def flash_attn_with_kvcache(
         ValueError: for arguments that contradict each other; the message names the argument.
     """
     table = block_table if page_table is None else page_table
+    _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, block_table=table)
     B, M = q.shape[:2]
     if (k is None) != (v is None):
         raise ValueError("k, v: got one of them, want both or none")

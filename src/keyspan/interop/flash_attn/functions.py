@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from keyspan.core.biases import Alibi
+from keyspan.core.checks import check_type
 from keyspan.core.masks import Causal, Documents, GappyKeys, Mask, PagedKeys, Window
 from keyspan.dispatch.api import attention
 
@@ -51,6 +52,7 @@ def flash_attn_func(
     Returns:
         `[B, M, Hq, V]`, with lse `[B, Hq, M]` where asked for, both with gradients. A row that sees no key is 0.
     """
+    _check_tensors(q=q, k=k, v=v)
     batch = _visible(causal, window_size, alibi_slopes is not None, q.shape[1], k.shape[1])
     out, lse = attention(
         q,
@@ -113,6 +115,7 @@ def flash_attn_varlen_func(
         raise ValueError("cu_seqlens_q: got None, want an int tensor [sequences + 1]; flash_attn_func takes a batch")
     if cu_seqlens_k is None and seqused_k is None:
         raise ValueError("cu_seqlens_k: got None, want an int tensor [sequences + 1], or seqused_k")
+    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
     q_lengths = cu_seqlens_q.diff()
     k_lengths = seqused_k if cu_seqlens_k is None or seqused_k is not None else cu_seqlens_k.diff()
     assert k_lengths is not None
@@ -163,11 +166,13 @@ def flash_attn_varlen_func(
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: object, **kwargs: object) -> Result:
     """`flash_attn_func` of `qkv` `[B, M, 3, H, K]`; the other arguments follow."""
+    _check_packed("qkv", qkv, 5, 3)
     return flash_attn_func(*qkv.unbind(2), *args, **kwargs)  # type: ignore[arg-type]
 
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: object, **kwargs: object) -> Result:
     """`flash_attn_func` of `q` `[B, M, Hq, K]` and `kv` `[B, N, 2, H, K]`; the other arguments follow."""
+    _check_packed("kv", kv, 5, 2)
     return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)  # type: ignore[arg-type]
 
 
@@ -175,6 +180,7 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, *args: object, **kwargs: object
 ) -> Result:
     """`flash_attn_varlen_func` of `qkv` `[T, 3, H, K]`; from `dropout_p` on the other arguments follow."""
+    _check_packed("qkv", qkv, 4, 3)
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -190,6 +196,7 @@ def flash_attn_varlen_kvpacked_func(
     **kwargs: object,
 ) -> Result:
     """`flash_attn_varlen_func` of `q` `[T, Hq, K]` and `kv` `[Tk, 2, H, K]`; from `dropout_p` on the others follow."""
+    _check_packed("kv", kv, 4, 2)
     k, v = kv.unbind(1)
     return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -201,6 +208,8 @@ def _visible(
 
     M, N: sizes of the scores where they are known: in a square both alignments are the same mask.
     """
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"window_size: got {window_size!r}, want (left, right)")
     left, right = (None if size is None or size < 0 else int(size) for size in window_size)
     align = "top_left" if M is not None and M == N else "bottom_right"
     parts: list[Mask] = []
@@ -212,6 +221,19 @@ def _visible(
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else parts[0] & parts[1]
+
+
+def _check_packed(name: str, x: Tensor, dims: int, count: int) -> None:
+    if not isinstance(x, Tensor) or x.dim() != dims or x.shape[-3] != count:
+        got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        want = f"[B, tokens, {count}, heads, K]" if dims == 5 else f"[tokens, {count}, heads, K]"
+        raise ValueError(f"{name}: got {got}, want {want}")
+
+
+def _check_tensors(**given: Tensor | None) -> None:
+    for name, x in given.items():
+        if x is not None:
+            check_type(name, x, Tensor)
 
 
 def _result(out: Tensor, lse: Tensor, with_probs: bool, with_lse: bool) -> Result:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from keyspan.core.checks import check_type
 from keyspan.layers.gemm import Linear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,6 +24,7 @@ def replace_linears(model: Model) -> Model:
     Returns:
         The same model.
     """
+    check_type("model", model, nn.Module)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear  # its hooks and whoever holds it stay as they are

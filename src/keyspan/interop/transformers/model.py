@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from keyspan.core.checks import check_type
 from keyspan.interop.transformers.cache import grow_in_place
 from keyspan.interop.transformers.linears import Model, replace_linears
 from keyspan.interop.transformers.registry import NAME, register
@@ -46,6 +47,7 @@ def use_keyspan(model: Model) -> Model:
 
 def outermost(model: nn.Module) -> list[PreTrainedModel]:
     """The models of transformers in a module, without those inside others."""
+    check_type("model", model, nn.Module)
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     if not models:
         raise ValueError(f"model: got {type(model).__name__}, want a model of transformers, or a module that holds one")

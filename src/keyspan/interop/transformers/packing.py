@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from keyspan.core.checks import check_type
 from keyspan.interop.transformers.linears import Model, replace_linears
 from keyspan.interop.transformers.masks import PACKINGS, Packing
 from keyspan.interop.transformers.model import outermost
@@ -41,6 +42,7 @@ def unpadded(model: Model) -> Model:
     Raises:
         ValueError: where the model has no stack of layers; in a call, for `output_hidden_states=True`.
     """
+    check_type("model", model, nn.Module)
     register()
     stacks = [
         stack

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_type
 from keyspan.ops.fmha import (
     attn_bias,
     ck,
@@ -184,6 +185,9 @@ def merge_attentions(
         write_lse: whether lse is returned; else `None`.
         output_dtype: dtype of the output; `None` for that of `attn_split`.
     """
+    for name, parts in (("attn_split", attn_split), ("lse_split", lse_split)):
+        for n, part in enumerate(parts):
+            check_type(f"{name}[{n}]", part, Tensor)
     out, lse = merged(list(attn_split), list(lse_split), output_dtype)
     return out, lse if write_lse else None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from keyspan.core.biases import Bias
+from keyspan.core.checks import check_int, check_type
 from keyspan.core.masks import Causal, Documents, GappyKeys, Mask, PagedKeys, Window
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.cache import caches_masks, lower
@@ -107,8 +108,7 @@ class _Window:
 
     def __post_init__(self) -> None:
         for name in ("window_left", "window_right"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 0")
+            check_int(name, getattr(self, name), 0)
 
     def visibility(self) -> Mask:
         return Window(self.window_left, self.window_right, "bottom_right")
@@ -121,7 +121,7 @@ class _CausalWindow:
     _window_size: int
 
     def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
+        check_int("window_size", self._window_size)
 
     def visibility(self) -> Mask:
         return BOTTOM_RIGHT & Window(self._window_size - 1)
@@ -181,6 +181,7 @@ class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
     _bias: Tensor | Bias
 
     def __init__(self, bias: Tensor | Bias) -> None:
+        check_type("bias", bias, Tensor, Bias)
         self._bias = bias
 
     @property
@@ -307,6 +308,13 @@ class BlockDiagonalMask(_Blocks):
         cls, tensors_q: Sequence[Tensor], tensors_k: Sequence[Tensor], tensors_v: Sequence[Tensor] | None = None
     ) -> tuple[BlockDiagonalMask, Tensor, Tensor, Tensor | None]:
         """Pack queries, keys and values: (mask, packed queries, packed keys, packed values or None)."""
+        for name, tensors in (
+            ("tensors_q", tensors_q),
+            ("tensors_k", tensors_k),
+            ("tensors_v", tensors_v or tensors_k),
+        ):
+            if not tensors or not all(isinstance(x, Tensor) and x.dim() >= 2 for x in tensors):
+                raise ValueError(f"{name}: got {type(tensors).__name__} of {len(tensors)}, want tensors [B, M, ...]")
         sizes = [len(x) for x in tensors_q]
         for name, tensors in (("tensors_k", tensors_k), ("tensors_v", tensors_v or tensors_k)):
             if [len(x) for x in tensors] != sizes:
@@ -384,7 +392,7 @@ class BlockDiagonalCausalLocalAttentionMask(BlockDiagonalCausalMask):
     _window_size: int = 0
 
     def __post_init__(self) -> None:
-        _positive("window_size", self._window_size)
+        check_int("window_size", self._window_size)
         for nq, nk in _known_lengths(self):
             if nq - self._window_size >= nk:
                 raise RuntimeError(
@@ -404,7 +412,7 @@ class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFr
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("window_size", self._window_size)
+        check_int("window_size", self._window_size)
 
     def visibility(self) -> Mask | None:
         return BOTTOM_RIGHT & Window(self._window_size - 1)
@@ -568,6 +576,8 @@ class PagedBlockDiagonalPaddedKeysMask(_PagedBlocks):
         *,
         device: Device = None,
     ) -> PagedBlockDiagonalPaddedKeysMask:
+        check_type("block_tables", block_tables, Tensor)
+        check_int("page_size", page_size)
         q, k = _padded(q_seqlen, block_tables.shape[1] * page_size, kv_seqlen, device)
         return cls(q_seqinfo=q, k_seqinfo=k, block_tables=block_tables, page_size=page_size)
 
@@ -599,6 +609,8 @@ class PagedBlockDiagonalCausalLocalPaddedKeysMask(_CausalWindow, PagedBlockDiago
         *,
         device: Device = None,
     ) -> PagedBlockDiagonalCausalLocalPaddedKeysMask:
+        check_type("block_tables", block_tables, Tensor)
+        check_int("page_size", page_size)
         q, k = _padded(q_seqlen, block_tables.shape[1] * page_size, kv_seqlen, device)
         return cls(q, k, block_tables, page_size, window_size)
 
@@ -723,8 +735,3 @@ def _holds(name: str, info: _SeqLenInfo, size: int) -> None:
     """Lengths that the host knows must add up to `size`; device lengths may not (rows behind them see no key)."""
     if info.host is not None and info.host[-1] != size:
         raise ValueError(f"{name}: got {size} packed tokens, want {info.host[-1]} as the mask's lengths add up to")
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, want at least 1")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from keyspan.core.biases import Bias
+from keyspan.core.checks import check_type
 from keyspan.core.masks import Mask
 from keyspan.core.merge import merge
 from keyspan.core.problem import DTYPES, HeadLayout, Problem, make_problem
@@ -116,8 +117,7 @@ class Inputs:
         """Query, key, value and the keyword arguments of `keyspan.attention`, without dropout."""
         self._check_dropout()
         for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
-            if not isinstance(x, Tensor):
-                raise ValueError(f"{name}: got {type(x).__name__}, want a tensor")
+            check_type(name, x, Tensor)
             if x.dtype == torch.int32:  # xFormers' quantised cache
                 raise ValueError(f"{name}: got {x.dtype}, want a floating dtype: {NO_PACKED_KEYS}")
         value = self._with_heads(self.value)
@@ -129,7 +129,10 @@ class Inputs:
             raise ValueError(
                 "scale: got a tensor that requires a gradient, want a number: multiply query by it and pass scale=1.0"
             )
-        scale = None if self.scale is None else float(self.scale)
+        try:
+            scale = None if self.scale is None else float(self.scale)
+        except (TypeError, ValueError):
+            raise ValueError(f"scale: got {self.scale!r}, want a number or None") from None
         terms = {"mask": mask, "bias": bias, "scale": scale, "output_dtype": self.output_dtype}
         return self.query, self._with_heads(self.key), value, terms
 
@@ -242,6 +245,8 @@ def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
     `[sequences, H, padded M]` in CUTLASS's form.
     """
     inp._check_dropout()
+    check_type("grad", grad, Tensor)
+    check_type("query", inp.query, Tensor)
     if ctx.out.shape != grad.shape or grad.shape[:-1] != inp.query.shape[:-1]:
         raise ValueError(
             f"grad: got shape {list(grad.shape)}, with output {list(ctx.out.shape)} and query {list(inp.query.shape)}, "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_type
 from keyspan.ops.fmha.common import AttentionOp, Biases, FwOp, Inputs, merged, partial
 
 
@@ -46,4 +47,6 @@ def merge_attentions_autograd(*partials: Partial) -> Tensor:
     """Attention over all keys from partials over disjoint sets of keys; differentiable."""
     if not partials:
         raise ValueError("No partials to merge")
+    for n, part in enumerate(partials):
+        check_type(f"partials[{n}]", part, Partial)
     return merged([partial._attn for partial in partials], [partial._lse for partial in partials])[0]

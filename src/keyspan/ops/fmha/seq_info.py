@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_int, check_type
+
 Device = torch.device | str | None
 
 
@@ -112,7 +114,8 @@ class _SeqLenInfo(ByValue):
     def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
         """`[1, T, *]` into one `[batch_size, length, *]` per entry of `batch_sizes` (default: 1 each)."""
         starts = self.starts
-        if x.shape[0] != 1 or x.shape[1] != starts[-1]:
+        check_type("x", x, Tensor)
+        if x.dim() < 2 or x.shape[0] != 1 or x.shape[1] != starts[-1]:
             raise ValueError(f"x: got shape {list(x.shape)}, want [1, {starts[-1]}, ...]")
         sizes = [1] * (len(starts) - 1) if batch_sizes is None else list(batch_sizes)
         if sum(sizes) != len(starts) - 1:
@@ -153,6 +156,7 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
     def from_seqlens_padded(cls, seqlens: Sequence[int], padding: int, *, device: Device = None) -> _PaddedSeqLenInfo:
         """From the used lengths, each at most `padding`."""
         lengths = lengths_of("seqlens", seqlens)
+        check_int("padding", padding, 0)
         if _longest(lengths) > padding:
             raise ValueError(f"seqlens: got a sequence of {max(lengths)}, want at most padding = {padding}")
         starts = [b * padding for b in range(len(lengths) + 1)]
@@ -222,8 +226,12 @@ class _GappySeqInfo(_SeqLenInfo):
 
 def lengths_of(name: str, lengths: Iterable[int]) -> list[int]:
     """Lengths as a list of int, from any sequence, array or tensor."""
-    values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-    if any(int(n) != n or n < 0 for n in values):
+    try:
+        values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        wrong = any(int(n) != n or n < 0 for n in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {lengths!r}, want a sequence of ints ≥ 0") from None
+    if wrong:
         raise ValueError(f"{name}: got {values}, want ints ≥ 0")
     return [int(n) for n in values]
 
