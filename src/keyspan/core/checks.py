@@ -29,7 +29,8 @@ def check_tensor(name: str, x: Any, like: Tensor | None = None, *, optional: boo
 def check_type(name: str, value: Any, *kinds: type) -> None:
     """An instance of one of `kinds`."""
     if not isinstance(value, kinds):
-        raise ValueError(f"{name}: got {type(value).__name__}, want {' or '.join(kind.__name__ for kind in kinds)}")
+        wanted = " or ".join("a tensor" if kind is Tensor else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name}: got {type(value).__name__}, want {wanted}")
 
 
 def check_int(name: str, value: Any, least: int = 1) -> None:

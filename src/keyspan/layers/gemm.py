@@ -399,8 +399,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, invariant: boo
     operands are multiplied as three products of tf32, which comes to nearly fp32.
 
     Raises ValueError where shapes or devices do not fit, where dtypes differ and autocast is off, and where `invariant`
-    cannot be kept: for fp64, without
-    Triton on a GPU or the native library on a CPU, and where a compiler or mode intercepts torch.
+    cannot be kept: for fp64, without Triton on a GPU or the native library on a CPU, and where a compiler or mode
+    intercepts torch.
     """
     check_tensor("x", x)
     check_tensor("weight", weight, x)
