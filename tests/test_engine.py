@@ -354,7 +354,7 @@ def test_guesses_take_no_turn_from_others():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"stop": "END"}, "stop: got 'END', want a tuple, each str"),
+        ({"stop": "END"}, "stop: got 'END', want a tuple, each a str"),
         ({"seed": 10**4000}, "want a number of at most 64 bits"),
     ],
 )

@@ -100,5 +100,7 @@ def in_words(kind: Any, *, json: bool = False) -> str:
         return f"a {'list' if json else 'tuple'}, each {in_words(get_args(kind)[0], json=json)}"
     if get_args(kind):
         return " or ".join(in_words(one, json=json) for one in get_args(kind))
-    words: dict[Any, str] = {type(None): "null" if json else "None", Path: "a path" if json else "a pathlib.Path"}
+    words: dict[Any, str] = {type(None): "null", Path: "a path"}
+    if not json:
+        words = {type(None): "None", Path: "a Path", int: "an int", float: "a number", str: "a str", bool: "a bool"}
     return words.get(kind, str(kind.__name__))
