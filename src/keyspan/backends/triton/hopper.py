@@ -173,7 +173,10 @@ def launch(
     simple = problem.scale >= _SMALLEST and not problem.softcap and problem.slopes is None and problem.table is None
     S = 0 if problem.lo is None else problem.lo.shape[0]
     kind = simple, problem.softcap > 0
-    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, *kind, consumers, tile.stages, *registers)
+    # Weights greater than 1 overflow in fp16; a sink's score is a pivot from the start.
+    terms = problem.slopes, problem.table, problem.sinks
+    lazy = problem.query.dtype == torch.bfloat16 and terms == (None, None, None)
+    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, *kind, consumers, tile.stages, *registers, lazy)
     unit = math.log2(math.e) if problem.table is None else 1
     score = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
     scales = Scales(*map(_single, (score, problem.softcap * unit)))

@@ -26,16 +26,19 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 ROWS = gl.constexpr(64)
 """Query rows of a consumer: those of one wgmma."""
 FAR = gl.constexpr(2**31 - 1)
-FRACTION_FREE = gl.constexpr(2.0**24)
-"""From here on fp32 has no fractions."""
 LARGEST = gl.constexpr(3.4028234663852886e38)
 MOVE = gl.constexpr("mov.b32 $0, $1;")
+PERIOD = gl.constexpr(4096)
+"""Keys of a document between blocks that raise a row's pivot."""
+TRUSTED = gl.constexpr(2.0**126)
+"""The largest sum of weights of a row that is not computed again: 1 / more is no normal number."""
 
 # Entries of a plan, which is one run of blocks: the item's first row, head of the group, group and batch entry; which range
-# of its rows; the first key and how many blocks; whether the item begins and ends with it (FIRST, LAST); then, for each
-# consumer, from which key to which all its rows see every key, and to which and from which key what depends on position is
-# constant. `bounds` beside it has lo and hi − lo of each row.
-ROW, HEAD, GROUP, BATCH, RANGE, BEGIN, COUNT, ENDS, FULL, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 5, 6, 7, 8, 32))
+# of its rows; the first key and how many blocks; whether the item begins and ends with it (FIRST, LAST); how many blocks of
+# the document come before; then, for each consumer, from which key to which all its rows see every key, and to which and
+# from which key what depends on position is constant. `bounds` beside it has lo and hi − lo of each row.
+ROW, HEAD, GROUP, BATCH, RANGE, BEGIN, COUNT, ENDS, BEFORE, FULL = map(gl.constexpr, range(10))
+ENTRIES = gl.constexpr(32)
 FIRST, LAST = map(gl.constexpr, (1, 2))
 EARLY = gl.constexpr(3)
 """Blocks of keys before an item's last, at which the next item is taken."""
@@ -63,6 +66,8 @@ class Form(NamedTuple):
     """Tiles of keys, and of values, in the ring."""
     consumer_registers: int
     producer_registers: int
+    lazy: bool = False
+    """Forward only: a row keeps its pivot in most blocks, so that weights may be greater than 1; see `_raised`."""
 
 
 class Scales(NamedTuple):
@@ -269,9 +274,11 @@ def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
                 last = gl.maximum(last, gl.where(seen, hi, 0))
             first = gl.min(first, 0)
             last = gl.max(last, 0)
+            before = first * 0
             if first < last:
                 # BN is a power of two: this rounds down, also below the document's first key.
                 first = document + (first - document & -C.BN)
+                before = (first - document) // C.BN
             ends += gl.where(next_document == FAR, LAST, 0)
             mbarrier.wait(empty.index(slot), turn // 2 & 1 ^ 1)
             for n in gl.static_range(CONSUMERS):
@@ -294,6 +301,7 @@ def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
             _put(plan, BEGIN, first)
             _put(plan, COUNT, gl.maximum(last - first + C.BN - 1, 0) // C.BN)
             _put(plan, ENDS, ends)
+            _put(plan, BEFORE, before)
             mbarrier.arrive(full.index(slot), count=1)
             turn += 1
             s = next_s
@@ -437,14 +445,14 @@ def _near(s, a, g, h, slope, distance):
 
 
 @gluon.jit
-def _scores(s, a, scales, g, h, terms, bounds, j0, layout: gl.constexpr, C: gl.constexpr):
+def _scores(s, a, scales, g, h, terms, bounds, j0, C: gl.constexpr):
     """Products of a consumer's rows with keys j0 … to scores: those returned times a factor plus, by row, a shift.
 
     What all rows see, far from the diagonal, needs no predicate, and one table entry and differences of distances serve
     all its keys.
     """
     lo, width, diagonal, full_first, full_last, left, right = bounds
-    n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, layout)), 0)
+    n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
     full = (j0 >= full_first) & (j0 + C.BN <= full_last)
     s = _capped(s, scales, C)
     unit = scales.score if C.simple else 1.0
@@ -462,18 +470,23 @@ def _scores(s, a, scales, g, h, terms, bounds, j0, layout: gl.constexpr, C: gl.c
                 shift += gl.where(is_left, first, last)
         else:
             s = _near(s, a, g, h, slope, j0 + n - gl.expand_dims(diagonal, 1))
-            s = _masked(s, n, lo - j0, width)
+            s = _masked(s, _opaque(n), lo - j0, width)
     elif not full:
-        s = _masked(s, n, lo - j0, width)
+        s = _masked(s, _opaque(n), lo - j0, width)
     return s, unit, shift
 
 
 @gluon.jit
+def _opaque(x):
+    """Integers as they are, which the compiler must not move: it would compare in every block and drop the branch around
+    `_masked`, or keep all n in registers. Which of n and lo spills less was tried for each form."""
+    return gl.inline_asm_elementwise(MOVE, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _masked(s, n, lo, width):
-    """Scores where rows see the block's n-th key: lo … lo + width − 1 counted from the block's first; else −inf."""
-    # The compiler would compare in every tile and drop the branch around this, or keep all n in registers, but for
-    # something it must not move.
-    n = gl.inline_asm_elementwise(MOVE, "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
+    """Scores where rows see the block's n-th key: lo … lo + width − 1 counted from the block's first; else −inf. One of
+    n and lo is `_opaque`."""
     # Below lo the difference wraps around and is larger than any width.
     seen = (n - gl.expand_dims(lo, 1)).to(gl.uint32, bitcast=True) < gl.expand_dims(
         width.to(gl.uint32, bitcast=True), 1
@@ -501,17 +514,57 @@ def _scaled(x, factor):
 
 
 @gluon.jit
-def _weights(a, s, unit, shift, m, l, acc, C: gl.constexpr):
-    """The online softmax: weights; the new largest score; the new sums of weights (`_by_thread`) and of values, but for
-    this block's."""
-    top = gl.max(_by_thread(s, gl.max, C), 1)
-    highest = gl.maximum(m, gl.convert_layout(top, m.type.layout) * unit + shift)
-    # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
+def _weights(a, s, scales, g, h, terms, bounds, j0, number, m, l, acc, C: gl.constexpr):
+    """The online softmax of products with keys j0 …, the document's `number`-th block: weights; the new pivots; the new sums
+    of weights (`_by_thread`) and of values, but for this block's."""
+    if C.lazy:
+        s = _capped(s, scales, C)
+        unit = scales.score if C.simple else 1.0
+        lo, width, _, full_first, full_last, _, _ = bounds
+        if (j0 < full_first) | (j0 + C.BN > full_last):
+            n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
+            s = _masked(s, n, _opaque(lo - j0), width)
+        pivot = m
+        due = number % (PERIOD // C.BN) == 0
+        # Every row has its first pivot once this is false, see `_raised`.
+        if due | (j0 - full_first < C.BN):
+            m, pivot, l, acc = _raised(s, unit, lo, width, j0, due, m, l, acc, C)
+        difference = s * unit - gl.expand_dims(pivot, 1)
+    else:
+        s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, j0, C)
+        highest = gl.maximum(m, _largest(s, m, C) * unit + shift)
+        # The pivot stays finite for rows that have seen no key yet, so that no −inf − −inf arises.
+        pivot = gl.where(highest == -INFINITY, 0.0, highest)
+        shrink = _exponential(a, m - pivot)
+        m = highest
+        acc = _scaled(acc, shrink)
+        l = _scaled(l, shrink)
+        difference = s * unit - gl.expand_dims(pivot - shift, 1)
+    p = _exponential(a, difference)
+    return p, m, l + _by_thread(p, gl.sum, C), acc
+
+
+@gluon.jit
+def _raised(s, unit, lo, width, j0, due, m, l, acc, C: gl.constexpr):
+    """New pivots, and finite ones for this block; sums relative to them.
+
+    A pivot becomes the largest score so far in the row's first block, in the second if the first is cut by lo, and where a
+    block is `due`. It depends on the row alone, and so do the row's bits. Where scores grow by more than some 2^126 between,
+    and where all of the first block are −inf, the sum of weights tells: `_finish` has such rows computed again.
+    """
+    highest = gl.maximum(m, _largest(s, m, C) * unit)
+    highest = gl.where(due | (j0 - lo < C.BN), highest, m)
     pivot = gl.where(highest == -INFINITY, 0.0, highest)
-    shrink = _exponential(a, m - pivot)
-    acc = _scaled(acc, shrink)
-    p = _exponential(a, s * unit - gl.expand_dims(pivot - shift, 1))
-    return p, highest, _scaled(l, shrink) + _by_thread(p, gl.sum, C), acc
+    shrink = gl.exp2(m - pivot)
+    sees = (j0 - lo < width) & (lo - j0 < C.BN) & (width > 0)
+    shrink = gl.where(sees & (highest == -INFINITY), float("nan"), shrink)
+    return highest, pivot, _scaled(l, shrink), _scaled(acc, shrink)
+
+
+@gluon.jit
+def _largest(s, like, C: gl.constexpr):
+    """The largest of each row, laid out as `like`."""
+    return gl.convert_layout(gl.max(_by_thread(s, gl.max, C), 1), like.type.layout)
 
 
 @gluon.jit
@@ -550,15 +603,12 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
         row, h, g, b = _get(plan, ROW), _get(plan, HEAD), _get(plan, GROUP), _get(plan, BATCH)
         ends = _get(plan, ENDS)
         i, valid = _rows(a, row + ME * ROWS, by_row)
-        if ends % LAST > 0:
-            m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
-            l = _by_thread(zero, gl.sum, C)
-            acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
-            if a.sinks is not None:
-                # A sink is one more key, with this score and a value of zero.
+        if a.sinks is not None:
+            # A sink is one more key, with this score and a value of zero.
+            if ends % LAST > 0:
                 m = gl.full([ROWS], 0.0, gl.float32, by_row) + _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
         if count > 0:
-            begin = _get(plan, BEGIN)
+            begin, before = _get(plan, BEGIN), _get(plan, BEFORE)
             terms = _position_terms(a, b, g, h)
             bounds = _bounds(a, rings, plan, turn % 2, b, i, ME, C)
             mbarrier.wait(query_full.index(ME), loaded & 1)
@@ -568,8 +618,7 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
                 # Before the softmax, though needed after it: the compiler mixes instructions between waits only, and
                 # exponentials leave room for those that scale sums and convert weights.
                 mbarrier.wait(value_full.index(stage), (filled + t) // C.stages & 1)
-                s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, begin + t * C.BN, S_L, C)
-                p, m, l, acc = _weights(a, s, unit, shift, m, l, acc, C)
+                p, m, l, acc = _weights(a, s, scales, g, h, terms, bounds, begin + t * C.BN, before + t, m, l, acc, C)
                 weights = gl.convert_layout(p.to(dtype), P_L)
                 acc = warpgroup_mma(weights, values.index(stage).reshape([C.BN, C.V]), acc, is_async=True)
                 if t + 1 < count:
@@ -587,6 +636,9 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
         mbarrier.arrive(plan_empty.index(turn % 2), count=1)
         if ends >= LAST:
             _finish(a, scales, out, lse, acc, m, l, row + ME * ROWS, h, g, b, C)
+            m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
+            l = _by_thread(zero, gl.sum, C)
+            acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
         turn += 1
         mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
         count = _get((plans, turn % 2 * ENTRIES), COUNT)
@@ -594,85 +646,112 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def _finish(a, scales, out, lse, acc, m, l, row, h, g, b, C: gl.constexpr):
-    """Write a consumer's rows row …: weighted sums of values, largest scores and sums of weights become out and lse."""
+    """Write a consumer's rows row …: weighted sums of values, pivots and sums of weights become out and lse."""
     by_row: gl.constexpr = m.type.layout
-    out_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     l = gl.convert_layout(gl.sum(l, 1), by_row)
     if a.sinks is not None:
         # A sink is one more key, with this score and a value of zero.
         sink = _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
         l += gl.where(m > -INFINITY, _exponential(a, sink - m), 0.0)
-    share = gl.where(l > 0, 1.0 / l, 0.0)
     # A NaN among the scores must come out as one.
-    share = gl.where(l != l, l, share)
+    trusted = l <= TRUSTED
+    share = gl.where(trusted, gl.where(l > 0, 1.0 / l, 0.0), float("nan"))
     acc = _scaled(acc, share)
     i, valid = _rows(a, row, by_row)
     stat = (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
     natural = (m + gl.log2(l)) * LN2 if a.table is None else m + gl.log2(l) * LN2
-    gl.store(lse + stat, gl.where(l == 0, -INFINITY, natural), mask=valid)
-    i, valid = _rows(a, row, out_row)
+    natural = gl.where(l == 0, -INFINITY, natural)
+    gl.store(lse + stat, gl.where(trusted, natural, float("nan")), mask=valid)
+    # 16 bytes a thread instead of 4: a quarter of the stores, of whole sectors.
+    lanes: gl.constexpr = C.V // 8
+    stored: gl.constexpr = gl.BlockedLayout([lanes // 2, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    i, valid = _rows(a, row, gl.SliceLayout(1, stored))
     at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
-    columns = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, acc.type.layout)), 0)
+    columns = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, stored)), 0)
     inside = gl.expand_dims(valid, 1)
     if C.v_dim < C.V:
         inside = inside & (columns < C.v_dim)
-    gl.store(out + gl.expand_dims(at, 1) * C.v_dim + columns, acc.to(out.dtype.element_ty), mask=inside)
-    # A hidden value's weight is 0, but 0 · NaN = NaN.
-    if gl.max(gl.max((acc != acc).to(gl.int32), 1), 0) != 0:
+    result = gl.convert_layout(acc.to(out.dtype.element_ty), stored)
+    gl.store(out + gl.expand_dims(at, 1) * C.v_dim + columns, result, mask=inside)
+    # A hidden value's weight is 0, but 0 · NaN = NaN; weights greater than 1 and large values overflow.
+    if gl.min(gl.min((gl.abs(acc) <= LARGEST).to(gl.int32), 1), 0) == 0:
         gl.thread_barrier()
         _repair(a, scales, out, lse, row, h, g, b, C)
 
 
 @gluon.jit
 def _repair(a, scales, out, lse, row, h, g, b, C: gl.constexpr):
-    """A consumer's rows once more from the lse that is stored, row by row, slowly: a hidden key must not reach a row even
-    when it holds NaN or inf."""
-    step: gl.constexpr = 2048 // max(C.K, C.V)
-    tile: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    n = gl.arange(0, step, gl.SliceLayout(1, tile))
-    columns = gl.expand_dims(gl.arange(0, C.K, gl.SliceLayout(0, tile)), 0)
-    columns_v = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, tile)), 0)
+    """Those of a consumer's rows once more whose stored output or lse has a NaN or inf, slowly: from the keys they see alone,
+    with the exact largest score. Each warp computes one row at a time, from its first key on."""
+    lanes: gl.constexpr = max(C.K, C.V) // 8
+    step: gl.constexpr = 2 * 32 // lanes
+    RANGES: gl.constexpr = max(C.S, 1)
+    tile: gl.constexpr = gl.BlockedLayout([1, 2, 8], [1, 32 // lanes, lanes], [4, 1, 1], [2, 1, 0])
+    by_key: gl.constexpr = gl.SliceLayout(2, tile)
+    by_column: gl.constexpr = gl.SliceLayout(1, tile)
+    n = gl.expand_dims(gl.arange(0, step, gl.SliceLayout(0, by_key)), 0)  # [1, step]
+    columns = gl.expand_dims(gl.arange(0, C.K, gl.SliceLayout(0, by_column)), 0)  # [1, K]
+    columns_v = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, by_column)), 0)
     query = a.q + b.to(gl.int64) * a.q_b + g.to(gl.int64) * a.q_g + h.to(gl.int64) * a.q_h
     key = a.k + b.to(gl.int64) * a.k_b + g.to(gl.int64) * a.k_g
     value = a.v + b.to(gl.int64) * a.v_b + g.to(gl.int64) * a.v_g
     slope, _, _ = _position_terms(a, b, g, h)
-    for i in range(row, gl.minimum(row + ROWS, a.M)):
-        q = gl.load(query + i.to(gl.int64) * a.q_m + columns, mask=columns < C.k_dim, other=0.0).to(gl.float32)
-        row_lse = gl.load(lse + (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i)
-        if a.table is None:
-            # Empty rows, and those whose lse has no fractions: their weights are 0.
-            row_lse *= LOG2E
-            row_lse = gl.where(gl.abs(row_lse) > FRACTION_FREE, INFINITY, row_lse)
-        else:
-            row_lse = gl.where(row_lse == -INFINITY, INFINITY, row_lse)
-        # With a table weights sum to 1 only up to what rounding took from an lse of −10⁹, say, see `RowStats`.
-        total = (i * 0).to(gl.float32)
-        if (a.table is not None) and (a.sinks is not None):
-            total = _exponential(a, _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h) - row_lse)
-        acc = gl.full([C.V], 0.0, gl.float32, gl.SliceLayout(0, tile))
-        for s in gl.static_range(max(C.S, 1)):
-            lo, hi = _range(a, s, b, i, C)
-            diagonal = _diagonal(a, s, b, i, C)
-            for j0 in range(lo, hi, step):
-                j = j0 + n
-                rows = gl.expand_dims(j, 1)
-                there = rows < hi
-                x = gl.load(key + rows.to(gl.int64) * a.k_n + columns, mask=there & (columns < C.k_dim), other=0.0)
-                score = _capped(gl.sum(q * x.to(gl.float32), 1), scales, C)
-                if C.simple:
-                    score *= scales.score
-                score = _near(score, a, g, h, slope, j - diagonal) - row_lse
-                if a.table is not None:
-                    score = gl.where(score > 0, 0.0, score)
-                p = _exponential(a, score)
-                if a.table is not None:
-                    total += gl.sum(gl.where(j < hi, p, 0.0), 0)
-                x = gl.load(
-                    value + rows.to(gl.int64) * a.v_n + columns_v, mask=there & (columns_v < C.v_dim), other=0.0
-                )
-                acc += gl.sum(gl.where(there, x.to(gl.float32) * gl.expand_dims(p, 1), 0.0), 0)
-        if a.table is not None:
-            acc /= gl.where(total == 0, 1.0, total)
-        at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
-        to = out + at * C.v_dim + gl.arange(0, C.V, gl.SliceLayout(0, tile))
-        gl.store(to, acc.to(out.dtype.element_ty), mask=gl.arange(0, C.V, gl.SliceLayout(0, tile)) < C.v_dim)
+    for first in range(row, gl.minimum(row + ROWS, a.M), 4):
+        i = gl.minimum(first + gl.arange(0, 4, gl.SliceLayout(1, by_key)), a.M - 1)
+        i_v = gl.expand_dims(gl.convert_layout(i, gl.SliceLayout(1, by_column)), 1)
+        stat = lse + (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
+        to = out + ((b.to(gl.int64) * a.M + i_v) * (a.G * C.H) + g * C.H + h) * C.v_dim + columns_v
+        stored = gl.load(stat)
+        result = gl.load(to, mask=columns_v < C.v_dim, other=0.0).to(gl.float32)
+        good = gl.min((gl.abs(result) <= LARGEST).to(gl.int32), 1)
+        broken = (stored != stored) | (gl.convert_layout(good, i.type.layout) == 0)
+        if gl.max(broken.to(gl.int32), 0) != 0:
+            q = gl.load(query + i_v.to(gl.int64) * a.q_m + columns, mask=columns < C.k_dim, other=0.0).to(gl.float32)
+            m = (i * 0).to(gl.float32) - INFINITY
+            l = (i * 0).to(gl.float32)
+            if a.sinks is not None:
+                m = l + _term(a, a.sinks + g * a.sinks_g + h * a.sinks_h)
+                l = gl.where(m > -INFINITY, 1.0, 0.0)
+            pivot = l
+            share = l
+            acc = gl.full([4, C.V], 0.0, gl.float32, by_column)
+            # Each range twice: for the largest score and the sum of weights, then for values.
+            for turn in range(2 * RANGES):
+                if turn == RANGES:
+                    pivot = gl.where(m == -INFINITY, 0.0, m)
+                    share = gl.where(l == 0, 0.0, 1.0 / l)
+                lo, hi = _range(a, turn % RANGES, b, i, C)
+                diagonal = gl.expand_dims(_diagonal(a, turn % RANGES, b, i, C), 1)
+                hi = gl.expand_dims(gl.where(broken, hi, 0), 1)
+                lo = gl.expand_dims(lo, 1)
+                for t in range(0, gl.max(gl.max(hi - lo, 1), 0), step):
+                    j = lo + t + n
+                    rows = gl.expand_dims(j, 2)
+                    there = gl.expand_dims(j < hi, 2)
+                    k = gl.load(
+                        key + rows.to(gl.int64) * a.k_n + gl.expand_dims(columns, 1),
+                        mask=there & (gl.expand_dims(columns, 1) < C.k_dim),
+                        other=0.0,
+                    )
+                    score = _capped(gl.sum(gl.expand_dims(q, 1) * k.to(gl.float32), 2), scales, C)
+                    if C.simple:
+                        score *= scales.score
+                    score = gl.where(j < hi, _near(score, a, g, h, slope, j - diagonal), -INFINITY)
+                    if turn < RANGES:
+                        highest = gl.maximum(m, gl.max(score, 1))
+                        pivot = gl.where(highest == -INFINITY, 0.0, highest)
+                        p = _exponential(a, score - gl.expand_dims(pivot, 1))
+                        l = l * _exponential(a, m - pivot) + gl.sum(p, 1)
+                        m = highest
+                    else:
+                        p = _exponential(a, score - gl.expand_dims(pivot, 1)) * gl.expand_dims(share, 1)
+                        v = gl.load(
+                            value + rows.to(gl.int64) * a.v_n + gl.expand_dims(columns_v, 1),
+                            mask=there & (gl.expand_dims(columns_v, 1) < C.v_dim),
+                            other=0.0,
+                        )
+                        acc += gl.sum(gl.where(there, v.to(gl.float32) * gl.expand_dims(p, 2), 0.0), 1)
+            again = gl.expand_dims(gl.convert_layout(broken.to(gl.int32), gl.SliceLayout(1, by_column)), 1) != 0
+            gl.store(to, acc.to(out.dtype.element_ty), mask=again & (columns_v < C.v_dim))
+            if C.lazy:
+                gl.store(stat, gl.where(l == 0, -INFINITY, (m + gl.log2(l)) * LN2), mask=stored != stored)
