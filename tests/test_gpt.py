@@ -14,6 +14,7 @@ from keyspan.layers import Linear, gated, gemm, linear_cross_entropy, rms_norm, 
 from keyspan.models import GPT, GPTConfig, alibi_slopes
 from keyspan.models.experts import Experts
 from keyspan.models.gpt import Step
+from keyspan.testing import check_invariance
 
 needs_library = pytest.mark.skipif(binding.LIBRARY is None, reason="products are then torch's, which are not invariant")
 POSITIONS = ["rope", "alibi", "none"]
@@ -411,6 +412,29 @@ def test_invariant_changes_nothing_on_a_cpu(changes):
     assert all(x.invariant for x in layers)
     model.invariant = False
     assert not any(x.invariant for x in layers)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"experts": 4, "experts_per_token": 2, "hidden": 100},
+        {"activation": "gelu_tanh", "logit_softcap": 30.0, "attention_softcap": 20.0, "post_norms": True},
+        {"positions": "alibi", "qkv_bias": True, "mlp_bias": True, "sinks": True, "windows": (6, None)},
+    ],
+    ids=["experts", "softcaps", "biases"],
+)
+def test_logits_depend_on_the_document_alone(changes, dtype):
+    model = small(**{"dim": 130, "kv_heads": 3, "head_dim": 24, **changes}).to(dtype)
+    documents = draw([130, 1, 2, 33, 5]).split([130, 1, 2, 33, 5])
+
+    def packed(documents):
+        lengths = [*map(len, documents)]
+        return model.logits(model(torch.cat(list(documents)), lengths)).split(lengths)
+
+    with torch.no_grad():
+        check_invariance(packed, documents, batched=lambda x: torch.stack(packed(x)), threads=(1, 3))
 
 
 @needs_library

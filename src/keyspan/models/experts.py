@@ -49,5 +49,13 @@ class Experts(nn.Module):
     def _expert(self, n: int, x: Tensor) -> Tensor:
         x1, x2 = linear(x, self.w12[n], self.w12_bias[n], self.invariant).chunk(2, dim=-1)
         gate = x1.clamp(max=self.limit)
-        gated = gate * torch.sigmoid(self.alpha * gate) * (x2.clamp(-self.limit, self.limit) + 1)
+        gated = gate * _sigmoid(self.alpha * gate) * (x2.clamp(-self.limit, self.limit) + 1)
         return linear(gated, self.w3[n], self.w3_bias[n], self.invariant)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """As torch's, which on a CPU rounds the last numbers of a tensor otherwise than those before them, so that the bits of
+    a row depend on how many rows there are. Torch's softmax goes row by row."""
+    if x.device.type != "cpu":
+        return torch.sigmoid(x)
+    return torch.stack((x, torch.zeros_like(x)), -1).softmax(-1)[..., 0]
