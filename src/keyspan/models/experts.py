@@ -54,8 +54,9 @@ class Experts(nn.Module):
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """As torch's, which on a CPU rounds the last numbers of a tensor otherwise than those before them, so that the bits of
-    a row depend on how many rows there are. Torch's softmax goes row by row."""
+    """Torch's, without what makes a row's bits depend on how many rows there are on a CPU, where torch rounds the last
+    numbers of a tensor otherwise than those before them. Its softmax goes row by row.
+    """
     if x.device.type != "cpu":
         return torch.sigmoid(x)
     return torch.stack((x, torch.zeros_like(x)), -1).softmax(-1)[..., 0]
