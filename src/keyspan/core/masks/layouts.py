@@ -364,8 +364,8 @@ class KeyLengths(Layout, keyed=True):
 class SharedPrompt(Layout, keyed=True):
     """Packed prompts, each followed by its answers. An answer sees its prompt and, causally, itself.
 
-    Every answer's positions start at the end of its prompt, so the result (biases included) equals that of each
-    answer computed alone behind a copy of the prompt. Rows have two ranges. `Sinks` and `Prefix` count keys of the
+    Every answer's positions start at the end of its prompt, so the result (biases included) is that of each answer
+    computed alone behind a copy of the prompt, but for rounding. Rows have two ranges. `Sinks` and `Prefix` count keys of the
     prompt, so they may not exceed the shortest one.
 
     >>> print(SharedPrompt([2], [[2, 1]]).draw())
