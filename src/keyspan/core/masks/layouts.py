@@ -365,8 +365,8 @@ class SharedPrompt(Layout, keyed=True):
     """Packed prompts, each followed by its answers. An answer sees its prompt and, causally, itself.
 
     Every answer's positions start at the end of its prompt, so the result (biases included) is that of each answer
-    computed alone behind a copy of the prompt, but for rounding. Rows have two ranges. `Sinks` and `Prefix` count keys of the
-    prompt, so they may not exceed the shortest one.
+    computed alone behind a copy of the prompt, but for rounding. Rows have two ranges. `Sinks` and `Prefix` count keys
+    of the prompt, so they may not exceed the shortest one.
 
     >>> print(SharedPrompt([2], [[2, 1]]).draw())
     ■ · · · ·
