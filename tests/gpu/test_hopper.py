@@ -209,11 +209,14 @@ def unrepaired(monkeypatch):
         monkeypatch.setattr(hopper_ends_kernels, name, repair)
 
 
+@pytest.mark.parametrize("upward", [0, 1])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
-def test_gradients_of_several_tiles(case, dim, emulated, memory_is_nan, monkeypatch):
-    """More items than programs, so that each goes through the ring several times; tiles of 128 queries, or of 64."""
+def test_gradients_of_several_tiles(case, dim, upward, emulated, memory_is_nan, monkeypatch):
+    """More items than programs, so that each goes through the ring several times; tiles of 128 queries, or of 64; runs of
+    groups that go down alone, and the first of two up."""
     monkeypatch.setattr(launch, "_processors", lambda device: 2)
+    monkeypatch.setattr(hopper, "backward_order", lambda problem, tile: (1, upward))
     unrepaired(monkeypatch)
     agree_backward(dataclasses.replace(case, K=dim, V=dim))
     assert [form.BM for name, form in emulated if name == "hopper_backward_kernel"] == [8192 // dim]
@@ -528,22 +531,26 @@ def changes(module, right, wrong, monkeypatch):
         ("if rank == 0:", "if rank < 0:"),
         ("while gl.max(added, 0) < rank:", "while gl.max(added, 0) <= rank:"),
         ("cp.async.bulk.wait_group.read 0; ", ""),
-        ("_put(at, PARTIAL, 1 - whole.to(gl.int32))", "_put(at, PARTIAL, 0)"),
+        ("_put(at, RANK, 2 * rank + 1 - whole.to(gl.int32))", "_put(at, RANK, 2 * rank)"),
         ("gl.minimum(hi, C.BN) - lo, 0)", "gl.minimum(hi, C.BN) - lo + 1, 0)"),
         ("rank += here.to(gl.int32)", "pass"),
         ("[3, 0, 2, 4, 1, 5]", "[3, 0, 2, 4, 5, 1]"),
         ("mbarrier.wait(empty.index(QUERY_EMPTY + last % C.stages), last // C.stages & 1 ^ 1)", "pass"),
         ("gl.minimum(count, EARLY // C.BM)", "EARLY // C.BM"),
+        ("behind - gl.maximum(block + 1, first)", "behind - gl.maximum(block, first)"),
+        ("gl.where(up, x, -x)", "x"),
+        ("block = gl.where(up, blocks - 1 - block, block)", "pass"),
         ("slope * gl.abs(", "slope * ("),
         ("dv_acc.to(dtype), staging.index(ME), b, g, first, C)", "dv_acc.to(dtype), staging.index(ME), b, g, first + 1, C)"),
     ],
     ids=["wrong phase", "wrong bytes", "no wait", "keys not released", "half the last scores", "half the scores", "scores not released",
          "sums not released",
          "adds to nothing", "wrong turn", "copy not read", "no mask", "off by one key", "wrong rank", "wrong order",
-         "values not released", "short block", "signed distance", "gradients of other keys"],
+         "values not released", "short block", "wrong turn upward", "upward alone", "waits for a block not taken", "signed distance", "gradients of other keys"],
 )  # fmt: skip
 def test_the_emulator_sees_mistakes_in_backward(right, wrong, memory_is_nan, monkeypatch):
     unrepaired(monkeypatch)
+    monkeypatch.setattr(hopper, "backward_order", lambda problem, tile: (1, 1))  # one group up, the others down
     breaks("hopper_backward_kernels", right, wrong, monkeypatch)
     with pytest.raises((AssertionError, TimeoutError, TypeError, InterpreterError)):
         agree_on_large_cases()
@@ -647,8 +654,8 @@ def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch)
     monkeypatch.setattr(hopper, "_runs_on", lambda device: True)
     monkeypatch.setattr(hopper, "_processors", lambda index: 132)
 
-    def reason(B, N, heads, dim, dtype=torch.bfloat16, needs=EVERY, **given):
-        q, k, v = (torch.empty(B, N, heads, dim, dtype=dtype) for _ in "qkv")
+    def reason(B, N, heads, dim, dtype=torch.bfloat16, needs=EVERY, kv_heads=None, **given):
+        q, k, v = (torch.empty(B, N, n or heads, dim, dtype=dtype) for n in (None, kv_heads, kv_heads))
         return hopper.backward_reason_against(make_problem(q, k, v, **given)[0], needs)
 
     causal = keyspan.Causal()
@@ -669,6 +676,12 @@ def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch)
     assert "blocks of keys" in reason(1, 4096, 8, 128)
     assert reason(1, 4096, 8, 128, mask=causal) is None
     assert "blocks of keys" in reason(1, 4096, 8, 64, mask=causal)
+    # Query heads that share key heads: fewer keys a row are enough, fewer blocks are not.
+    packed = keyspan.Documents([1000] * 16 + [384]) & causal
+    assert "rows see 512 keys" in reason(1, 16384, 8, 128, mask=packed)
+    assert reason(1, 16384, 16, 128, mask=packed, kv_heads=4) is None
+    assert reason(1, 16384, 8, 128, mask=packed, kv_heads=2) is None
+    assert "blocks of keys" in reason(1, 16384, 8, 128, mask=packed, kv_heads=1)
     assert "queries" in reason(64, 512, 16, 128)
     assert "at most 128" in reason(2, 8192, 16, 256)
     alibi = keyspan.Alibi(torch.ones(16))
@@ -678,6 +691,25 @@ def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch)
     assert "table" in reason(2, 8192, 16, 128, bias=keyspan.RelativeBias(torch.ones(16, 5)))
     assert "softcap" in reason(2, 8192, 16, 128, softcap=20.0)
     assert "need gradients" in reason(2, 8192, 16, 128, needs=EVERY._replace(query=False))
+
+
+def test_runs_of_groups_go_up_where_that_was_faster():
+    def order(B, N, heads, dim, mask, kv_heads=None):
+        q, k, v = (torch.empty(B, N, n or heads, dim, dtype=torch.bfloat16) for n in (None, kv_heads, kv_heads))
+        problem = make_problem(q, k, v, mask=mask)[0]
+        return hopper.backward_order(problem, hopper.backward_tile(problem))
+
+    causal = keyspan.Causal()
+    # 16 MiB for the groups at work, and all runs but the last.
+    assert order(2, 8192, 16, 128, causal) == (2, 15)
+    assert order(4, 4096, 16, 128, causal) == (4, 15)
+    assert order(1, 16384, 32, 64, causal) == (2, 15)
+    assert order(4, 4096, 32, 64, causal) == (8, 15)
+    assert order(1, 16384, 16, 128, causal & keyspan.Window(1023, 0)) == (4, 3)
+    assert order(16, 1024, 16, 128, causal) == (16, 0)
+    assert order(1, 8192, 4, 128, causal) == (4, 0)
+    assert order(2, 8192, 32, 128, causal, kv_heads=8) == (4, 0)
+    assert order(2, 8192, 16, 128, None) == (2, 0)
 
 
 def test_a_reason_is_given_against_the_kernel_of_wide_heads(monkeypatch):

@@ -23,7 +23,7 @@ many where rows have ranges over many keys, of which they are likely to see a pa
 _MANY_KEYS = 16384
 _LEAST_ROW_KEYS = 1024
 """Fewest keys that rows see on average, see `KeyRanges.row_keys`: forward with heads of up to 64, and backward, where half
-of it is enough if four query heads share a key head."""
+of it is enough if query heads share a key head."""
 _MANY_ROW_KEYS = 4096
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -90,7 +90,11 @@ _LEAST_BACKWARD = 1024
 _LEAST_BLOCKS = 6
 """Fewest blocks of keys for each multiprocessor: with fewer, blocks of one group wait for each other."""
 _LEAST_MASKED_BLOCKS = 1.9
-"""The same where rows have ranges, each query head has a key head of its own, and heads are wider than 64."""
+"""The same where rows have ranges and heads are wider than 64, however many query heads share a key head."""
+_LEAST_UPWARD = 4096
+"""Fewest queries for `backward_order` to go up; with 1024 it is slower."""
+_LEAST_RUNS = 4
+"""The same, runs of groups; fewer were not timed."""
 _LEAST_WIDE_BLOCKS = 2
 """Fewest blocks of 64 keys, or of 64 queries, for each multiprocessor, with heads wider than 128."""
 
@@ -110,12 +114,12 @@ def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
     if min(M, N) < _LEAST_BACKWARD:
         return f"there are {M} queries and {N} keys, want at least {_LEAST_BACKWARD}"
     tile = backward_tile(problem)
-    share = _LEAST_BLOCKS if problem.lo is None or H > 1 or tile.BM > 64 else _LEAST_MASKED_BLOCKS
+    share = _LEAST_BLOCKS if problem.lo is None or tile.BM > 64 else _LEAST_MASKED_BLOCKS
     blocks, least = B * G * -(-N // tile.BN), share * _processors(problem.query.device.index)
     if blocks < least:
         return f"there are {blocks} blocks of keys, want at least {least:.0f}, {share} for each multiprocessor"
     if problem.lo is not None:
-        keys, least = problem.row_keys, _LEAST_ROW_KEYS // (1 if H < 4 else 2)
+        keys, least = problem.row_keys, _LEAST_ROW_KEYS // (1 if H == 1 else 2)
         if not keys and B == 1:
             return "one batch entry with a mask whose lengths the host does not know may be short documents"
         if 0 < keys < least:
@@ -327,7 +331,7 @@ def launch_backward(
         _described(made["key"].transpose(1, 2), halves),
         _described(made["value"].transpose(1, 2), halves),
         made["broken"],
-        groups_at_once(problem, tile),
+        *backward_order(problem, tile),
         items,
         form,
     ]
@@ -458,10 +462,28 @@ def _described_stats(stats: Tensor, rows: int) -> Any:
     return TensorDescriptor(stats.view(-1), [stats.numel()], [1], [rows], layout)
 
 
-def groups_at_once(problem: Problem, tile: Any) -> int:
-    """How many groups take turns in the backward pass. Blocks of one group that begin at the same time wait for each other;
-    the queries and gradients of many groups do not fit in the L2."""
+def backward_order(problem: Problem, tile: Any) -> tuple[int, int]:
+    """How many groups take turns in the backward pass, which makes runs of groups; and how many runs take their blocks from
+    the last to the first and the tiles of each from the first to the last, the others the other way.
+
+    Blocks of one group that begin at the same time wait for each other to add to dq, unless they go up under a causal mask:
+    then each begins at its own first tile. But with few runs, the last of which cannot go up (its longest blocks would be
+    the last), or where query heads share a key head, that is slower. The queries, gradients and sums of many groups do not
+    fit in the L2.
+    """
     B, M, G, H, _ = problem.query.shape
+    if (
+        problem.lo is not None
+        and problem.lo.shape[0] == H == 1
+        and M >= _LEAST_UPWARD
+        and problem.row_keys >= _LEAST_ROW_KEYS
+    ):
+        # bf16 queries and gradients and fp32 sums of the rows that blocks at work see.
+        size = min(M, 4 * problem.row_keys) * 8192 // tile.BM * 8
+        at_once = min(max(2, _CACHED_KEYS // size), 16)
+        runs = -(-B * G // at_once)
+        if runs >= _LEAST_RUNS:
+            return at_once, runs - 1
     if problem.lo is None:
         found = -(-256 // (-(-M // tile.BM) * H))
         least = 2
@@ -470,7 +492,7 @@ def groups_at_once(problem: Problem, tile: Any) -> int:
     else:
         found = 2**16 // (M * H)
         least = max(4, 8 // H)
-    return min(max(found, least), 16, B * G)
+    return min(max(found, least), 16, B * G), 0
 
 
 def backward_scratch(problem: Problem, tile: Any) -> dict[str, Tensor]:

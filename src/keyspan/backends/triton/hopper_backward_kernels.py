@@ -6,9 +6,10 @@ groups of four warps recompute the scores of 64 keys each, transposed, so that w
 as left operands of dv and dk, and multiply the score gradients of all 128 by the keys, each for half of dq; the adder adds
 that to dq.
 
-dq is summed in memory, in fp32, in a fixed order: the block of keys that comes n-th among those a tile sees adds n-th. A
-counter for each tile says who is next. Programs take their blocks in the same order from a ticket, and go from the last
-tile down: nobody waits for a program that has not begun, and under a causal mask or a window hardly for one that has.
+dq is summed in memory, in fp32, in a fixed order: the block of keys that is taken n-th among those a tile sees adds n-th. A
+counter for each tile says who is next. Programs take their blocks in the same order from a ticket, so nobody waits for a
+program that has not begun. Blocks that go from the last tile down all begin at the same tiles, and wait for each other until
+they are a tile apart; blocks that are taken from the last to the first and go up begin, under a causal mask, two tiles apart.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ READ = gl.constexpr("cp.async.bulk.wait_group.read 0; mov.b32 $0, $1;")
 ACQUIRE = gl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
 ORDERED = gl.constexpr("fence.proxy.async.global; mov.b32 $0, $1;")
 
-# Entries of a plan, of which there are two: the block's number, group and batch entry, how many tiles it visits, and the
-# first tile and the last plus one for each of up to three ranges.
+# Entries of a plan, of which there are two: the block's number, group and batch entry, how many tiles it visits; for each
+# of up to three ranges the tile it begins with, and the number of tiles from there on, negative if they go down.
 BLOCK, GROUP, BATCH, COUNT, START, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 10))
-# For each of the last VISITS tiles: its number among those of all heads, by how many blocks it is visited before, and
-# whether some row does not see all keys. The adder, which comes last, is never VISITS tiles behind the loader.
-VISIT, VISITS, TILE, RANK, PARTIAL, PLAN = map(gl.constexpr, (20, 8, 0, 1, 2, 44))
+# For each of the last VISITS tiles: its number among those of all heads; twice the number of blocks it is visited by before,
+# plus 1 if some row does not see all keys. The adder, which comes last, is never VISITS tiles behind the loader.
+VISIT, VISITS, TILE, RANK, PLAN = map(gl.constexpr, (20, 8, 0, 1, 36))
 # Barriers for which the warps that compute wait: two of each in a row, one, VISITS.
 QUERY_FULL, GRAD_FULL, PLAN_FULL, KEY_FULL, VALUE_FULL, SUM_EMPTY, VISIT_FULL = map(gl.constexpr, (0, 2, 4, 6, 7, 8, 9))
 FULL = gl.constexpr(17)
@@ -89,9 +90,10 @@ def _tma_add(descriptor, at, source, _semantic=None):
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, source.handle)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["heads_at_once", "upward", "items"])
 def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles, sum_tiles, bounds,
-                           bounds_s, bounds_b, order, dk_tiles, dv_tiles, broken, heads_at_once, items, C: gl.constexpr):  # fmt: skip
+                           bounds_s, bounds_b, order, dk_tiles, dv_tiles, broken, heads_at_once, upward, items,
+                           C: gl.constexpr):  # fmt: skip
     """dk [B, N, G, K] and dv [B, N, G, V], contiguous, and unscaled sums of dq.
 
     Grid: (programs). An item is a block of 2 · ROWS keys of one group.
@@ -105,6 +107,8 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
         order: int32 [1 + B · G · H · tiles], zeros: the ticket, and how many blocks have been added to each tile of dq.
         broken: int32, an entry for each ROWS keys, padded to whole blocks, 0 at the start: whether their gradients have a
             NaN.
+        upward: how many runs of `heads_at_once` groups take their blocks from the last to the first, each of which visits
+            its tiles from the first to the last; the runs after them go the other way. See `hopper.backward_order`.
     """
     dtype: gl.constexpr = query_tiles.dtype
     queries = gl.allocate_shared_memory(dtype, [C.stages, 1, 1, 1, C.BM, C.K], query_tiles.layout)
@@ -165,7 +169,7 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
             (_keys, (a, score_scale, rings, dk_tiles, dv_tiles, broken, 1, C)),
             (_loader, (a, tiles, rings, bounds, bounds_s, bounds_b, C)),
             (_adder, (a, sum_tiles, rings, order, C)),
-            (_planner, (a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C)),
+            (_planner, (a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, upward, items, C)),
         ],
         [4, 1, 1, 1],
         [C.registers, C.helper_registers, C.helper_registers, C.helper_registers],
@@ -173,7 +177,7 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
 
 
 @gluon.jit
-def _planner(a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, C: gl.constexpr):
+def _planner(a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, upward, items, C: gl.constexpr):
     """Takes blocks of keys, each while the last tiles of the one before are loaded, and finds the tiles that see them."""
     empty = rings[-1]
     turn = 0
@@ -183,13 +187,13 @@ def _planner(a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, items, 
             # Not before: other programs wait for a block that has been taken.
             mbarrier.wait(empty.index(PLAN_NEXT), turn - 1 & 1)
         item = gl.atomic_add(order, 1)
-        _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, items, C)
+        _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, upward, items, C)
         running = item < items
         turn += 1
 
 
 @gluon.jit
-def _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, items, C: gl.constexpr):
+def _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, upward, items, C: gl.constexpr):
     """Plan an item, or the end where there are no more."""
     plan, full, empty = rings[-3], rings[-2], rings[-1]
     at = (plan, turn % 2 * ENTRIES)
@@ -202,14 +206,16 @@ def _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, 
         groups = gl.minimum(heads_at_once, a.B * a.G - run * heads_at_once)
         block = inside // groups
         group = run * heads_at_once + inside % groups
+        up = run < upward
+        block = gl.where(up, blocks - 1 - block, block)
         _put(at, BLOCK, block)
         _put(at, GROUP, group % a.G)
         _put(at, BATCH, group // a.G)
         count = block * 0
         for s in gl.static_range(max(C.S, 1)):
             start, stop, found = _visible(a, bounds, bounds_s, bounds_b, s, group // a.G, block * C.BN, C)
-            _put(at, START + 2 * s, start)
-            _put(at, START + 2 * s + 1, stop)
+            _put(at, START + 2 * s, gl.where(up, start, stop - 1))
+            _put(at, START + 2 * s + 1, gl.where(up, stop - start, start - stop))
             count += found
         _put(at, COUNT, count * C.H)
     else:
@@ -272,10 +278,11 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
             mbarrier.arrive(empty.index(PLAN_NEXT), count=1)
         left = count
         for s in gl.static_range(max(C.S, 1)):
-            start, stop = _get(entry, START + 2 * s), _get(entry, START + 2 * s + 1)
-            for x in range(stop - start):
-                tile = stop - 1 - x
-                seen, whole, rank = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, tile, a, C)
+            start, span = _get(entry, START + 2 * s), _get(entry, START + 2 * s + 1)
+            up = span > 0
+            for x in range(gl.maximum(span, -span)):
+                tile = start + gl.where(up, x, -x)
+                seen, whole, rank = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, up, tile, a, C)
                 if seen:
                     i = tile * C.BM + gl.arange(0, C.BM, lanes)
                     # Rows behind the last have no weights whatever they see, see `hopper_stats_kernel`.
@@ -284,14 +291,13 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
                     for h in range(C.H):
                         stage = t % C.stages
                         head = group * C.H + h
-                        at = (plan, VISIT + 3 * (t % VISITS))
+                        at = (plan, VISIT + 2 * (t % VISITS))
                         if left == gl.minimum(count, EARLY // C.BM):
                             mbarrier.arrive(empty.index(PLAN_NEXT), count=1)
                         left -= 1
                         mbarrier.wait(empty.index(QUERY_EMPTY + stage), t // C.stages & 1 ^ 1)
                         _put(at, TILE, head * row_tiles + tile)
-                        _put(at, RANK, rank)
-                        _put(at, PARTIAL, 1 - whole.to(gl.int32))
+                        _put(at, RANK, 2 * rank + 1 - whole.to(gl.int32))
                         mbarrier.arrive(full.index(VISIT_FULL + t % VISITS), count=1)
                         _load_queries(
                             a, query_tiles, stat_tiles, queries, rows, full, stage, b, g, h, tile, mask, diagonal, C
@@ -352,20 +358,22 @@ def _visible(a, bounds, bounds_s, bounds_b, s: gl.constexpr, b, n0, C: gl.conste
 
 
 @gluon.jit
-def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, tile, a, C: gl.constexpr):
+def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, up, tile, a, C: gl.constexpr):
     """Whether a tile sees some of a block's keys, whether its rows see all, and how many blocks are added to it before."""
     BN: gl.constexpr = C.BN
     n0 = block * BN
     seen = block >= 0
     full = n0 + BN <= a.N
-    rank = block
+    rank = gl.where(up, (a.N + BN - 1) // BN - 1 - block, block)
     if C.S > 0:
         rank = block * 0
         for other in gl.static_range(max(C.S, 1)):
             at = bounds + other * bounds_s + b * bounds_b + tile
             first = gl.load(at) // BN
             behind = (gl.load(at + 3 * tiles) + BN - 1) // BN
-            rank += gl.maximum(gl.minimum(block, behind) - first, 0)
+            rank += gl.maximum(
+                gl.where(up, behind - gl.maximum(block + 1, first), gl.minimum(block, behind) - first), 0
+            )
             here = (first <= block) & (block < behind)
             if other < s:
                 rank += here.to(gl.int32)
@@ -420,7 +428,7 @@ def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C
                 me = _opaque(ME, t)
                 v = values.index(me).reshape([ROWS, C.K])
                 dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                partial = _get((plan, VISIT + 3 * (t % VISITS)), PARTIAL) != 0
+                partial = _get((plan, VISIT + 2 * (t % VISITS)), RANK) % 2 > 0
                 h = x % C.H
                 p = _weights(s, score_scale, a, rows, stage, partial, j, b, g, h, S_L)
                 weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, K_L, 2))
@@ -598,8 +606,8 @@ def _adder(a, sum_tiles, rings, order, C: gl.constexpr):
         for x in range(count):
             t = filled + x
             mbarrier.wait(full.index(VISIT_FULL + t % VISITS), t // VISITS & 1)
-            at = (plan, VISIT + 3 * (t % VISITS))
-            tile, rank = _get(at, TILE), _get(at, RANK)
+            at = (plan, VISIT + 2 * (t % VISITS))
+            tile, rank = _get(at, TILE), _get(at, RANK) // 2
             # Asked while the last tile is still being added and this one is computed.
             added = _added(turns + tile, token)
             if t > 0:

@@ -10,6 +10,9 @@ from keyspan.backends.triton.loads import gradient_pointer
 from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
 from keyspan.backends.triton.scores import stats_pointer
 
+FINISHED = tl.constexpr(4)
+"""Tiles, or blocks of keys, of a program of `hopper_finish_kernel`."""
+
 
 @triton.jit
 def hopper_stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, lse, stats, order, broken, parts,
@@ -54,31 +57,45 @@ def hopper_finish_kernel(
 ):
     """dq [B, M, G, H, K] from its sums; repairs gradients that have a NaN, see `nan_repair`.
 
-    Grid: (tiles · H · G · B + key blocks · G · B).
+    Grid: (⌈tiles · H · G · B / FINISHED⌉ + ⌈key blocks · G · B / FINISHED⌉).
     """
     tiles = tl.cdiv(a.M, C.BM)
-    program, count = tl.program_id(0), tiles * C.H * a.G * a.B
+    count = tiles * C.H * a.G * a.B
+    program, programs = tl.program_id(0), tl.cdiv(count, FINISHED)
     grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
-    if program < count:
-        tile, head = program % tiles, program // tiles
-        heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
-        r, columns = tl.arange(0, C.BM), tl.arange(0, C.K)
-        # Half tiles of 64 × 64, see `_in_order`: 4 warps of 16 rows, in each of which 4 threads share a row and that + 8.
-        half = (r // 64)[:, None] + (columns // 64)[None, :]
-        in_row = (r % 64 // 16 * 128 + r % 8 * 16 + r % 16 // 8 * 2)[:, None]
-        in_column = (columns % 64 // 8 * 512 + columns % 8 // 2 * 4 + columns % 2)[None, :]
-        at = program.to(tl.int64) * 8192 + half * 4096 + in_row + in_column
-        # Nothing was added for rows that see no key.
-        x = tl.load(sums + at, mask=(tl.load(order + 1 + program) + r * 0 > 0)[:, None], other=0.0)
-        i = tile * C.BM + r
-        row = (heads.b.to(tl.int64) * a.M + i) * (a.G * C.H) + heads.g * C.H + heads.h
-        tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (x * a.scale).to(dq.dtype.element_ty),
-                 mask=(i < a.M)[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
-        if has_nan(x):
-            tl.debug_barrier()
-            repair_queries(a, grad, stats, dq, None, None, heads, tile, C)
+    if program < programs:
+        for n in range(FINISHED):
+            # From the last on, whose sums are likely to be in the L2 still.
+            at = count - 1 - program * FINISHED - n
+            if at >= 0:
+                _finish(a, grad, stats, sums, tl.load(order + 1 + at), dq, at % tiles, at // tiles, C)
     else:
-        _repair_block(a, grad, stats, broken, dk, dv, program - count, C)
+        blocks = tl.cdiv(a.N, C.BN) * a.G * a.B
+        for n in range(FINISHED):
+            block = (program - programs) * FINISHED + n
+            if block < blocks:
+                _repair_block(a, grad, stats, broken, dk, dv, block, C)
+
+
+@triton.jit
+def _finish(a, grad, stats, sums, visits, dq, tile, head, C: tl.constexpr):
+    """dq of a tile, to which so many blocks have been added."""
+    heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
+    r, columns = tl.arange(0, C.BM), tl.arange(0, C.K)
+    # Half tiles of 64 × 64, see `_in_order`: 4 warps of 16 rows, in each of which 4 threads share a row and that + 8.
+    half = (r // 64)[:, None] + (columns // 64)[None, :]
+    in_row = (r % 64 // 16 * 128 + r % 8 * 16 + r % 16 // 8 * 2)[:, None]
+    in_column = (columns % 64 // 8 * 512 + columns % 8 // 2 * 4 + columns % 2)[None, :]
+    sums += (head * tl.cdiv(a.M, C.BM) + tile).to(tl.int64) * 8192
+    # Nothing was added for rows that see no key.
+    x = tl.load(sums + (half * 4096 + in_row + in_column), mask=(visits + r * 0 > 0)[:, None], other=0.0)
+    i = tile * C.BM + r
+    row = (heads.b.to(tl.int64) * a.M + i) * (a.G * C.H) + heads.g * C.H + heads.h
+    tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (x * a.scale).to(dq.dtype.element_ty),
+             mask=(i < a.M)[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
+    if has_nan(x):
+        tl.debug_barrier()
+        repair_queries(a, grad, stats, dq, None, None, heads, tile, C)
 
 
 @triton.jit

@@ -133,16 +133,16 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, counters, heads_at_once
     loaded = 0
     t = 0
     while item < items:
-        _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, items, C)
+        _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, 0, items, C)
         entry = (plan, turn % 2 * ENTRIES)
         block, g, b = _get(entry, BLOCK), _get(entry, GROUP), _get(entry, BATCH)
         n0 = block * C.BN
         missing = True
         for s in gl.static_range(max(C.S, 1)):
-            start, stop = _get(entry, START + 2 * s), _get(entry, START + 2 * s + 1)
-            for x in range(stop - start):
-                tile = stop - 1 - x
-                seen, whole, _ = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, tile, a, C)
+            start, span = _get(entry, START + 2 * s), _get(entry, START + 2 * s + 1)
+            for x in range(-span):
+                tile = start - x
+                seen, whole, _ = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, block < 0, tile, a, C)
                 if seen:
                     i = tile * C.BM + gl.arange(0, C.BM, lanes)
                     # Nobody has written statistics of rows behind the last.
@@ -175,7 +175,7 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, counters, heads_at_once
         mbarrier.arrive(empty.index(PLAN_EMPTY + turn % 2), count=1)
         turn += 1
         item = gl.num_programs(0) + gl.atomic_add(counters, 1)
-    _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, items, C)
+    _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, 0, items, C)
     if gl.atomic_add(counters + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counters, 0)
         gl.store(counters + 1, 0)

@@ -27,6 +27,7 @@ from keyspan.backends.triton.backward_kernels import (
 )
 from keyspan.backends.triton.forward_kernels import combine_kernel, forward_kernel, merge_kernel
 from keyspan.backends.triton.hopper_ends_kernels import (
+    FINISHED,
     hopper_finish_kernel,
     hopper_repair_kernel,
     hopper_repair_queries_kernel,
@@ -455,10 +456,10 @@ def _hopper_backward(
          [arguments, *grads, out, grad_lse, lse, made["stats"], made["order"], made["broken"],
           made["broken"].numel(), constants], ends)
     )  # fmt: skip
-    processors = _processors(query.device)
+    processors, finished = _processors(query.device), FINISHED.value
     launches.append(hopper.launch_backward(problem, arguments, tile, grads, made["stats"], bounds, made, processors))
     launches.append(
-        (hopper_finish_kernel, (tiles * H * G * B + blocks * G * B,),
+        (hopper_finish_kernel, (triton.cdiv(tiles * H * G * B, finished) + triton.cdiv(blocks * G * B, finished),),
          [arguments, *grads, made["stats"], made["sums"], made["order"], made["broken"], made["query"], made["key"],
           made["value"], constants], ends)
     )  # fmt: skip
