@@ -77,11 +77,6 @@ def check_total(name: str, lengths: Lengths, size_name: str, size: int) -> None:
         raise ValueError(f"{name}: got {total} in all, want {'' if exact else 'at most '}{size_name} = {size}{hint}")
 
 
-def check_same_count(name: str, lengths: Lengths, other_name: str, other: Lengths) -> None:
-    if len(lengths) != len(other):
-        raise ValueError(f"{name}: got {len(lengths)} documents, want {len(other)} as in {other_name}")
-
-
 def check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: got {value!r}, want an int ≥ 1")
@@ -106,3 +101,16 @@ def set_fields(mask: object, **values: object) -> None:
     """Set fields of a frozen dataclass, in its `__post_init__`."""
     for name, value in values.items():
         object.__setattr__(mask, name, value)
+
+
+def set_lengths(mask: object, first: str, *others: str, optional: str | None = None) -> None:
+    """Set checked lengths of a frozen dataclass, in its `__post_init__`: one entry of each for each of the first."""
+    lengths = check_lengths(first, getattr(mask, first))
+    set_fields(mask, **{first: lengths})
+    if optional is not None and getattr(mask, optional) is not None:
+        others = (*others, optional)
+    for name in others:
+        other = check_lengths(name, getattr(mask, name))
+        if len(other) != len(lengths):
+            raise ValueError(f"{name}: got {len(other)} documents, want {len(lengths)} as in {first}")
+        set_fields(mask, **{name: other})

@@ -16,11 +16,11 @@ from keyspan.core.masks.checks import (
     as_tensor,
     check_lengths,
     check_positive,
-    check_same_count,
     check_total,
     on_host,
     readable,
     set_fields,
+    set_lengths,
     total_of,
 )
 
@@ -51,10 +51,7 @@ class Documents(Layout, keyed=True):
     k_lengths: Lengths | None = None
 
     def __post_init__(self) -> None:
-        set_fields(self, q_lengths=check_lengths("q_lengths", self.q_lengths))
-        if self.k_lengths is not None:
-            set_fields(self, k_lengths=check_lengths("k_lengths", self.k_lengths))
-            check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+        set_lengths(self, "q_lengths", optional="k_lengths")
 
     @classmethod
     def from_cu_seqlens(cls, cu_q: Lengths, cu_k: Lengths | None = None) -> Documents:
@@ -135,12 +132,7 @@ class PaddedKeys(Layout, keyed=True):
     padding: int
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            q_lengths=check_lengths("q_lengths", self.q_lengths),
-            k_lengths=check_lengths("k_lengths", self.k_lengths),
-        )
-        check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+        set_lengths(self, "q_lengths", "k_lengths")
         check_positive("padding", self.padding)
         longest = max(on_host(self.k_lengths) or [0])
         if longest > self.padding:
@@ -180,10 +172,7 @@ class GappyKeys(Layout, keyed=True):
     k_lengths: Lengths
 
     def __post_init__(self) -> None:
-        for name in ("q_lengths", "k_starts", "k_lengths"):
-            set_fields(self, **{name: check_lengths(name, getattr(self, name))})
-        check_same_count("k_starts", self.k_starts, "q_lengths", self.q_lengths)
-        check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+        set_lengths(self, "q_lengths", "k_starts", "k_lengths")
 
     def sizes(self) -> tuple[int | None, int | None, int | None]:
         starts, lengths = on_host(self.k_starts), on_host(self.k_lengths)
@@ -224,12 +213,7 @@ class PagedKeys(Layout):
     page_size: int
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            q_lengths=check_lengths("q_lengths", self.q_lengths),
-            k_lengths=check_lengths("k_lengths", self.k_lengths),
-        )
-        check_same_count("k_lengths", self.k_lengths, "q_lengths", self.q_lengths)
+        set_lengths(self, "q_lengths", "k_lengths")
         check_positive("page_size", self.page_size)
         try:
             table = torch.as_tensor(self.block_table)
@@ -306,10 +290,7 @@ class KeyLengths(Layout, keyed=True):
     starts: Lengths | None = None
 
     def __post_init__(self) -> None:
-        set_fields(self, lengths=check_lengths("lengths", self.lengths))
-        if self.starts is not None:
-            set_fields(self, starts=check_lengths("starts", self.starts))
-            check_same_count("starts", self.starts, "lengths", self.lengths)
+        set_lengths(self, "lengths", optional="starts")
 
     @classmethod
     def from_padding_mask(cls, visible: Tensor) -> KeyLengths:
