@@ -34,13 +34,14 @@ INLINE void merge_row(float *sum, const float *more, float keep, float take, int
             store(sum + v, multiply_add(load(more + v), load(sum + v), broadcast(keep)));
 }
 
-// What becomes of `c`: it is overwritten, it is where sums begin, or the sums are merged into it.
-enum Into { SET, ADD, MERGE };
+// What becomes of `c`: it is overwritten, it is where sums begin, or the sums are merged into it. GIVE calls
+// how(row, vector, sums) instead, while the sums are in registers.
+enum Into { SET, ADD, MERGE, GIVE };
 
 // R rows by C vectors of `c`; the accumulators stay in registers while `count` terms are summed, one after the other.
-template <int R, int C, Into INTO, class T>
+template <int R, int C, Into INTO, class T, class How>
 INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b, int64_t b_step, float *c,
-                        int64_t c_row, Merge how) {
+                        int64_t c_row, const How &how) {
     typedef typename VectorOf<T>::type V;
     vf acc[R][C];
 #pragma GCC unroll 8
@@ -61,7 +62,10 @@ INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
         float *to = c + r * c_row;
-        if (INTO != MERGE) {
+        if constexpr (INTO == GIVE) {
+#pragma GCC unroll 4
+            for (int j = 0; j < C; j++) how(r, j, acc[r][j]);
+        } else if constexpr (INTO != MERGE) {
 #pragma GCC unroll 4
             for (int j = 0; j < C; j++) store(to + j * W, acc[r][j]);
         } else if (how.keep[r] == 1) {

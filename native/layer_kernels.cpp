@@ -178,6 +178,17 @@ void layer_norm(const LayerNorm &p, int64_t first, int64_t last, float *scratch)
     }
 }
 
+// ---- means of runs of rows -----------------------------------------------------------------------------------------
+
+void segment_mean(const SegmentMean &p, int64_t segment, float *scratch) {
+    const int64_t D = p.D, first = segment ? p.ends[segment - 1] : 0, last = p.ends[segment];
+    read_row(scratch, p.x, p.dtype, first, D, D);
+    for (int64_t t = first + 1; t < last; t++) add_row(scratch, p.x, p.dtype, t, D, D);
+    const float share = 1 / (float)(last - first);
+    for (int64_t i = 0; i < D; i += W) store(scratch + i, load(scratch + i) * share);
+    write_row(scratch, p.out, F32, segment, D, D);
+}
+
 // ---- the largest number of a row -----------------------------------------------------------------------------------
 
 template <class D>
@@ -418,7 +429,8 @@ void cross_entropy(const CrossEntropy &p, int64_t first, int64_t last, float *sc
 }  // namespace
 
 const LayerKernels *layer_kernels() {
-    static const LayerKernels table{rms_norm, rms_norm_backward, layer_norm, largest, rotary, gate, gate_backward, cross_entropy};
+    static const LayerKernels table{rms_norm, rms_norm_backward, layer_norm, segment_mean, largest, rotary, gate,
+                                    gate_backward, cross_entropy};
     return &table;
 }
 

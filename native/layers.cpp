@@ -51,6 +51,7 @@ using namespace keyspan;
 
 EXPORT const char *keyspan_rms_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_RMS_NORM_FIELDS); }
 EXPORT const char *keyspan_layer_norm_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_LAYER_NORM_FIELDS); }
+EXPORT const char *keyspan_segment_mean_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_SEGMENT_MEAN_FIELDS); }
 EXPORT const char *keyspan_largest_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_LARGEST_FIELDS); }
 EXPORT const char *keyspan_rotary_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_ROTARY_FIELDS); }
 EXPORT const char *keyspan_gate_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_GATE_FIELDS); }
@@ -81,6 +82,14 @@ EXPORT void keyspan_layer_norm(const LayerNorm *p) {
     const Scratch scratch(p->threads, p->D);
     for_rows(p->threads, p->T, p->D, [&](int64_t first, int64_t last, int64_t thread) {
         kernels_of(p->isa)->layer_norm(*p, first, last, scratch.of(thread));
+    });
+}
+
+EXPORT void keyspan_segment_mean(const SegmentMean *p) {
+    const Scratch scratch(p->threads, p->D);
+    const int64_t numbers = p->count ? p->ends[p->count - 1] * p->D : 0;
+    parallel_for(useful_threads(p->threads, numbers), p->count, [&](int64_t segment, int64_t thread) {
+        kernels_of(p->isa)->segment_mean(*p, segment, scratch.of(thread));
     });
 }
 

@@ -69,6 +69,15 @@ struct LayerNorm {
     KEYSPAN_LAYER_NORM_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
 };
 
+// out [count, D] in fp32: means of runs of rows of x, of which the first begins at row 0 and number i ends before row ends[i].
+#define KEYSPAN_SEGMENT_MEAN_FIELDS(POINTER, INT, FLOAT)                                           \
+    POINTER(const void *, x) POINTER(const int32_t *, ends) POINTER(float *, out)                  \
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(count, 1) INT(D, 1)
+
+struct SegmentMean {
+    KEYSPAN_SEGMENT_MEAN_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
+};
+
 struct Rotary {
     KEYSPAN_ROTARY_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
 };
@@ -84,11 +93,12 @@ struct CrossEntropy {
 // Rows padded to whole vectors of any instruction set.
 constexpr int64_t ROW_ALIGNMENT = 16;
 
-// Each computes rows `first` to `last` − 1. `scratch` holds two rows of D or C floats, padded to ROW_ALIGNMENT.
+// Each computes rows `first` to `last` − 1, or one segment. `scratch` holds two rows of D or C floats, padded to ROW_ALIGNMENT.
 struct LayerKernels {
     void (*rms_norm)(const RmsNorm &, int64_t first, int64_t last, float *scratch);
     void (*rms_norm_backward)(const RmsNorm &, int64_t first, int64_t last, float *dweight, float *scratch);
     void (*layer_norm)(const LayerNorm &, int64_t first, int64_t last, float *scratch);
+    void (*segment_mean)(const SegmentMean &, int64_t segment, float *scratch);
     void (*largest)(const Largest &, int64_t first, int64_t last);
     void (*rotary)(const Rotary &, int64_t first, int64_t last);
     void (*gate)(const Gate &, int64_t first, int64_t last);

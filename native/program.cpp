@@ -13,6 +13,7 @@ using namespace keyspan;
 EXPORT void keyspan_linear(const Linear *);
 EXPORT void keyspan_rms_norm(const RmsNorm *);
 EXPORT void keyspan_layer_norm(const LayerNorm *);
+EXPORT void keyspan_segment_mean(const SegmentMean *);
 EXPORT void keyspan_largest(const Largest *);
 EXPORT void keyspan_rotary(const Rotary *);
 EXPORT void keyspan_gate(const Gate *);
@@ -34,7 +35,7 @@ EXPORT const char *keyspan_store_fields() { return KEYSPAN_DESCRIPTION(KEYSPAN_S
 // Row t of `to` is row index[t] of `from`; rows of `size` bytes.
 #define KEYSPAN_GATHER_FIELDS(POINTER, INT, FLOAT)                                          \
     POINTER(const char *, from) POINTER(char *, to) POINTER(const int32_t *, index)         \
-    INT(T, 1) INT(size, 1)
+    INT(threads, 1) INT(T, 1) INT(size, 1)
 
 struct Gather {
     KEYSPAN_GATHER_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
@@ -58,7 +59,7 @@ namespace {
 
 enum Function : int64_t {
     LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, LAYER_NORM = 6, ATTENTION = 7,
-    GATHER = 8, LARGEST = 9
+    GATHER = 8, LARGEST = 9, SEGMENT_MEAN = 10
 };
 
 struct Call {
@@ -148,7 +149,11 @@ void head_norm(const HeadNorm &p) {
 }
 
 void gather(const Gather &p) {
-    for (int64_t t = 0; t < p.T; t++) memcpy(p.to + t * p.size, p.from + p.index[t] * p.size, p.size);
+    constexpr int64_t ROWS = 32;  // of a unit of work
+    parallel_for(p.threads, (p.T + ROWS - 1) / ROWS, [&](int64_t unit, int64_t) {
+        for (int64_t t = unit * ROWS; t < std::min(p.T, (unit + 1) * ROWS); t++)
+            memcpy(p.to + t * p.size, p.from + p.index[t] * p.size, p.size);
+    });
 }
 
 void attend(const Params *p) {
@@ -174,6 +179,7 @@ void run(const Call &call) {
     case GATE: return keyspan_gate((const Gate *)call.arguments);
     case STORE: return store(*(const Store *)call.arguments);
     case GATHER: return gather(*(const Gather *)call.arguments);
+    case SEGMENT_MEAN: return keyspan_segment_mean((const SegmentMean *)call.arguments);
     case LARGEST: return keyspan_largest((const Largest *)call.arguments);
     case LAYER_NORM: return keyspan_layer_norm((const LayerNorm *)call.arguments);
     case HEAD_NORM: return head_norm(*(const HeadNorm *)call.arguments);

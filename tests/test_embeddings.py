@@ -458,6 +458,7 @@ def test_the_command_serves_what_the_folder_holds_and_ends_cleanly(folder, tmp_p
     (tmp_path / "keys").write_text("secret\n")
     words = [sys.executable, "-m", "keyspan", "serve", str(model), "--port", str(port), "--name", "tiny"]
     words += ["--api-key-file", str(tmp_path / "keys"), "--device", "cpu", "--memory", "0.01"]
+    words += ["--max-model-len", "5"] if kind == "encoder" else []
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -471,6 +472,8 @@ def test_the_command_serves_what_the_folder_holds_and_ends_cleanly(folder, tmp_p
                 time.sleep(0.2)
         if kind == "encoder":
             assert len(client.embeddings.create(model="tiny", input="b c").data[0].embedding) == 32
+            with pytest.raises(openai.BadRequestError, match="text 0 has 6 tokens, want at most 5"):
+                client.embeddings.create(model="tiny", input="a b c d")
         else:
             parts = client.completions.create(
                 model="tiny", prompt="a", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}

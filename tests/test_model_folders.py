@@ -1,7 +1,10 @@
 """Hugging Face folders: every family has transformers' logits, and what does not fit is refused before it is loaded."""
 
+import gc
 import json
 import pickle
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from keyspan.inference import Engine, KVCache, Sampling
 from keyspan.models import GPT, GPTConfig, RopeScaling, checkpoints, load, save
 from keyspan.models.checkpoints import read_config
+from keyspan.models.tensors import FolderTensors
 from keyspan.training.loop import load_run
 
 transformers = pytest.importorskip("transformers")
@@ -162,6 +166,32 @@ def test_shards_and_another_dtype(tmp_path):
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no b.safetensors"):
         load(tmp_path)
+
+
+def mapped(file):
+    """Addresses at which this process has a file mapped, as (first, behind the last)."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+@pytest.mark.parametrize("shard", [None, "20KB"])
+def test_tensors_are_mapped_and_not_read_into_memory(tmp_path, shard):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model.save_pretrained(tmp_path, **({} if shard is None else {"max_shard_size": shard}))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard is not None)
+    with ExitStack() as stack:
+        stored = FolderTensors(tmp_path, stack)
+        ranges = [found for file in files for found in mapped(file)]
+        for name in stored.names():
+            assert stored.shape(name)
+            at = stored.tensor(name).data_ptr()
+            assert any(first <= at < end for first, end in ranges), name
+    del stored
+    gc.collect()
+    load(tmp_path)
+    assert not any(map(mapped, files))  # what is loaded is a copy, and the files may be replaced
 
 
 def test_weights_that_are_saved_replace_shards(tmp_path):

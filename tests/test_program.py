@@ -260,9 +260,15 @@ def test_an_encoder_is_as_near_to_fp64_as_its_forward_pass(dtype, lengths):
         want = copy.deepcopy(model).double()(tokens, lengths)
         plain = model(tokens, lengths)
     model.pack()
-    got = EncoderProgram(model, 100).hidden(tokens, lengths)
+    program = EncoderProgram(model, 100)
+    got = program.hidden(tokens.tolist(), lengths).clone()
+    assert torch.equal(program.hidden(tokens.tolist(), lengths), got)
     error, bound = (got.double() - want).abs().max(), (plain.double() - want).abs().max()
     assert error <= 1.5 * bound
+    means = program.means(tokens.tolist(), lengths)
+    want = torch.stack([part.double().mean(0) for part in got.split(lengths)])
+    assert means.dtype == torch.float32
+    assert torch.allclose(means.double(), want, rtol=0, atol=float(want.abs().max()) * 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -271,13 +277,16 @@ def test_a_document_has_the_same_bits_whatever_it_is_packed_with(dtype):
     model.pack()
     documents = [torch.randint(0, 97, (n,)) for n in (3, 38, 1, 17, 30)]
     program = EncoderProgram(model, 100)
-    alone = [program.hidden(tokens, [len(tokens)]).clone() for tokens in documents]
+    alone = [program.hidden(tokens.tolist(), [len(tokens)]).clone() for tokens in documents]
+    means = [program.means(tokens.tolist(), [len(tokens)]).clone() for tokens in documents]
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        together = program.hidden(torch.cat(documents), [*map(len, documents)])
+        packed = torch.cat(documents).tolist(), [*map(len, documents)]
+        together, pooled = program.hidden(*packed).clone(), program.means(*packed)
         torch.set_num_threads(1)
         assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(program.hidden(documents[1], [38]), alone[1])
+        assert torch.equal(pooled, torch.cat(means))
+    assert torch.equal(program.hidden(documents[1].tolist(), [38]), alone[1])
 
 
 def test_encoders_that_run_otherwise_and_wrong_lengths():
@@ -289,7 +298,7 @@ def test_encoders_that_run_otherwise_and_wrong_lengths():
     program = EncoderProgram(model, 50)
     for count, lengths in ((6, [5]), (60, [30, 30]), (39, [39])):
         with pytest.raises(ValueError, match="lengths: got"):
-            program.hidden(torch.zeros(count, dtype=torch.int64), lengths)
+            program.hidden([0] * count, lengths)
     model.backend = "reference"
     assert "another backend" in EncoderProgram.reason_against(model)
 

@@ -23,7 +23,7 @@ namespace {
 // `Function` and the structs of native/program.cpp.
 enum Function : int64_t {
     LINEAR = 0, RMS_NORM = 1, ROTARY = 2, GATE = 3, STORE = 4, HEAD_NORM = 5, LAYER_NORM = 6, ATTENTION = 7,
-    GATHER = 8, LARGEST = 9
+    GATHER = 8, LARGEST = 9, SEGMENT_MEAN = 10
 };
 
 struct Call {

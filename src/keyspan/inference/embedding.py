@@ -144,22 +144,26 @@ class Embedder:
     @torch.inference_mode()
     def _pooled(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         lengths = [len(tokens) for tokens in sequences]
-        tokens = torch.tensor([token for part in sequences for token in part], device=self.model.tokens.weight.device)
+        tokens = [token for part in sequences for token in part]
         if EncoderProgram.reason_against(self.model) is not None:
-            return self._pool(self.model(tokens, lengths), lengths)
+            device = self.model.tokens.weight.device
+            pooled = self._pool(self.model(torch.tensor(tokens, device=device), lengths), lengths)
+            return self._finished(pooled)
         with self._lock:
             if self._program is None or self._program.tokens < len(tokens):
                 self._program = EncoderProgram(self.model, max(len(tokens), self.step_tokens))
-            return self._pool(self._program.hidden(tokens, lengths), lengths)
+            if self.pooling == "mean":
+                return self._finished(self._program.means(tokens, lengths).clone())
+            return self._finished(self._pool(self._program.hidden(tokens, lengths), lengths))
 
     def _pool(self, hidden: Tensor, lengths: list[int]) -> Tensor:
-        hidden = hidden.float()
         sizes = torch.tensor(lengths, device=hidden.device)
         if self.pooling in ("mean", "max"):
-            pooled = torch.segment_reduce(hidden, self.pooling, lengths=sizes)
-        else:
-            ends = sizes.cumsum(0)
-            pooled = hidden[ends - sizes if self.pooling == "cls" else ends - 1]
+            return torch.segment_reduce(hidden.float(), self.pooling, lengths=sizes)
+        ends = sizes.cumsum(0)
+        return hidden[ends - sizes if self.pooling == "cls" else ends - 1].float()
+
+    def _finished(self, pooled: Tensor) -> Tensor:
         return (F.normalize(pooled, dim=-1) if self.normalize else pooled).cpu()
 
 

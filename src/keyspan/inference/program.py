@@ -123,13 +123,13 @@ class _Program:
         self._list = torch.tensor([(function, start + 8 * at) for function, at in self._calls], dtype=torch.int64)
         self._where = {name: torch.tensor(words, dtype=torch.int64) for name, words in self._counts.items()}
 
-    def _run(self, count: int | None = None, **now: int) -> None:
-        """Make all calls, or the first `count`, with these numbers."""
+    def _run(self, calls: int | None = None, **now: int) -> None:
+        """Make all calls, or so many of the first, with these numbers."""
         threads = torch.get_num_threads()
         for name, number in {**now, "threads": threads}.items():
             if number != self._now[name]:
                 self._arena[self._where[name]] = self._now[name] = number
-        self._library.keyspan_run(self._list.data_ptr(), len(self._list) if count is None else count, threads)
+        self._library.keyspan_run(self._list.data_ptr(), len(self._list) if calls is None else calls, threads)
 
     def _fields(self, name: str) -> tuple[tuple[str, str], ...]:
         """(field, type) of a struct."""
@@ -176,6 +176,10 @@ class _Program:
             at = self._index("params", name)
             values[name] = words[at] if _size(kind) == 1 else words[at : at + _size(kind)]
         return self._call("params", **(values | steps))
+
+    def _gather(self, table: Tensor, index: _Numbers, to: Tensor) -> int:
+        size = table.shape[1] * table.element_size()
+        return self._call("gather", **{"from": table}, to=to, index=index.address, size=size)
 
     def _weight(self, weight: Tensor, packed: PackedWeight | None) -> PackedWeight:
         return PackedWeight(weight) if packed is None else packed
@@ -308,10 +312,6 @@ class DecoderProgram(_Program):
                 found.words.append(at + self._index("gather", "from"))
         return self._turns[kind]
 
-    def _gather(self, table: Tensor, index: _Numbers, to: Tensor) -> int:
-        size = table.shape[1] * table.element_size()
-        return self._call("gather", **{"from": table}, to=to, index=index.address, size=size)
-
     def _make_answers(self, most: int) -> None:
         """The logits of all tokens of a step, and the likeliest tokens."""
         c, dtype = self._model.config, _DTYPES[self._h.dtype]
@@ -421,7 +421,7 @@ class EncoderProgram(_Program):
         reason = self.reason_against(model)
         if reason is not None:
             raise ValueError(f"model: {reason}")
-        super().__init__(per_token=("T", "rows", "M", "N"))
+        super().__init__(("count",), per_token=("T", "rows", "M", "N"))
         c, like, self._model = model.config, model.tokens.weight, model
         self.tokens = tokens
         """Most of a step."""
@@ -429,9 +429,17 @@ class EncoderProgram(_Program):
         # Two rows at least, of which the pattern of attention is made.
         self._qkv, attended = (like.new_empty((max(2, tokens), n)) for n in (3 * c.dim, c.dim))
         hidden = like.new_empty((tokens, c.hidden))
-        self._positions = (model.positions.weight + model.types.weight[0]).detach()
-        self._first, self._end, self._own = (_Numbers("i", tokens) for _ in range(3))
-        """Of each token, the first key of its document, one past the last, and itself."""
+        self._means = torch.empty(tokens, c.dim)
+        positions = (model.positions.weight + model.types.weight[0]).detach()
+        self._tokens, self._positions, self._first, self._end, self._own, self._ends = (
+            _Numbers("i", tokens) for _ in range(6)
+        )
+        """Of each token, its number, its position, the first key of its document, one past the last, and itself; and
+        of each document, one past its last token."""
+        for table, index, to in (
+            (like.detach(), self._tokens, self._x), (positions, self._positions, self._added)
+        ):  # fmt: skip
+            self._gather(table, index, to)
         self._norm(model.norm)
         for module in model.blocks:
             block = cast(EncoderBlock, module)
@@ -448,6 +456,9 @@ class EncoderProgram(_Program):
             self._linear(self._x, block.up, hidden, applied=1)
             self._linear(hidden, block.down, self._added)
             self._norm(block.norm)
+        self._body = len(self._calls)
+        ends, dtype = self._ends.address, _DTYPES[like.dtype]
+        self._call("segment_mean", x=self._x, ends=ends, out=self._means, dtype=dtype, D=c.dim)
         self._finish()
 
     @staticmethod
@@ -466,21 +477,33 @@ class EncoderProgram(_Program):
             out=self._x, dtype=_DTYPES[self._x.dtype], D=self._x.shape[1], eps=norm.eps,
         )  # fmt: skip
 
-    @torch.inference_mode()
-    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def hidden(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """`Encoder.forward`. The result is overwritten by the next call."""
-        T, most, first = tokens.numel(), self.tokens, self._model.config.first_position
+        self._step(tokens, lengths, self._body)
+        return self._x[: len(tokens)]
+
+    def means(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Means of the hidden states of each document, fp32 [documents, D]; overwritten by the next call.
+
+        Args:
+            tokens: of all documents, as `Encoder.forward`; below the size of the vocabulary, which is not checked.
+            lengths: tokens per document, at least 1.
+        """
+        self._step(tokens, lengths, None)
+        return self._means[: len(lengths)]
+
+    def _step(self, tokens: Sequence[int], lengths: Sequence[int], calls: int | None) -> None:
+        T, most, first = len(tokens), self.tokens, self._model.config.first_position
         if sum(lengths) != T or most < T or max(lengths, default=0) > self._model.config.longest:
             raise ValueError(
                 f"lengths: got {sum(lengths)} tokens in all and {max(lengths, default=0)} in the longest document, "
                 f"want {T} in all, at most {most}, and at most {self._model.config.longest} in one"
             )
-        torch.index_select(self._model.tokens.weight, 0, tokens, out=self._x[:T])
-        positions = torch.cat([torch.arange(first, first + n) for n in lengths or [0]])
-        torch.index_select(self._positions, 0, positions, out=self._added[:T])
         starts = list(accumulate(lengths, initial=0))
-        self._first.write(chain.from_iterable(repeat(at, n) for at, n in zip(starts, lengths, strict=False)))
-        self._end.write(chain.from_iterable(repeat(at + n, n) for at, n in zip(starts, lengths, strict=False)))
+        self._tokens.write(tokens)
+        self._positions.write(chain.from_iterable(range(first, first + n) for n in lengths))
+        self._first.write(chain.from_iterable(map(repeat, starts, lengths)))
+        self._end.write(chain.from_iterable(map(repeat, starts[1:], lengths)))
         self._own.write(range(T))
-        self._run(tokens=T)
-        return self._x[:T]
+        self._ends.write(starts[1:])
+        self._run(calls, tokens=T, count=len(lengths))

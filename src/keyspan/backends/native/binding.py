@@ -89,8 +89,9 @@ LAYER_FIELDS: dict[str, _Fields] = {
         *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
         *_fields("float", "softcap z_loss"),
     ),
+    "segment_mean": (*_fields("pointer", "x ends out"), *_fields("int1", "isa threads dtype count D")),
     "largest": (*_fields("pointer", "z best"), *_fields("int1", "isa threads dtype T C")),
-    "gather": (*_fields("pointer", "from to index"), *_fields("int1", "T size")),
+    "gather": (*_fields("pointer", "from to index"), *_fields("int1", "threads T size")),
     "store": (
         *_fields("pointer", "from to scale slots"),
         *_fields("int1", "threads dtype stored T heads D from_stride"),
@@ -103,7 +104,8 @@ LAYER_FIELDS: dict[str, _Fields] = {
 }
 """Those of the structs of native/layers.h and native/program.cpp, by the name of the function that takes one."""
 PROGRAM_FUNCTIONS = (
-    "linear", "rms_norm", "rotary", "gate", "store", "head_norm", "layer_norm", "params", "gather", "largest"
+    "linear", "rms_norm", "rotary", "gate", "store", "head_norm", "layer_norm", "params", "gather", "largest",
+    "segment_mean",
 )  # fmt: skip
 """`Function` of native/program.cpp, each by the name of its struct."""
 
