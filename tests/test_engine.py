@@ -82,6 +82,35 @@ def test_a_common_beginning_is_computed_once():
     assert alone.counters.shared_tokens == 0
 
 
+@pytest.mark.parametrize("stored", [None, torch.int8])
+def test_nobody_writes_to_a_shared_page(stored):
+    """What copy on write is for: only full pages are shared, and each request writes its next tokens to its own."""
+    net = model()
+    start = draw(2, 22)[0]
+    engine = Engine(net, memory=pages(64), page_size=4, draft=2, cache_dtype=stored)
+
+    def bits(table):
+        slots = [4 * page + n for page in table for n in range(4)]
+        storages = [x for layer in range(2) for x in engine.cache.storage(layer) if x is not None]
+        return [x.view(torch.uint8)[:, slots].clone() for x in storages]
+
+    engine.add([*start, 3], Sampling(max_tokens=12, ignore_end=True))
+    while not (engine._running and engine._running[0].held.tokens > 24):
+        engine.step()
+    first = engine._running[0].held
+    shared = first.tables[None][:5]
+    before = bits(shared)
+    for tail in ([3], [4, 5], []):  # the same, another end, and an end within what is shared
+        engine.add([*start[: 22 if tail else 20], *tail], Sampling(max_tokens=12, ignore_end=True))
+    tables = []
+    while engine.busy():
+        engine.step()
+        tables += [list(x.held.tables[None]) for x in engine._running]
+        assert all(map(torch.equal, bits(shared), before))
+    others = [table for table in tables if table[: len(shared)] == shared]
+    assert len({tuple(table[5:6]) for table in others if len(table) > 5}) >= 3, "several requests go on behind them"
+
+
 def test_pages_of_a_waiting_request_are_hashed_once(monkeypatch):
     hashed = []
     sha256 = hashlib.sha256

@@ -7,6 +7,7 @@ environment of their own (`inference_peers.py`), which an option names.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -118,6 +119,9 @@ class Row:
     memory_share: float | None = None
     """Of one request alone: bytes of weights that a token reads, over the time, as a share of what a sum over 256 MiB
     reads in a second."""
+    memory: float | None = None
+    """MiB that the provider takes at most while it answers. On a CPU resident memory: of a peer its process's, else
+    what loading and answering add to this one; on a GPU memory of tensors. None where the system does not tell."""
     same: float | None = None
     """Share of the requests answered with the tokens of the first provider."""
     note: str = ""
@@ -262,6 +266,10 @@ class Peer:
             raise RuntimeError(said[-1] if said else f"it ended with code {process.returncode}")
         return Served(**json.loads(line))
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
@@ -356,12 +364,16 @@ def measure(
     served: dict[str, list[Served]] = {}
     single: dict[str, list[float]] = {}
     reads: list[float] = []
+    loaded: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     with ExitStack() as stack:
         for row in rows:
             make = makers[row.provider]
             if make is None:
                 row.note = "not installed here"
                 continue
+            gc.collect()
+            before = _memory(device)
             try:
                 run = make(folder, options, device)
                 if isinstance(run, Peer):
@@ -372,9 +384,18 @@ def measure(
                 print(f"{row.provider}: {row.note}", flush=True)
             else:
                 runs[row.provider], served[row.provider], single[row.provider] = run, [], []
+                if not isinstance(run, Peer):
+                    loaded[row.provider] = _memory(device) - before
         for requests in repeats:
             for name, run in runs.items():
+                gc.collect()
+                reset, before = _reset_peak(device), _memory(device)
                 served[name].append(run(requests))
+                if isinstance(run, Peer):
+                    peak = _process_memory("VmHWM", run.pid)
+                else:
+                    peak = loaded[name] + _peak(device) - before if reset else math.nan
+                peaks[name] = max(peaks.get(name, 0.0), peak)
                 found = run([Request(requests[-1].prompt[-32:], max(2, options.answer))])
                 times = found.times[0]
                 single[name].append((len(times) - 1) / (times[-1] - times[0]))
@@ -392,10 +413,43 @@ def measure(
         row.first_p50, row.first_p95 = (median(quantile(x, q) for x in first) for q in (0.5, 0.95))
         row.between_p50, row.between_p95 = (median(quantile(x, q) for x in between) for q in (0.5, 0.95))
         row.single = median(single[row.provider])
+        row.memory = None if math.isnan(peaks[row.provider]) else peaks[row.provider]
         if reads and "int8" not in row.provider:
             row.memory_share = row.single * size / median(reads)
         row.same = sum(a == b for a, b in zip(mine[0].tokens, want, strict=True)) / len(want)
     return rows
+
+
+def _process_memory(field: str, pid: int | str = "self") -> float:
+    """MiB of an entry of /proc/PID/status; NaN where there is none."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return math.nan
+    found = [line.split() for line in text.splitlines() if line.startswith(f"{field}:")]
+    return int(found[0][1]) / 1024 if found else math.nan
+
+
+def _memory(device: torch.device) -> float:
+    """MiB that are taken now."""
+    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else _process_memory("VmRSS")
+
+
+def _peak(device: torch.device) -> float:
+    """MiB that were taken at most since `_reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _process_memory("VmHWM")
+
+
+def _reset_peak(device: torch.device) -> bool:
+    """Whether the peak is counted from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        return False
+    return True
 
 
 def _read_rate() -> float:
@@ -427,16 +481,18 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
         "| provider | tokens/s | first token, ms, p50 / p95 | between tokens, ms, p50 / p95 | alone, tokens/s | of the "
-        "read rate | same answers |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "read rate | MiB | same answers |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         if row.tokens_per_second is None:
-            lines.append(f"| {row.provider} | {row.note} | | | | | |")
+            lines.append(f"| {row.provider} | {row.note} | | | | | | |")
         else:
             share = "" if row.memory_share is None else f"{row.memory_share:.2f}"
+            memory = "" if row.memory is None else f"{row.memory:,.0f}"
             lines.append(
                 f"| {row.provider} | {row.tokens_per_second:.1f} | {row.first_p50:.0f} / {row.first_p95:.0f} | "
-                f"{row.between_p50:.1f} / {row.between_p95:.1f} | {row.single:.1f} | {share} | {row.same:.0%} |"
+                f"{row.between_p50:.1f} / {row.between_p95:.1f} | {row.single:.1f} | {share} | {memory} | "
+                f"{row.same:.0%} |"
             )
     return "\n".join(lines)

@@ -492,6 +492,7 @@ class EncoderProgram(_Program):
         self._step(tokens, lengths, None)
         return self._means[: len(lengths)]
 
+    @torch.inference_mode()
     def _step(self, tokens: Sequence[int], lengths: Sequence[int], calls: int | None) -> None:
         T, most, first = len(tokens), self.tokens, self._model.config.first_position
         if sum(lengths) != T or most < T or max(lengths, default=0) > self._model.config.longest:
