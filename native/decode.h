@@ -10,11 +10,16 @@ namespace keyspan {
 namespace KEYSPAN_NAMESPACE {
 namespace {
 
-// Values that are added up in registers. Few rows take so many bytes of all groups at a time, which are read in the
-// order of addresses: LARGE_BYTES where keys and values lie in memory, because they are more than CACHE_BYTES; else
-// SMALL_BYTES for each key of a word, because they may lie in a cache or in memory.
+// Values that are added up in registers. Of keys and values in memory a step takes as many bytes as there are bytes of
+// sums, which it loads and stores, but PIECE_BYTES at least. More than CACHE_BYTES are taken to be in memory, even if
+// they fit in the L3 cache: a model reads the caches of all layers and the weights between two calls. Of fewer bytes few
+// rows take SMALL_BYTES of all groups for each key of a word, which are read in the order of addresses.
 constexpr int FEW_VALUES = 16, MANY_VALUES = 32;
-constexpr int64_t LARGE_BYTES = 8 << 10, SMALL_BYTES = 16 << 10, CACHE_BYTES = 12 << 20;
+constexpr int64_t PIECE_BYTES = 4 << 10, SMALL_BYTES = 16 << 10, CACHE_BYTES = 2 << 20;
+// Where a value of all groups takes LARGE_BYTES or more, a pass over values prefetches in its own order too: the values
+// of W keys later, but LEAST_LEAD to MOST_LEAD bytes ahead. A core drops prefetches while all of its miss buffers are
+// in use; the second one of a line then brings it, before it is read.
+constexpr int64_t LARGE_BYTES = 1 << 10, LEAST_LEAD = 16 << 10, MOST_LEAD = 32 << 10;
 static_assert(BLOCK_KEYS % W == 0 && FEW_VALUES % 2 == 0 && MANY_VALUES % 2 == 0, "whole vectors and pairs");
 
 template <int KIND>
@@ -26,8 +31,8 @@ struct Decoder {
     const int64_t size, partial_size;
     const int64_t sequence;
     const int64_t together;  // groups that lie side by side in memory are read together, others one after the other
-    const bool in_memory;    // more keys and values than a cache holds
-    const int rows, value_keys;
+    const bool in_memory;    // more keys and values than CACHE_BYTES
+    const int rows, value_keys, value_lead;
     RowTile *tiles;  // [G]
     Word *queries, *weights;
     float *out, *sums, *scores, *dropout;
@@ -42,7 +47,7 @@ struct Decoder {
           sequence(plan.segments[plan.tiles[run.tile].segment].sequence),
           together(p.k_stride[1] > p.k_stride[2] ? p.G : 1),
           in_memory(p.B * p.N * p.G * (p.K + p.V) * size > CACHE_BYTES), rows(load_tiles(plan, run, scratch)),
-          value_keys(rows > VALUE_ROWS ? MANY_VALUES : few_values()), tiles((RowTile *)scratch),
+          value_keys(keys_of_a_step()), value_lead(lead_of_values()), tiles((RowTile *)scratch),
           ahead(plan, run, tiles[0], sequence, together, max(W, value_keys), value_keys) {
         Arena arena{scratch};
         arena.reserve<RowTile>(p.G);
@@ -66,9 +71,20 @@ struct Decoder {
         }
     }
 
-    int few_values() const {
-        const int64_t bytes = in_memory ? LARGE_BYTES : SMALL_BYTES * PER_WORD<Word>;
-        return (int)clamp(bytes / (together * p.V * size) / 2 * 2, 2 * PER_WORD<Word>, FEW_VALUES);
+    // Keys that a pass over values takes at a time.
+    int keys_of_a_step() const {
+        const int64_t row = together * p.V * size;
+        if (!in_memory && rows > VALUE_ROWS) return MANY_VALUES;
+        const int64_t keys = in_memory ? max(4 * rows / size, PIECE_BYTES / row) : SMALL_BYTES * PER_WORD<Word> / row;
+        return (int)clamp(keys / 2 * 2, 2 * PER_WORD<Word>, in_memory ? MANY_VALUES : FEW_VALUES);
+    }
+
+    // Keys between a value that is read and one that is prefetched, in whole steps; 0: in the order of addresses alone.
+    int lead_of_values() const {
+        const int64_t row = together * p.V * size, step = value_keys * row;
+        if (!in_memory || row < LARGE_BYTES) return 0;
+        const int64_t bytes = clamp(W * row, LEAST_LEAD, size == 4 ? LEAST_LEAD : MOST_LEAD);
+        return (int)((bytes + step - 1) / step) * value_keys;
     }
 
     // Tiles lie first in scratch memory; returns the number of their rows.
@@ -152,16 +168,19 @@ struct Decoder {
         for (int64_t g = g0; g < g1; g++) memset(row_of(sums, g), 0, (size_t)(rows * plan.value_width * 4));
         const GroupSteps steps{plan.rows * BLOCK_KEYS / PER_WORD<Word>, p.v_stride[2] * size,
                                plan.rows * plan.value_width};
-        const int64_t side = rows <= VALUE_ROWS ? g1 - g0 : 1;  // more rows read a group's values again
+        // Where rows read a group's values again, or the pass prefetches for itself, groups are taken one by one.
+        const int64_t side = rows <= VALUE_ROWS && !value_lead ? g1 - g0 : 1;
         for (int n = span.begin; n < span.end; n += value_keys) {
-            const int count = min(value_keys, span.end - n);
+            const int count = min(value_keys, span.end - n), next = n + value_lead;
+            const bool near = value_lead && next + count <= span.end;
             ahead.keep_distance(span.end - n - count);
             for (int64_t g = g0; g < g1; g += side)
                 ahead.reading(true, count * (int)side, [&] {
                     for (int r = 0; r < rows; r += VALUE_ROWS)
-                        accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), values + n, count,
-                                              g * p.v_stride[2] * size, row_of(sums, g) + r * plan.value_width,
-                                              plan.value_width, side, steps, ahead);
+                        accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), values + n,
+                                              near && !r ? values + next : nullptr, count, g * p.v_stride[2] * size,
+                                              row_of(sums, g) + r * plan.value_width, plan.value_width, side, steps,
+                                              ahead);
                 });
         }
     }
@@ -187,7 +206,7 @@ struct Decoder {
                     if (is_finite(element(from, 0))) memcpy(clean[i] + v * size, from, (size_t)size);
                 }
             for (int r = 0; r < rows; r += VALUE_ROWS)
-                accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, count, 0,
+                accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, nullptr, count, 0,
                                       to + r * plan.value_width, plan.value_width, 1, GroupSteps{}, ahead);
         }
         for (int r = 0; r < rows; r++) {

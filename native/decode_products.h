@@ -15,11 +15,11 @@ constexpr int key_rows(int kind) {
     return W < 16 ? W / 2 : kind == F32 || kind == PAIRS || kind == STORED_PAIRS ? 12 : 6;
 }
 
-// How many of `rows` query rows `score_rows` takes: parts as equal as can be, of 1 to 6, 8, 10 or 12 rows.
+// How many of `rows` query rows `score_rows` takes: parts as equal as can be, of 1 to 8, 10 or 12 rows.
 template <int KIND>
 int score_part(int rows) {
     const int parts = (rows + key_rows(KIND) - 1) / key_rows(KIND), part = (rows + parts - 1) / parts;
-    if (part <= 6 || part % 2 == 0) return part;
+    if (part <= 8 || part % 2 == 0) return part;
     return part < rows ? part + 1 : (part + 1) / 2;
 }
 
@@ -52,20 +52,24 @@ __attribute__((noinline)) void score_keys(const Products<typename Row<KIND>::Wor
         for (int c = 0; c < C; c++) {
             vu words[W];
             constexpr int LINES = W * Kind::STEP * Kind::BYTES / 64;
-            const char *const from = whole ? ahead.take(LINES, of[c].keys[0] + of[c].offset + i * Kind::BYTES) : nullptr;
+            if (whole) {
+                const char *const from = ahead.take(LINES, of[c].keys[0] + of[c].offset + i * Kind::BYTES);
 #pragma GCC unroll 16
-            for (int k = 0; k < W; k++) {
-                // Between the loads: more requests at once would wait for one another.
-                if (whole && k * LINES % W == 0) __builtin_prefetch(from + k * LINES / W * 64, 0, 3);
-                const char *const key = of[c].keys[k] + of[c].offset;
-                words[k] = whole ? (vu)Kind::read(key, i) : (vu)Kind::read_last(key, i, dims - i);
-                if (k % 4 == 3) asm volatile("" : : : "memory");  // compilers would gather the requests
+                for (int k = 0; k < W; k++) {
+                    // Between the loads: more requests at once would wait for one another.
+                    if (k * LINES % W == 0) __builtin_prefetch(from + k * LINES / W * 64, 0, 3);
+                    const char *const key = of[c].keys[k] + of[c].offset;
+                    words[k] = (vu)Kind::read(key, i);
+                    if (k % 4 == 3) asm volatile("" : : : "memory");  // compilers would gather the requests
+                }
+                transpose_vectors(words);
+            } else {
+                read_last_words<KIND>(of[c].keys, of[c].offset, i, dims - i, words);
             }
-            transpose_vectors(words);
             const auto *query = of[c].queries + i / Kind::STEP * W * Kind::PARTS;
 #pragma GCC unroll 16
             for (int k = 0; k < W; k++) {
-                if (is_stored(KIND) && !whole && i + k * WORD >= dims) break;  // queries end there
+                if (!whole && i + k * WORD >= dims) break;
                 Vector parts[Kind::PARTS];
                 kind.split(words[k], parts);
 #pragma GCC unroll 4
@@ -107,15 +111,23 @@ void score_rows(int rows, int count, const Products<typename Row<KIND>::Word> *o
     case R: return score_each<min(R, key_rows(KIND)), KIND>(count, of, dims, ahead);
     switch (rows) {
         KEYSPAN_SCORE(1) KEYSPAN_SCORE(2) KEYSPAN_SCORE(3) KEYSPAN_SCORE(4) KEYSPAN_SCORE(5) KEYSPAN_SCORE(6)
-        KEYSPAN_SCORE(8) KEYSPAN_SCORE(10) KEYSPAN_SCORE(12)
+        KEYSPAN_SCORE(7) KEYSPAN_SCORE(8) KEYSPAN_SCORE(10) KEYSPAN_SCORE(12)
     }
 #undef KEYSPAN_SCORE
 }
 
+template <int COUNT>
+INLINE void prefetch_lines(const char *from) {
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) __builtin_prefetch(from + i * 64, 0, 3);
+}
+
 // out[r] += Σ weight · value over `keys` keys, one after the other, for C vectors of columns. weights [R][BLOCK_KEYS].
+// `next` [keys], where not null: the same columns there are prefetched.
 template <int R, int C, int KIND>
-INLINE void accumulate_columns(const float *weights, const char *const *values, int keys, int64_t offset,
-                               int64_t column, int64_t count, float *out, int64_t width, Ahead &ahead) {
+INLINE void accumulate_columns(const float *weights, const char *const *values, const char *const *next,
+                               int keys, int64_t offset, int64_t column, int64_t count, float *out, int64_t width,
+                               Ahead &ahead) {
     const Row<KIND> kind(ahead.p.stored);
     vf acc[R][C];
 #pragma GCC unroll 6
@@ -125,7 +137,11 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
     for (int n = 0; n < keys; n++) {
         const char *at = values[n] + offset;
         vf value[C];
-        if (C > 1) ahead.lines(C * W * Row<KIND>::BYTES / 64);
+        constexpr int LINES = C * W * Row<KIND>::BYTES / 64;
+        if (next)
+            prefetch_lines<max(1, LINES)>(next[n] + offset + column * Row<KIND>::BYTES);
+        else if (C > 1)
+            ahead.lines(LINES);
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++)
             if constexpr (is_stored(KIND))
@@ -149,8 +165,9 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
 // The same for C · 2 W columns of bf16 values. Two keys' rows are interleaved, which leaves the columns of `out` in
 // another order until `unpermute_columns`. weights [R][BLOCK_KEYS / 2] bf16 pairs.
 template <int R, int C>
-INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values, int keys, int64_t offset,
-                             int64_t column, int64_t count, float *out, int64_t width, Ahead &ahead) {
+INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values, const char *const *next,
+                             int keys, int64_t offset, int64_t column, int64_t count, float *out, int64_t width,
+                             Ahead &ahead) {
     vf acc[R][2 * C];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -158,11 +175,15 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
         for (int c = 0; c < 2 * C; c++) acc[r][c] = load(out + r * width + column + c * W);
     for (int n = 0; n < keys; n += 2) {
         vu pair[2 * C];
-        ahead.lines(2 * C);
+        if (!next) ahead.lines(2 * C);
 #pragma GCC unroll 2
         for (int c = 0; c < C; c++) {
             const int64_t at = offset + (column + c * 2 * W) * 2;
             const uint16_t *a = (const uint16_t *)(values[n] + at), *b = (const uint16_t *)(values[n + 1] + at);
+            if (next) {
+                __builtin_prefetch(next[n] + at, 0, 3);
+                __builtin_prefetch(next[n + 1] + at, 0, 3);
+            }
             const bool whole = C > 1 || count >= 2 * W;
             const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, count));
             const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, count));
@@ -184,8 +205,9 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
 
 // The same for 4 W columns of values of 8 bits, in yet another order.
 template <int R>
-INLINE void accumulate_stored_pairs(const uint32_t *weights, const char *const *values, int keys, int64_t offset,
-                                    int64_t column, int64_t count, float *out, int64_t width, Ahead &ahead) {
+INLINE void accumulate_stored_pairs(const uint32_t *weights, const char *const *values, const char *const *next,
+                                    int keys, int64_t offset, int64_t column, int64_t count, float *out,
+                                    int64_t width, Ahead &ahead) {
     const Row<STORED_PAIRS> kind(ahead.p.stored);
     vf acc[R][4];
 #pragma GCC unroll 6
@@ -194,7 +216,12 @@ INLINE void accumulate_stored_pairs(const uint32_t *weights, const char *const *
         for (int c = 0; c < 4; c++) acc[r][c] = load(out + r * width + column + c * W);
     const bool whole = count >= 4 * W;
     for (int n = 0; n < keys; n += 2) {
-        ahead.lines(2);
+        if (next) {
+            __builtin_prefetch(next[n] + offset + column, 0, 3);
+            __builtin_prefetch(next[n + 1] + offset + column, 0, 3);
+        } else {
+            ahead.lines(2);
+        }
         const char *a = values[n] + offset + column, *b = values[n + 1] + offset + column;
         const __m512i x = (__m512i)(whole ? load_bytes(a) : load_first_bytes(a, count));
         const __m512i y = (__m512i)(whole ? load_bytes(b) : load_first_bytes(b, count));
@@ -250,28 +277,30 @@ INLINE void unpermute_columns(float *out, int64_t width) {
 }
 
 template <int R, int KIND>
-INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weights, const char *const *values, int keys,
-                              int64_t offset, float *out, int64_t width, Ahead &ahead) {
+INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weights, const char *const *values,
+                              const char *const *next, int keys, int64_t offset, float *out, int64_t width,
+                              Ahead &ahead) {
     int64_t v = 0;
 #if defined(KEYSPAN_AVX512BF16)
     if constexpr (KIND == PAIRS) {
         for (; v + 4 * W <= dims; v += 4 * W)
-            accumulate_pairs<R, 2>(weights, values, keys, offset, v, 4 * W, out, width, ahead);
+            accumulate_pairs<R, 2>(weights, values, next, keys, offset, v, 4 * W, out, width, ahead);
         for (; v < dims; v += 2 * W)
-            accumulate_pairs<R, 1>(weights, values, keys, offset, v, dims - v, out, width, ahead);
+            accumulate_pairs<R, 1>(weights, values, next, keys, offset, v, dims - v, out, width, ahead);
         return;
     }
     if constexpr (KIND == STORED_PAIRS) {
         for (; v < dims; v += 4 * W)
-            accumulate_stored_pairs<R>(weights, values, keys, offset, v, dims - v, out, width, ahead);
+            accumulate_stored_pairs<R>(weights, values, next, keys, offset, v, dims - v, out, width, ahead);
         return;
     }
 #endif
     if constexpr (KIND != PAIRS && KIND != STORED_PAIRS) {
         for (; v + COLUMNS * W <= dims; v += COLUMNS * W)
-            accumulate_columns<R, COLUMNS, KIND>(weights, values, keys, offset, v, COLUMNS * W, out, width, ahead);
+            accumulate_columns<R, COLUMNS, KIND>(weights, values, next, keys, offset, v, COLUMNS * W, out, width,
+                                                 ahead);
         for (; v < dims; v += W)
-            accumulate_columns<R, 1, KIND>(weights, values, keys, offset, v, dims - v, out, width, ahead);
+            accumulate_columns<R, 1, KIND>(weights, values, next, keys, offset, v, dims - v, out, width, ahead);
     }
 }
 
@@ -283,12 +312,13 @@ struct GroupSteps {
 // Several groups in one call: a call for each would take as long as the few values of one.
 template <int KIND>
 __attribute__((noinline)) void accumulate_rows(int rows, int64_t dims, const typename Row<KIND>::Word *weights,
-                                               const char *const *values, int keys, int64_t offset, float *out,
-                                               int64_t width, int64_t groups, const GroupSteps &steps, Ahead &ahead) {
-#define KEYSPAN_ACCUMULATE(R)                                                                           \
-    for (int64_t g = 0; g < groups; g++)                                                                \
-        accumulate_values<R, KIND>(dims, weights + g * steps.weights, values, keys, offset + g * steps.values, \
-                                   out + g * steps.out, width, ahead);                                  \
+                                               const char *const *values, const char *const *next, int keys,
+                                               int64_t offset, float *out, int64_t width, int64_t groups,
+                                               const GroupSteps &steps, Ahead &ahead) {
+#define KEYSPAN_ACCUMULATE(R)                                                                                        \
+    for (int64_t g = 0; g < groups; g++)                                                                             \
+        accumulate_values<R, KIND>(dims, weights + g * steps.weights, values, next, keys, offset + g * steps.values, \
+                                   out + g * steps.out, width, ahead);                                               \
     return
     switch (rows) {
     case 1: KEYSPAN_ACCUMULATE(1);

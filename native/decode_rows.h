@@ -117,6 +117,57 @@ struct Row<STORED_PAIRS> {
 };
 #endif
 
+#if KEYSPAN_VECTOR == 64
+// Four words of a row from element i on, of which the row has `count` elements left.
+template <int KIND>
+INLINE __m128i read_four_words(const char *p, int64_t i, int64_t count) {
+    constexpr int ELEMENTS = Row<KIND>::STEP / 4;
+    const uint32_t present = count < ELEMENTS ? (1u << count) - 1 : (1u << ELEMENTS) - 1;
+    p += i * Row<KIND>::BYTES;
+    if constexpr (KIND == F32) return _mm_maskz_loadu_epi32((__mmask8)present, p);
+    if constexpr (is_stored(KIND)) return _mm_maskz_loadu_epi8((__mmask16)present, p);
+    const __m128i halves = _mm_maskz_loadu_epi16((__mmask8)present, p);
+    if constexpr (KIND == F16) return _mm_castps_si128(_mm_cvtph_ps(halves));
+    if constexpr (KIND == BF16) return _mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16);
+    return halves;
+}
+#endif
+
+// Words of W keys from element i on, transposed, of which the rows have `count` elements left, fewer than STEP. A few
+// words take a part of the exchanges; words behind them are undefined then.
+template <int KIND>
+INLINE void read_last_words(const char *const *keys, int64_t offset, int64_t i, int64_t count, vu (&words)[W]) {
+#if KEYSPAN_VECTOR == 64
+    constexpr int ELEMENTS = Row<KIND>::STEP / 4;  // of four words
+    if (count <= 2 * ELEMENTS) {
+        for (int half = 0; half < 2; half++, i += ELEMENTS, count -= ELEMENTS) {
+            if (count <= 0) return;
+            __m512i x[4], y[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) {  // keys k, k + 4, k + 8 and k + 12
+                const auto four = [&](int n) { return read_four_words<KIND>(keys[k + n] + offset, i, count); };
+                x[k] = _mm512_inserti32x4(_mm512_castsi128_si512(four(0)), four(4), 1);
+                x[k] = _mm512_inserti32x4(_mm512_inserti32x4(x[k], four(8), 2), four(12), 3);
+            }
+#pragma GCC unroll 2
+            for (int k = 0; k < 4; k += 2) {
+                y[k] = _mm512_unpacklo_epi32(x[k], x[k + 1]);
+                y[k + 1] = _mm512_unpackhi_epi32(x[k], x[k + 1]);
+            }
+            vu *const to = words + 4 * half;
+            to[0] = (vu)_mm512_unpacklo_epi64(y[0], y[2]);
+            to[1] = (vu)_mm512_unpackhi_epi64(y[0], y[2]);
+            to[2] = (vu)_mm512_unpacklo_epi64(y[1], y[3]);
+            to[3] = (vu)_mm512_unpackhi_epi64(y[1], y[3]);
+        }
+        return;
+    }
+#endif
+#pragma GCC unroll 16
+    for (int k = 0; k < W; k++) words[k] = (vu)Row<KIND>::read_last(keys[k] + offset, i, count);
+    transpose_vectors(words);
+}
+
 }  // namespace
 }  // namespace KEYSPAN_NAMESPACE
 }  // namespace keyspan

@@ -164,8 +164,10 @@ INLINE vf load_bias(const Dense &d, int64_t row, int64_t j, int begin, int end) 
 }
 
 INLINE vi load_mask(const Dense &d, int64_t row, int64_t j, int begin, int end) {
+    const uint8_t *const at = (const uint8_t *)d.data + row + j * d.stride[4];
+    if (d.stride[4] == 1 && begin == 0 && end == W) return -__builtin_convertvector(*(const vb_any *)at, vi);
     vi x{};
-    for (int i = begin; i < end; i++) x[i] = -((const uint8_t *)d.data)[row + (j + i) * d.stride[4]];
+    for (int i = begin; i < end; i++) x[i] = -at[i * d.stride[4]];
     return x;
 }
 

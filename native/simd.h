@@ -43,6 +43,7 @@ typedef uint16_t vh __attribute__((vector_size(KEYSPAN_VECTOR / 2)));
 typedef float vf_any __attribute__((vector_size(KEYSPAN_VECTOR), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(KEYSPAN_VECTOR), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(KEYSPAN_VECTOR / 2), aligned(2), may_alias));
+typedef uint8_t vb_any __attribute__((vector_size(KEYSPAN_VECTOR / 4), aligned(1), may_alias));
 typedef uint32_t vu_halves __attribute__((vector_size(KEYSPAN_VECTOR), aligned(2), may_alias));
 typedef uint32_t vu_bytes __attribute__((vector_size(KEYSPAN_VECTOR), aligned(1), may_alias));
 
