@@ -370,6 +370,8 @@ def test_a_run_is_exported_with_its_tokenizer(tmp_path, monkeypatch, capsys):
     assert tokenizer.encode(text) == [256, *text.encode()]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     capsys.readouterr()
+    assert cli.main(["export", str(folder)]) == 1
+    assert f"{folder}: holds no checkpoint; want a run folder" in capsys.readouterr().err
     assert cli.main(["generate", str(run), "--prompt", "def ", "--max-tokens", "8", "--temperature", "0"]) == 0
     ours = capsys.readouterr().out
     assert cli.main(["generate", str(folder), "--prompt", "def ", "--max-tokens", "8"]) == 0

@@ -404,7 +404,14 @@ def test_a_client_that_leaves_is_cancelled(server, client):
 def test_a_client_that_leaves_is_cancelled_where_wait_for_swallows_it(folder, monkeypatch):
     """As `asyncio.wait_for` of Python 3.11 and before does, where what it waits for is ready at the same moment."""
     found = start(folder, Limits(max_tokens=4000))
-    found.engine.step = slow(found.engine.step)
+    step, gone = found.engine.step, threading.Event()
+
+    def held():
+        if found.engine.counters.answer_tokens >= 5:  # the server waits for events until the client has left
+            gone.wait(60)
+        return step()
+
+    found.engine.step = held
     swallowed, waits = [], asyncio.wait_for
 
     async def swallow(what, timeout):
@@ -421,9 +428,12 @@ def test_a_client_that_leaves_is_cancelled_where_wait_for_swallows_it(folder, mo
             body = json.dumps({"model": "tiny", "prompt": "Hello", "max_tokens": 500, "ignore_eos": True})
             raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
                         f"content-length: {len(body)}\r\n\r\n{body}".encode())  # fmt: skip
-            while found.engine.counters.answer_tokens < 5:  # the server waits for events by then
+            while found.engine.counters.answer_tokens < 5:
                 time.sleep(0.005)
         deadline = time.monotonic() + 60
+        while not swallowed and time.monotonic() < deadline:
+            time.sleep(0.005)
+        gone.set()
         while found.engine.busy() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert swallowed, "nothing was swallowed"

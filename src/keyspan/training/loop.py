@@ -483,6 +483,8 @@ def load_run(run: Path, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
 
     The model is not `invariant`, whatever the run was; set it where results are to be.
     """
+    if (run / "config.json").is_file():
+        checkpoint.latest(run)  # refuses a model's folder, whose config.json is of another kind
     config = read_config(run)
     task = make_task(config)
     model = make_model(replace(config, invariant=False), task.vocab_size)
