@@ -231,9 +231,11 @@ def _store(pointer: Pointer, x: Any, mask: Any = None) -> None:
     pointer.data[offset] = pointer.dtype.round(x[keep])
 
 
-def _atomic_add(pointer: Pointer, x: int, sem: str = "acq_rel", scope: str = "gpu") -> Value:
-    before = _load(pointer)
-    _store(pointer, before + x)
+def _atomic_add(pointer: Pointer, x: Any, mask: Any = None, sem: str = "acq_rel", scope: str = "gpu") -> Value:
+    before = _load(pointer, mask)
+    _store(pointer, before + x, mask)
+    if mask is not None:
+        return before
     # Programs run one after the other: what a program waits for has happened, or never will.
     _here.polls = _here.polls + 1 if x == 0 else 0
     if _here.polls > 100:

@@ -42,6 +42,8 @@ class Compiled(NamedTuple):
     """ptxas's C75xx notes: wgmma instructions that wait for each other."""
     lost: int
     """Descriptors of wgmma made of registers that were not set for it, see `_lost_descriptors`."""
+    overlaid: int
+    """Barriers of shared memory whose address plain instructions read or write, see `_overlaid_barriers`."""
 
 
 class _Driver:
@@ -97,7 +99,7 @@ def target(name: str) -> Any:
 
 
 def _read(name: str, made: Any, log: str) -> Compiled:
-    registers = spills = loop_spills = wgmma = wgmma8 = mma = mma8 = tma = lost = 0
+    registers = spills = loop_spills = wgmma = wgmma8 = mma = mma8 = tma = lost = overlaid = 0
     if "cubin" in made.asm:
         import triton
 
@@ -117,14 +119,39 @@ def _read(name: str, made: Any, log: str) -> Compiled:
         mma = len(re.findall(r"\bHMMA", code)) + len(re.findall(r"tcgen05\.mma", made.asm["ptx"]))
         tma = len(re.findall(r"\bUTMALDG", code))
         lost = _lost_descriptors(code)
+        overlaid = _overlaid_barriers(code)
     elif "amdgcn" in made.asm:
         mma = len(re.findall(r"v_mfma", made.asm["amdgcn"]))
         spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
         registers = int((re.search(r"\.vgpr_count:\s+(\d+)", made.asm["amdgcn"]) or [0, "0"])[1])
     serialised = re.findall(r"(C75\d\d)", log)
     return Compiled(
-        name, made.metadata.shared, registers, spills, wgmma, wgmma8, mma, mma8, tma, loop_spills, serialised, lost
+        name,
+        made.metadata.shared,
+        registers,
+        spills,
+        wgmma,
+        wgmma8,
+        mma,
+        mma8,
+        tma,
+        loop_spills,
+        serialised,
+        lost,
+        overlaid,
     )
+
+
+def _overlaid_barriers(code: str) -> int:
+    """How many barriers (mbarrier) are initialised in memory that is also used as plain memory.
+
+    Triton's allocator does that to barriers that nobody waits for. What is stored there gets lost now and then, when the
+    GPU turns to another process.
+    """
+    at = re.compile(r"\[UR\d+\+(0x[0-9a-f]+)\]")
+    lines = [(line, found[1]) for line in code.splitlines() if (found := at.search(line))]
+    barriers = {address for line, address in lines if "SYNCS.EXCH" in line}
+    return len(barriers & {address for line, address in lines if re.search(r"\b(?:LDS|STS|ATOMS)\b", line)})
 
 
 def _lost_descriptors(code: str) -> int:

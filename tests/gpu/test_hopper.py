@@ -775,6 +775,7 @@ def test_compiles_for_sm_90():
         name = f"{kernel['kernel']} {kernel['head_dim']} {kernel['kind']}"
         assert min(kernel["wgmma"], kernel["tma"]) > 0, name
         assert kernel["serialised"] == [], name
+        assert kernel["overlaid"] == 0, name
         assert kernel["shared"] <= 227 * 1024, name
         # In forward what a branch needs that few tiles take: scores near the diagonal.
         limit = 16 if kernel not in forward else 32 if kernel["kind"] in ("alibi", "table") else 0

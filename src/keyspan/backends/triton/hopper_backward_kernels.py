@@ -129,14 +129,19 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
     full = gl.allocate_shared_memory(gl.int64, [FULL, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [EMPTY, 1], mbarrier.MBarrierLayout())
     score_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    score_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    score_empty = score_full
+    if C.BM > 64:
+        # Of barriers that are initialised and not used the compiler takes the memory for something else, while they are
+        # barriers still: tickets went through it and were lost when several processes shared the GPU.
+        score_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(2):
         # The loader itself, and what it loads.
         mbarrier.init(full.index(QUERY_FULL + n), count=2)
         mbarrier.init(empty.index(QUERY_EMPTY + n), count=2)
         mbarrier.init(full.index(GRAD_FULL + n), count=1)
         mbarrier.init(score_full.index(n), count=2)
-        mbarrier.init(score_empty.index(n), count=2)
+        if C.BM > 64:
+            mbarrier.init(score_empty.index(n), count=2)
         mbarrier.init(full.index(PLAN_FULL + n), count=1)
         mbarrier.init(empty.index(PLAN_EMPTY + n), count=4)
     mbarrier.init(empty.index(PLAN_NEXT), count=1)
@@ -186,10 +191,19 @@ def _planner(a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, upward,
         if turn > 0:
             # Not before: other programs wait for a block that has been taken.
             mbarrier.wait(empty.index(PLAN_NEXT), turn - 1 & 1)
-        item = gl.atomic_add(order, 1)
+        item = _ticket(order)
         _plan_item(a, rings, bounds, bounds_s, bounds_b, turn, item, heads_at_once, upward, items, C)
         running = item < items
         turn += 1
+
+
+@gluon.jit
+def _ticket(counter):
+    """A counter's next number. The first lane takes it and the others get it from its register: the result of a scalar
+    addition comes through shared memory, at an address of the compiler's choice."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    taken = gl.atomic_add(counter + lane * 0, lane * 0 + 1, mask=lane == 0)
+    return gl.max(gl.where(lane == 0, taken, -1), 0)
 
 
 @gluon.jit
