@@ -676,6 +676,10 @@ def test_a_reason_is_given_against_each_backward_that_is_not_for_it(monkeypatch)
     assert "blocks of keys" in reason(1, 4096, 8, 128)
     assert reason(1, 4096, 8, 128, mask=causal) is None
     assert "blocks of keys" in reason(1, 4096, 8, 64, mask=causal)
+    # One causal sequence in each batch entry, and documents in it.
+    assert reason(16, 1024, 16, 128, mask=causal) is None
+    assert "rows see 512 keys" in reason(16, 1024, 32, 64, mask=causal)
+    assert "rows see 256 keys" in reason(16, 1024, 16, 128, mask=keyspan.Documents([512, 512]) & causal)
     # Query heads that share key heads: fewer keys a row are enough, fewer blocks are not.
     packed = keyspan.Documents([1000] * 16 + [384]) & causal
     assert "rows see 512 keys" in reason(1, 16384, 8, 128, mask=packed)
