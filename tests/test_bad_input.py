@@ -121,7 +121,7 @@ MODELS = [
         ("dim", 0), ("first_position", "a"), ("norm_eps", "a"))),
     *((name, lambda name=name, value=value: TrainConfig(**{name: value})) for name, value in (
         ("max_length", 0), ("dim", "a"), ("tokens", 2.5), ("steps", True), ("lr", "a"), ("beta2", "a"), ("data", 3),
-        ("seed", "a"), ("device", "nowhere"), ("device", 3), ("out", "runs/a"), ("spike", "a"))),
+        ("seed", "a"), ("device", 3), ("out", "runs/a"), ("spike", "a"))),
     ("config", lambda: models.GPT(SHAPE)),
     ("tokens", lambda: gpt()([1, 2], [2])),
     ("tokens", lambda: gpt()(tokens + 16, [6])),

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from keyspan.core.checks import check_device, check_fields, check_int, in_words, is_a
+from keyspan.core.checks import check_fields, check_int, in_words, is_a
 
 TaskName = Literal["copy", "reverse", "sort", "associative-recall", "addition", "stdlib", "data"]
 
@@ -142,8 +142,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_int("max_length", self.max_length)
-        if self.device != "auto":
-            check_device("device", self.device)
         if self.task not in get_args(TaskName):
             raise ValueError(f"task: got {self.task!r}, want one of {', '.join(get_args(TaskName))}")
         if bool(self.data) != (self.task == "data"):
