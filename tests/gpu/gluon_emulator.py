@@ -345,7 +345,10 @@ def load(paths: dict[str, Path], change: Callable[[str], str] = lambda source: s
     for name in kept:
         del sys.modules[name]
     gluon = "triton.experimental.gluon"
-    jit = lambda function=None, **_: jit if function is None else function  # noqa: E731
+
+    def jit(function=None, **_):
+        return jit if function is None else function
+
     try:
         language = module(f"{gluon}.language", **_language())
         module("triton", jit=jit, __version__="3.6.0", language=module("triton.language", **_language()))

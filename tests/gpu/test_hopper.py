@@ -504,7 +504,10 @@ def changes(module, right, wrong, monkeypatch):
     pairs = [(right, wrong)] if isinstance(right, str) else list(zip(right, wrong, strict=True))
     source = MODULES[f"keyspan.backends.triton.{module}"].read_text()
     assert all(piece in source for piece, _ in pairs)
-    change = lambda text: functools.reduce(lambda text, pair: text.replace(*pair), pairs, text)  # noqa: E731
+
+    def change(text):
+        return functools.reduce(lambda text, pair: text.replace(*pair), pairs, text)
+
     if module == "hopper_kernels":
         broken = {"hopper_forward_kernel": load(FORWARD_MODULES, change).hopper_forward_kernel}
     elif module == "hopper_backward_kernels":

@@ -58,8 +58,6 @@ class Embedder:
         self.longest = most if longest is None else min(longest, most)
         if self.longest <= self.special_tokens:
             raise ValueError(f"longest: got {longest}, want more than the {self.special_tokens} special tokens")
-        if step_tokens < 1:
-            raise ValueError(f"step_tokens: got {step_tokens}, want at least 1")
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling: got {pooling!r}, want one of {', '.join(get_args(Pooling))}")
         self.model, self.tokenizer, self.pooling, self.normalize = model.eval(), tokenizer, pooling, normalize
