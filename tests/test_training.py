@@ -229,7 +229,7 @@ class Readings(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_reads_nothing_from_the_device(precision, monkeypatch):
     # As on an accelerator: lengths are a tensor there, which the masks do not read.
-    monkeypatch.setattr("keyspan.core.masks.checks.readable", lambda x: False)
+    monkeypatch.setattr("keyspan.core.masks.lengths.readable", lambda x: False)
     config = replace(TINY, precision=precision, accumulation=2)
     task, model, optimizer, scaler = parts(config)
     for step in range(2):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from keyspan.core.checks import check_type
+
 SEEN, HIDDEN = "■", "·"
 
 
@@ -26,6 +28,7 @@ def mask_picture(visible: Tensor, path: str | Path, title: str = "") -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("path: a picture needs matplotlib: pip install matplotlib") from None
+    check_type("path", path, str, Path)
     if not visible.numel():
         raise ValueError(f"path: got a mask of shape {list(visible.shape)}, want at least one key to draw")
     panels = visible.reshape(-1, *visible.shape[-2:])

@@ -20,13 +20,13 @@ class Bias:
     def terms(self) -> tuple[Bias, ...]:
         return (self,)
 
+    __array_ufunc__ = None  # `array + bias` calls `__radd__` with the whole array
+
     def __add__(self, other: Bias | Tensor) -> Bias:
-        if not isinstance(other, (Bias, Tensor)):
-            return NotImplemented
         return BiasSum((*self.terms, *as_bias(other).terms))
 
-    def __radd__(self, other: int) -> Bias:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum() starts from 0
+    def __radd__(self, other: object) -> Bias:
+        return self if isinstance(other, int) and other == 0 else as_bias(other) + self  # sum() starts from 0
 
     @classmethod
     def __torch_function__(
@@ -92,9 +92,13 @@ class BiasSum(Bias):
         return self.members
 
 
-def as_bias(bias: Bias | Tensor) -> Bias:
+def as_bias(bias: object) -> Bias:
     """`bias` itself, or a tensor as `DenseBias`."""
-    return DenseBias(bias) if isinstance(bias, Tensor) else bias
+    if isinstance(bias, Bias):
+        return bias
+    if isinstance(bias, Tensor):
+        return DenseBias(bias)
+    raise ValueError(f"bias: got {type(bias).__name__}, want a tensor, Alibi, RelativeBias or a sum of them")
 
 
 def _check_floating(name: str, x: object) -> None:

@@ -33,14 +33,16 @@ def check_type(name: str, value: Any, *kinds: type) -> None:
         raise ValueError(f"{name}: got {type(value).__name__}, want {wanted}")
 
 
-def check_int(name: str, value: Any, least: int = 1) -> None:
-    """An int of at least `least`."""
+def check_int(name: str, value: Any, least: int = 1, bits: int = 63) -> None:
+    """An int of at least `least` and less than 2**bits; a size of torch.compile too, but no tensor."""
     try:
-        fits = not isinstance(value, bool) and operator.index(value) >= least
+        number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+        fits = not isinstance(value, (bool, Tensor)) and least <= number < 2**bits
     except TypeError:
-        fits = False
+        fits = number = False
     if not fits:
-        raise ValueError(f"{name}: got {value!r}, want an int ≥ {least}")
+        limit = f" and less than 2**{bits}" if number >= 2**bits else ""
+        raise ValueError(f"{name}: got {value!r}, want an int ≥ {least}{limit}")
 
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
@@ -60,8 +62,15 @@ def check_device(name: str, device: Any) -> torch.device:
     """A device of torch, or the name of one."""
     try:
         return torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"{name}: got {device!r}, want a torch.device or its name, as 'cpu' or 'cuda:0'") from None
+
+
+def check_factory(device: Any, dtype: Any) -> None:
+    """The device and the floating-point dtype of a module's parameters; None stands for torch's default."""
+    if device is not None:
+        check_device("device", device)
+    check_dtype("dtype", dtype)
 
 
 def check_fields(config: object) -> None:

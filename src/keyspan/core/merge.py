@@ -27,7 +27,10 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: for no parts, or parts that differ in shape.
     """
-    parts = list(parts)
+    try:
+        parts = list(parts)
+    except TypeError:
+        raise ValueError(f"parts: got {type(parts).__name__}, want a sequence of pairs (out, lse)") from None
     if not parts:
         raise ValueError("parts: got none, want at least one (out, lse)")
     for index, part in enumerate(parts):

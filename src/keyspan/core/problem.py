@@ -519,8 +519,6 @@ def _bias_terms(
     biases: list[Tensor] = []
     slopes: Tensor | None = None
     table: Tensor | None = None
-    if bias is not None and not isinstance(bias, (Bias, Tensor)):
-        raise ValueError(f"bias: got {type(bias).__name__}, want a tensor, Alibi, RelativeBias or a sum of them")
     for term in () if bias is None else as_bias(bias).terms:
         if isinstance(term, DenseBias):
             if term.values.device != device:

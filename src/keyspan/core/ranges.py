@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_device, check_int
+
 
 @dataclass(frozen=True, eq=False)
 class KeyRanges:
@@ -90,8 +92,8 @@ class KeyRanges:
                 )
         elif isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"row_keys: got {self.row_keys!r}, want an int ≥ 1, or 0 where it is not known")
-        if self.keys is not None and not 0 <= self.keys < 2**31:
-            raise ValueError(f"keys: got {self.keys}, want None or the number of keys, less than 2³¹")
+        if self.keys is not None:
+            check_int("keys", self.keys, 0, bits=31)
 
     def tensors(self) -> list[Tensor]:
         """Those of the fields that are tensors, in their order."""
@@ -100,6 +102,7 @@ class KeyRanges:
 
     def to(self, device: torch.device | str) -> KeyRanges:
         """The same ranges on another device."""
+        device = check_device("device", device)
 
         def moved(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device)
@@ -121,6 +124,7 @@ class KeyRanges:
         Args:
             N: number of keys in memory; for paged keys the number of physical slots.
         """
+        check_int("N", N, 0, bits=31)
         logical = N if self.block_table is None else self.block_table.shape[1] * self.page_size
         j = torch.arange(logical, device=self.lo.device)
         visible = ((j >= self.lo[..., None]) & (j < self.hi[..., None])).any(0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from keyspan.core.biases import Bias
 from keyspan.core.checks import check_int, check_tensor, check_type
 from keyspan.core.masks import Causal, Dense, KeyLengths, Layout, Mask, as_mask
-from keyspan.core.masks.checks import readable
+from keyspan.core.masks.lengths import readable
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention
 

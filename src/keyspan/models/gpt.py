@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
 from keyspan.core.checks import check_fields, check_int, check_type
-from keyspan.core.masks import Layout, Mask, checks
+from keyspan.core.masks import Layout, Mask
+from keyspan.core.masks.lengths import readable
 from keyspan.layers import (
     GeGLU,
     Linear,
@@ -405,7 +406,7 @@ class GPT(nn.Module):
         check_type("tokens", tokens, Tensor)
         if tokens.ndim != 1 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, want torch.int64 [T]")
-        if checks.readable(tokens) and tokens.numel():
+        if readable(tokens) and tokens.numel():
             low, high = (int(x) for x in tokens.aminmax())
             if not 0 <= low <= high < self.config.vocab_size:
                 raise ValueError(f"tokens: got {low} … {high}, want 0 … {self.config.vocab_size - 1}, the vocabulary")

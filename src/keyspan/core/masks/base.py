@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from keyspan.core.masks.checks import check_size, set_fields
+from keyspan.core.checks import check_device, check_int
+from keyspan.core.masks.lengths import set_fields
 from keyspan.core.ranges import KeyRanges
 
 _AND = (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and, operator.and_)
@@ -72,18 +73,22 @@ class Mask:
     def parts(self) -> tuple[Mask, ...]:
         return (self,)
 
+    __array_ufunc__ = None  # `array & mask` calls `__rand__` with the whole array
+
     def __and__(self, other: Mask | Tensor) -> Mask:
-        if not isinstance(other, (Mask, Tensor)):
-            return NotImplemented
         other = as_mask(other)
         if isinstance(other, Union):
             return Union(tuple(self & member for member in other.members))
         return Combined((*self.parts, *other.parts))
 
+    def __rand__(self, other: object) -> Mask:
+        return as_mask(other) & self
+
     def __or__(self, other: Mask | Tensor) -> Mask:
-        if not isinstance(other, (Mask, Tensor)):
-            return NotImplemented
         return Union((*_members(self), *_members(as_mask(other))))
+
+    def __ror__(self, other: object) -> Mask:
+        return as_mask(other) | self
 
     @classmethod
     def __torch_function__(
@@ -118,8 +123,8 @@ class Mask:
         from keyspan.core.masks.lowering import lower_parts  # its classes derive from this one
 
         for name, size in (("batch", batch), ("M", M), ("N", N)):
-            check_size(name, size)
-        return lower_parts(self.parts, batch, M, N, torch.device(device))
+            check_int(name, size, 0, bits=31)
+        return lower_parts(self.parts, batch, M, N, check_device("device", device))
 
     def materialize(
         self,
@@ -153,6 +158,7 @@ class Mask:
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with its tensors on another device."""
+        device = check_device("device", device)
         moved = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         changed = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
         return replace(self, **changed) if changed else self  # type: ignore[type-var]
@@ -244,8 +250,6 @@ class Union(Mask, keyed=True):
         set_fields(self, members=united(self.members))
 
     def __and__(self, other: Mask | Tensor) -> Mask:
-        if not isinstance(other, (Mask, Tensor)):
-            return NotImplemented
         return Union(tuple(member & other for member in self.members))
 
     def _key(self) -> Hashable | None:
@@ -275,9 +279,14 @@ def _members(mask: Mask) -> tuple[Mask, ...]:
     return mask.members if isinstance(mask, Union) else (mask,)
 
 
-def as_mask(mask: Mask | Tensor) -> Mask:
+def as_mask(mask: object) -> Mask:
     """`mask` itself, or a bool tensor as `Dense`."""
-    return Dense(mask) if isinstance(mask, Tensor) else mask
+    if isinstance(mask, Mask):
+        return mask
+    if isinstance(mask, Tensor):
+        return Dense(mask)
+    got = mask.__name__ + ", a class" if isinstance(mask, type) else type(mask).__name__
+    raise ValueError(f"mask: got {got}, want a mask such as Causal() or a bool tensor")
 
 
 def _same(a: object, b: object) -> bool:

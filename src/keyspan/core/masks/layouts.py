@@ -9,13 +9,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_int
 from keyspan.core.masks.base import Frame, Layout
-from keyspan.core.masks.checks import (
+from keyspan.core.masks.lengths import (
     INT_DTYPES,
     Lengths,
     as_tensor,
     check_lengths,
-    check_positive,
     check_total,
     on_host,
     readable,
@@ -133,7 +133,7 @@ class PaddedKeys(Layout, keyed=True):
 
     def __post_init__(self) -> None:
         set_lengths(self, "q_lengths", "k_lengths")
-        check_positive("padding", self.padding)
+        check_int("padding", self.padding)
         longest = max(on_host(self.k_lengths) or [0])
         if longest > self.padding:
             raise ValueError(f"k_lengths: got a document of {longest} keys, want at most padding = {self.padding}")
@@ -214,7 +214,7 @@ class PagedKeys(Layout):
 
     def __post_init__(self) -> None:
         set_lengths(self, "q_lengths", "k_lengths")
-        check_positive("page_size", self.page_size)
+        check_int("page_size", self.page_size)
         try:
             table = torch.as_tensor(self.block_table)
         except (TypeError, ValueError, RuntimeError):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_int
 from keyspan.core.masks.base import Combined, Dense, Frame, Layout, Mask, Union
-from keyspan.core.masks.checks import Align, check_nonnegative, on_host, readable
+from keyspan.core.masks.lengths import Align, on_host, readable
 from keyspan.core.masks.layouts import KeyLengths, PagedKeys, SharedPrompt
 from keyspan.core.masks.visibility import Causal, Prefix, Sinks, Window
 from keyspan.core.ranges import KeyRanges
@@ -198,7 +199,7 @@ def sizes_of(parts: tuple[Mask, ...], batch: int | None, M: int | None, N: int |
         missing = [name for name, size in (("batch", B), ("M", M), ("N", N)) if size is None]
         raise ValueError(f"{missing[0]}: got None, want a size: {_names(parts)} does not tell it")
     for name, size in (("batch", B), ("M", M), ("N", N)):
-        check_nonnegative(name, size)
+        check_int(name, size, 0)
     return B, M, N
 
 
@@ -236,6 +237,8 @@ def unite(ranges: Sequence[KeyRanges]) -> KeyRanges:
 
 def united(members: tuple[Mask, ...]) -> tuple[Mask, ...]:
     """The members of a union with one alignment, or ValueError with the reason why their union is not ranges."""
+    if not isinstance(members, tuple) or not members or not all(isinstance(member, Mask) for member in members):
+        raise ValueError(f"members: got {members!r}, want a tuple of masks, at least one")
     text = " | ".join(map(repr, members))
     dense = [[id(part.visible) for part in member.parts if isinstance(part, Dense)] for member in members]
     if any(found != dense[0] for found in dense):  # `(a | b) & tensor` has it in all members

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from keyspan.core.checks import check_int
 from keyspan.core.masks.base import Mask
-from keyspan.core.masks.checks import Align, check_align, check_nonnegative
+from keyspan.core.masks.lengths import Align, check_align
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Prefix(Mask, keyed=True):
     length: int
 
     def __post_init__(self) -> None:
-        check_nonnegative("length", self.length)
+        check_int("length", self.length, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,4 +114,4 @@ class Sinks(Mask, keyed=True):
     count: int
 
     def __post_init__(self) -> None:
-        check_nonnegative("count", self.count)
+        check_int("count", self.count, 0)
