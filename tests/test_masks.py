@@ -384,18 +384,24 @@ def test_unions_that_are_not_ranges_raise_the_reason():
         _ = keyspan.Causal() | keyspan.Prefix(2)
 
 
-@pytest.mark.parametrize("other", ["x", 3, None, np.ones((2, 3), dtype=bool), keyspan.Causal, keyspan.Alibi(torch.rand(4))])
+@pytest.mark.parametrize(
+    "other", ["x", 3, None, np.ones((2, 3), dtype=bool), keyspan.Causal, keyspan.Alibi(torch.rand(4))]
+)
 def test_masks_and_biases_combine_with_their_kind_only(other):
     union = keyspan.Causal() | keyspan.Window(0, 1)
     for mask in (keyspan.Causal(), keyspan.Causal() & keyspan.Window(1), union):
         for combine in (and_, or_):
             for pair in ((mask, other), (other, mask)):
-                with pytest.raises(ValueError, match=r"^mask: got \w+.*, want a mask such as Causal\(\) or a bool tensor"):
+                with pytest.raises(
+                    ValueError, match=r"^mask: got \w+.*, want a mask such as Causal\(\) or a bool tensor"
+                ):
                     combine(*pair)
     if not isinstance(other, keyspan.Alibi):
         bias = keyspan.Alibi(torch.rand(4))
         for pair in ((bias, other), (other, bias), (bias + bias, other)):
-            with pytest.raises(ValueError, match=r"^bias: got \w+, want a tensor, Alibi, RelativeBias or a sum of them"):
+            with pytest.raises(
+                ValueError, match=r"^bias: got \w+, want a tensor, Alibi, RelativeBias or a sum of them"
+            ):
                 add(*pair)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,12 @@ def check_type(name: str, value: Any, *kinds: type) -> None:
         raise ValueError(f"{name}: got {type(value).__name__}, want {wanted}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, want True or False")
+
+
 def check_int(name: str, value: Any, least: int = 1, bits: int = 63) -> None:
     """An int of at least `least` and less than 2**bits; a size of torch.compile too, but no tensor."""
     try:
@@ -50,6 +57,27 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (0 < value < math.inf if positive else 0 <= value < math.inf):
         raise ValueError(f"{name}: got {value!r}, want {'a positive number' if positive else 'a number ≥ 0'}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether reading the values neither waits for a device nor breaks a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
+
+
+def check_index(
+    name: str, x: Any, size: int, device: torch.device, dtypes: Sequence[torch.dtype] = (torch.int64, torch.int32)
+) -> None:
+    """Numbers 0 … size − 1, one-dimensional. They are read where they are `readable`."""
+    check_type(name, x, Tensor)
+    if x.dim() != 1 or x.dtype not in dtypes:
+        wanted = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: got {x.dtype} of shape {list(x.shape)}, want {wanted} of one dimension")
+    if x.device != device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, want one on {device}")
+    if readable(x) and x.numel():
+        low, high = (int(n) for n in x.aminmax())
+        if not 0 <= low <= high < size:
+            raise ValueError(f"{name}: got {low} … {high}, want 0 … {size - 1}")
 
 
 def check_dtype(name: str, dtype: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from keyspan import Causal, PaddedKeys
-from keyspan.core.checks import check_int
+from keyspan.core.checks import check_int, check_type
 from keyspan.models.gpt import Stored
 
 
@@ -33,7 +33,7 @@ class KVCache:
 
     def __init__(self, sequences: int, capacity: int = 256, *, grow: bool = True) -> None:
         for name, value in (("sequences", sequences), ("capacity", capacity)):
-            check_int(name, value)
+            check_int(name, value, bits=31)
         self.lengths = [0] * sequences
         self.capacity = capacity
         self.grow = grow
@@ -48,6 +48,7 @@ class KVCache:
         not add up to `tokens`, and where a sequence outgrows a capacity that may not grow.
         """
         new = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        check_type("lengths", new, list, tuple)
         if len(new) != len(self.lengths):
             raise ValueError(f"lengths: got {len(new)} sequences, want the cache's {len(self.lengths)}")
         if sum(new) != tokens:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keyspan.core.checks import check_int, check_type
+from keyspan.core.checks import check_int, check_type, is_a
 from keyspan.files import read_json
 from keyspan.inference.program import EncoderProgram
 from keyspan.inference.serve import DTYPES
@@ -53,6 +53,10 @@ class Embedder:
     ) -> None:
         check_type("model", model, Encoder)
         check_int("step_tokens", step_tokens)
+        if longest is not None:
+            check_int("longest", longest)
+        if not hasattr(tokenizer, "num_special_tokens_to_add"):
+            raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, want a tokenizers.Tokenizer")
         most = model.config.longest
         self.special_tokens = tokenizer.num_special_tokens_to_add(False)
         self.longest = most if longest is None else min(longest, most)
@@ -83,6 +87,9 @@ class Embedder:
         Raises ValueError for a text that is too long, or a `truncate` that is out of range.
         """
         self.check_truncation(truncate)
+        check_type("texts", texts, list, tuple)
+        for n, text in enumerate(texts):
+            check_type(f"texts[{n}]", text, str)
         texts = [self.prefix + (text.lower() if self.lower else text) for text in texts]
         found = []
         for n, encoding in enumerate(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
@@ -103,7 +110,7 @@ class Embedder:
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise ValueError for more dimensions than the model has, or none."""
-        if dimensions is not None and not 1 <= dimensions <= self.dim:
+        if dimensions is not None and not (is_a(dimensions, int) and 1 <= dimensions <= self.dim):
             raise ValueError(f"dimensions: got {dimensions}, want 1 … {self.dim}")
 
     def check(self, sequences: Sequence[Sequence[int]]) -> None:

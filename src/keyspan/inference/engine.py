@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_int, check_type
+from keyspan.core.checks import check_bool, check_int, check_type
 from keyspan.core.problem import STORED, names
 from keyspan.inference.graphs import DecodeGraphs
 from keyspan.inference.pages import Held, Key, PagedCache
@@ -157,7 +157,8 @@ class Engine:
             ("ngram", ngram, 1), ("max_model_len", max_model_len, 1),
         ):  # fmt: skip
             if value is not None or name != "max_model_len":
-                check_int(name, value, least)
+                check_int(name, value, least, bits=63 if name == "memory" else 31)
+        check_bool("graphs", graphs)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.step_tokens, self.running_limit, self.waiting_limit = step_tokens, running, waiting
         self.draft, self.ngram = draft, ngram
@@ -253,6 +254,7 @@ class Engine:
 
         A prompt that is refused cancels those before it.
         """
+        check_type("prompts", prompts, list, tuple)
         each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"sampling: got {len(each)}, want one for each of {len(prompts)} prompts")

@@ -85,6 +85,7 @@ def generate(
 
     Raises ValueError for an empty prompt, a token outside the vocabulary, a negative max_tokens.
     """
+    check_type("prompts", prompts, list, tuple)
     new: list[list[int]] = [[] for _ in prompts]
     for step in stream(model, prompts, max_tokens, temperature, top_p, top_k=top_k, stop=stop, generator=generator):
         for b, token in step.items():
@@ -94,7 +95,8 @@ def generate(
 
 def _check(model: GPT, prompts: list[list[int]], max_tokens: int) -> None:
     check_int("max_tokens", max_tokens, 0)
-    if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
+    check_type("prompts", prompts, list, tuple)
+    if not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
         raise ValueError(f"prompts: got {_shortened(prompts)}, want a list of tokens for each prompt")
     if not prompts:
         raise ValueError("prompts: got none, want at least one")

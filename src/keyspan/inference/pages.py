@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from keyspan import PagedKeys, quantize
-from keyspan.core.checks import check_device, check_int, check_type
+from keyspan.core.checks import check_bool, check_device, check_int, check_type
 from keyspan.core.problem import STORED, names
 from keyspan.models.gpt import GPTConfig, Stored
 
@@ -132,8 +132,9 @@ class PagedCache:
         spare: bool = False,
     ) -> None:
         check_type("config", config, GPTConfig)
-        check_int("pages", pages)
-        check_int("page_size", page_size)
+        check_int("pages", pages, bits=31)
+        check_int("page_size", page_size, bits=31)
+        check_bool("spare", spare)
         if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype in STORED):
             raise ValueError(f"dtype: got {dtype!r}, want a floating-point dtype or {names(*STORED)}")
         device = check_device("device", device)

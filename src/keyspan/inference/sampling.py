@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_fields, check_int, check_number, check_tensor, is_a
+from keyspan.core.checks import check_fields, check_int, check_number, check_tensor, check_type, is_a, readable
 from keyspan.layers import log_softmax
 
 
@@ -34,11 +34,14 @@ def probabilities(
     if top_p is not None and not (is_a(top_p, float) and 0 < top_p <= 1):
         raise ValueError(f"top_p: got {top_p}, want a number in (0, 1] (or None)")
     logits = logits.float()
+    peak = logits.amax(-1, keepdim=True)
+    if readable(peak) and not peak.isfinite().all():
+        raise ValueError("logits: got a row whose largest is NaN or infinite, want a finite one")
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # Less the maximum first, and divided by a number that fp32 holds: a small temperature must give no inf or NaN.
     tiny = torch.finfo(torch.float32).tiny
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, tiny)
+    logits = (logits - peak) / max(temperature, tiny)
     if top_k is None and top_p in (None, 1.0):
         return logits.softmax(-1)
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -63,6 +66,11 @@ def sample(
 
     generator: on the logits' device; the same seed gives the same tokens. Temperature 0 draws nothing from it.
     """
+    if generator is not None:
+        check_type("generator", generator, torch.Generator)
+    check_tensor("logits", logits)
+    if logits.dim() > 2:
+        raise ValueError(f"logits: got shape {list(logits.shape)}, want [B, C]")
     p = probabilities(logits, temperature, top_k, top_p)
     return p.argmax(-1) if temperature == 0 else torch.multinomial(p, 1, generator=generator).squeeze(-1)
 

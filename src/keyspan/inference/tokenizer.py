@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
+from keyspan.core.checks import check_type
 from keyspan.files import read_json, write_file
 from keyspan.models.gguf import GgufFile
 
@@ -38,10 +39,14 @@ class ByteTokenizer:
         self.end_tokens = end_tokens
 
     def encode(self, text: str) -> list[int]:
+        check_type("text", text, str)
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+        try:
+            return bytes(token for token in tokens if token < 256).decode(errors="replace")
+        except (TypeError, ValueError):
+            raise ValueError(f"tokens: got {tokens!r}, want a sequence of int ≥ 0") from None
 
 
 class ChatTokenizer:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from keyspan.core.checks import check_int, check_type
+from keyspan.core.checks import check_device, check_int, check_type
 from keyspan.core.masks import Causal, Mask
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention
@@ -202,8 +202,10 @@ def find_ranges(
     """
     if not callable(mask_mod):
         raise ValueError(f"mask_mod: got {type(mask_mod).__name__}, want a function of (b, h, q_idx, kv_idx)")
-    for name, size in (("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)):
-        check_int(name, size, 0)
+    for name, size in (("B", B), ("H", H), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)):
+        if size is not None or name.endswith("LEN"):
+            check_int(name, size, 0, bits=31)
+    device = check_device("device", device)
     b = torch.arange(B or 1, device=device)[:, None, None, None]
     h = torch.arange(H or 1, device=device)[None, :, None, None]
     kv = torch.arange(KV_LEN, device=device)[None, None, None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from keyspan.core.checks import check_int, check_number, check_tensor
+from keyspan.core.checks import check_bool, check_int, check_number, check_tensor
 from keyspan.dispatch.flops import register_when_imported
 from keyspan.layers.gemm import (
     gemm_dtype,
@@ -375,8 +375,8 @@ def linear_cross_entropy(
         raise ValueError(f"targets: got {targets.dtype} of shape {list(targets.shape)}, want torch.int64 [{T}]")
     if bias is not None and bias.shape != (C,):
         raise ValueError(f"bias: got shape {list(bias.shape)}, want [{C}]")
-    if not isinstance(ignore_index, int):
-        raise ValueError(f"ignore_index: got {ignore_index!r}, want an int")
+    check_int("ignore_index", ignore_index, -(2**63))
+    check_bool("invariant", invariant)
     if softcap is not None:
         check_number("softcap", softcap, positive=True)
     check_number("z_loss", z_loss)

@@ -235,7 +235,7 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         check_int("in_features", in_features)
-        check_int("hidden_features", hidden_features)
+        check_int("hidden_features", hidden_features, bits=62)  # there are twice as many rows
         out_features = in_features if out_features is None else out_features
         check_int("out_features", out_features)
         self.w12 = Linear(in_features, 2 * hidden_features, bias=bias)

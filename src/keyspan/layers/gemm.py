@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keyspan.core.checks import check_int, check_tensor
+from keyspan.core.checks import check_factory, check_int, check_tensor
 from keyspan.core.shims import eager, plain, profiled
 
 # Names in `torch.cpu.get_capabilities` of the instruction sets with which oneDNN multiplies a dtype natively.
@@ -436,6 +436,7 @@ class Linear(nn.Linear):
     ) -> None:
         check_int("in_features", in_features, 0)
         check_int("out_features", out_features, 0)
+        check_factory(device, dtype)
         super().__init__(in_features, out_features, bias, device, dtype)
 
     def pack(self, int8: bool = False) -> None:

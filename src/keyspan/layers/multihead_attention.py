@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan.core.biases import Bias
-from keyspan.core.checks import check_int, check_tensor, check_type
+from keyspan.core.checks import check_factory, check_int, check_tensor, check_type, readable
 from keyspan.core.masks import Causal, Dense, KeyLengths, Layout, Mask, as_mask
-from keyspan.core.masks.lengths import readable
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.api import attention
+from keyspan.layers.gemm import gemm_dtype
 
 
 def padding_mask(visible: Tensor) -> Mask:
@@ -59,6 +59,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
             if name in ("embed_dim", "num_heads") or size is not None:
                 check_int(name, size)
+        check_factory(device, dtype)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim: got {embed_dim}, want a multiple of num_heads = {num_heads}")
         super().__init__(
@@ -109,11 +110,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
             check_tensor(name, x, self.out_proj.weight)
+            if gemm_dtype(x) != gemm_dtype(self.out_proj.weight):
+                raise ValueError(f"{name}: got {x.dtype}, want {self.out_proj.weight.dtype}, of this layer")
             if x.shape[-1] != width:
                 raise ValueError(f"{name}: got shape {list(x.shape)}, want a last size of {width}, of this layer")
         for name, scores in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if scores is not None:
                 check_type(name, scores, Tensor)
+        if bias is not None:
+            check_type("bias", bias, Bias, Tensor)
         if query.dim() not in (2, 3) or {key.dim(), value.dim()} != {query.dim()}:
             shapes = [list(x.shape) for x in (query, key, value)]
             raise ValueError(f"query, key, value: got shapes {shapes}, want three of [tokens, B, E] or of [tokens, E]")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from keyspan.core.checks import check_int, check_number, check_tensor
+from keyspan.core.checks import check_bool, check_int, check_number, check_tensor
 from keyspan.layers import compiled_kernels
 from keyspan.layers.kernels import kernels_for
 
@@ -23,7 +23,7 @@ def rotary_table(
     frequencies [dim / 2], radians per position. Raises ValueError for an odd dim and other arguments that do not fit.
     """
     _check_positions(positions)
-    check_int("dim", dim, 0)
+    check_int("dim", dim, 0, bits=31)
     check_number("theta", theta, positive=True)
     if scaling is not None and not callable(scaling):
         raise ValueError(f"scaling: got {scaling!r}, want a function of the frequencies or None")
@@ -172,8 +172,13 @@ def rotate_qkv(
         ValueError: where shapes do not fit.
     """
     check_tensor("qkv", qkv)
-    if len(heads) != 3 or min(heads) < 0 or not sum(heads):
+    if not isinstance(heads, (tuple, list)) or len(heads) != 3:
         raise ValueError(f"heads: got {heads!r}, want three counts: of query, key and value heads")
+    for count in heads:
+        check_int("heads", count, 0)
+    if not sum(heads):
+        raise ValueError(f"heads: got {heads!r}, want one head at least")
+    check_bool("interleaved", interleaved)
     q, k, v = heads
     if qkv.ndim != 2 or qkv.shape[1] % (q + k + v):
         raise ValueError(f"qkv: got shape {list(qkv.shape)}, want [T, {q + k + v} · K] of {q + k + v} heads")

@@ -355,6 +355,7 @@ def save(model: GPT, folder: Path | str) -> None:
         differing = [x for x in vars(plain) if getattr(plain, x) != getattr(config, x)]
         values = ", ".join(f"{x} = {getattr(config, x)!r}" for x in differing)
         raise ValueError(f"model: got {values}, which Llama's format has no place for")
+    check_type("folder", folder, str, Path)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan import Documents, KeyRanges, attention
-from keyspan.core.checks import check_fields, check_int
+from keyspan.core.checks import check_fields, check_index, check_int, check_type
+from keyspan.core.masks.lengths import check_lengths
 from keyspan.files import read_json
 from keyspan.layers import Linear
 from keyspan.layers.gemm import PackedWeight
@@ -93,6 +94,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, backend: str | None = None) -> None:
         super().__init__()
+        check_type("config", config, EncoderConfig)
         self.config, self.backend = config, backend
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.positions, config.dim)
@@ -109,6 +111,9 @@ class Encoder(nn.Module):
 
         Raises ValueError for lengths that do not add up to T, and for a document longer than the table of positions.
         """
+        check_index("tokens", tokens, self.config.vocab_size, self.tokens.weight.device, (torch.int64,))
+        check_type("lengths", lengths, list, tuple)
+        check_lengths("lengths", lengths)
         if sum(lengths) != len(tokens) or max(lengths, default=0) > self.config.longest:
             raise ValueError(
                 f"lengths: got {sum(lengths)} tokens in all and {max(lengths, default=0)} in the longest document, "

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import Alibi, Causal, Documents, KeyRanges, Window, attention
-from keyspan.core.checks import check_fields, check_int, check_type
+from keyspan.core.checks import check_fields, check_index, check_int, check_type
 from keyspan.core.masks import Layout, Mask
-from keyspan.core.masks.lengths import readable
 from keyspan.layers import (
     GeGLU,
     Linear,
@@ -57,6 +56,7 @@ class RopeScaling:
     """yarn: factor on cosines and sines; a score has its square."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in ("linear", "llama3", "yarn"):
             raise ValueError(f"kind: got {self.kind!r}, want 'linear', 'llama3' or 'yarn'")
         if not self.factor > 0 or self.original_length < 1 or not 0 < self.low_turns < self.high_turns:
@@ -403,16 +403,10 @@ class GPT(nn.Module):
             raise ValueError(
                 "context: got one with invariant = True, want None: what ranks share is summed in their order"
             )
-        check_type("tokens", tokens, Tensor)
-        if tokens.ndim != 1 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens: got {tokens.dtype} of shape {list(tokens.shape)}, want torch.int64 [T]")
-        if readable(tokens) and tokens.numel():
-            low, high = (int(x) for x in tokens.aminmax())
-            if not 0 <= low <= high < self.config.vocab_size:
-                raise ValueError(f"tokens: got {low} … {high}, want 0 … {self.config.vocab_size - 1}, the vocabulary")
+        check_index("tokens", tokens, self.config.vocab_size, self.embedding.weight.device, (torch.int64,))
         if context is not None:
             check_type("context", context, Context)
-        if cache is not None and not hasattr(cache, "extend"):
+        if cache is not None and not (hasattr(cache, "extend") and hasattr(cache, "layout")):
             raise ValueError(f"cache: got {type(cache).__name__}, want one as keyspan.inference.KVCache")
         step = self._step(tokens, lengths, cache, context)
         x = self.embedding(tokens)
@@ -573,8 +567,8 @@ def alibi_slopes(heads: int) -> Tensor:
     For n heads, n a power of two, head h (from 1) has 2 ** (-8 h / n). For other counts: the slopes of the next
     smaller power of two n, then every second one of those of 2 n, from the first.
     """
-    check_int("heads", heads)
-    n = 1 << (heads.bit_length() - 1)
+    check_int("heads", heads, bits=31)
+    n = 1 << (int(heads).bit_length() - 1)
     slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)]
     between = [2 ** (-8 * h / (2 * n)) for h in range(1, 2 * n + 1, 2)]
     return torch.tensor(slopes + between[: heads - n])

@@ -7,17 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_tensor, check_type
+from keyspan.core.checks import check_index, check_tensor, check_type
 from keyspan.ops.common import BaseOperator
 
 
 def index_select_cat(sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
     """Rows `indices[i]` of `sources[i]`, `[S_i, D_i]`, flattened and joined: `[Σ len(indices[i])·D_i]`."""
+    check_type("sources", sources, list, tuple)
+    check_type("indices", indices, list, tuple)
     if len(sources) != len(indices) or not sources:
         raise ValueError(f"indices: got {len(indices)} for {len(sources)} sources, want one for each of at least one")
     for n, (source, index) in enumerate(zip(sources, indices, strict=True)):
         check_type(f"sources[{n}]", source, Tensor)
-        check_type(f"indices[{n}]", index, Tensor)
+        if source.dim() != 2:
+            raise ValueError(f"sources[{n}]: got shape {list(source.shape)}, want [S, D]")
+        check_index(f"indices[{n}]", index, len(source), source.device)
     return torch.cat([source[index].flatten() for source, index in zip(sources, indices, strict=True)])
 
 
@@ -31,9 +35,10 @@ def scaled_index_add(
     check_tensor("input", input)
     check_tensor("source", source, input)
     check_tensor("scaling", scaling, input, optional=True)
-    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-        got = f"{index.dtype} of shape {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise ValueError(f"index: got {got}, want torch.int64 or int32 [b]")
+    check_index("index", index, len(input), input.device)
+    check_type("alpha", alpha, int, float)
+    if scaling is not None and scaling.shape != input.shape[-1:]:
+        raise ValueError(f"scaling: got shape {list(scaling.shape)}, want {list(input.shape[-1:])}")
     if source.shape != (len(index), *input.shape[1:]):
         raise ValueError(f"source: got shape {list(source.shape)}, want {[len(index), *input.shape[1:]]}")
     # In fp32 up to the sum, so that it is rounded once.

@@ -17,6 +17,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
 
 def rms_norm_add(x: Tensor, y: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """`x += y` in place, then `rms_norm(x)`."""
+    check_tensor("x", x)
+    check_tensor("y", y, x)
+    if y.shape != x.shape:
+        raise ValueError(f"y: got shape {list(y.shape)}, want {list(x.shape)} as x")
     return rms_norm(x.add_(y), weight, eps)
 
 

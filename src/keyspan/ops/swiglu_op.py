@@ -83,6 +83,10 @@ def swiglu(
     check_tensor("x", x)
     check_tensor("w1", w1, x)
     check_tensor("w2", w2, x)
+    for name, b in (("b1", b1), ("b2", b2)):
+        check_tensor(name, b, x, optional=True)
+        if b is not None and b.shape != w1.shape[:1]:
+            raise ValueError(f"{name}: got shape {list(b.shape)}, want {list(w1.shape[:1])}")
     if w1.shape != w2.shape:
         raise ValueError(f"w2: got shape {list(w2.shape)}, want {list(w1.shape)} as w1")
     b12 = None
@@ -98,6 +102,7 @@ def swiglu_packed(
     """`swiglu` with w1 and w2 stacked, `[2, H, I]`, and their biases, `[2, H]` or None: no weight is copied."""
     check_tensor("x", x)
     check_tensor("w1w2", w1w2, x)
+    check_tensor("b1b2", b1b2, x, optional=True)
     if w1w2.dim() != 3 or w1w2.shape[0] != 2:
         raise ValueError(f"w1w2: got shape {list(w1w2.shape)}, want [2, H, I]")
     return layers.swiglu(x, w1w2.flatten(0, 1), None if b1b2 is None else b1b2.flatten(), w3, b3)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_type
+from keyspan.core.checks import check_type, is_a
 
 
 def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
@@ -18,16 +18,19 @@ def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     them, whose results may not share memory.
     """
     check_type("x", x, Tensor)
-    if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+    if not is_a(dim, int) or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: got {dim!r}, want {-x.dim()} … {x.dim() - 1}")
     return torch.unbind(x, dim)
 
 
 def get_stack_strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...] | None:
     """Strides of `torch.stack(tensors, dim)` if it can be a view of their common storage, else None."""
+    check_type("tensors", tensors, list, tuple)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         raise ValueError(f"tensors: got {type(tensors).__name__} of {len(tensors)}, want one tensor at least")
     first = tensors[0]
+    if not is_a(dim, int) or not -first.dim() - 1 <= dim <= first.dim():
+        raise ValueError(f"dim: got {dim!r}, want {-first.dim() - 1} … {first.dim()}")
     dim = dim + first.dim() + 1 if dim < 0 else dim
     step = tensors[1].storage_offset() - first.storage_offset() if len(tensors) > 1 else first.numel()
     for position, x in enumerate(tensors):

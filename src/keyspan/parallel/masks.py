@@ -107,6 +107,8 @@ class ContextMask:
         exchange: Exchange = "auto",
     ) -> None:
         check_type("partition", partition, Partition)
+        if keys is not None:
+            check_type("keys", keys, Partition)
         if exchange not in ("auto", "ring", "gather"):
             raise ValueError(f"exchange: got {exchange!r}, want 'auto', 'ring' or 'gather'")
         self.group = group.get_group() if isinstance(group, DeviceMesh) else group

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_int, check_type
+from keyspan.core.checks import check_int, check_type, is_a
 from keyspan.core.masks import Combined, Mask, as_mask
 from keyspan.core.ranges import KeyRanges
 
@@ -52,8 +52,8 @@ class Partition:
     @classmethod
     def contiguous(cls, length: int, ranks: int) -> Partition:
         """Rank r holds the r-th of `ranks` runs of nearly equal length."""
-        check_int("length", length, 0)
-        check_int("ranks", ranks)
+        check_int("length", length, 0, bits=31)
+        check_int("ranks", ranks, bits=31)
         return cls._dealt(_bounds(length, ranks), [[rank] for rank in range(ranks)])
 
     @classmethod
@@ -71,8 +71,8 @@ class Partition:
             mask: of self-attention over `length` rows; `None`: every row sees every key.
             batch: batch entries that the mask is for.
         """
-        check_int("length", length, 0)
-        check_int("ranks", ranks)
+        check_int("length", length, 0, bits=31)
+        check_int("ranks", ranks, bits=31)
         ranges = lowered(mask, batch, length, length)
         area = (ranges.hi.long() - ranges.lo).clamp(min=0).sum((0, 1))
         total = torch.cat([area.new_zeros(1), area.cumsum(0)])
@@ -127,6 +127,12 @@ class Partition:
 
     def take(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
         """The rows of a rank from a tensor that has all of them along `dim`."""
+        check_type("x", x, Tensor)
+        check_int("rank", rank, 0)
+        if rank >= self.ranks:
+            raise ValueError(f"rank: got {rank}, want 0 … {self.ranks - 1}")
+        if not is_a(dim, int) or not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim: got {dim!r}, want {-x.dim()} … {x.dim() - 1}")
         if x.shape[dim] != self.length:
             raise ValueError(f"x: got {x.shape[dim]} rows along dim {dim}, want {self.length}")
         runs = [x.narrow(dim, first, stop - first) for first, stop in self.pieces[rank]]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_int
+from keyspan.core.checks import check_int, readable
 from keyspan.core.masks.base import Frame, Layout
 from keyspan.core.masks.lengths import (
     INT_DTYPES,
@@ -18,7 +18,6 @@ from keyspan.core.masks.lengths import (
     check_lengths,
     check_total,
     on_host,
-    readable,
     set_fields,
     set_lengths,
     total_of,

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import readable
+
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 Lengths: TypeAlias = Sequence[int] | Tensor
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -37,11 +39,6 @@ def check_lengths(name: str, lengths: Any) -> tuple[int, ...] | Tensor:
             raise ValueError(f"{name}: got {n!r}, want every length an int ≥ 0")
         values.append(value)
     return tuple(values)
-
-
-def readable(x: Tensor) -> bool:
-    """Whether reading the values neither waits for a device nor breaks a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor
 
 
 def on_host(lengths: Lengths | None) -> list[int] | None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_int
+from keyspan.core.checks import check_int, readable
 from keyspan.core.masks.base import Combined, Dense, Frame, Layout, Mask, Union
-from keyspan.core.masks.lengths import Align, on_host, readable
 from keyspan.core.masks.layouts import KeyLengths, PagedKeys, SharedPrompt
+from keyspan.core.masks.lengths import Align, on_host
 from keyspan.core.masks.visibility import Causal, Prefix, Sinks, Window
 from keyspan.core.ranges import KeyRanges
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from keyspan.core.biases import Alibi
+from keyspan.core.checks import check_int, check_type
 from keyspan.core.masks import GappyKeys, KeyLengths, Mask, PagedKeys
 from keyspan.dispatch.api import attention
-from keyspan.interop.flash_attn.functions import WindowSize, _check_tensors, _visible
+from keyspan.interop.flash_attn.functions import WindowSize, _visible, check_shapes
 from keyspan.layers.rope import rotate
 
 
@@ -68,7 +69,15 @@ def flash_attn_with_kvcache(
         ValueError: for arguments that contradict each other; the message names the argument.
     """
     table = block_table if page_table is None else page_table
-    _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, block_table=table)
+    check_shapes(4, q=q, k_cache=k_cache, v_cache=v_cache)
+    for name, x, dims in (
+        ("k", k, 4), ("v", v, 4), ("block_table", table, 2), ("cache_batch_idx", cache_batch_idx, 1),
+        ("cache_leftpad", cache_leftpad, 1),
+    ):  # fmt: skip
+        if x is not None:
+            check_shapes(dims, **{name: x})
+    if alibi_slopes is not None:
+        check_type("alibi_slopes", alibi_slopes, Tensor)
     B, M = q.shape[:2]
     if (k is None) != (v is None):
         raise ValueError("k, v: got one of them, want both or none")
@@ -78,7 +87,11 @@ def flash_attn_with_kvcache(
     if cache_seqlens is None:
         cache_seqlens = size
     if not isinstance(cache_seqlens, Tensor):
+        check_int("cache_seqlens", cache_seqlens, 0, bits=31)
         cache_seqlens = torch.full((B,), cache_seqlens, device=q.device)
+    if cache_seqlens.shape != (B,) or cache_seqlens.device != q.device:
+        got = f"shape {list(cache_seqlens.shape)} on {cache_seqlens.device}"
+        raise ValueError(f"cache_seqlens: got {got}, want an int, or [{B}] on {q.device} as q")
     before = cache_seqlens.to(torch.int64)
     lengths = before
     if k is not None and v is not None:
@@ -86,8 +99,8 @@ def flash_attn_with_kvcache(
         if q.device.type == "cpu" and int(new.max()) >= size:
             raise ValueError(f"cache_seqlens: got room for {size} tokens, want {int(new.max()) + 1} with the new ones")
         k = _rotated(k, rotary_cos, rotary_sin, new, rotary_interleaved)
-        _append(k_cache, k, new, cache_batch_idx, table)
-        _append(v_cache, v, new, cache_batch_idx, table)
+        _append("k", k_cache, k, new, cache_batch_idx, table)
+        _append("v", v_cache, v, new, cache_batch_idx, table)
         lengths = before + k.shape[1]
     if rotary_cos is not None:
         moves = causal or any(n is not None and n >= 0 for n in window_size)
@@ -131,8 +144,10 @@ def flash_attn_with_kvcache(
 
 
 @torch.no_grad()
-def _append(cache: Tensor, new: Tensor, position: Tensor, rows: Tensor | None, table: Tensor | None) -> None:
+def _append(name: str, cache: Tensor, new: Tensor, position: Tensor, rows: Tensor | None, table: Tensor | None) -> None:
     """Write `new` `[B, n, H, D]` to the places `position` `[B, n]` of a cache."""
+    if new.shape[2:] != cache.shape[2:]:
+        raise ValueError(f"{name}: got shape {list(new.shape)}, want [B, new, {cache.shape[2]}, {cache.shape[3]}]")
     if table is not None:
         page_size = cache.shape[1]
         page = table.long().gather(1, position // page_size)

@@ -52,7 +52,7 @@ def flash_attn_func(
     Returns:
         `[B, M, Hq, V]`, with lse `[B, Hq, M]` where asked for, both with gradients. A row that sees no key is 0.
     """
-    _check_tensors(q=q, k=k, v=v)
+    check_shapes(4, q=q, k=k, v=v)
     batch = _visible(causal, window_size, alibi_slopes is not None, q.shape[1], k.shape[1])
     out, lse = attention(
         q,
@@ -115,7 +115,12 @@ def flash_attn_varlen_func(
         raise ValueError("cu_seqlens_q: got None, want an int tensor [sequences + 1]; flash_attn_func takes a batch")
     if cu_seqlens_k is None and seqused_k is None:
         raise ValueError("cu_seqlens_k: got None, want an int tensor [sequences + 1], or seqused_k")
-    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
+    check_shapes(3, q=q)
+    check_shapes(3 if table is None else 4, k=k, v=v)
+    check_shapes(1, cu_seqlens_q=cu_seqlens_q)
+    for name, lengths in (("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)):
+        if lengths is not None:
+            check_shapes(1, **{name: lengths})
     q_lengths = cu_seqlens_q.diff()
     k_lengths = seqused_k if cu_seqlens_k is None or seqused_k is not None else cu_seqlens_k.diff()
     assert k_lengths is not None
@@ -132,6 +137,10 @@ def flash_attn_varlen_func(
         layout = Documents(q_lengths, k_lengths)
     visible = _visible(causal, window_size, alibi_slopes is not None)
     slopes = alibi_slopes
+    if slopes is not None:
+        check_type("alibi_slopes", slopes, Tensor)
+        if slopes.dim() not in (1, 2):
+            raise ValueError(f"alibi_slopes: got shape {list(slopes.shape)}, want [heads] or [sequences, heads]")
     mask = layout if visible is None else layout & visible
 
     def packed(q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -230,10 +239,12 @@ def _check_packed(name: str, x: Tensor, dims: int, count: int) -> None:
         raise ValueError(f"{name}: got {got}, want {want}")
 
 
-def _check_tensors(**given: Tensor | None) -> None:
+def check_shapes(dims: int, **given: Tensor) -> None:
+    """Tensors of `dims` dimensions."""
     for name, x in given.items():
-        if x is not None:
-            check_type(name, x, Tensor)
+        check_type(name, x, Tensor)
+        if x.dim() != dims:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, want {dims} dimensions")
 
 
 def _result(out: Tensor, lse: Tensor, with_probs: bool, with_lse: bool) -> Result:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_type
+from keyspan.core.checks import check_dtype, check_type
 from keyspan.ops.fmha import (
     attn_bias,
     ck,
@@ -185,7 +185,11 @@ def merge_attentions(
         write_lse: whether lse is returned; else `None`.
         output_dtype: dtype of the output; `None` for that of `attn_split`.
     """
+    check_dtype("output_dtype", output_dtype)
     for name, parts in (("attn_split", attn_split), ("lse_split", lse_split)):
+        check_type(name, parts, Tensor, list, tuple)
+        if isinstance(parts, Tensor) and not parts.dim():
+            raise ValueError(f"{name}: got a tensor without dimensions, want parts stacked along the first")
         for n, part in enumerate(parts):
             check_type(f"{name}[{n}]", part, Tensor)
     out, lse = merged(list(attn_split), list(lse_split), output_dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from keyspan.core.biases import Bias
-from keyspan.core.checks import check_int, check_type
+from keyspan.core.checks import check_dtype, check_int, check_type
 from keyspan.core.masks import Causal, Documents, GappyKeys, Mask, PagedKeys, Window
 from keyspan.core.ranges import KeyRanges
 from keyspan.dispatch.cache import caches_masks, lower
@@ -71,6 +71,10 @@ class AttentionBias(ByValue):
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
         """A dense tensor of `shape` `[..., M, N]`: 0 where visible, −inf elsewhere; true and false for `torch.bool`."""
+        if not isinstance(shape, (tuple, list)) or len(shape) < 2:
+            raise ValueError(f"shape: got {shape!r}, want [..., M, N]")
+        if dtype != torch.bool:
+            check_dtype("dtype", dtype)
         visible = self.lower(1, shape[-2], shape[-1], device).materialize(shape[-1])[0].expand(*shape)
         if self.visible is not None:
             visible = visible & self.visible.to(device)
@@ -313,6 +317,7 @@ class BlockDiagonalMask(_Blocks):
             ("tensors_k", tensors_k),
             ("tensors_v", tensors_v or tensors_k),
         ):
+            check_type(name, tensors, list, tuple)
             if not tensors or not all(isinstance(x, Tensor) and x.dim() >= 2 for x in tensors):
                 raise ValueError(f"{name}: got {type(tensors).__name__} of {len(tensors)}, want tensors [B, M, ...]")
         sizes = [len(x) for x in tensors_q]
@@ -439,6 +444,12 @@ class BlockDiagonalPaddedKeysMask(_Blocks):
 
     def make_paged(self, block_tables: Tensor, page_size: int, paged_type: type[P]) -> P:
         """A mask of class `paged_type` with the same lengths and the keys in pages."""
+        check_type("block_tables", block_tables, Tensor)
+        if block_tables.dim() != 2:
+            raise ValueError(f"block_tables: got shape {list(block_tables.shape)}, want [sequences, pages]")
+        check_int("page_size", page_size, bits=31)
+        if not isinstance(paged_type, type) or not issubclass(paged_type, AttentionBias):
+            raise ValueError(f"paged_type: got {paged_type!r}, want a class of paged masks")
         padding = block_tables.shape[1] * page_size
         q, k = _padded(self.q_seqinfo.runs()[1], padding, self.k_seqinfo.seqlen, self.q_seqinfo.seqstart.device)
         # A window is copied where the paged class has one.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from keyspan.core.biases import Bias
-from keyspan.core.checks import check_type
+from keyspan.core.checks import check_tensor, check_type
 from keyspan.core.masks import Mask
 from keyspan.core.merge import merge
 from keyspan.core.problem import DTYPES, HeadLayout, Problem, make_problem
@@ -101,8 +101,12 @@ class Inputs:
         replace(self, p=0.0).canonical()  # no dropout: the check must not draw a seed
 
     def _check_dropout(self) -> None:
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"p: got {self.p}, want a probability in [0, 1]")
+        try:
+            fits = 0 <= self.p <= 1
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"p: got {self.p!r}, want a probability in [0, 1]")
 
     def canonical(self) -> tuple[Problem, HeadLayout]:
         """The problem for keyspan's backends, and the layout of its results."""
@@ -115,9 +119,10 @@ class Inputs:
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """Query, key, value and the keyword arguments of `keyspan.attention`, without dropout."""
-        self._check_dropout()
         for name, x in (("query", self.query), ("key", self.key), ("value", self.value)):
             check_type(name, x, Tensor)
+            if x.dim() < 3:
+                raise ValueError(f"{name}: got shape {list(x.shape)}, want [B, M, K], [B, M, H, K] or [B, M, G, H, K]")
             if x.dtype == torch.int32:  # xFormers' quantised cache
                 raise ValueError(f"{name}: got {x.dtype}, want a floating dtype: {NO_PACKED_KEYS}")
         value = self._with_heads(self.value)
@@ -207,6 +212,7 @@ class Gradients:
 def forward(inp: Inputs) -> tuple[Tensor, Context]:
     """(out, context); differentiable where grad mode is on."""
     seed = None
+    inp._check_dropout()
     if 0 < inp.p < 1:
         problem, layout = inp.canonical()
         out, lse = attend(problem, choose(problem, None))
@@ -246,7 +252,15 @@ def backward(ctx: Context, inp: Inputs, grad: Tensor) -> Gradients:
     """
     inp._check_dropout()
     check_type("grad", grad, Tensor)
-    check_type("query", inp.query, Tensor)
+    check_type("lse", ctx.lse, Tensor)
+    for name, x in (("output", ctx.out), ("query", inp.query), ("key", inp.key), ("value", inp.value)):
+        check_tensor(name, x)
+    if ctx.lse.dim() < 3:
+        raise ValueError(f"lse: got shape {list(ctx.lse.shape)}, want [B, H, M] or [B, G, H, M]")
+    if ctx.out.shape[-1:] != inp.value.shape[-1:]:
+        raise ValueError(
+            f"value: got shape {list(inp.value.shape)}, want the last size of output {list(ctx.out.shape)}"
+        )
     if ctx.out.shape != grad.shape or grad.shape[:-1] != inp.query.shape[:-1]:
         raise ValueError(
             f"grad: got shape {list(grad.shape)}, with output {list(ctx.out.shape)} and query {list(inp.query.shape)}, "

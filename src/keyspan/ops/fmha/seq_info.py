@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_int, check_type
+from keyspan.core.checks import check_device, check_int, check_type
 
 Device = torch.device | str | None
 
@@ -81,7 +81,7 @@ class _SeqLenInfo(ByValue):
 
     def to(self: Info, device: torch.device | str) -> Info:
         """The same on another device; `self` where it is already there."""
-        if self.seqstart.device == torch.device(device):
+        if self.seqstart.device == check_device("device", device):
             return self
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
@@ -156,7 +156,7 @@ class _PaddedSeqLenInfo(_SeqLenInfo):
     def from_seqlens_padded(cls, seqlens: Sequence[int], padding: int, *, device: Device = None) -> _PaddedSeqLenInfo:
         """From the used lengths, each at most `padding`."""
         lengths = lengths_of("seqlens", seqlens)
-        check_int("padding", padding, 0)
+        check_int("padding", padding, 0, bits=31)
         if _longest(lengths) > padding:
             raise ValueError(f"seqlens: got a sequence of {max(lengths)}, want at most padding = {padding}")
         starts = [b * padding for b in range(len(lengths) + 1)]
@@ -238,7 +238,8 @@ def lengths_of(name: str, lengths: Iterable[int]) -> list[int]:
 
 def int_tensor(values: Sequence[int], device: Device) -> Tensor:
     """An int32 tensor on `device`; `None` is xFormers' default: CUDA, else MTIA, else the CPU."""
-    return torch.tensor(values, dtype=torch.int32, device=_default_device() if device is None else device)
+    device = _default_device() if device is None else check_device("device", device)
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

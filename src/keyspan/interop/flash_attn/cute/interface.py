@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from keyspan.core.checks import check_type
 from keyspan.interop.flash_attn import functions
 from keyspan.interop.flash_attn.functions import WindowSize
 
@@ -91,11 +92,11 @@ def flash_attn_varlen_func(
     """
     _refuse(others | {"seqused_q": seqused_q})
     batched = cu_seqlens_q is None
-    B, M = q.shape[:2]
+    B, M = 0, 0
     if cu_seqlens_q is None:
-        cu_seqlens_q, q = _starts(q), q.flatten(0, 1)
+        cu_seqlens_q, (B, M), q = _starts("q", q), q.shape[:2], q.flatten(0, 1)
     if cu_seqlens_k is None and page_table is None:
-        cu_seqlens_k, k, v = _starts(k), k.flatten(0, 1), v.flatten(0, 1)
+        cu_seqlens_k, k, v = _starts("k", k), k.flatten(0, 1), v.flatten(0, 1)
     out, lse = functions.flash_attn_varlen_func(  # type: ignore[misc]
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale),
         causal=causal,
@@ -109,8 +110,9 @@ def flash_attn_varlen_func(
     return (out.unflatten(0, (B, M)), lse.unflatten(1, (B, M)).transpose(0, 1)) if batched else (out, lse)
 
 
-def _starts(x: Tensor) -> Tensor:
+def _starts(name: str, x: Tensor) -> Tensor:
     """`cu_seqlens` of a batch `[B, N, …]`."""
+    check_type(name, x, Tensor)
     if x.dim() != 4:
         raise ValueError(f"cu_seqlens: got None with {x.dim()}-D inputs, want int tensors [sequences + 1]")
     return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
