@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of our weights and vLLM's")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--step-tokens", type=int, default=1024, help="most tokens of a forward pass of ours")
+    parser.add_argument("--step-tokens", type=int, default=4096, help="most tokens of a forward pass of ours")
     parser.add_argument("--vllm", metavar="PYTHON", help="of the environment where vLLM is installed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -35,13 +35,13 @@ INLINE void merge_row(float *sum, const float *more, float keep, float take, int
 }
 
 // What becomes of `c`: it is overwritten, it is where sums begin, or the sums are merged into it. GIVE calls
-// how(row, vector, sums) instead, while the sums are in registers.
+// how(row, vector, sums) instead, while the sums are in registers, and prefetches `ahead_step` bytes of `ahead` a step.
 enum Into { SET, ADD, MERGE, GIVE };
 
 // R rows by C vectors of `c`; the accumulators stay in registers while `count` terms are summed, one after the other.
 template <int R, int C, Into INTO, class T, class How>
 INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step, const T *b, int64_t b_step, float *c,
-                        int64_t c_row, const How &how) {
+                        int64_t c_row, const How &how, const char *ahead = nullptr, int64_t ahead_step = 0) {
     typedef typename VectorOf<T>::type V;
     vf acc[R][C];
 #pragma GCC unroll 8
@@ -50,6 +50,7 @@ INLINE void microkernel(int64_t count, const T *a, int64_t a_row, int64_t a_step
         for (int j = 0; j < C; j++) acc[r][j] = INTO == ADD ? load(c + r * c_row + j * W) : vf{};
     for (int64_t i = 0; i < count; i++) {
         V column[C];
+        if constexpr (INTO == GIVE) __builtin_prefetch(ahead + i * ahead_step, 0, 2);
 #pragma GCC unroll 4
         for (int j = 0; j < C; j++) column[j] = load(b + i * b_step + j * W);
 #pragma GCC unroll 8

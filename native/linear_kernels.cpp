@@ -133,10 +133,12 @@ INLINE void finish(const Linear &p, const float *sums, const float *scale, const
 }
 
 // Results of one panel's columns of ROWS rows, straight from registers: a way through memory takes some 2 % of a product.
-// T: float, or uint32_t for pairs of bf16, which is the dtype of `out` too. `bias` [LINEAR_PANEL].
+// T: float, or uint32_t for pairs of bf16, which is the dtype of `out` too. `bias` [LINEAR_PANEL]. `ahead`: memory that is
+// wanted next, of which each step of the sum brings `ahead_step` bytes closer.
 template <int64_t APPLIED, class T>
 __attribute__((noinline)) void multiply_and_finish(int64_t count, const T *x, int64_t x_step, const T *panel,
-                                                   const float *bias, char *out, int64_t outputs) {
+                                                   const float *bias, char *out, int64_t outputs, const char *ahead,
+                                                   int64_t ahead_step) {
     typedef std::conditional_t<PER_WORD<T> == 1, float, uint16_t> Out;
     for (int64_t column = 0; column < LINEAR_PANEL; column += COLUMNS * W) {
         const auto finish = [&](int r, int j, vf sums) __attribute__((always_inline)) {
@@ -147,7 +149,8 @@ __attribute__((noinline)) void multiply_and_finish(int64_t count, const T *x, in
             else
                 store(to, narrow_bf16(z));
         };
-        microkernel<ROWS, COLUMNS, GIVE>(count, x, x_step, 1, panel + column, LINEAR_PANEL, (float *)nullptr, 0, finish);
+        microkernel<ROWS, COLUMNS, GIVE>(count, x, x_step, 1, panel + column, LINEAR_PANEL, (float *)nullptr, 0, finish,
+                                         ahead, ahead_step);
     }
 }
 
@@ -183,6 +186,8 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
                                                        : LINEAR_BLOCK;
     const bool one_block = words <= most;
     const auto finished = p.applied == ERF_GELU ? multiply_and_finish<ERF_GELU, T> : multiply_and_finish<NOTHING, T>;
+    // While a panel meets many rows, each of their groups brings a part of the next panel into the second cache.
+    const int64_t groups = rows / ROWS, part_of_word = groups < 4 ? 0 : LINEAR_PANEL * 4 / groups;
     while (first_column < last_column) {
         const int64_t panel = first_column / LINEAR_PANEL, inside = first_column % LINEAR_PANEL;
         const int64_t end = min(last_column, (panel + 1) * LINEAR_PANEL);
@@ -211,8 +216,10 @@ void multiply(const Linear &p, int64_t first_row, int64_t last_row, int64_t firs
             for (int64_t r = 0; r < rows; r += ROWS) {
                 const int64_t few = min((int64_t)ROWS, rows - r);
                 if (as_they_lie && one_block && few == ROWS && columns == LINEAR_PANEL && !p.scale) {
+                    const uint32_t *next = part_of_word ? source + words * LINEAR_PANEL : source;
                     finished(count * steps, x + r * x_step, x_step, b, bias,
-                             p.out + ((first_row + r) * p.outputs + first_column) * size, p.outputs);
+                             p.out + ((first_row + r) * p.outputs + first_column) * size, p.outputs,
+                             (const char *)next + r / ROWS * words * part_of_word, part_of_word);
                     continue;
                 }
                 float *y = one_block ? sums : sums + r * LINEAR_PANEL;

@@ -1,5 +1,6 @@
 // A program: calls of the library's functions one after the other, such as those of all layers of a decoder's step or of an
 // encoder, so that the caller pays for one call, and for one parallel region.
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -171,6 +172,14 @@ void attend(const Params *p) {
     keyspan_forward(&own);
 }
 
+// A number of a struct that differs from part to part: word `word` of the structs becomes base + scale · number `of` of
+// the part.
+struct Change {
+    int64_t word, base, scale, of;
+};
+
+constexpr int64_t PART_NUMBERS = 4;  // first row, rows, first document, documents
+
 void run(const Call &call) {
     switch (call.function) {
     case LINEAR: return keyspan_linear((const Linear *)call.arguments);
@@ -193,5 +202,26 @@ void run(const Call &call) {
 EXPORT void keyspan_run(const Call *calls, int64_t count, int64_t threads) {
     with_team(threads, [&] {
         for (const Call *call = calls; call < calls + count; call++) run(*call);
+    });
+}
+
+// Runs a program for each of `parts` runs of rows that need nothing of each other, such as whole documents. The program is
+// cut into stages, whose calls begin at stage_begins: all parts pass one stage before the next, so that its weights stay in
+// the last cache, while what a part computes within a stage stays in the second. A thread does not wait for others but for
+// the one that still has the part in the stage before.
+//
+// Each thread has structs of its own, `structs` [threads][words], to which calls [threads][count] point, and memory of its
+// own for all that does not outlive a stage. Of part [parts][PART_NUMBERS] the first `stages` stages are run.
+EXPORT void keyspan_run_parts(const Call *calls, int64_t count, const int64_t *stage_begins, int64_t stages,
+                              int64_t *structs, int64_t words, const Change *changes, int64_t change_count,
+                              const int64_t *part, int64_t parts, int64_t threads) {
+    const std::unique_ptr<std::atomic<int64_t>[]> passed(new std::atomic<int64_t>[parts]());
+    parallel_for(threads, stages * parts, [&](int64_t unit, int64_t thread) {
+        const int64_t stage = unit / parts, i = unit % parts;
+        for (Wait wait; passed[i].load(std::memory_order_acquire) < stage;) wait.once();
+        for (const Change *change = changes; change < changes + change_count; change++)
+            structs[thread * words + change->word] = change->base + change->scale * part[i * PART_NUMBERS + change->of];
+        for (int64_t n = stage_begins[stage]; n < stage_begins[stage + 1]; n++) run(calls[thread * count + n]);
+        passed[i].store(stage + 1, std::memory_order_release);
     });
 }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from keyspan.backends.native import binding
 from keyspan.inference import Engine, Sampling, sampling
 from keyspan.inference.pages import PagedCache
-from keyspan.inference.program import DecoderProgram, EncoderProgram, _Numbers, _Program
+from keyspan.inference.program import DecoderProgram, EncoderProgram, _Numbers, _parts, _Program
 from keyspan.layers import Linear, linear_cross_entropy, log_softmax
 from keyspan.layers.gemm import _LargePages, multiplies
 from keyspan.models import GPT, Encoder, EncoderConfig, GPTConfig, RopeScaling
@@ -287,6 +287,41 @@ def test_a_document_has_the_same_bits_whatever_it_is_packed_with(dtype):
         assert torch.equal(together, torch.cat(alone))
         assert torch.equal(pooled, torch.cat(means))
     assert torch.equal(program.hidden(documents[1].tolist(), [38]), alone[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_documents_that_threads_compute_in_parts_have_the_bits_of_each_alone(dtype):
+    model = encoder(dtype)
+    model.pack()
+    lengths = [3, 8, 1, 12, 5, 2, 9, 7, 4, 11, 6, 10, 1, 3, 14]
+    documents = [torch.randint(0, 97, (n,)).tolist() for n in lengths]
+    program = EncoderProgram(model, 100)
+    alone = torch.cat([program.hidden(tokens, [len(tokens)]).clone() for tokens in documents])
+    means = torch.cat([program.means(tokens, [len(tokens)]).clone() for tokens in documents])
+    packed = [token for tokens in documents for token in tokens]
+    before = torch.get_num_threads()
+    for threads in (1, 3, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            together, pooled = program.hidden(packed, lengths).clone(), program.means(packed, lengths)
+        finally:
+            torch.set_num_threads(before)
+        assert program._threads == threads  # parts were computed
+        assert torch.equal(together, alone)
+        assert torch.equal(pooled, means)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 4))
+def test_parts_hold_all_documents_in_their_order_and_keep_threads_busy(lengths, threads):
+    parts = _parts(lengths, threads)
+    row = document = 0
+    for first, rows, n, count in parts:
+        assert (first, n) == (row, document)
+        assert rows == sum(lengths[n : n + count])
+        row, document = row + rows, document + count
+    assert (row, document) == (sum(lengths), len(lengths))
+    if len(parts) > 1:
+        assert max(rows for _, rows, _, _ in parts) <= sum(lengths) // (2 * threads)
 
 
 def test_encoders_that_run_otherwise_and_wrong_lengths():

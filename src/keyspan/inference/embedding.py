@@ -49,7 +49,7 @@ class Embedder:
         *,
         prefix: str = "",
         lower: bool = False,
-        step_tokens: int = 1024,
+        step_tokens: int = 4096,
     ) -> None:
         check_type("model", model, Encoder)
         check_int("step_tokens", step_tokens)

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, repeat
+from operator import add
 from typing import Any, cast
 
 import torch
@@ -402,6 +403,12 @@ class DecoderProgram(_Program):
         return z if cap is None else cap * torch.tanh(z / cap)
 
 
+_FIRST_ROW, _ROWS, _FIRST_DOCUMENT, _DOCUMENTS = range(4)
+"""The numbers of a part, in the order of `_parts`."""
+_PART_TOKENS = 128
+"""Most tokens of a part, if they are of more than one document. From 64 to 256 all take as long."""
+
+
 def _size(kind: str) -> int:
     """Words of a field."""
     return int(kind[3:]) if kind.startswith("int") else 1
@@ -409,6 +416,9 @@ def _size(kind: str) -> int:
 
 class EncoderProgram(_Program):
     """`Encoder.forward` without autograd; its results are rounded less often, so their bits are others.
+
+    Documents are computed in parts of some 128 tokens, layer by layer: each part by one thread, whose memory for what
+    does not outlive a layer stays in its cache. Where there are too few parts for the threads, they share each product.
 
     Args:
         model: whose weights are packed; later changes of others are not seen.
@@ -425,17 +435,22 @@ class EncoderProgram(_Program):
         c, like, self._model = model.config, model.tokens.weight, model
         self.tokens = tokens
         """Most of a step."""
-        self._x, self._added = (like.new_empty((tokens, c.dim)) for _ in range(2))
+        self._x = like.new_empty((tokens, c.dim))
         # Two rows at least, of which the pattern of attention is made.
         self._qkv, attended = (like.new_empty((max(2, tokens), n)) for n in (3 * c.dim, c.dim))
-        hidden = like.new_empty((tokens, c.hidden))
+        self._added, hidden = like.new_empty((tokens, c.dim)), like.new_empty((tokens, c.hidden))
+        self._of_a_layer = (self._qkv, attended, self._added, hidden)
         self._means = torch.empty(tokens, c.dim)
+        self._kept_rows = ((self._x, _FIRST_ROW), (self._means, _FIRST_DOCUMENT))
         positions = (model.positions.weight + model.types.weight[0]).detach()
         self._tokens, self._positions, self._first, self._end, self._own, self._ends = (
             _Numbers("i", tokens) for _ in range(6)
         )
         """Of each token, its number, its position, the first key of its document, one past the last, and itself; and
-        of each document, one past its last token."""
+        of each document, one past its last token, all counted from the first token of the part."""
+        self._by_token = (self._tokens, self._positions, self._first, self._end, self._own)
+        self._stages = [0]
+        """Where the calls of each layer begin, and those after the last."""
         for table, index, to in (
             (like.detach(), self._tokens, self._x), (positions, self._positions, self._added)
         ):  # fmt: skip
@@ -456,10 +471,39 @@ class EncoderProgram(_Program):
             self._linear(self._x, block.up, hidden, applied=1)
             self._linear(hidden, block.down, self._added)
             self._norm(block.norm)
-        self._body = len(self._calls)
+            self._stages.append(len(self._calls))
         ends, dtype = self._ends.address, _DTYPES[like.dtype]
         self._call("segment_mean", x=self._x, ends=ends, out=self._means, dtype=dtype, D=c.dim)
+        self._stages.append(len(self._calls))
         self._finish()
+        self._stage_begins = torch.tensor(self._stages)
+        self._threads = 0
+        """For which there are structs to compute parts with."""
+
+    def _make_parts(self, threads: int) -> None:
+        """Structs of so many threads; where in them a part's numbers stand."""
+        shared = [(x.address, 4 * self.tokens, 4, _FIRST_ROW) for x in self._by_token]
+        shared += [(self._ends.address, 4 * self.tokens, 4, _FIRST_DOCUMENT)]
+        shared += [(x.data_ptr(), x.nbytes, x.stride(0) * x.element_size(), of) for x, of in self._kept_rows]
+        changes = [(word, 0, 1, _ROWS) for word in self._counts["tokens"]]
+        changes += [(word, 0, 1, _DOCUMENTS) for word in self._counts["count"]]
+        self._structs = self._arena.repeat(threads, 1)
+        self._structs[:, self._where["threads"]] = 1
+        rows = torch.arange(threads) * (self.tokens // threads)
+        for function, at in self._calls:
+            kinds = [kind for _, kind in self._fields(self._binding.PROGRAM_FUNCTIONS[function])]
+            for word, kind in zip(accumulate(map(_size, kinds), initial=at), kinds, strict=False):
+                address = self._words[word] if kind == "pointer" else 0
+                changes += [
+                    (word, address, step, of) for start, size, step, of in shared if 0 <= address - start < size
+                ]
+                for x in self._of_a_layer:
+                    if 0 <= address - x.data_ptr() < x.nbytes:
+                        self._structs[:, word] += rows * x.stride(0) * x.element_size()
+        functions, starts = torch.tensor(self._calls).unbind(1)
+        of_thread = [self._structs[n].data_ptr() + 8 * starts for n in range(threads)]
+        self._part_calls = torch.stack([torch.stack((functions, at), 1) for at in of_thread])
+        self._changes, self._threads = torch.tensor(changes), threads
 
     @staticmethod
     def reason_against(model: Encoder) -> str | None:
@@ -479,7 +523,7 @@ class EncoderProgram(_Program):
 
     def hidden(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """`Encoder.forward`. The result is overwritten by the next call."""
-        self._step(tokens, lengths, self._body)
+        self._step(tokens, lengths, len(self._stages) - 2)
         return self._x[: len(tokens)]
 
     def means(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -489,22 +533,50 @@ class EncoderProgram(_Program):
             tokens: of all documents, as `Encoder.forward`; below the size of the vocabulary, which is not checked.
             lengths: tokens per document, at least 1.
         """
-        self._step(tokens, lengths, None)
+        self._step(tokens, lengths, len(self._stages) - 1)
         return self._means[: len(lengths)]
 
     @torch.inference_mode()
-    def _step(self, tokens: Sequence[int], lengths: Sequence[int], calls: int | None) -> None:
+    def _step(self, tokens: Sequence[int], lengths: Sequence[int], stages: int) -> None:
         T, most, first = len(tokens), self.tokens, self._model.config.first_position
         if sum(lengths) != T or most < T or max(lengths, default=0) > self._model.config.longest:
             raise ValueError(
                 f"lengths: got {sum(lengths)} tokens in all and {max(lengths, default=0)} in the longest document, "
                 f"want {T} in all, at most {most}, and at most {self._model.config.longest} in one"
             )
-        starts = list(accumulate(lengths, initial=0))
+        threads = torch.get_num_threads()
+        parts = _parts(lengths, threads)
+        starts: list[int] = []
+        for _, _, document, count in parts:
+            starts += accumulate(lengths[document : document + count - 1], initial=0)
+        ends = [*map(add, starts, lengths)]
         self._tokens.write(tokens)
         self._positions.write(chain.from_iterable(range(first, first + n) for n in lengths))
         self._first.write(chain.from_iterable(map(repeat, starts, lengths)))
-        self._end.write(chain.from_iterable(map(repeat, starts[1:], lengths)))
-        self._own.write(range(T))
-        self._ends.write(starts[1:])
-        self._run(calls, tokens=T, count=len(lengths))
+        self._end.write(chain.from_iterable(map(repeat, ends, lengths)))
+        self._own.write(chain.from_iterable(range(rows) for _, rows, _, _ in parts))
+        self._ends.write(ends)
+        if len(parts) == 1:
+            self._run(self._stages[stages], tokens=T, count=len(lengths))
+            return
+        if self._threads != threads:
+            self._make_parts(threads)
+        numbers = torch.tensor(parts)
+        self._library.keyspan_run_parts(
+            self._part_calls.data_ptr(), len(self._calls), self._stage_begins.data_ptr(), stages,
+            self._structs.data_ptr(), self._structs.shape[1], self._changes.data_ptr(), len(self._changes),
+            numbers.data_ptr(), len(parts), threads,
+        )  # fmt: skip
+
+
+def _parts(lengths: Sequence[int], threads: int) -> list[tuple[int, int, int, int]]:
+    """(first row, rows, first document, documents) of parts that threads can compute each alone, or of all in one."""
+    most = sum(lengths) // (2 * threads)
+    parts = [(0, 0, 0, 0)]
+    for n, length in enumerate(lengths):
+        row, rows, document, count = parts[-1]
+        if rows and rows + length > min(most, _PART_TOKENS):
+            parts.append((row + rows, length, n, 1))
+        else:
+            parts[-1] = row, rows + length, document, count + 1
+    return parts if max(rows for _, rows, _, _ in parts) <= most else [(0, sum(lengths), 0, len(lengths))]

@@ -166,6 +166,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.keyspan_linear.restype = library.keyspan_product.restype = None
     library.keyspan_run.restype = None
     library.keyspan_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.keyspan_run_parts.restype = None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.keyspan_run_parts.argtypes = [
+        pointer, number, pointer, number, pointer, number, pointer, number, pointer, number, number,
+    ]  # fmt: skip
     return library, None
 
 
