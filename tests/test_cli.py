@@ -5,7 +5,7 @@ import pkgutil
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -75,17 +75,21 @@ def test_help_says_what_each_option_is_for(capsys, command):
 
 @pytest.mark.parametrize(
     ("words", "status", "stream"),
-    [([], 2, "err"), (["-h"], 0, "out"), (["--help"], 0, "out"), (["fly"], 2, "err"), (["bench"], 2, "err")],
-)
+    [
+        ([], 2, "err"), (["-h"], 0, "out"), (["--help"], 0, "out"), (["fly"], 2, "err"),
+        (["bench"], 2, "err"), (["bench", "fly"], 2, "err"), (["bench", "--help"], 0, "out"),
+    ],
+)  # fmt: skip
 def test_usage(capsys, words, status, stream):
     assert cli.main(words) == status
     found = capsys.readouterr()
     shown = getattr(found, stream)
     if words and status:
-        assert f"keyspan: command: got {words[0]!r}" in found.err
+        assert f"keyspan: command: got {' '.join(words)!r}" in found.err
+    benches = {command for command in cli.COMMANDS if command.startswith("bench ")}
     assert shown.startswith("usage: keyspan COMMAND")
-    for command in ("train", "generate", "demo", "export", "serve", "info", "explain", "bench attention"):
-        assert f"\n  {command} " in shown
+    for command in cli.COMMANDS:
+        assert (f"\n  {command} " in shown) == (words[:1] != ["bench"] or command in benches)
 
 
 @pytest.mark.parametrize(
@@ -135,16 +139,25 @@ def test_unknown_options(capsys, words):
     assert capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["tyro", "rich", "safetensors", "matplotlib"])
-def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path, missing):
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        *((f"train {TINY}", package, "train") for package in ("tyro", "rich", "safetensors", "matplotlib")),
+        ("prepare text.txt --tokenizer train:300", "tokenizers", "data"),
+        ("serve run", "uvicorn", "serve"),
+    ],
+)
+def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path, command, missing, extra):
     monkeypatch.chdir(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Blocker(missing), *sys.meta_path])
-    assert cli.main(["train", *TINY.split()]) == 1
-    install = "pip install matplotlib numpy rich safetensors tyro"
-    assert capsys.readouterr().err == f"keyspan: train needs {missing}: {install}\n"
-    assert list(tmp_path.iterdir()) == []  # said before the work, not after
+    if "text.txt" in command:
+        (tmp_path / "text.txt").write_text("text")
+    assert cli.main(command.split()) == 1
+    wanted = f"keyspan: {command.split()[0]} needs {missing}: pip install 'keyspan[{extra}]'\n"
+    assert capsys.readouterr().err == wanted
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["text.txt"])  # said before the work, not after
 
 
 class Blocker:
@@ -166,25 +179,24 @@ def test_a_missing_module_of_keyspan_is_not_called_an_extra(monkeypatch):
 
 
 def test_commands_import_their_module_when_run(monkeypatch, capsys):
-    """bench takes its options from the function that it calls."""
+    """bench takes its options from the dataclass of the module that it calls."""
     called = []
     monkeypatch.setitem(sys.modules, "keyspan.bench.attention", ModuleType("keyspan.bench.attention"))
 
-    def record(length: int = 3) -> None:
-        called.append(length)
-
-    sys.modules["keyspan.bench.attention"].main = record
+    sys.modules["keyspan.bench.attention"].Bench = make_dataclass("Bench", [("length", int, 3)])
+    sys.modules["keyspan.bench.attention"].main = called.append
     assert cli.main(["bench", "attention", "--length", "8"]) == 0
-    assert called == [8]
+    assert called[0].length == 8
 
 
 @pytest.mark.parametrize(
     "words", ["info", "info --json", "explain --causal --dtype bf16 --documents 3 4 5", "explain --json", "--version"]
 )
 def test_info_and_explain_need_no_extra(capsys, monkeypatch, words):
-    for name in [name for name in sys.modules if name.split(".")[0] in cli.EXTRAS]:
+    packages = [package for packages in cli.EXTRAS.values() for package in packages]
+    for name in [name for name in sys.modules if name.split(".")[0] in packages]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Blocker(*cli.EXTRAS), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Blocker(*packages), *sys.meta_path])
     assert cli.main(words.split()) == 0
     shown = capsys.readouterr().out
     if "--json" in words:

@@ -51,7 +51,7 @@ def test_figures_for_tensorboard(tmp_path, monkeypatch, capsys):
 def test_tensorboard_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert cli.main(["train", "--task", "copy", "--tensorboard", "--out", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err == "keyspan: train needs tensorboard: pip install tensorboard\n"
+    assert capsys.readouterr().err == "keyspan: train needs tensorboard: pip install 'keyspan[tensorboard]'\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from json import loads
 from pathlib import Path
@@ -21,10 +22,13 @@ from keyspan.training.config import TaskName, TrainConfig, preset
 if TYPE_CHECKING:
     from keyspan.training.loop import Result
 
-EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "tyro")
-BOARD_EXTRAS = ("tensorboard",)
-DATA_EXTRAS = ("pyarrow", "zstandard")
-SERVE_EXTRAS = ("fastapi", "jinja2", "prometheus_client", "tokenizers", "uvicorn")
+EXTRAS = {
+    "train": ("matplotlib", "numpy", "rich", "safetensors", "tyro"),
+    "tensorboard": ("tensorboard",),
+    "data": ("pyarrow", "zstandard"),
+    "serve": ("fastapi", "jinja2", "prometheus_client", "tokenizers", "uvicorn"),
+}
+"""The packages that each extra brings, to name the extra where one is missing."""
 
 
 def program() -> NoReturn:
@@ -47,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"keyspan {__version__}")
         return 0
     if not known:
-        asked_for_help = words[:1] in (["-h"], ["--help"])
-        print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
+        group = words[0] if words[:1] == ["bench"] else ""
+        asked_for_help = words[bool(group) :][:1] in (["-h"], ["--help"])
+        print(_usage(group), file=sys.stdout if asked_for_help else sys.stderr)
         if words and not asked_for_help:
-            _fail(f"command: got {words[0]!r}, want one of those above")
+            _fail(f"command: got {' '.join(words[: 1 + bool(group)])!r}, want one of those above")
         return 0 if asked_for_help else 2
     run, _ = COMMANDS[known[0]]
     try:
@@ -58,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ModuleNotFoundError as error:
-        extras = next((x for x in (EXTRAS, BOARD_EXTRAS, DATA_EXTRAS, SERVE_EXTRAS) if error.name in x), None)
-        if extras is None:
+        extra = next((extra for extra, packages in EXTRAS.items() if error.name in packages), None)
+        if extra is None:
             raise
-        return _fail(f"{known[0]} needs {error.name}: pip install {' '.join(extras)}")
+        extra = "data" if known[0] == "prepare" else extra  # it shares tokenizers with serve
+        return _fail(f"{known[0]} needs {error.name}: pip install 'keyspan[{extra}]'")
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         return 128 + 13  # as a program that SIGPIPE ends
@@ -80,9 +86,10 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _usage() -> str:
+def _usage(group: str = "") -> str:
+    """The commands that begin with `group`, with their lines of help."""
     width = max(map(len, COMMANDS))
-    rows = [f"  {command:<{width}}  {help}" for command, (_, help) in COMMANDS.items()]
+    rows = [f"  {command:<{width}}  {help}" for command, (_, help) in COMMANDS.items() if command.startswith(group)]
     return "\n".join(
         [
             "usage: keyspan COMMAND [OPTIONS]",
@@ -96,7 +103,7 @@ def _usage() -> str:
 
 
 def _parse(function: Callable[..., Any], words: list[str], command: str) -> Any:
-    """Call the function with its parameters taken from the command line; required ones stand without a name."""
+    """Call the function, or make the dataclass, with arguments from the command line; required ones have no name."""
     import tyro
 
     return tyro.cli(
@@ -128,12 +135,13 @@ def parse_train(words: list[str], command: str = "train") -> TrainConfig:
     choice, _ = tyro.cli(_Choice, args=words, prog=f"keyspan {command}", return_unknown_args=True, add_help=False)
     default = preset(choice.task, choice.data) if choice.resume is None else read_config(choice.resume)
     shown = choice.resume or " ".join(choice.data) or choice.task
+    more = ", then generate from it" if command == "demo" else ""
     config: TrainConfig = tyro.cli(
         TrainConfig,
         default=default,
         args=words,
         prog=f"keyspan {command}",
-        description=f"Train a GPT. The defaults shown are those of {shown}.",
+        description=f"Train a GPT{more}. The defaults shown are those of {shown}.",
     )
     return config
 
@@ -185,7 +193,7 @@ def generate(
     """Continue a prompt with a model; print both, the answer as it is written.
 
     Args:
-        model: Folder of a training run, or of a model in Hugging Face's format.
+        model: Folder of a training run, or of a model in Hugging Face's format; or a .gguf file.
         prompt: Text to continue: source code (stdlib), a problem such as "banana=" (synthetic tasks), any text.
         chat: Take the prompt as a user's message, in the model's chat template; print the answer alone.
         max_tokens: Most tokens to generate; of a training run a token is a byte or a character.
@@ -334,39 +342,25 @@ def _explain(words: list[str]) -> int:
     return 0
 
 
-def _bench_attention(words: list[str]) -> int:
-    _parse(import_module("keyspan.bench.attention").main, words, "bench attention")
-    return 0
-
-
-def _bench_training(words: list[str]) -> int:
-    _parse(import_module("keyspan.bench.training").main, words, "bench training")
-    return 0
-
-
-def _bench_curves(words: list[str]) -> int:
-    _parse(import_module("keyspan.bench.curves").main, words, "bench curves")
-    return 0
-
-
-def _bench_inference(words: list[str]) -> int:
-    _parse(import_module("keyspan.bench.inference").main, words, "bench inference")
+def _bench(name: str, words: list[str]) -> int:
+    benchmark = import_module(f"keyspan.bench.{name}")
+    benchmark.main(_parse(benchmark.Bench, words, f"bench {name}"))
     return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a GPT on a synthetic task or on this Python's standard library"),
     "prepare": (_prepare, "turn text, JSON lines or Parquet into token shards to train on"),
-    "generate": (_generate, "continue a prompt with a trained model, or one in Hugging Face's format"),
+    "generate": (_generate, "continue a prompt with a trained model, or one in Hugging Face's format or GGUF"),
     "demo": (_demo, "train on the standard library for some minutes, then generate"),
     "report": (_report, "write a page that shows and compares training runs"),
     "export": (_export, "write a trained model as a folder that transformers loads"),
     "serve": (_serve, "serve a model over HTTP with OpenAI's interface, and a chat page"),
     "info": (_info, "show versions, devices and attention backends"),
     "explain": (_explain, "show which backend computes an attention, and why no other"),
-    "bench attention": (_bench_attention, "time attention against what torch offers"),
-    "bench curves": (_bench_curves, "compare the losses of a training step in every form"),
-    "bench inference": (_bench_inference, "time mixed requests through the engine against transformers"),
-    "bench training": (_bench_training, "time a training step against plain torch and transformers"),
+    "bench attention": (partial(_bench, "attention"), "time attention against what torch offers"),
+    "bench curves": (partial(_bench, "curves"), "compare the losses of a training step in every form"),
+    "bench inference": (partial(_bench, "inference"), "time mixed requests through the engine against transformers"),
+    "bench training": (partial(_bench, "training"), "time a training step against plain torch and transformers"),
 }
 """Each command: what runs it with the words after it, and its line of help."""

@@ -127,6 +127,8 @@ def prepare(
                 f"out: {out} holds other data, or the same under other options; want another folder, or remove it"
             )
         return out
+    if options.tokenizer != "bytes":
+        import_module("tokenizers")  # better missed now than when the folder is there
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "prepares data in this folder"):
         return _prepare(options, _Input(files, options.text_key, read), plan, report)
