@@ -113,6 +113,10 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)], self.dtype)
 
+    def _reinterpret(self, dtype: Type, shape: list[int], layout: Any, _semantic: None = None) -> Shared:
+        assert dtype is self.dtype
+        return Shared(self.data.reshape(-1)[: np.prod(shape)].reshape(shape), dtype)
+
     def permute(self, order: Iterable[int]) -> Shared:
         return Shared(self.data.transpose(tuple(order)), self.dtype)
 
@@ -144,7 +148,7 @@ class Descriptor:
     def __init__(self, tensor: torch.Tensor, block: list[int]):
         self.dtype, self.block_shape, self.layout = TYPES[tensor.dtype], list(block), None
         self.tensor, self.data, self.stored = tensor, tensor.detach().float().numpy(), False
-        self.block_type = SimpleNamespace(nbytes=int(np.prod(block)) * self.dtype.size)
+        self.block_type = SimpleNamespace(nbytes=int(np.prod(block)) * self.dtype.size, shape=self.block_shape)
 
     def load(self, at: list[Any], barrier: Barrier, to: Shared) -> None:
         block = np.zeros(self.block_shape, np.float32)

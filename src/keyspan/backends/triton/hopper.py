@@ -23,7 +23,7 @@ many where rows have ranges over many keys, of which they are likely to see a pa
 _MANY_KEYS = 16384
 _LEAST_ROW_KEYS = 1024
 """Fewest keys that rows see on average, see `KeyRanges.row_keys`: forward with heads of up to 64, and backward, where half
-of it is enough if query heads share a key head or rows see half of all keys."""
+of it is enough if query heads share a key head, and `_LEAST_UPWARD_KEYS` if blocks go up."""
 _MANY_ROW_KEYS = 4096
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -86,15 +86,15 @@ def missing(problem: Problem) -> str | None:
 
 
 _LEAST_BACKWARD = 1024
-"""Fewest queries, and fewest keys."""
+"""Fewest queries, and fewest keys; half of it where the host knows what rows see or, with heads wider than 64, they see all."""
 _LEAST_BLOCKS = 6
 """Fewest blocks of keys for each multiprocessor: with fewer, blocks of one group wait for each other."""
 _LEAST_MASKED_BLOCKS = 1.9
 """The same where rows have ranges and heads are wider than 64, however many query heads share a key head."""
-_LEAST_UPWARD = 4096
-"""Fewest queries for `backward_order` to go up; with 1024 it is slower."""
+_LEAST_UPWARD_KEYS = 256
+"""Fewest keys that rows see on average for `backward_order` to go up; fewer were not timed."""
 _LEAST_RUNS = 4
-"""The same, runs of groups; fewer were not timed."""
+"""Fewest runs of groups for it where rows see half of all keys; fewer were not timed."""
 _LEAST_WIDE_BLOCKS = 2
 """Fewest blocks of 64 keys, or of 64 queries, for each multiprocessor, with heads wider than 128."""
 
@@ -111,18 +111,21 @@ def backward_reason_against(problem: Problem, needs: Needs) -> str | None:
         return f"head dimensions are {dims[0]} and {dims[1]}, want at least {_LEAST_DIM}"
     B, M, G, H, _ = problem.query.shape
     N = problem.key.shape[1]
-    if min(M, N) < _LEAST_BACKWARD:
-        return f"there are {M} queries and {N} keys, want at least {_LEAST_BACKWARD}"
     tile = backward_tile(problem)
+    known = problem.row_keys > 0 if problem.lo is not None else tile.BM == 64
+    least = _LEAST_BACKWARD // (2 if known else 1)
+    if min(M, N) < least:
+        return f"there are {M} queries and {N} keys, want at least {least}"
     share = _LEAST_BLOCKS if problem.lo is None or tile.BM > 64 else _LEAST_MASKED_BLOCKS
     blocks, least = B * G * -(-N // tile.BN), share * _processors(problem.query.device.index)
     if blocks < least:
         return f"there are {blocks} blocks of keys, want at least {least:.0f}, {share} for each multiprocessor"
     if problem.lo is not None:
-        # Rows see half of all keys where each batch entry is one causal sequence. 16 of 1024 tokens ran at 320 to 332
-        # TFLOP/s in this kernel and, on another H100, at 280 in the plain ones.
+        # Rows see half of all keys where each batch entry is one causal sequence.
         short = H > 1 or (tile.BM == 64 and 2 * problem.row_keys >= N)
         keys, least = problem.row_keys, _LEAST_ROW_KEYS // (2 if short else 1)
+        if backward_order(problem, tile)[1] > 0:
+            least = _LEAST_UPWARD_KEYS
         if not keys and B == 1:
             return "one batch entry with a mask whose lengths the host does not know may be short documents"
         if 0 < keys < least:
@@ -295,7 +298,7 @@ def launch_backward(
     Args:
         grads: the output's gradient, then its strides.
         bounds: of tiles of queries, and its strides over ranges and batch entries; None and 0 without ranges.
-        made: `key` and `value`, which it fills, and the scratch of `backward_scratch`.
+        made: `query`, `key` and `value`, which it fills, and the scratch of `backward_scratch`.
         processors: how many programs run at a time.
     """
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -303,7 +306,7 @@ def launch_backward(
 
     from keyspan.backends.triton.hopper_backward_kernels import BackwardForm, hopper_backward_kernel
 
-    B, _, G, H, k_dim = problem.query.shape
+    B, M, G, H, k_dim = problem.query.shape
     N, v_dim = problem.value.shape[1], problem.value.shape[-1]
     K = _padded(max(k_dim, v_dim))
     S = 0 if problem.lo is None else problem.lo.shape[0]
@@ -331,6 +334,7 @@ def launch_backward(
         sum_tiles,
         *bounds,
         made["order"],
+        _described(made["query"].view(B, M, G * H, k_dim).transpose(1, 2), [1, 1, 64, 64]),
         _described(made["key"].transpose(1, 2), halves),
         _described(made["value"].transpose(1, 2), halves),
         made["broken"],
@@ -470,20 +474,17 @@ def backward_order(problem: Problem, tile: Any) -> tuple[int, int]:
     the last to the first and the tiles of each from the first to the last, the others the other way.
 
     Blocks of one group that begin at the same time wait for each other to add to dq, unless they go up under a causal mask:
-    then each begins at its own first tile. But with few runs, the last of which cannot go up (its longest blocks would be
-    the last), or where query heads share a key head, that is slower. The queries, gradients and sums of many groups do not
-    fit in the L2.
+    then each begins at its own first tile. But where query heads share a key head that is slower. Where rows see half of all
+    keys, a group's longest blocks come last; so that none of them is the very last, the last of at least `_LEAST_RUNS` runs
+    goes down. The queries, gradients and sums of many groups do not fit in the L2.
     """
     B, M, G, H, _ = problem.query.shape
-    if (
-        problem.lo is not None
-        and problem.lo.shape[0] == H == 1
-        and M >= _LEAST_UPWARD
-        and problem.row_keys >= _LEAST_ROW_KEYS
-    ):
-        # bf16 queries and gradients and fp32 sums of the rows that blocks at work see.
-        size = min(M, 4 * problem.row_keys) * 8192 // tile.BM * 8
-        at_once = min(max(2, _CACHED_KEYS // size), 16)
+    if problem.lo is not None and problem.lo.shape[0] == H == 1 and problem.row_keys >= _LEAST_UPWARD_KEYS:
+        if 2 * problem.row_keys < problem.key.shape[1]:  # documents or a window
+            at_once = min(2 if tile.BM == 64 else 8, B * G)
+            return at_once, -(-B * G // at_once)
+        # bf16 queries and gradients and fp32 sums.
+        at_once = min(max(2, _CACHED_KEYS // (M * 8192 // tile.BM * 8)), 64)
         runs = -(-B * G // at_once)
         if runs >= _LEAST_RUNS:
             return at_once, runs - 1
@@ -507,7 +508,7 @@ def backward_scratch(problem: Problem, tile: Any) -> dict[str, Tensor]:
     return {
         "sums": query.new_empty((tiles * tile.BM * K // 256, 256), dtype=torch.float32),
         "order": query.new_empty(1 + tiles, dtype=torch.int32),
-        "broken": query.new_empty(B * G * 2 * -(-N // tile.BN), dtype=torch.int32),
+        "broken": query.new_empty(B * G * 2 * -(-N // tile.BN) + tiles, dtype=torch.int32),
     }
 
 

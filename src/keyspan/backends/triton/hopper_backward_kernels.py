@@ -10,6 +10,8 @@ dq is summed in memory, in fp32, in a fixed order: the block of keys that is tak
 counter for each tile says who is next. Programs take their blocks in the same order from a ticket, so nobody waits for a
 program that has not begun. Blocks that go from the last tile down all begin at the same tiles, and wait for each other until
 they are a tile apart; blocks that are taken from the last to the first and go up begin, under a causal mask, two tiles apart.
+For the last block of a tile the adder loads the sum of the others instead, and the groups that compute add theirs to it in
+registers and write dq in its dtype.
 """
 
 from __future__ import annotations
@@ -41,11 +43,13 @@ ORDERED = gl.constexpr("fence.proxy.async.global; mov.b32 $0, $1;")
 # Entries of a plan, of which there are two: the block's number, group and batch entry, how many tiles it visits; for each
 # of up to three ranges the tile it begins with, and the number of tiles from there on, negative if they go down.
 BLOCK, GROUP, BATCH, COUNT, START, ENTRIES = map(gl.constexpr, (0, 1, 2, 3, 4, 10))
-# For each of the last VISITS tiles: its number among those of all heads; twice the number of blocks it is visited by before,
-# plus 1 if some row does not see all keys. The adder, which comes last, is never VISITS tiles behind the loader.
+# For each of the last VISITS tiles: its number among those of all heads; four times the number of blocks it is visited by
+# before, plus LAST if no other visits it after, plus 1 if some row does not see all keys. Neither the adder, which comes last,
+# nor the groups that compute are ever VISITS tiles behind the loader.
 VISIT, VISITS, TILE, RANK, PLAN = map(gl.constexpr, (20, 8, 0, 1, 36))
+LAST = gl.constexpr(2)
 # Barriers for which the warps that compute wait: two of each in a row, one, VISITS.
-QUERY_FULL, GRAD_FULL, PLAN_FULL, KEY_FULL, VALUE_FULL, SUM_EMPTY, VISIT_FULL = map(gl.constexpr, (0, 2, 4, 6, 7, 8, 9))
+QUERY_FULL, GRAD_FULL, PLAN_FULL, KEY_FULL, VALUE_FULL, SUM_READY, VISIT_FULL = map(gl.constexpr, (0, 2, 4, 6, 7, 8, 9))
 FULL = gl.constexpr(17)
 # And at which they arrive.
 QUERY_EMPTY, PLAN_EMPTY, KEY_EMPTY, VALUE_EMPTY, SUM_FULL, PLAN_NEXT, EMPTY = map(gl.constexpr, (0, 2, 4, 5, 6, 7, 8))
@@ -90,23 +94,29 @@ def _tma_add(descriptor, at, source, _semantic=None):
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, source.handle)
 
 
+@builtin
+def _part(memory, tiles, _semantic=None):
+    """The beginning of shared memory, as a block of a descriptor."""
+    return memory._reinterpret(tiles.dtype, tiles.block_type.shape, tiles.layout, _semantic=_semantic)
+
+
 @gluon.jit(do_not_specialize=["heads_at_once", "upward", "items"])
 def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles, sum_tiles, bounds,
-                           bounds_s, bounds_b, order, dk_tiles, dv_tiles, broken, heads_at_once, upward, items,
-                           C: gl.constexpr):  # fmt: skip
-    """dk [B, N, G, K] and dv [B, N, G, V], contiguous, and unscaled sums of dq.
+                           bounds_s, bounds_b, order, dq_tiles, dk_tiles, dv_tiles, broken, heads_at_once, upward,
+                           items, C: gl.constexpr):  # fmt: skip
+    """dq [B, M, G · H, K] of tiles that see some key, dk [B, N, G, K] and dv [B, N, G, V], contiguous.
 
     Grid: (programs). An item is a block of 2 · ROWS keys of one group.
 
     Args:
         score_scale: what makes scores in log₂ of products.
         stat_tiles: of the statistics, see `stats_pointer`, as one row.
-        sum_tiles: of dq in fp32 [B · G · H · tiles · 32, 256]: 16 rows are 64 × 64 elements in the order of registers, see
-            `_in_order`.
+        sum_tiles: of unscaled sums of dq in fp32 [B · G · H · tiles · 32, 256]: 16 rows are 64 × 64 elements in the order
+            of registers, see `_in_order`.
         bounds: what `bounds_kernel` made for tiles of BM; None without ranges. Then its strides over ranges and batch.
         order: int32 [1 + B · G · H · tiles], zeros: the ticket, and how many blocks have been added to each tile of dq.
-        broken: int32, an entry for each ROWS keys, padded to whole blocks, 0 at the start: whether their gradients have a
-            NaN.
+        broken: int32, an entry for each ROWS keys, padded to whole blocks, then for each tile of dq, 0 at the start: whether
+            their gradients have a NaN.
         upward: how many runs of `heads_at_once` groups take their blocks from the last to the first, each of which visits
             its tiles from the first to the last; the runs after them go the other way. See `hopper.backward_order`.
     """
@@ -149,7 +159,7 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
     mbarrier.init(empty.index(KEY_EMPTY), count=2)
     mbarrier.init(full.index(VALUE_FULL), count=1)
     mbarrier.init(empty.index(SUM_FULL), count=2)
-    mbarrier.init(full.index(SUM_EMPTY), count=1)
+    mbarrier.init(full.index(SUM_READY), count=1)
     for n in gl.static_range(VISITS):
         mbarrier.init(full.index(VISIT_FULL + n), count=1)
     rings = (
@@ -170,8 +180,8 @@ def hopper_backward_kernel(a, score_scale, query_tiles, grad_tiles, key_tiles, v
     tiles = (query_tiles, grad_tiles, key_tiles, value_tiles, stat_tiles)
     gl.warp_specialize(
         [
-            (_keys, (a, score_scale, rings, dk_tiles, dv_tiles, broken, 0, C)),
-            (_keys, (a, score_scale, rings, dk_tiles, dv_tiles, broken, 1, C)),
+            (_keys, (a, score_scale, rings, dq_tiles, dk_tiles, dv_tiles, broken, 0, C)),
+            (_keys, (a, score_scale, rings, dq_tiles, dk_tiles, dv_tiles, broken, 1, C)),
             (_loader, (a, tiles, rings, bounds, bounds_s, bounds_b, C)),
             (_adder, (a, sum_tiles, rings, order, C)),
             (_planner, (a, rings, bounds, bounds_s, bounds_b, order, heads_at_once, upward, items, C)),
@@ -296,7 +306,7 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
             up = span > 0
             for x in range(gl.maximum(span, -span)):
                 tile = start + gl.where(up, x, -x)
-                seen, whole, rank = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, up, tile, a, C)
+                seen, whole, rank, final = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, up, tile, a, C)
                 if seen:
                     i = tile * C.BM + gl.arange(0, C.BM, lanes)
                     # Rows behind the last have no weights whatever they see, see `hopper_stats_kernel`.
@@ -311,7 +321,7 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, C: gl.constexpr):
                         left -= 1
                         mbarrier.wait(empty.index(QUERY_EMPTY + stage), t // C.stages & 1 ^ 1)
                         _put(at, TILE, head * row_tiles + tile)
-                        _put(at, RANK, 2 * rank + 1 - whole.to(gl.int32))
+                        _put(at, RANK, 4 * rank + LAST * final.to(gl.int32) + 1 - whole.to(gl.int32))
                         mbarrier.arrive(full.index(VISIT_FULL + t % VISITS), count=1)
                         _load_queries(
                             a, query_tiles, stat_tiles, queries, rows, full, stage, b, g, h, tile, mask, diagonal, C
@@ -373,18 +383,22 @@ def _visible(a, bounds, bounds_s, bounds_b, s: gl.constexpr, b, n0, C: gl.conste
 
 @gluon.jit
 def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, up, tile, a, C: gl.constexpr):
-    """Whether a tile sees some of a block's keys, whether its rows see all, and how many blocks are added to it before."""
+    """Whether a tile sees some of a block's keys, whether its rows see all, how many blocks are added to it before, and
+    whether none is after."""
     BN: gl.constexpr = C.BN
     n0 = block * BN
     seen = block >= 0
     full = n0 + BN <= a.N
-    rank = gl.where(up, (a.N + BN - 1) // BN - 1 - block, block)
+    count = (a.N + BN - 1) // BN
+    rank = gl.where(up, count - 1 - block, block)
     if C.S > 0:
         rank = block * 0
+        count = rank
         for other in gl.static_range(max(C.S, 1)):
             at = bounds + other * bounds_s + b * bounds_b + tile
             first = gl.load(at) // BN
             behind = (gl.load(at + 3 * tiles) + BN - 1) // BN
+            count += gl.maximum(behind - first, 0)
             rank += gl.maximum(
                 gl.where(up, behind - gl.maximum(block + 1, first), gl.minimum(block, behind) - first), 0
             )
@@ -394,11 +408,11 @@ def _visit(bounds, bounds_s, bounds_b, tiles, s: gl.constexpr, b, block, up, til
             if other == s:
                 seen = here
                 full = (gl.load(at + tiles) <= n0) & (gl.load(at + 2 * tiles) >= n0 + BN)
-    return seen, full, rank
+    return seen, full, rank, rank + 1 == count
 
 
 @gluon.jit
-def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C: gl.constexpr):
+def _keys(a, score_scale, rings, dq_tiles, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C: gl.constexpr):
     """dk and dv of one half of the block's keys, and what all its keys add to one half of dq: of the rows of a tile where
     there are 128, else of the columns. With 128 rows that is computed one tile late, so that the two halves do not wait
     for each other's gradients of scores; with 64 the tensor cores would wait for operands instead."""
@@ -442,9 +456,9 @@ def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C
                 me = _opaque(ME, t)
                 v = values.index(me).reshape([ROWS, C.K])
                 dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-                partial = _get((plan, VISIT + 2 * (t % VISITS)), RANK) % 2 > 0
+                order = _get((plan, VISIT + 2 * (t % VISITS)), RANK)
                 h = x % C.H
-                p = _weights(s, score_scale, a, rows, stage, partial, j, b, g, h, S_L)
+                p = _weights(s, score_scale, a, rows, stage, order % 2 > 0, j, b, g, h, S_L)
                 weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, K_L, 2))
                 dv_acc = warpgroup_mma(weights, do, dv_acc, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -478,9 +492,10 @@ def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C
                 if LATE:
                     if x > 0:
                         mbarrier.arrive(score_empty.index((t + 1) % 2), count=1)
-                        _hand_over(dq, sums, full, empty, t - 1, ME)
+                        order = _get((plan, VISIT + 2 * ((t - 1) % VISITS)), RANK)
+                        _hand_over(a, dq, dq_tiles, broken, rings, order, t - 1, b, g, row, column, ME, C)
                 else:
-                    _hand_over(dq, sums, full, empty, t, ME)
+                    _hand_over(a, dq, dq_tiles, broken, rings, order, t, b, g, row, column, ME, C)
                 s = warpgroup_mma_wait(0, deps=(s,))
             if LATE:
                 t = filled + count - 1
@@ -489,19 +504,20 @@ def _keys(a, score_scale, rings, dk_tiles, dv_tiles, broken, ME: gl.constexpr, C
                 dq = warpgroup_mma_wait(0, deps=(dq,))
                 mbarrier.arrive(score_empty.index(t % 2), count=1)
                 mbarrier.arrive(empty.index(KEY_EMPTY), count=1)
-                _hand_over(dq, sums, full, empty, t, ME)
+                order = _get((plan, VISIT + 2 * (t % VISITS)), RANK)
+                _hand_over(a, dq, dq_tiles, broken, rings, order, t, b, g, row, column, ME, C)
             else:
                 mbarrier.arrive(empty.index(KEY_EMPTY), count=1)
             loaded += 1
         mbarrier.arrive(empty.index(PLAN_EMPTY + turn % 2), count=1)
         # NaN if a gradient is, or infinite, which the repair does not change.
-        bad = gl.sum(dv_acc * 0.0, 1) + gl.sum(dk_acc * 0.0, 1)
+        bad = (gl.sum(dv_acc, 1) + gl.sum(dk_acc, 1)) * 0.0
         at = broken + ((b * a.G + g) * ((a.N + C.BN - 1) // C.BN) + block) * 2 + ME
         gl.store(at + gl.arange(0, ROWS, gl.SliceLayout(1, K_L)) * 0, 1, mask=bad != bad)
         _wait_read()
-        _leave(dv_tiles, dv_acc.to(dtype), staging.index(ME), b, g, first, C)
+        _leave(dv_tiles, [b, g, first, 0], dv_acc.to(dtype), staging.index(ME), C.K)
         _wait_read()
-        _leave(dk_tiles, (dk_acc * a.scale).to(dtype), staging.index(ME), b, g, first, C)
+        _leave(dk_tiles, [b, g, first, 0], (dk_acc * a.scale).to(dtype), staging.index(ME), C.K)
         filled += count
         turn += 1
         mbarrier.wait(full.index(PLAN_FULL + turn % 2), turn // 2 & 1)
@@ -521,21 +537,49 @@ def _products(scores, keys, slot, row: gl.constexpr, column: gl.constexpr, nothi
 
 
 @gluon.jit
-def _hand_over(dq, sums, full, empty, t, ME: gl.constexpr):
-    """Give the adder one half of what is added to dq of the t-th tile."""
-    mbarrier.wait(full.index(SUM_EMPTY), t & 1 ^ 1)
-    sums.index(ME).store(_in_order(dq))
-    fence_async_shared()
-    mbarrier.arrive(empty.index(SUM_FULL), count=1)
+def _hand_over(a, dq, dq_tiles, broken, rings, order, t, b, g, row: gl.constexpr, column: gl.constexpr, ME: gl.constexpr,
+               C: gl.constexpr):  # fmt: skip
+    """Give the adder one half of what is added to dq of the t-th tile. For the last block of the tile: add it to the sum of
+    the others, which the adder has loaded, and write that half of dq.
+
+    Args:
+        order: the tile's RANK.
+    """
+    sums, staging, plan, full, empty = rings[3], rings[6], rings[-3], rings[-2], rings[-1]
+    mbarrier.wait(full.index(SUM_READY), t & 1)
+    if order & LAST > 0:
+        by_thread: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+        others = _in_rows(sums.index(ME).load(by_thread))
+        mbarrier.arrive(empty.index(SUM_FULL), count=1)
+        dq += gl.where(order > LAST + 1, gl.convert_layout(others, dq.type.layout), 0.0)
+        _wait_read()
+        tiles = (a.M + C.BM - 1) // C.BM
+        number = _get((plan, VISIT + 2 * (t % VISITS)), TILE)
+        tile = number - (b * a.G + g) * (C.H * tiles)
+        head = g * C.H
+        if C.H > 1:
+            h = tile // tiles
+            tile -= h * tiles
+            head += h
+        through = _part(staging.index(ME), dq_tiles)
+        _leave(dq_tiles, [b, head, tile * C.BM + row, column], (dq * a.scale).to(dq_tiles.dtype), through, 64)
+        # As of keys: NaN or infinite.
+        bad = gl.sum(dq, 1) * 0.0
+        at = broken + a.B * a.G * ((a.N + C.BN - 1) // C.BN) * 2 + number
+        gl.store(at + gl.arange(0, 64, bad.type.layout) * 0, 1, mask=bad != bad)
+    else:
+        sums.index(ME).store(_in_order(dq))
+        fence_async_shared()
+        mbarrier.arrive(empty.index(SUM_FULL), count=1)
 
 
 @gluon.jit
-def _leave(tiles, x, through, b, g, first, C: gl.constexpr):
-    """Write gradients [ROWS, K] of keys first … by TMA, which leaves out rows and columns that are not there."""
-    through.reshape([ROWS, C.K]).store(x)
+def _leave(tiles, at, x, through, columns: gl.constexpr):
+    """Write gradients [64, columns] by TMA, which leaves out rows and columns that are not there."""
+    through.reshape([64, columns]).store(x)
     fence_async_shared()
     gl.thread_barrier()
-    tma_store(tiles, [b, g, first, 0], through)
+    tma_store(tiles, at, through)
 
 
 @gluon.jit
@@ -598,6 +642,14 @@ def _in_order(x):
 
 
 @gluon.jit
+def _in_rows(x):
+    """The 64 × 64 elements that `_in_order` was given."""
+    # Columns by 8, warp, row, pair of columns, row + 8, column.
+    x = x.reshape([8, 4, 8, 4, 2, 2])
+    return gl.permute(x, [1, 4, 2, 0, 3, 5]).reshape([64, 64])
+
+
+@gluon.jit
 def _added(turn, token):
     """How many blocks have been added, in every lane; not read until it is needed."""
     address = (turn + token * 0).to(gl.uint64, bitcast=True)
@@ -621,25 +673,37 @@ def _adder(a, sum_tiles, rings, order, C: gl.constexpr):
             t = filled + x
             mbarrier.wait(full.index(VISIT_FULL + t % VISITS), t // VISITS & 1)
             at = (plan, VISIT + 2 * (t % VISITS))
-            tile, rank = _get(at, TILE), _get(at, RANK) // 2
+            tile, rank = _get(at, TILE), _get(at, RANK)
+            last = rank & LAST > 0
+            rank = rank // 4
+            others = last & (rank > 0)
             # Asked while the last tile is still being added and this one is computed.
             added = _added(turns + tile, token)
+            if not others:
+                # What was there has been read.
+                mbarrier.arrive(full.index(SUM_READY), count=1)
             if t > 0:
                 token = gl.inline_asm_elementwise(DONE, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
                 gl.thread_barrier()
                 gl.atomic_add(turns + before, 1, sem="release", scope="gpu")
             while gl.max(added, 0) < rank:
                 added = _added(turns + tile, token)
+            if others:
+                token = gl.inline_asm_elementwise(ORDERED, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+                gl.thread_barrier()
+                mbarrier.expect(full.index(SUM_READY), 2 * sum_tiles.block_type.nbytes)
+                for n in gl.static_range(2):
+                    tma_load(sum_tiles, [tile * 32 + n * 16, 0], full.index(SUM_READY), sums.index(n))
             mbarrier.wait(empty.index(SUM_FULL), t & 1)
-            token = gl.inline_asm_elementwise(ORDERED, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
-            for n in gl.static_range(2):
-                if rank == 0:
-                    tma_store(sum_tiles, [tile * 32 + n * 16, 0], sums.index(n))
-                else:
-                    _tma_add(sum_tiles, [tile * 32 + n * 16, 0], sums.index(n))
-            token = gl.inline_asm_elementwise(READ, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
-            gl.thread_barrier()
-            mbarrier.arrive(full.index(SUM_EMPTY), count=1)
+            if not last:
+                token = gl.inline_asm_elementwise(ORDERED, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+                for n in gl.static_range(2):
+                    if rank == 0:
+                        tma_store(sum_tiles, [tile * 32 + n * 16, 0], sums.index(n))
+                    else:
+                        _tma_add(sum_tiles, [tile * 32 + n * 16, 0], sums.index(n))
+                token = gl.inline_asm_elementwise(READ, "=r,r", [token], dtype=gl.int32, is_pure=False, pack=1)
+                gl.thread_barrier()
             before = tile
         filled += count
         turn += 1

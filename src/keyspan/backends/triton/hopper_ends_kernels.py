@@ -1,4 +1,4 @@
-"""What comes before and after the backward kernel for Hopper: row statistics, and dq from its sums. Plain Triton."""
+"""What comes before and after the backward kernel for Hopper: row statistics; gradients with a NaN. Plain Triton."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import triton.language as tl
 
 from keyspan.backends.triton.arguments import FRACTION_FREE, INFINITY, LOG2E, Heads, OutputGradient
 from keyspan.backends.triton.loads import gradient_pointer
-from keyspan.backends.triton.nan_repair import has_nan, repair_keys, repair_queries
+from keyspan.backends.triton.nan_repair import repair_keys, repair_queries
 from keyspan.backends.triton.scores import stats_pointer
 
-FINISHED = tl.constexpr(4)
+FINISHED = tl.constexpr(32)
 """Tiles, or blocks of keys, of a program of `hopper_finish_kernel`."""
 
 
@@ -24,7 +24,10 @@ def hopper_stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, 
     """
     tiles = tl.cdiv(a.M, C.BM)
     program = tl.program_id(0)
-    tile, head = program % tiles, program // tiles
+    # All heads of a tile lie side by side in memory.
+    group = a.G * C.H
+    tile = program // group % tiles
+    head = program // (group * tiles) * group + program % group
     i = tile * C.BM + tl.arange(0, C.BM)
     there = i < a.M
     heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
@@ -52,50 +55,45 @@ def hopper_stats_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, out, grad_lse, 
 
 
 @triton.jit
-def hopper_finish_kernel(
-    a, grad, grad_b, grad_m, grad_g, grad_h, stats, sums, order, broken, dq, dk, dv, C: tl.constexpr
-):
-    """dq [B, M, G, H, K] from its sums; repairs gradients that have a NaN, see `nan_repair`.
+def hopper_finish_kernel(a, grad, grad_b, grad_m, grad_g, grad_h, stats, order, broken, dq, dk, dv, C: tl.constexpr):
+    """Zeros in dq [B, M, G, H, K] for tiles that see no key; repairs gradients that have a NaN, see `nan_repair`.
 
     Grid: (⌈tiles · H · G · B / FINISHED⌉ + ⌈key blocks · G · B / FINISHED⌉).
     """
     tiles = tl.cdiv(a.M, C.BM)
     count = tiles * C.H * a.G * a.B
+    blocks = tl.cdiv(a.N, C.BN) * a.G * a.B
     program, programs = tl.program_id(0), tl.cdiv(count, FINISHED)
     grad = OutputGradient(grad, grad_b, grad_m, grad_g, grad_h)
+    n = tl.arange(0, FINISHED)
     if program < programs:
-        for n in range(FINISHED):
-            # From the last on, whose sums are likely to be in the L2 still.
-            at = count - 1 - program * FINISHED - n
-            if at >= 0:
-                _finish(a, grad, stats, sums, tl.load(order + 1 + at), dq, at % tiles, at // tiles, C)
+        first = program * FINISHED
+        visits = tl.load(order + 1 + first + n, mask=first + n < count, other=1)
+        bad = tl.load(broken + 2 * blocks + first + n, mask=first + n < count, other=0)
+        if tl.max(tl.where(visits == 0, 1, bad), 0) > 0:
+            for at in range(first, tl.minimum(first + FINISHED, count)):
+                head = at // tiles
+                heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
+                if tl.load(order + 1 + at) == 0:
+                    _clear(a, dq, heads, at % tiles, C)
+                if tl.load(broken + 2 * blocks + at) > 0:
+                    repair_queries(a, grad, stats, dq, None, None, heads, at % tiles, C)
     else:
-        blocks = tl.cdiv(a.N, C.BN) * a.G * a.B
-        for n in range(FINISHED):
-            block = (program - programs) * FINISHED + n
-            if block < blocks:
+        first = (program - programs) * FINISHED
+        at = broken + 2 * (first + n)
+        bad = tl.load(at, mask=first + n < blocks, other=0) + tl.load(at + 1, mask=first + n < blocks, other=0)
+        if tl.max(bad, 0) > 0:
+            for block in range(first, tl.minimum(first + FINISHED, blocks)):
                 _repair_block(a, grad, stats, broken, dk, dv, block, C)
 
 
 @triton.jit
-def _finish(a, grad, stats, sums, visits, dq, tile, head, C: tl.constexpr):
-    """dq of a tile, to which so many blocks have been added."""
-    heads = Heads(head // (a.G * C.H), head // C.H % a.G, head % C.H)
-    r, columns = tl.arange(0, C.BM), tl.arange(0, C.K)
-    # Half tiles of 64 × 64, see `_in_order`: 4 warps of 16 rows, in each of which 4 threads share a row and that + 8.
-    half = (r // 64)[:, None] + (columns // 64)[None, :]
-    in_row = (r % 64 // 16 * 128 + r % 8 * 16 + r % 16 // 8 * 2)[:, None]
-    in_column = (columns % 64 // 8 * 512 + columns % 8 // 2 * 4 + columns % 2)[None, :]
-    sums += (head * tl.cdiv(a.M, C.BM) + tile).to(tl.int64) * 8192
-    # Nothing was added for rows that see no key.
-    x = tl.load(sums + (half * 4096 + in_row + in_column), mask=(visits + r * 0 > 0)[:, None], other=0.0)
-    i = tile * C.BM + r
+def _clear(a, dq, heads, tile, C: tl.constexpr):
+    i, columns = tile * C.BM + tl.arange(0, C.BM), tl.arange(0, C.K)
     row = (heads.b.to(tl.int64) * a.M + i) * (a.G * C.H) + heads.g * C.H + heads.h
-    tl.store(dq + row[:, None] * C.k_dim + columns[None, :], (x * a.scale).to(dq.dtype.element_ty),
-             mask=(i < a.M)[:, None] & (columns < C.k_dim)[None, :])  # fmt: skip
-    if has_nan(x):
-        tl.debug_barrier()
-        repair_queries(a, grad, stats, dq, None, None, heads, tile, C)
+    mask = (i < a.M)[:, None] & (columns < C.k_dim)[None, :]
+    nothing = tl.full([C.BM, C.K], 0.0, tl.float32).to(dq.dtype.element_ty)
+    tl.store(dq + row[:, None] * C.k_dim + columns[None, :], nothing, mask=mask)
 
 
 @triton.jit

@@ -142,7 +142,7 @@ def _loader(a, tiles, rings, bounds, bounds_s, bounds_b, counters, heads_at_once
             start, span = _get(entry, START + 2 * s), _get(entry, START + 2 * s + 1)
             for x in range(-span):
                 tile = start - x
-                seen, whole, _ = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, block < 0, tile, a, C)
+                seen, whole, _, _ = _visit(bounds, bounds_s, bounds_b, row_tiles, s, b, block, block < 0, tile, a, C)
                 if seen:
                     i = tile * C.BM + gl.arange(0, C.BM, lanes)
                     # Nobody has written statistics of rows behind the last.

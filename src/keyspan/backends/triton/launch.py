@@ -454,14 +454,14 @@ def _hopper_backward(
     launches.append(
         (hopper_stats_kernel, (tiles * H * G * B,),
          [arguments, *grads, out, grad_lse, lse, made["stats"], made["order"], made["broken"],
-          made["broken"].numel(), constants], ends)
+          made["broken"].numel(), constants], ends._replace(warps=8))
     )  # fmt: skip
     processors, finished = _processors(query.device), FINISHED.value
     launches.append(hopper.launch_backward(problem, arguments, tile, grads, made["stats"], bounds, made, processors))
     launches.append(
         (hopper_finish_kernel, (triton.cdiv(tiles * H * G * B, finished) + triton.cdiv(blocks * G * B, finished),),
-         [arguments, *grads, made["stats"], made["sums"], made["order"], made["broken"], made["query"], made["key"],
-          made["value"], constants], ends)
+         [arguments, *grads, made["stats"], made["order"], made["broken"], made["query"], made["key"], made["value"],
+          constants], ends)
     )  # fmt: skip
     return made, _launched(query, launches)
 
