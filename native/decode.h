@@ -10,17 +10,29 @@ namespace keyspan {
 namespace KEYSPAN_NAMESPACE {
 namespace {
 
-// Values that are added up in registers. Of keys and values in memory a step takes as many bytes as there are bytes of
-// sums, which it loads and stores, but PIECE_BYTES at least. More than CACHE_BYTES are taken to be in memory, even if
-// they fit in the L3 cache: a model reads the caches of all layers and the weights between two calls. Of fewer bytes few
-// rows take SMALL_BYTES of all groups for each key of a word, which are read in the order of addresses.
+// More bytes of keys and values than CACHE_BYTES are taken to be in memory, even if they fit in the L3 cache: a model
+// reads the caches of all layers and the weights between two calls. A pass over values in memory takes PIECE_BYTES a
+// step, twice as many of those that are widened, or as many bytes as there are bytes of sums, which a step loads and
+// stores. Of fewer bytes few rows take SMALL_BYTES of all groups for each key of a word, which are read in the order of
+// addresses.
 constexpr int FEW_VALUES = 16, MANY_VALUES = 32;
-constexpr int64_t PIECE_BYTES = 4 << 10, SMALL_BYTES = 16 << 10, CACHE_BYTES = 2 << 20;
-// Where a value of all groups takes LARGE_BYTES or more, a pass over values prefetches in its own order too: the values
-// of W keys later, but LEAST_LEAD to MOST_LEAD bytes ahead. A core drops prefetches while all of its miss buffers are
-// in use; the second one of a line then brings it, before it is read.
-constexpr int64_t LARGE_BYTES = 1 << 10, LEAST_LEAD = 16 << 10, MOST_LEAD = 32 << 10;
+constexpr int64_t PIECE_BYTES = 16 << 10, SMALL_BYTES = 16 << 10, CACHE_BYTES = 2 << 20;
+// What is in memory is prefetched twice, in the order of addresses and in the order in which it is read. The second
+// prefetch brings what has left the L1 cache since the first, and lines whose first one was dropped: a core drops
+// prefetches while all of its miss buffers are in use. It runs KEY_LINES lines of each of W keys ahead, for few rows,
+// and VALUE_BYTES. Values of all groups that take less than LARGE_BYTES are read in the order of addresses and
+// prefetched once.
+constexpr int64_t KEY_LINES = 8, VALUE_BYTES = 12 << 10, LARGE_BYTES = 1 << 10;
 static_assert(BLOCK_KEYS % W == 0 && FEW_VALUES % 2 == 0 && MANY_VALUES % 2 == 0, "whole vectors and pairs");
+
+// A place in the order in which a pass reads: some keys, from n on, of one group after the other, then the next keys.
+struct Place {
+    int n;
+    int64_t group;
+    void advance(int64_t steps, int keys, int64_t first, int64_t last) {
+        for (group += steps; group >= last; group -= last - first) n += keys;
+    }
+};
 
 template <int KIND>
 struct Decoder {
@@ -32,7 +44,8 @@ struct Decoder {
     const int64_t sequence;
     const int64_t together;  // groups that lie side by side in memory are read together, others one after the other
     const bool in_memory;    // more keys and values than CACHE_BYTES
-    const int rows, value_keys, value_lead;
+    const int rows, value_keys;
+    const int64_t key_lead, value_lead;
     RowTile *tiles;  // [G]
     Word *queries, *weights;
     float *out, *sums, *scores, *dropout;
@@ -47,8 +60,9 @@ struct Decoder {
           sequence(plan.segments[plan.tiles[run.tile].segment].sequence),
           together(p.k_stride[1] > p.k_stride[2] ? p.G : 1),
           in_memory(p.B * p.N * p.G * (p.K + p.V) * size > CACHE_BYTES), rows(load_tiles(plan, run, scratch)),
-          value_keys(keys_of_a_step()), value_lead(lead_of_values()), tiles((RowTile *)scratch),
-          ahead(plan, run, tiles[0], sequence, together, max(W, value_keys), value_keys) {
+          value_keys(keys_of_a_step()), key_lead(lead_of_products()), value_lead(lead_of_values()),
+          tiles((RowTile *)scratch),
+          ahead(plan, run, tiles[0], sequence, together, max(W, value_keys), rows > VALUE_ROWS ? value_keys : 0) {
         Arena arena{scratch};
         arena.reserve<RowTile>(p.G);
         queries = arena.reserve<Word>(p.G * plan.rows * QUERY_WORDS);
@@ -75,16 +89,23 @@ struct Decoder {
     int keys_of_a_step() const {
         const int64_t row = together * p.V * size;
         if (!in_memory && rows > VALUE_ROWS) return MANY_VALUES;
-        const int64_t keys = in_memory ? max(4 * rows / size, PIECE_BYTES / row) : SMALL_BYTES * PER_WORD<Word> / row;
+        constexpr int64_t piece = KIND == F16 || KIND == BF16 ? 2 * PIECE_BYTES : PIECE_BYTES;
+        const int64_t keys = in_memory ? max(4 * rows / size, piece / row) : SMALL_BYTES * PER_WORD<Word> / row;
         return (int)clamp(keys / 2 * 2, 2 * PER_WORD<Word>, in_memory ? MANY_VALUES : FEW_VALUES);
     }
 
-    // Keys between a value that is read and one that is prefetched, in whole steps; 0: in the order of addresses alone.
-    int lead_of_values() const {
-        const int64_t row = together * p.V * size, step = value_keys * row;
-        if (!in_memory || row < LARGE_BYTES) return 0;
-        const int64_t bytes = clamp(W * row, LEAST_LEAD, size == 4 ? LEAST_LEAD : MOST_LEAD);
-        return (int)((bytes + step - 1) / step) * value_keys;
+    // Products between one that is computed and one whose keys are prefetched in the order of reading; 0: none are.
+    int64_t lead_of_products() const {
+        if (!in_memory || rows > FEW_ROWS) return 0;
+        const int64_t lines = max<int64_t>(1, p.K * size / 64);
+        return max<int64_t>(products_of(KIND, rows, in_memory), (KEY_LINES + lines - 1) / lines);
+    }
+
+    // The same of the steps of single groups in a pass over values.
+    int64_t lead_of_values() const {
+        if (!in_memory || together * p.V * size < LARGE_BYTES) return 0;
+        const int64_t step = value_keys * p.V * size;
+        return (VALUE_BYTES + step - 1) / step;
     }
 
     // Tiles lie first in scratch memory; returns the number of their rows.
@@ -168,22 +189,29 @@ struct Decoder {
         for (int64_t g = g0; g < g1; g++) memset(row_of(sums, g), 0, (size_t)(rows * plan.value_width * 4));
         const GroupSteps steps{plan.rows * BLOCK_KEYS / PER_WORD<Word>, p.v_stride[2] * size,
                                plan.rows * plan.value_width};
-        // Where rows read a group's values again, or the pass prefetches for itself, groups are taken one by one.
+        // Where rows read a group's values again, or a later group's are prefetched, groups are taken one by one.
         const int64_t side = rows <= VALUE_ROWS && !value_lead ? g1 - g0 : 1;
+        Place later{span.begin, g0};
+        later.advance(value_lead, value_keys, g0, g1);
         for (int n = span.begin; n < span.end; n += value_keys) {
-            const int count = min(value_keys, span.end - n), next = n + value_lead;
-            const bool near = value_lead && next + count <= span.end;
+            const int count = min(value_keys, span.end - n);
             ahead.keep_distance(span.end - n - count);
-            for (int64_t g = g0; g < g1; g += side)
+            for (int64_t g = g0; g < g1; g += side) {
+                const bool near = value_lead && later.n + count <= span.end;
                 ahead.reading(true, count * (int)side, [&] {
                     for (int r = 0; r < rows; r += VALUE_ROWS)
-                        accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), values + n,
-                                              near && !r ? values + next : nullptr, count, g * p.v_stride[2] * size,
+                        accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), values_of(n, g),
+                                              near && !r ? values_of(later.n, later.group) : Rows{}, count,
                                               row_of(sums, g) + r * plan.value_width, plan.value_width, side, steps,
                                               ahead);
                 });
+                later.advance(1, value_keys, g0, g1);
+            }
         }
     }
+
+    Rows keys_of(int n, int64_t g) const { return {keys + n, g * p.k_stride[2] * size}; }
+    Rows values_of(int n, int64_t g) const { return {values + n, g * p.v_stride[2] * size}; }
 
     Word *weights_of(int64_t g, int r, int n) const {
         return weights + ((g * plan.rows + r) * BLOCK_KEYS + n) / PER_WORD<Word>;
@@ -206,7 +234,7 @@ struct Decoder {
                     if (is_finite(element(from, 0))) memcpy(clean[i] + v * size, from, (size_t)size);
                 }
             for (int r = 0; r < rows; r += VALUE_ROWS)
-                accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), at, nullptr, count, 0,
+                accumulate_rows<KIND>(min(VALUE_ROWS, rows - r), p.V, weights_of(g, r, n), Rows{at, 0}, Rows{}, count,
                                       to + r * plan.value_width, plan.value_width, 1, GroupSteps{}, ahead);
         }
         for (int r = 0; r < rows; r++) {
@@ -248,12 +276,15 @@ struct Decoder {
         Products<Word> products[PRODUCTS];
         const int side = products_of(KIND, rows, in_memory);
         int count = 0;
+        Place later{span.begin, g0};  // where the product is whose keys are prefetched
+        later.advance(key_lead, W, g0, g1);
         const auto compute_products = [&] {
             ahead.reading(false, count * W, [&] {
                 for (int r = 0, part; r < rows; r += part) {
                     part = score_part<KIND>(rows - r);
                     score_rows<KIND>(part, count, products, p.K, ahead);
                     for (int c = 0; c < count; c++) {
+                        products[c].next = {};
                         products[c].queries += part * QUERY_WORDS;
                         products[c].scores += part * BLOCK_KEYS;
                     }
@@ -263,8 +294,11 @@ struct Decoder {
         };
         for (int n = span.begin; n < span.end; n += W)
             for (int64_t g = g0; g < g1; g++) {
-                products[count++] = {keys + n, g * p.k_stride[2] * size, queries + g * plan.rows * QUERY_WORDS,
+                const bool near = key_lead && later.n < span.end;
+                products[count++] = {keys_of(n, g), near ? keys_of(later.n, later.group) : Rows{},
+                                     queries + g * plan.rows * QUERY_WORDS,
                                      scores + g * plan.rows * BLOCK_KEYS + n};
+                later.advance(1, W, g0, g1);
                 if (count == side) compute_products();
             }
         if (count) compute_products();

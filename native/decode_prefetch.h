@@ -11,8 +11,8 @@ namespace {
 // core's miss buffers and stops it.
 //
 // A pass over keys reads W keys of all groups by columns: it is prefetched that many bytes ahead. A pass over values
-// reads in the order of addresses, and VALUES_AHEAD bytes suffice, or what it reads at a time. That is less where the
-// keys' distance is more than the L1 cache holds: a line that is still there when it is read is fetched once, not twice.
+// reads nearly in the order of addresses, and VALUES_AHEAD bytes suffice, or a step where rows read it twice. That is
+// less where the keys' distance is more than the L1 cache holds: a line that is still there is fetched once.
 //
 // Caches of all sizes are prefetched. Where keys lie in the L3 cache already, this costs 3 to 8 % of the time; but a
 // model reads the caches of all layers and the weights between two calls, and from memory a short cache takes 1.3 to
@@ -31,7 +31,7 @@ struct Ahead {
     bool values = true;
     Span span{0, 0};
 
-    // `keys` and `values`: most of which a pass reads all groups at a time.
+    // `keys`: most of which a pass reads all groups at a time. `values`: least that are prefetched ahead.
     Ahead(const Plan &plan, const Run &run, const RowTile &tile, int64_t sequence, int64_t together, int keys,
           int values)
         : plan(plan), p(*plan.params), run(run), tile(tile), sequence(sequence), together(together),
@@ -84,7 +84,7 @@ struct Ahead {
     }
 
 private:
-    static constexpr int64_t LINE = 64, LEAST_BYTES = 8 << 10, VALUES_AHEAD = 12 << 10, L1_BYTES = 32 << 10;
+    static constexpr int64_t LINE = 64, LEAST_BYTES = 8 << 10, VALUES_AHEAD = 16 << 10, L1_BYTES = 32 << 10;
 
     // Bytes of one key or value of the groups that are read together.
     int64_t row_bytes(bool of_values) const {

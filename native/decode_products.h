@@ -9,6 +9,7 @@ namespace {
 
 constexpr int PRODUCTS = 4;                   // most products that are summed side by side
 constexpr int VALUE_ROWS = W == 16 ? 6 : 4;  // query rows that each loaded value is multiplied by
+constexpr int FEW_ROWS = 4;                   // query rows up to which memory is the bound, not arithmetic
 
 // Most query rows that each key is multiplied by. There are fewer versions for dtypes that are widened.
 constexpr int key_rows(int kind) {
@@ -23,11 +24,19 @@ int score_part(int rows) {
     return part < rows ? part + 1 : (part + 1) / 2;
 }
 
-// Query rows and W keys of one group.
+// Rows of one group of keys or values.
+struct Rows {
+    const char *const *at;  // addresses of the rows of the first group; null: no rows
+    int64_t offset;         // bytes from the first group to this one
+    INLINE const char *operator[](int64_t n) const { return at[n] + offset; }
+    INLINE Rows from(int64_t bytes) const { return {at, offset + bytes}; }
+};
+
+// Query rows and W keys of one group; and W keys of a later product, or none, which are prefetched in the order in which
+// it reads them.
 template <class Word>
 struct Products {
-    const char *const *keys;
-    int64_t offset;
+    Rows keys, next;
     const Word *queries;
     float *scores;
 };
@@ -53,18 +62,23 @@ __attribute__((noinline)) void score_keys(const Products<typename Row<KIND>::Wor
             vu words[W];
             constexpr int LINES = W * Kind::STEP * Kind::BYTES / 64;
             if (whole) {
-                const char *const from = ahead.take(LINES, of[c].keys[0] + of[c].offset + i * Kind::BYTES);
+                const char *const from = ahead.take(LINES, of[c].keys[0] + i * Kind::BYTES);
+                if (of[c].next.at) {  // a line of LINES keys: of all, or of one half of them and then the other
+                    const Rows next = of[c].next.from(i * Kind::BYTES);
+                    const int64_t first = i / Kind::STEP * LINES % W;
+#pragma GCC unroll 16
+                    for (int k = 0; k < LINES; k++) __builtin_prefetch(next[first + k], 0, 3);
+                }
 #pragma GCC unroll 16
                 for (int k = 0; k < W; k++) {
                     // Between the loads: more requests at once would wait for one another.
                     if (k * LINES % W == 0) __builtin_prefetch(from + k * LINES / W * 64, 0, 3);
-                    const char *const key = of[c].keys[k] + of[c].offset;
-                    words[k] = (vu)Kind::read(key, i);
+                    words[k] = (vu)Kind::read(of[c].keys[k], i);
                     if (k % 4 == 3) asm volatile("" : : : "memory");  // compilers would gather the requests
                 }
                 transpose_vectors(words);
             } else {
-                read_last_words<KIND>(of[c].keys, of[c].offset, i, dims - i, words);
+                read_last_words<KIND>(of[c].keys.at, of[c].keys.offset, i, dims - i, words);
             }
             const auto *query = of[c].queries + i / Kind::STEP * W * Kind::PARTS;
 #pragma GCC unroll 16
@@ -95,7 +109,7 @@ __attribute__((noinline)) void score_keys(const Products<typename Row<KIND>::Wor
 // latency.
 constexpr int products_of(int kind, int rows, bool in_memory) {
     if (rows <= 2) return in_memory ? 1 : rows == 1 ? PRODUCTS : 2;
-    return rows <= 4 && (kind == PAIRS || is_stored(kind)) ? 2 : 1;
+    return rows <= FEW_ROWS && (kind == PAIRS || is_stored(kind)) ? 2 : 1;
 }
 
 template <int R, int KIND>
@@ -122,12 +136,13 @@ INLINE void prefetch_lines(const char *from) {
     for (int i = 0; i < COUNT; i++) __builtin_prefetch(from + i * 64, 0, 3);
 }
 
-// out[r] += Σ weight · value over `keys` keys, one after the other, for C vectors of columns. weights [R][BLOCK_KEYS].
-// `next` [keys], where not null: the same columns there are prefetched.
+// out[r] += Σ weight · value over `keys` keys, one after the other, for C vectors of columns. Rows of values have `left`
+// columns left, which may end within the last vector. weights [R][BLOCK_KEYS]. The same columns of `next`, [keys] or
+// none, are prefetched.
 template <int R, int C, int KIND>
-INLINE void accumulate_columns(const float *weights, const char *const *values, const char *const *next,
-                               int keys, int64_t offset, int64_t column, int64_t count, float *out, int64_t width,
-                               Ahead &ahead) {
+INLINE void accumulate_columns(const float *weights, Rows values, Rows next, int keys, int64_t column, int64_t left,
+                               float *out, int64_t width, Ahead &ahead) {
+    constexpr int LINES = (C * W * Row<KIND>::BYTES + 63) / 64;
     const Row<KIND> kind(ahead.p.stored);
     vf acc[R][C];
 #pragma GCC unroll 6
@@ -135,19 +150,20 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) acc[r][c] = load(out + r * width + column + c * W);
     for (int n = 0; n < keys; n++) {
-        const char *at = values[n] + offset;
+        const char *const at = values[n];
         vf value[C];
-        constexpr int LINES = C * W * Row<KIND>::BYTES / 64;
-        if (next)
-            prefetch_lines<max(1, LINES)>(next[n] + offset + column * Row<KIND>::BYTES);
-        else if (C > 1)
+        if (next.at)
+            prefetch_lines<LINES>(next[n] + column * Row<KIND>::BYTES);
+        else
             ahead.lines(LINES);
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++)
             if constexpr (is_stored(KIND))
-                value[c] = C > 1 || count >= W ? kind.read_value(at, column + c * W) : kind.read_last_value(at, column, count);
+                value[c] = c < C - 1 || left >= C * W ? kind.read_value(at, column + c * W)
+                                                      : kind.read_last_value(at, column + c * W, left - c * W);
             else
-                value[c] = C > 1 || count >= W ? kind.read(at, column + c * W) : kind.read_last(at, column, count);
+                value[c] = c < C - 1 || left >= C * W ? kind.read(at, column + c * W)
+                                                      : kind.read_last(at, column + c * W, left - c * W);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             const vf weight = broadcast(weights[r * BLOCK_KEYS + n]);
@@ -165,9 +181,8 @@ INLINE void accumulate_columns(const float *weights, const char *const *values, 
 // The same for C · 2 W columns of bf16 values. Two keys' rows are interleaved, which leaves the columns of `out` in
 // another order until `unpermute_columns`. weights [R][BLOCK_KEYS / 2] bf16 pairs.
 template <int R, int C>
-INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values, const char *const *next,
-                             int keys, int64_t offset, int64_t column, int64_t count, float *out, int64_t width,
-                             Ahead &ahead) {
+INLINE void accumulate_pairs(const uint32_t *weights, Rows values, Rows next, int keys, int64_t column, int64_t left,
+                             float *out, int64_t width, Ahead &ahead) {
     vf acc[R][2 * C];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -175,18 +190,19 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
         for (int c = 0; c < 2 * C; c++) acc[r][c] = load(out + r * width + column + c * W);
     for (int n = 0; n < keys; n += 2) {
         vu pair[2 * C];
-        if (!next) ahead.lines(2 * C);
+        if (!next.at) ahead.lines(2 * C);
 #pragma GCC unroll 2
         for (int c = 0; c < C; c++) {
-            const int64_t at = offset + (column + c * 2 * W) * 2;
-            const uint16_t *a = (const uint16_t *)(values[n] + at), *b = (const uint16_t *)(values[n + 1] + at);
-            if (next) {
+            const int64_t at = (column + c * 2 * W) * 2;
+            const uint16_t *a = (const uint16_t *)(values[n] + at);
+            const uint16_t *b = (const uint16_t *)(values[n + 1] + at);
+            if (next.at) {
                 __builtin_prefetch(next[n] + at, 0, 3);
                 __builtin_prefetch(next[n + 1] + at, 0, 3);
             }
-            const bool whole = C > 1 || count >= 2 * W;
-            const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, count));
-            const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, count));
+            const bool whole = c < C - 1 || left >= C * 2 * W;
+            const __m512i x = (__m512i)(whole ? load_pairs(a) : load_first_pairs(a, left - c * 2 * W));
+            const __m512i y = (__m512i)(whole ? load_pairs(b) : load_first_pairs(b, left - c * 2 * W));
             pair[2 * c] = (vu)_mm512_unpacklo_epi16(x, y);
             pair[2 * c + 1] = (vu)_mm512_unpackhi_epi16(x, y);
         }
@@ -205,26 +221,25 @@ INLINE void accumulate_pairs(const uint32_t *weights, const char *const *values,
 
 // The same for 4 W columns of values of 8 bits, in yet another order.
 template <int R>
-INLINE void accumulate_stored_pairs(const uint32_t *weights, const char *const *values, const char *const *next,
-                                    int keys, int64_t offset, int64_t column, int64_t count, float *out,
-                                    int64_t width, Ahead &ahead) {
+INLINE void accumulate_stored_pairs(const uint32_t *weights, Rows values, Rows next, int keys, int64_t column,
+                                    int64_t left, float *out, int64_t width, Ahead &ahead) {
     const Row<STORED_PAIRS> kind(ahead.p.stored);
     vf acc[R][4];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < 4; c++) acc[r][c] = load(out + r * width + column + c * W);
-    const bool whole = count >= 4 * W;
+    const bool whole = left >= 4 * W;
     for (int n = 0; n < keys; n += 2) {
-        if (next) {
-            __builtin_prefetch(next[n] + offset + column, 0, 3);
-            __builtin_prefetch(next[n + 1] + offset + column, 0, 3);
+        if (next.at) {
+            __builtin_prefetch(next[n] + column, 0, 3);
+            __builtin_prefetch(next[n + 1] + column, 0, 3);
         } else {
             ahead.lines(2);
         }
-        const char *a = values[n] + offset + column, *b = values[n + 1] + offset + column;
-        const __m512i x = (__m512i)(whole ? load_bytes(a) : load_first_bytes(a, count));
-        const __m512i y = (__m512i)(whole ? load_bytes(b) : load_first_bytes(b, count));
+        const char *a = values[n] + column, *b = values[n + 1] + column;
+        const __m512i x = (__m512i)(whole ? load_bytes(a) : load_first_bytes(a, left));
+        const __m512i y = (__m512i)(whole ? load_bytes(b) : load_first_bytes(b, left));
         const __m512i both[2] = {_mm512_unpacklo_epi8(x, y), _mm512_unpackhi_epi8(x, y)};
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
@@ -277,31 +292,33 @@ INLINE void unpermute_columns(float *out, int64_t width) {
 }
 
 template <int R, int KIND>
-INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weights, const char *const *values,
-                              const char *const *next, int keys, int64_t offset, float *out, int64_t width,
-                              Ahead &ahead) {
-    int64_t v = 0;
+INLINE void accumulate_values(int64_t dims, const typename Row<KIND>::Word *weights, Rows values, Rows next, int keys,
+                              float *out, int64_t width, Ahead &ahead) {
+#define KEYSPAN_COLUMNS(function, ...) \
+    function<R, __VA_ARGS__>(weights, values, next, keys, v, dims - v, out, width, ahead)
 #if defined(KEYSPAN_AVX512BF16)
     if constexpr (KIND == PAIRS) {
-        for (; v + 4 * W <= dims; v += 4 * W)
-            accumulate_pairs<R, 2>(weights, values, next, keys, offset, v, 4 * W, out, width, ahead);
-        for (; v < dims; v += 2 * W)
-            accumulate_pairs<R, 1>(weights, values, next, keys, offset, v, dims - v, out, width, ahead);
+        int64_t v = 0;
+        for (; v + 2 * W < dims; v += 4 * W) KEYSPAN_COLUMNS(accumulate_pairs, 2);
+        if (v < dims) KEYSPAN_COLUMNS(accumulate_pairs, 1);
         return;
     }
     if constexpr (KIND == STORED_PAIRS) {
-        for (; v < dims; v += 4 * W)
-            accumulate_stored_pairs<R>(weights, values, next, keys, offset, v, dims - v, out, width, ahead);
+        for (int64_t v = 0; v < dims; v += 4 * W)
+            accumulate_stored_pairs<R>(weights, values, next, keys, v, dims - v, out, width, ahead);
         return;
     }
 #endif
-    if constexpr (KIND != PAIRS && KIND != STORED_PAIRS) {
-        for (; v + COLUMNS * W <= dims; v += COLUMNS * W)
-            accumulate_columns<R, COLUMNS, KIND>(weights, values, next, keys, offset, v, COLUMNS * W, out, width,
-                                                 ahead);
-        for (; v < dims; v += W)
-            accumulate_columns<R, 1, KIND>(weights, values, next, keys, offset, v, dims - v, out, width, ahead);
-    }
+    if constexpr (KIND != PAIRS && KIND != STORED_PAIRS)
+        for (int64_t v = 0; v < dims; v += COLUMNS * W) {
+            switch ((dims - v + W - 1) / W) {
+            case 1: KEYSPAN_COLUMNS(accumulate_columns, 1, KIND); break;
+            case 2: KEYSPAN_COLUMNS(accumulate_columns, 2, KIND); break;
+            case 3: KEYSPAN_COLUMNS(accumulate_columns, min(3, COLUMNS), KIND); break;
+            default: KEYSPAN_COLUMNS(accumulate_columns, COLUMNS, KIND);
+            }
+        }
+#undef KEYSPAN_COLUMNS
 }
 
 // Distances from one group to the next: of weights in words, of values in bytes, of sums in floats.
@@ -312,13 +329,12 @@ struct GroupSteps {
 // Several groups in one call: a call for each would take as long as the few values of one.
 template <int KIND>
 __attribute__((noinline)) void accumulate_rows(int rows, int64_t dims, const typename Row<KIND>::Word *weights,
-                                               const char *const *values, const char *const *next, int keys,
-                                               int64_t offset, float *out, int64_t width, int64_t groups,
-                                               const GroupSteps &steps, Ahead &ahead) {
-#define KEYSPAN_ACCUMULATE(R)                                                                                        \
-    for (int64_t g = 0; g < groups; g++)                                                                             \
-        accumulate_values<R, KIND>(dims, weights + g * steps.weights, values, next, keys, offset + g * steps.values, \
-                                   out + g * steps.out, width, ahead);                                               \
+                                               Rows values, Rows next, int keys, float *out, int64_t width,
+                                               int64_t groups, const GroupSteps &steps, Ahead &ahead) {
+#define KEYSPAN_ACCUMULATE(R)                                                                               \
+    for (int64_t g = 0; g < groups; g++)                                                                    \
+        accumulate_values<R, KIND>(dims, weights + g * steps.weights, values.from(g * steps.values), next, keys, \
+                                   out + g * steps.out, width, ahead);                                      \
     return
     switch (rows) {
     case 1: KEYSPAN_ACCUMULATE(1);

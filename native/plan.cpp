@@ -604,9 +604,10 @@ EXPORT const char *keyspan_threading() {
 // Runs the problem and returns 0; or, where it needs a workspace and none is given, returns its size in bytes.
 template <class Run>
 int64_t with_workspace(const Params *p, bool backward, const Run &run) {
-    // Allocation would cost a small problem more than its work: each Python thread caches a small workspace. Under the
-    // address sanitizer every problem gets memory of its own.
-    constexpr int64_t ALIGNMENT = 64, CACHED_BYTES = GUARD ? 0 : 1 << 18;
+    // Allocation would cost a small problem more than its work, and decoding the faults of some hundred fresh pages: each
+    // Python thread caches a workspace, which takes no memory before it is used. Under the address sanitizer every
+    // problem gets memory of its own.
+    constexpr int64_t ALIGNMENT = 64, CACHED_BYTES = GUARD ? 0 : 4 << 20, SMALL_BYTES = GUARD ? 0 : 1 << 18;
     thread_local std::unique_ptr<char[]> cached;
     if (CACHED_BYTES && !cached) cached.reset(new char[CACHED_BYTES + ALIGNMENT]);
     Params own = *p;
@@ -617,7 +618,7 @@ int64_t with_workspace(const Params *p, bool backward, const Run &run) {
     own.workspace = (char *)(((uintptr_t)own.workspace + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     thread_local PlanStorage plan;
     make_plan(own, backward, plan);
-    if (!p->workspace && plan.bytes > CACHED_BYTES) return plan.bytes + ALIGNMENT;
+    if (!p->workspace && plan.bytes > (plan.decode ? CACHED_BYTES : SMALL_BYTES)) return plan.bytes + ALIGNMENT;
     run(own, plan, *kernels_of(own.isa), useful_threads(own, plan));
     return 0;
 }
