@@ -252,6 +252,8 @@ def _assembly(asm: str, constraints: str, given: list[Any], **_: Any) -> Any:
         # Every lane reads one address.
         where = given[0].offset
         return value(np.full(np.shape(where), _atomic_add(Pointer(given[0].data, given[0].dtype, np.max(where)), 0)))
+    if "lg2" in asm:
+        return value(np.log2(given[0]))
     if "wait_group.read" in asm:
         _here.copies = [(to, Shared(source.data.copy(), source.dtype), add) for to, source, add in _here.copies]
         _here.copies_read = True

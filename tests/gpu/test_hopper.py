@@ -347,6 +347,50 @@ def test_windows_that_begin_with_one_key_of_their_first_block(first):
     assert worst(got[1].double(), want[1].double()) <= allowed["lse"]
 
 
+ALIBI = {
+    "full": None,
+    "causal": keyspan.Causal(),
+    "keys far behind": keyspan.KeyRanges(
+        *(x.int()[None, None] for x in (torch.zeros(200), (torch.arange(200) - 100).clamp(min=0), torch.arange(200)))
+    ),
+    "documents": keyspan.Documents([7, 93, 100]) & keyspan.Causal(),
+}
+
+
+@pytest.mark.parametrize("jump", [-40, 0, 40])
+@pytest.mark.parametrize("slopes", [(0.0, 0.01), (0.5, 8.0), (-0.5, -8.0), (30.0, -30.0), (1e30, -3e38)])
+@pytest.mark.parametrize("name", ALIBI)
+def test_alibi_that_grows_within_a_row(name, slopes, jump):
+    """By more than weights relative to an early block can hold, unless a pivot foresees it."""
+    mask, bias = ALIBI[name], keyspan.Alibi(torch.tensor(slopes, dtype=torch.float64))
+    base, flat = rising(jump, mask), rising(0, mask)
+    problem = make_problem(base.query.flatten(2, 3), base.key, base.value, mask=mask, bias=bias)[0]
+    want, level = (dict(zip(("out", "lse"), attend(x, "reference"), strict=True)) for x in (problem, flat))
+    with torch.no_grad():
+        got = dict(zip(("out", "lse"), attend(in_bfloat16(problem), "triton"), strict=True))
+    allowed = [tolerances(problem, torch.float32, want), tolerances(flat, torch.bfloat16, level)]
+    for result in want:
+        error = worst(got[result].double(), want[result].double())
+        assert error <= sum(x[result] for x in allowed), f"{result}: error {error:.3g}"
+
+
+def test_ordinary_rows_with_alibi_are_not_computed_again(monkeypatch):
+    changes("hopper_kernels", *REPAIR, monkeypatch)
+    unrepaired_cases_with_alibi()
+
+
+def unrepaired_cases_with_alibi():
+    for case in (LARGE[4], Case("steep", M=200, N=200, heads=4, alibi=True, mask=keyspan.Causal)):
+        agree(case)
+    for slope in (8.0, -8.0):
+        problem = rising(0, keyspan.Causal())
+        bias = keyspan.Alibi(torch.full((2,), slope, dtype=torch.float64))
+        query = problem.query.flatten(2, 3)
+        problem = make_problem(query, problem.key, problem.value, mask=keyspan.Causal(), bias=bias)[0]
+        with torch.no_grad():
+            attend(in_bfloat16(problem), "triton")
+
+
 def test_large_values():
     """Sums of weights times values overflow where the mean of the values does not; also where no pivot stays."""
     problem = rising(20, keyspan.Causal())
@@ -386,15 +430,18 @@ def test_infinite_scores_and_nan():
     ("right", "wrong", "fails"),
     [
         ("trusted = l <= TRUSTED", "trusted = l >= 0", "rising"),
-        ("(gl.abs(acc) <= LARGEST)", "(acc == acc)", "large values"),
+        ("gl.sum(acc * 0.0, 1) == 0", "gl.sum(gl.where(acc == acc, 0.0, 1.0), 1) == 0", "large values"),
         ("gl.where(sees & (highest == -INFINITY), float(\"nan\"), shrink)", "shrink", "infinite"),
         ("mask=stored != stored", "mask=stored < stored", "rising"),
         ("gl.where(due | (j0 - lo < C.BN), highest, m)", "gl.where(due, highest, m)", "unrepaired"),
         ("if due | (j0 - full_first < C.BN):", "if due:", "unrepaired"),
         ("gl.where(due | (j0 - lo < C.BN), highest, m)", "gl.where(number == 0, highest, m)", "unrepaired"),
+        ("above += _growth(terms[0], lo, width, diagonal, j0, C)", "pass", "unrepaired alibi"),
+        ("trusted & ((l >= LEAST) | (m == -INFINITY))", "trusted", "alibi"),
     ],
     ids=["sums that overflow", "values that overflow", "nothing but -inf", "lse not stored", "no first pivot",
-         "first pivot of some rows", "pivot of the first block alone"],
+         "first pivot of some rows", "pivot of the first block alone",
+         "growth not foreseen", "small sums"],
 )  # fmt: skip
 def test_the_tests_of_pivots_see_mistakes(right, wrong, fails, monkeypatch):
     tests = {
@@ -402,8 +449,10 @@ def test_the_tests_of_pivots_see_mistakes(right, wrong, fails, monkeypatch):
         "large values": test_large_values,
         "infinite": test_infinite_scores_and_nan,
         "unrepaired": unrepaired_cases,
+        "alibi": lambda: test_alibi_that_grows_within_a_row("causal", (0.5, 8.0), -200),
+        "unrepaired alibi": unrepaired_cases_with_alibi,
     }
-    if fails == "unrepaired":
+    if fails.startswith("unrepaired"):
         right, wrong = [right, REPAIR[0]], [wrong, REPAIR[1]]
     changes("hopper_kernels", right, wrong, monkeypatch)
     with pytest.raises((AssertionError, NameError)):
@@ -471,6 +520,10 @@ def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
         ),
         ("ends = ends & LAST", "ends = row * 0 + LAST"),
         ("gl.store(counters, 0)", "pass"),
+        ("(t + 2 == count)", "(t < 0)"),
+        ("if (count == 1) & (ends >= LAST):", "if False:"),
+        ("            s = warpgroup_mma_wait(0, deps=(s,))\n        else", "            pass\n        else"),
+        ("filled, loaded, count, zero, C)", "filled + 1, loaded, count, zero, C)"),
     ],
     ids=[
         "wrong phase",
@@ -484,12 +537,22 @@ def test_hidden_nan_and_infinity_do_not_reach_a_gradient():
         "sums of the item before",
         "ends early",
         "no reset",
+        "query of several blocks not released",
+        "query of one block not released",
+        "no wait for the next item",
+        "other keys for the next item",
     ],
 )
 def test_the_emulator_sees_mistakes(right, wrong, monkeypatch):
     breaks("hopper_kernels", right, wrong, monkeypatch)
-    with pytest.raises((AssertionError, TimeoutError, TypeError)):
-        agree(next(case for case in CASES if case.name == "relative table, two ranges"))
+    with pytest.raises((AssertionError, TimeoutError, TypeError, AttributeError)):
+        agree_on_items()
+
+
+def agree_on_items():
+    for case in (*LARGE[2:4], Case("one block", M=20, N=20, B=2, mask=keyspan.Causal)):
+        agree(case)
+    agree(next(case for case in CASES if case.name == "relative table, two ranges"))
 
 
 def breaks(module, right, wrong, monkeypatch):
@@ -641,12 +704,16 @@ def test_a_reason_is_given_against_each_problem_that_is_not_for_it(monkeypatch):
     assert reason(4096, 4096, 16, 96) is None
     assert reason(8192, 8192, 64, 64) is None
     assert "float32" in reason(4096, 4096, 16, 128, torch.float32)
-    assert "queries" in reason(512, 4096, 32, 128)
+    assert reason(512, 512, 64, 128) is None
+    assert "queries" in reason(256, 4096, 64, 128)
     assert "keys" in reason(4096, 77, 32, 128)
     assert "tiles" in reason(1024, 1024, 4, 128)
     assert reason(8192, 8192, 64, 64, mask=causal) is None
-    documents = keyspan.Documents([1024] * 8) & causal
-    assert "rows see 512 keys" in reason(8192, 8192, 64, 64, mask=documents)
+    documents = [keyspan.Documents([n] * (8192 // n)) & causal for n in (512, 256)]
+    assert reason(8192, 8192, 64, 64, mask=documents[0]) is None
+    assert "rows see 128 keys" in reason(8192, 8192, 64, 64, mask=documents[1])
+    assert reason(2048, 2048, 16, 64, mask=causal) is None
+    assert "tiles" in reason(1024, 1024, 16, 64, mask=causal)
     unknown = dataclasses.replace(causal.lower(1, 8192, 8192), row_keys=0)
     assert "does not know" in reason(8192, 8192, 64, 64, mask=unknown)
     q = torch.empty(1, 8192, 64, 64, dtype=torch.bfloat16)
@@ -780,7 +847,7 @@ def test_explain_says_which_kernels_run(monkeypatch):
 
 
 def test_compiles_for_sm_90():
-    """Forward: no spills in the loop over keys without ALiBi and a table. Backward: nearly none. Nothing serialised; it
+    """Forward: nearly no spills in the loop over keys without ALiBi and a table. Backward: nearly none. Nothing serialised; it
     fits."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).parent
@@ -807,8 +874,9 @@ def test_compiles_for_sm_90():
         assert kernel["serialised"] == [], name
         assert kernel["overlaid"] == 0, name
         assert kernel["shared"] <= 227 * 1024, name
-        # In forward what a branch needs that few tiles take: scores near the diagonal.
-        limit = 16 if kernel not in forward else 32 if kernel["kind"] in ("alibi", "table") else 0
+        # In forward numbers of the loop where three consumers have 160 registers each, and what a branch needs that few
+        # tiles take: scores near the diagonal.
+        limit = 16 if kernel not in forward else 32 if kernel["kind"] in ("alibi", "table") else 4
         assert kernel["loop_spills"] <= limit, (name, kernel)
     # What comes before and after has no loop.
     ends = {x["kernel"]: x for x in found if x["kernel"] in ("hopper_stats_kernel", "hopper_finish_kernel")}

@@ -14,16 +14,18 @@ from keyspan.core.problem import Problem
 
 # By head dimension: fewest queries, fewest keys, and fewest tiles of queries for each multiprocessor. Below these the plain
 # kernel was as fast on an H100, or faster.
-_LEAST = {64: (1024, 4096, 8.0), 128: (1024, 1024, 1.2), 256: (256, 256, 1.2)}
+_LEAST = {64: (512, 512, 1.9), 128: (512, 512, 1.2), 256: (256, 256, 1.2)}
 _LEAST_DIM = 40
 """Head dimensions are padded to 64 and more."""
 _CACHED_KEYS = 16 * 2**20
 """Bytes of keys and values that programs running at the same time should share; a third of an H100's L2. Four times as
 many where rows have ranges over many keys, of which they are likely to see a part, and heads are of up to 128."""
 _MANY_KEYS = 16384
+_LEAST_FORWARD_ROW_KEYS = 256
+"""Forward with heads of up to 64: fewest keys that rows see on average, see `KeyRanges.row_keys`."""
 _LEAST_ROW_KEYS = 1024
-"""Fewest keys that rows see on average, see `KeyRanges.row_keys`: forward with heads of up to 64, and backward, where half
-of it is enough if query heads share a key head, and `_LEAST_UPWARD_KEYS` if blocks go up."""
+"""The same of backward, where half of it is enough if query heads share a key head, and `_LEAST_UPWARD_KEYS` if blocks go
+up."""
 _MANY_ROW_KEYS = 4096
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -40,10 +42,11 @@ def reason_against(problem: Problem) -> str | None:
     if min(K, value.shape[-1]) < _LEAST_DIM:
         return f"head dimensions are {K} and {value.shape[-1]}, want at least {_LEAST_DIM}"
     dim = _padded(max(K, value.shape[-1]))
-    if dim == 64 and problem.lo is not None and problem.row_keys < _LEAST_ROW_KEYS:
+    if dim == 64 and problem.lo is not None and problem.row_keys < _LEAST_FORWARD_ROW_KEYS:
         if not problem.row_keys:
             return "a mask whose lengths the host does not know may be short documents"
-        return f"rows see {problem.row_keys} keys on average, want at least {_LEAST_ROW_KEYS} with heads of up to 64"
+        least = _LEAST_FORWARD_ROW_KEYS
+        return f"rows see {problem.row_keys} keys on average, want at least {least} with heads of up to 64"
     queries, keys, share = _LEAST[dim]
     if min(M - queries, value.shape[1] - keys) < 0:
         return f"there are {M} queries and {value.shape[1]} keys, want at least {queries} and {keys}"
@@ -183,10 +186,17 @@ def launch(
     simple = problem.scale >= _SMALLEST and not problem.softcap and problem.slopes is None and problem.table is None
     S = 0 if problem.lo is None else problem.lo.shape[0]
     kind = simple, problem.softcap > 0
-    # Weights greater than 1 overflow in fp16; a sink's score is a pivot from the start.
-    terms = problem.slopes, problem.table, problem.sinks
-    lazy = problem.query.dtype == torch.bfloat16 and terms == (None, None, None)
-    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, *kind, consumers, tile.stages, *registers, lazy)
+    # Weights greater than 1 overflow in fp16; a sink's score is a pivot from the start; how ALiBi's term still grows is
+    # known within one range.
+    lazy = (
+        problem.query.dtype == torch.bfloat16
+        and problem.table is None
+        and problem.sinks is None
+        and (problem.slopes is None or S <= 1)
+    )
+    # Without ranges a query that is loaded early made the kernel slower; with three consumers registers are too few.
+    ahead = lazy and S > 0 and consumers == 2 and problem.slopes is None
+    form = Form(tile.BM, tile.BN, K, V, k_dim, v_dim, H, S, *kind, consumers, tile.stages, *registers, lazy, ahead)
     unit = math.log2(math.e) if problem.table is None else 1
     score = problem.scale / problem.softcap if problem.softcap else problem.scale * unit
     scales = Scales(*map(_single, (score, problem.softcap * unit)))

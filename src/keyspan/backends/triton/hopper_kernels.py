@@ -32,6 +32,9 @@ PERIOD = gl.constexpr(4096)
 """Keys of a document between blocks that raise a row's pivot."""
 TRUSTED = gl.constexpr(2.0**126)
 """The largest sum of weights of a row that is not computed again: 1 / more is no normal number."""
+LEAST = gl.constexpr(2.0**-80)
+"""The smallest sum with ALiBi that is not computed again: a pivot is greater than all scores where keys near the diagonal
+have much lower products than those of the block that raised it."""
 
 # Entries of a plan, which is one run of blocks: the item's first row, head of the group, group and batch entry; which range
 # of its rows; the first key and how many blocks; whether the item begins and ends with it (FIRST, LAST); how many blocks of
@@ -41,7 +44,7 @@ ROW, HEAD, GROUP, BATCH, RANGE, BEGIN, COUNT, ENDS, BEFORE, FULL = map(gl.conste
 ENTRIES = gl.constexpr(32)
 FIRST, LAST = map(gl.constexpr, (1, 2))
 EARLY = gl.constexpr(3)
-"""Blocks of keys before an item's last, at which the next item is taken."""
+"""Blocks of keys before an item's last, before whose loads the next item is taken."""
 
 
 class Form(NamedTuple):
@@ -68,6 +71,8 @@ class Form(NamedTuple):
     producer_registers: int
     lazy: bool = False
     """Forward only: a row keeps its pivot in most blocks, so that weights may be greater than 1; see `_raised`."""
+    ahead: bool = False
+    """Forward only: the first product of the next item is issued before the results of an item are written."""
 
 
 class Scales(NamedTuple):
@@ -234,6 +239,16 @@ def _following(rows, after, C: gl.constexpr):
 
 
 @gluon.jit
+def _ticket(counter, order: gl.constexpr):
+    """A counter's next number. The first lane takes it and the others get it from its register: the result of a scalar
+    addition comes through shared memory, at an address of the compiler's choice. Any order but "relaxed" waits for
+    memory: some thousand cycles."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    taken = gl.atomic_add(counter + lane * 0, lane * 0 + 1, mask=lane == 0, sem=order)
+    return gl.max(gl.where(lane == 0, taken, -1), 0)
+
+
+@gluon.jit
 def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
     """Takes items, each once most keys of the one before are on their way, and works out which keys it visits."""
     CONSUMERS: gl.constexpr = C.consumers
@@ -311,11 +326,11 @@ def _planner(a, rings, counters, heads_at_once, items, C: gl.constexpr):
         # Late, or long items would be taken early by who is busy; early enough to plan while keys of this one are used.
         mbarrier.wait(taken.index(0), number & 1)
         number += 1
-        item = gl.num_programs(0) + gl.atomic_add(counters, 1)
+        item = gl.num_programs(0) + _ticket(counters, "relaxed")
     mbarrier.wait(empty.index(turn % 2), turn // 2 & 1 ^ 1)
     _put((plans, turn % 2 * ENTRIES), COUNT, item * 0 - 1)
     mbarrier.arrive(full.index(turn % 2), count=1)
-    if gl.atomic_add(counters + 1, 1) == gl.num_programs(0) - 1:
+    if _ticket(counters + 1, "acq_rel") == gl.num_programs(0) - 1:
         gl.store(counters, 0)
         gl.store(counters + 1, 0)
 
@@ -351,6 +366,8 @@ def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
         begin, ends = _get(plan, BEGIN), _get(plan, ENDS)
         for t in range(count):
             j0 = begin + t * C.BN
+            if (ends >= LAST) & (t == gl.maximum(count - EARLY, 0)):
+                mbarrier.arrive(taken.index(0), count=1)
             stage = (filled + t) % C.stages
             phase = (filled + t) // C.stages & 1
             # Keys are done with when the values of the stage before are, but for the first ones of a run: those when
@@ -368,10 +385,8 @@ def _producer(query_tiles, key_tiles, value_tiles, rings, C: gl.constexpr):
             mbarrier.wait(stage_empty.index(stage), phase ^ 1)
             mbarrier.expect(value_full.index(stage), value_tiles.block_type.nbytes)
             tma_load(value_tiles, [b, g, j0, 0], value_full.index(stage), values.index(stage))
-            if (ends >= LAST) & (t == count - EARLY):
-                mbarrier.arrive(taken.index(0), count=1)
         mbarrier.arrive(plan_empty.index(turn % 2), count=1)
-        if (ends >= LAST) & (count < EARLY):
+        if (ends >= LAST) & (count == 0):
             mbarrier.arrive(taken.index(0), count=1)
         filled += count
         turn += 1
@@ -518,18 +533,25 @@ def _weights(a, s, scales, g, h, terms, bounds, j0, number, m, l, acc, C: gl.con
     """The online softmax of products with keys j0 …, the document's `number`-th block: weights; the new pivots; the new sums
     of weights (`_by_thread`) and of values, but for this block's."""
     if C.lazy:
-        s = _capped(s, scales, C)
-        unit = scales.score if C.simple else 1.0
-        lo, width, _, full_first, full_last, _, _ = bounds
-        if (j0 < full_first) | (j0 + C.BN > full_last):
-            n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
-            s = _masked(s, n, _opaque(lo - j0), width)
+        lo, width, diagonal, full_first, full_last, _, _ = bounds
+        if a.slopes is not None:
+            s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, j0, C)
+        else:
+            s = _capped(s, scales, C)
+            unit = scales.score if C.simple else 1.0
+            shift = 0.0
+            if (j0 < full_first) | (j0 + C.BN > full_last):
+                n = gl.expand_dims(gl.arange(0, C.BN, gl.SliceLayout(0, s.type.layout)), 0)
+                s = _masked(s, n, _opaque(lo - j0), width)
         pivot = m
         due = number % (PERIOD // C.BN) == 0
         # Every row has its first pivot once this is false, see `_raised`.
         if due | (j0 - full_first < C.BN):
-            m, pivot, l, acc = _raised(s, unit, lo, width, j0, due, m, l, acc, C)
-        difference = s * unit - gl.expand_dims(pivot, 1)
+            above = shift
+            if a.slopes is not None:
+                above += _growth(terms[0], lo, width, diagonal, j0, C)
+            m, pivot, l, acc = _raised(s, unit, above, lo, width, j0, due, m, l, acc, C)
+        difference = s * unit - gl.expand_dims(pivot - shift, 1)
     else:
         s, unit, shift = _scores(s, a, scales, g, h, terms, bounds, j0, C)
         highest = gl.maximum(m, _largest(s, m, C) * unit + shift)
@@ -545,20 +567,38 @@ def _weights(a, s, scales, g, h, terms, bounds, j0, number, m, l, acc, C: gl.con
 
 
 @gluon.jit
-def _raised(s, unit, lo, width, j0, due, m, l, acc, C: gl.constexpr):
+def _raised(s, unit, above, lo, width, j0, due, m, l, acc, C: gl.constexpr):
     """New pivots, and finite ones for this block; sums relative to them.
 
     A pivot becomes the largest score so far in the row's first block, in the second if the first is cut by lo, and where a
-    block is `due`. It depends on the row alone, and so do the row's bits. Where scores grow by more than some 2^126 between,
-    and where all of the first block are −inf, the sum of weights tells: `_finish` has such rows computed again.
+    block is `due`; with ALiBi, plus what its term still grows by (`above`, with the shift of these scores): else scores of
+    a steep slope would overflow near the diagonal. It depends on the row alone, and so do the row's bits. Where scores grow by
+    more than some 2^126 between, and where all of the first block are −inf, the sum of weights tells: `_finish` has such rows
+    computed again.
     """
-    highest = gl.maximum(m, _largest(s, m, C) * unit)
+    highest = gl.maximum(m, _largest(s, m, C) * unit + above)
     highest = gl.where(due | (j0 - lo < C.BN), highest, m)
     pivot = gl.where(highest == -INFINITY, 0.0, highest)
     shrink = gl.exp2(m - pivot)
     sees = (j0 - lo < width) & (lo - j0 < C.BN) & (width > 0)
     shrink = gl.where(sees & (highest == -INFINITY), float("nan"), shrink)
     return highest, pivot, _scaled(l, shrink), _scaled(acc, shrink)
+
+
+@gluon.jit
+def _growth(slope, lo, width, diagonal, j0, C: gl.constexpr):
+    """The largest ALiBi term of all keys that a row sees, less the largest of those in the block of keys j0 …"""
+    last = lo + width - 1
+    first_here = gl.maximum(lo, j0)
+    last_here = gl.minimum(last, j0 + C.BN - 1)
+    # The nearest key with a slope > 0, else the farthest.
+    nearest = gl.abs(gl.minimum(gl.maximum(diagonal, lo), last) - diagonal)
+    nearest_here = gl.abs(gl.minimum(gl.maximum(diagonal, first_here), last_here) - diagonal)
+    farthest = gl.maximum(gl.abs(lo - diagonal), gl.abs(last - diagonal))
+    farthest_here = gl.maximum(gl.abs(first_here - diagonal), gl.abs(last_here - diagonal))
+    return gl.maximum(
+        slope * (nearest_here - nearest).to(gl.float32), slope * (farthest_here - farthest).to(gl.float32)
+    )
 
 
 @gluon.jit
@@ -598,6 +638,9 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
     loaded = 0
     mbarrier.wait(plan_full.index(0), 0)
     count = _get((plans, 0), COUNT)
+    if C.ahead:
+        s = _begun(q, keys, key_full, query_full.index(ME), 0, 0, count, zero, C)
+        s = warpgroup_mma_wait(0, deps=(s,))
     while count >= 0:
         plan = (plans, turn % 2 * ENTRIES)
         row, h, g, b = _get(plan, ROW), _get(plan, HEAD), _get(plan, GROUP), _get(plan, BATCH)
@@ -611,8 +654,12 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
             begin, before = _get(plan, BEGIN), _get(plan, BEFORE)
             terms = _position_terms(a, b, g, h)
             bounds = _bounds(a, rings, plan, turn % 2, b, i, ME, C)
-            mbarrier.wait(query_full.index(ME), loaded & 1)
-            s = _product(q, keys, key_full, filled, zero, C)
+            if C.ahead:
+                if (count == 1) & (ends >= LAST):
+                    mbarrier.arrive(query_empty.index(ME), count=1)
+            else:
+                mbarrier.wait(query_full.index(ME), loaded & 1)
+                s = _product(q, keys, key_full, filled, zero, C)
             for t in range(count):
                 stage = (filled + t) % C.stages
                 # Before the softmax, though needed after it: the compiler mixes instructions between waits only, and
@@ -623,6 +670,9 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
                 acc = warpgroup_mma(weights, values.index(stage).reshape([C.BN, C.V]), acc, is_async=True)
                 if t + 1 < count:
                     s = _product(q, keys, key_full, filled + t + 1, zero, C)
+                    if C.ahead:
+                        if (t + 2 == count) & (ends >= LAST):
+                            mbarrier.arrive(query_empty.index(ME), count=1)
                 else:
                     # Anything, so that no registers hold the old scores; but not a constant, which would be set every time.
                     s = gl.inline_asm_elementwise(MOVE, "=r,r", [zero], dtype=gl.float32, is_pure=False, pack=1)
@@ -630,18 +680,44 @@ def _consumer(a, scales, rings, out, lse, ME: gl.constexpr, C: gl.constexpr):
                 acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
                 mbarrier.arrive(stage_empty.index(stage), count=1)
             if ends >= LAST:
-                mbarrier.arrive(query_empty.index(ME), count=1)
+                if not C.ahead:
+                    mbarrier.arrive(query_empty.index(ME), count=1)
                 loaded += 1
             filled += count
         mbarrier.arrive(plan_empty.index(turn % 2), count=1)
+        turn += 1
+        if C.ahead:
+            # Computed while the results of this item are written.
+            mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+            count = _get((plans, turn % 2 * ENTRIES), COUNT)
+            s = _begun(q, keys, key_full, query_full.index(ME), filled, loaded, count, zero, C)
         if ends >= LAST:
             _finish(a, scales, out, lse, acc, m, l, row + ME * ROWS, h, g, b, C)
             m = gl.full([ROWS], -INFINITY, gl.float32, by_row)
             l = _by_thread(zero, gl.sum, C)
             acc = gl.full([ROWS, C.V], 0.0, gl.float32, O_L)
-        turn += 1
-        mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
-        count = _get((plans, turn % 2 * ENTRIES), COUNT)
+        if C.ahead:
+            s = warpgroup_mma_wait(0, deps=(s,))
+        else:
+            mbarrier.wait(plan_full.index(turn % 2), turn // 2 & 1)
+            count = _get((plans, turn % 2 * ENTRIES), COUNT)
+
+
+@gluon.jit
+def _begun(q, keys, key_full, query_full, n, loaded, count, zero, C: gl.constexpr):
+    """Issue the first product of a run of `count` blocks; without blocks, of whatever lies there, which nobody reads."""
+    stage = n % C.stages
+    if count > 0:
+        mbarrier.wait(query_full, loaded & 1)
+        mbarrier.wait(key_full.index(stage), n // C.stages & 1)
+    tile = keys.index(stage).reshape([C.BN, C.K]).permute((1, 0))
+    return warpgroup_mma(q, tile, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _log2(x):
+    """log₂ to 2^-22 in one instruction; Triton's takes 30."""
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -655,26 +731,30 @@ def _finish(a, scales, out, lse, acc, m, l, row, h, g, b, C: gl.constexpr):
         l += gl.where(m > -INFINITY, _exponential(a, sink - m), 0.0)
     # A NaN among the scores must come out as one.
     trusted = l <= TRUSTED
+    if C.lazy and a.slopes is not None:
+        trusted = trusted & ((l >= LEAST) | (m == -INFINITY))
     share = gl.where(trusted, gl.where(l > 0, 1.0 / l, 0.0), float("nan"))
     acc = _scaled(acc, share)
     i, valid = _rows(a, row, by_row)
-    stat = (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M + i
-    natural = (m + gl.log2(l)) * LN2 if a.table is None else m + gl.log2(l) * LN2
+    stats = lse + (b.to(gl.int64) * (a.G * C.H) + g * C.H + h) * a.M
+    natural = (m + _log2(l)) * LN2 if a.table is None else m + _log2(l) * LN2
     natural = gl.where(l == 0, -INFINITY, natural)
-    gl.store(lse + stat, gl.where(trusted, natural, float("nan")), mask=valid)
+    gl.store(stats + i, gl.where(trusted, natural, float("nan")), mask=valid)
     # 16 bytes a thread instead of 4: a quarter of the stores, of whole sectors.
     lanes: gl.constexpr = C.V // 8
     stored: gl.constexpr = gl.BlockedLayout([lanes // 2, 8], [32 // lanes, lanes], [4, 1], [1, 0])
-    i, valid = _rows(a, row, gl.SliceLayout(1, stored))
-    at = (b.to(gl.int64) * a.M + i) * (a.G * C.H) + g * C.H + h
+    # Opaque: the compiler would keep offsets of rows in memory over all items.
+    r = gl.expand_dims(_opaque(gl.arange(0, ROWS, gl.SliceLayout(1, stored))), 1)
+    tile = out + ((b.to(gl.int64) * a.M + row) * (a.G * C.H) + g * C.H + h) * C.v_dim
     columns = gl.expand_dims(gl.arange(0, C.V, gl.SliceLayout(0, stored)), 0)
-    inside = gl.expand_dims(valid, 1)
+    inside = r < a.M - row
     if C.v_dim < C.V:
         inside = inside & (columns < C.v_dim)
     result = gl.convert_layout(acc.to(out.dtype.element_ty), stored)
-    gl.store(out + gl.expand_dims(at, 1) * C.v_dim + columns, result, mask=inside)
-    # A hidden value's weight is 0, but 0 · NaN = NaN; weights greater than 1 and large values overflow.
-    if gl.min(gl.min((gl.abs(acc) <= LARGEST).to(gl.int32), 1), 0) == 0:
+    gl.store(tile + (r * (a.G * C.H * C.v_dim) + columns), result, mask=inside)
+    # A hidden value's weight is 0, but 0 · NaN = NaN; weights greater than 1 and large values overflow. Looking for products
+    # with 0 that are NaN takes one instruction a number, a comparison three.
+    if gl.min((gl.sum(acc * 0.0, 1) == 0).to(gl.int32), 0) == 0:
         gl.thread_barrier()
         _repair(a, scales, out, lse, row, h, g, b, C)
 

@@ -120,7 +120,8 @@ def counters(device: torch.device, stream: int) -> Counters:
     if found is None:
         found = _counters[device.index, stream] = Counters(device)
         if cuda and device not in _spare:
-            every = torch.zeros(_MOST_IN_GRAPHS, 2, dtype=torch.int32, device=device)
+            # 16 bytes each: Triton compiles a kernel once more for addresses that are no multiple of 16.
+            every = torch.zeros(_MOST_IN_GRAPHS, 4, dtype=torch.int32, device=device)
             torch.cuda.current_stream(device).synchronize()  # a graph may run on any stream
             _spare[device] = every, iter(every)
     return found
