@@ -213,7 +213,7 @@ int64_t largest_of(const typename D::Storage *z, int64_t C) {
         const vf x = read_some<D>(z + i, C - i);
         const vi here = unordered ? x != x : x == broadcast(best);
         for (int64_t n = 0; n < min<int64_t>(W, C - i); n++)
-            if (here[n]) return i + n;
+            if (here[n]) return unordered || best - best != 0 ? ~(i + n) : i + n;
     }
     return 0;
 }

@@ -56,7 +56,8 @@ struct RmsNorm {
     KEYSPAN_RMS_NORM_FIELDS(KEYSPAN_DECLARE_POINTER, KEYSPAN_DECLARE_INT, KEYSPAN_DECLARE_FLOAT)
 };
 
-// best[t] is the first of the largest numbers of row t of z [T, C], or the first NaN.
+// best[t] is where the first of the largest numbers of row t of z [T, C] is, or the first NaN; −1 − that, where it is
+// infinite or NaN.
 #define KEYSPAN_LARGEST_FIELDS(POINTER, INT, FLOAT)          \
     POINTER(const void *, z) POINTER(int32_t *, best)        \
     INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(T, 1) INT(C, 1)

@@ -271,6 +271,19 @@ def test_a_backend_without_its_device_is_one_line(tmp_path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_generate_stops_where_the_training_did(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *TINY.replace("sort", "copy").split(), "--positions", "rope"]) == 0
+    capsys.readouterr()
+    words = ["generate", "runs/copy", "--prompt", "abc="]
+    assert load_run(Path("runs/copy"), "cpu")[2].config.max_positions == 10  # 4 symbols twice, = and the stop sign
+    assert cli.main(words) == 0
+    assert len(capsys.readouterr().out) <= 10
+    assert cli.main([*words, "--max-tokens", "6"]) == 1
+    assert "got 5 tokens and max_tokens = 6, want at most 10 in all, the most" in capsys.readouterr().err
+    assert cli.main([*words, "--max-tokens", "6", "--max-model-len", "11"]) == 0
+
+
 def test_train_resume_and_generate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *TINY.split()]) == 0

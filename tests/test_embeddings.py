@@ -340,6 +340,20 @@ def test_wrong_requests_are_refused_in_words(server, body, status, message):
     assert message in got.json()["error"]["message"]
 
 
+def test_an_embedding_that_is_nan_is_an_error_of_its_own(folder):
+    found = start(folder)
+    try:
+        with torch.no_grad():
+            found.embedder.model.tokens.weight[7] = torch.nan
+        body = {"model": "tiny", "input": [[1, 5, 2], [1, 7, 2]]}
+        answer = httpx.post(f"{found.url}/v1/embeddings", json=body)
+        assert answer.status_code == 500
+        assert "the embedding of text 1 is infinite or NaN" in answer.json()["error"]["message"]
+        assert httpx.post(f"{found.url}/v1/embeddings", json={**body, "input": [[1, 5, 2]]}).status_code == 200
+    finally:
+        found.close()
+
+
 def test_paths_of_a_decoder_are_not_there(server):
     got = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "b"})
     assert got.status_code == 404

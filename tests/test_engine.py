@@ -17,6 +17,7 @@ from keyspan.models import GPT, GPTConfig, gpt
 
 CONFIGS = {
     "plain": GPTConfig(vocab_size=29, dim=32, layers=2, heads=4, kv_heads=2, embedding_std=1.0),
+    "untied": GPTConfig(vocab_size=29, dim=32, layers=2, heads=4, kv_heads=2, embedding_std=1.0, tie_embeddings=False),
     "windows": GPTConfig(vocab_size=29, dim=32, layers=3, heads=4, kv_heads=2, embedding_std=1.0, windows=(6, None, 6)),
     "all windows": GPTConfig(vocab_size=29, dim=32, layers=2, heads=4, embedding_std=1.0, windows=(5, 9)),
 }
@@ -465,3 +466,42 @@ def test_a_full_queue_and_wrong_requests_are_refused():
     with pytest.raises(ValueError, match="temperature: got -1"):
         Sampling(temperature=-1)
     assert Held().tokens == 0
+
+
+@pytest.mark.parametrize("backend", [None, "chunked"])
+@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"logprobs": 2}, {"repetition_penalty": 1.5}, {"temperature": 0.8, "seed": 1}], ids=str
+)
+def test_a_request_whose_logits_are_nan_ends_with_an_error_and_harms_nobody(backend, draft, options):
+    torch.manual_seed(0)
+    net = GPT(CONFIGS["untied"]).eval()
+    with torch.no_grad():
+        net.embedding.weight[28] = torch.nan
+        net.head.weight[28] = 0  # so that no answer contains it
+    net.backend = backend
+    prompts = [[1, 2, 3, 1, 2, 3], [4, 28, 5], [6, 7, 8, 6, 7, 8, 9]]
+
+    def make() -> Engine:
+        return Engine(net, memory=pages(64, net.config), page_size=4, draft=draft, ngram=2)
+
+    sampling = Sampling(max_tokens=6, **options)
+    engine = make()
+    answers = engine.generate(prompts, sampling)
+    assert (answers[1].tokens, answers[1].finished) == ([], "error")
+    assert "infinite or NaN" in answers[1].error
+    for n in (0, 2):
+        assert answers[n] == make().generate([prompts[n]], sampling)[0]
+        assert answers[n].finished == "length"
+    assert engine.generate([prompts[0]], sampling)[0] == answers[0], "the engine goes on"
+    assert engine.cache.available() == engine.cache.pages, "every page is given back"
+
+
+def test_penalties_that_leave_no_finite_logit_end_the_request():
+    net = model()
+    engine = Engine(net, memory=pages(64), page_size=4)
+    few = Sampling(max_tokens=3, repetition_penalty=1e-45)
+    bad, good = engine.generate([[1, 2, 3], [1, 2, 3]], [few, Sampling(max_tokens=3)])
+    assert bad.finished == "error"
+    assert "NaN or infinite" in bad.error
+    assert good.tokens == greedy(net, [1, 2, 3], 3)

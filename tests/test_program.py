@@ -370,7 +370,10 @@ def test_the_likeliest_token_is_torchs(isa, dtype, C):
         program._call("largest", z=z, best=best.address, dtype=kind, C=C)
         program._finish()
         program._run(tokens=40)
-    assert best.read(40) == z.float().argmax(-1).tolist()
+    want = z.float().argmax(-1).tolist()
+    for row in (1, 2, 3):  # those whose largest number is not finite
+        want[row] = -1 - want[row]
+    assert best.read(40) == want
 
 
 def test_likeliest_tokens_of_a_step_are_those_of_its_logits():

@@ -247,7 +247,7 @@ def test_log_probabilities_of_a_trained_run(tmp_path, monkeypatch, precision):
     prompts = [x[: 1 + n % len(x)] for n, x in enumerate(documents)]
     sampling = [Sampling(9, temperature=1.0, seed=n, logprobs=0, ignore_end=True) for n in range(len(prompts))]
     with autocast(config, torch.device("cpu")):
-        answers = Engine(model, memory=2**22, step_tokens=7).generate(prompts, sampling)
+        answers = Engine(model, memory=2**22, step_tokens=7, max_model_len=40).generate(prompts, sampling)
         packed = [prompt + answer.tokens for prompt, answer in zip(prompts, answers, strict=True)]
         tokens, lengths = torch.tensor([token for document in packed for token in document]), [*map(len, packed)]
         hidden = model.train()(tokens, lengths)

@@ -127,6 +127,33 @@ def test_seeded_and_several_answers(client, folder):
     assert len(set(want)) > 1
 
 
+def test_an_answer_that_cannot_be_chosen_is_an_error_of_its_own(folder, tmp_path):
+    write_model(tmp_path)
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=257, dim=32, layers=2, heads=4, kv_heads=2, embedding_std=1.0, tie_embeddings=False
+    )  # fmt: skip
+    net = GPT(config)
+    bad = FolderTokenizer(tmp_path).encode("Z")[0]
+    with torch.no_grad():
+        net.embedding.weight[bad] = torch.nan
+    save(net, tmp_path)
+    found = start(tmp_path)
+    try:
+        client = openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0)
+        for temperature in (0.0, 0.8):
+            options = {"model": "tiny", "max_tokens": 4, "temperature": temperature, "seed": 1}
+            with pytest.raises(openai.InternalServerError, match="infinite or NaN"):
+                client.completions.create(prompt="aZ", **options)
+            with pytest.raises(openai.APIError, match="infinite or NaN"):
+                list(client.completions.create(prompt="aZ", stream=True, **options))
+            want = expected(tmp_path, "abc", max_tokens=4, temperature=temperature, seed=1)
+            assert client.completions.create(prompt="abc", **options).choices[0].text == want.text
+        assert httpx.get(f"{found.url}/health").status_code == 200
+    finally:
+        found.close()
+
+
 def test_chat_renders_the_template(client, folder):
     messages = [
         {"role": "system", "content": "Be kind."},

@@ -297,3 +297,12 @@ def test_exact_match_is_what_greedy_decoding_answers():
         answer[place] = (answer[place] + 1) % 11
     batch = pack((p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts, answers, strict=True))
     assert evaluate(model, [batch]).exact_match == 16 / 24
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_longest_problem_has_as_many_tokens_as_the_task_says(name):
+    task = SyntheticTask(name, LONGEST[name])
+    make = PROBLEMS[name][0]
+    found = (make(Random(n), task.max_length) for n in range(300))
+    lengths = [len(task.encode("".join(prompt + answer for prompt, answer in problem))) - 1 for problem in found]
+    assert max(lengths) == task.longest

@@ -177,7 +177,7 @@ def generate(
     model: Path,
     prompt: str = "",
     chat: bool = False,
-    max_tokens: int = 256,
+    max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -196,7 +196,8 @@ def generate(
         model: Folder of a training run, or of a model in Hugging Face's format; or a .gguf file.
         prompt: Text to continue: source code (stdlib), a problem such as "banana=" (synthetic tasks), any text.
         chat: Take the prompt as a user's message, in the model's chat template; print the answer alone.
-        max_tokens: Most tokens to generate; of a training run a token is a byte or a character.
+        max_tokens: Most tokens to generate; of a training run a token is a byte or a character. By default 256, or as
+            many as max_model_len leaves.
         temperature: 0 takes the likeliest token each time; higher is wilder. By default 0.8 for stdlib, else 0.
         top_p: Draw only from the likeliest tokens whose probabilities sum to this. By default from all.
         top_k: Draw only from so many of the likeliest tokens. By default from all.
@@ -206,7 +207,8 @@ def generate(
         dtype: fp32, bf16 or fp16. By default as the folder says.
         weights: int8 rounds the weights to 8 bits. By default as dtype says.
         cache_dtype: int8 or fp8 stores keys and values in 8 bits. By default as dtype says.
-        max_model_len: Most tokens of prompt and answer. By default as many as the model was trained to read.
+        max_model_len: Most tokens of prompt and answer. By default as many as the model was trained to read, of a
+            training run with rotary positions too.
         device: auto (an accelerator where there is one, else the CPU), or a torch device.
     """
     from keyspan.inference.engine import Engine
@@ -220,7 +222,6 @@ def generate(
     net, tokenizer = load_model(model, dtype, device, weights)
     if temperature is None:
         temperature = tokenizer.temperature if isinstance(tokenizer, TaskTokenizer) else 0.0
-    sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
     if chat:
         if not isinstance(tokenizer, ChatTokenizer):
             raise ValueError(f"chat: {model} has no chat template")
@@ -228,12 +229,18 @@ def generate(
     else:
         tokens = tokenizer.encode(prompt)
         print(prompt, end="", flush=True)
+    if max_tokens is None:
+        most = max_model_len or net.config.max_positions
+        max_tokens = 256 if most is None else max(1, min(256, most - len(tokens)))
+    sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
     pages = -(-(len(tokens) + max_tokens) // 16) + 1
     stored = find_cache_dtype(cache_dtype)
     memory = pages * PagedCache.bytes_per_page(net.config, 16, stored or net.embedding.weight.dtype)
     engine = Engine(net, tokenizer, memory=memory, draft=draft, cache_dtype=stored, max_model_len=max_model_len)
     for event in engine.stream(tokens, sampling):
         print(event.text, end="", flush=True)
+        if event.error:
+            raise ValueError(event.error)
     print()
 
 

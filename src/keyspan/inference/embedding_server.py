@@ -205,6 +205,9 @@ def make_embedding_app(
             raise HTTPException(504, f"not embedded within {site.limits.seconds:g} s") from None
         if rows is None:
             return Response(status_code=499)
+        bad = (~rows.isfinite()).any(-1).nonzero()
+        if len(bad):
+            raise HTTPException(500, f"input: the embedding of text {int(bad[0])} is infinite or NaN")
         content = await _content(embedder.cut(rows, body.dimensions), body.encoding_format)
         count = sum(map(len, sequences))
         more = {"object": "list", "model": name, "usage": {"prompt_tokens": count, "total_tokens": count}}

@@ -43,7 +43,9 @@ class Event:
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
     finished: str | None = None
-    """stop (an end token or a stop text), length (max_tokens), or cancelled."""
+    """stop (an end token or a stop text), length (max_tokens), cancelled, or error."""
+    error: str = ""
+    """Why no token could be chosen; other requests go on."""
 
 
 @dataclass
@@ -53,6 +55,9 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finished: str = ""
+    """As `Event.finished`."""
+    error: str = ""
+    """As `Event.error`."""
     logprobs: list[float] = field(default_factory=list)
 
 
@@ -436,7 +441,9 @@ class Engine:
             if rows and best is None:
                 wanted = hidden if len(rows) == len(fed) else hidden[torch.tensor(rows, device=device)]
                 logits = (self.model if program is None else program).logits(wanted)
-                best = logits.argmax(-1).tolist()
+                largest = logits.argmax(-1, keepdim=True)
+                finite = logits.gather(-1, largest).isfinite()
+                best = torch.where(finite, largest, -1 - largest).flatten().tolist()
         events: list[Event] = []
         starts = iter(ends)
         for request, count, guess in batch:
@@ -453,16 +460,19 @@ class Engine:
     ) -> list[Event]:
         """Choose tokens for as long as the guess was right; store what was computed for them.
 
-        `logits` are for a request that does not just take the likeliest tokens.
+        `logits` are for a request that does not just take the likeliest tokens; `best` is negative where the largest is
+        infinite or NaN, which ends the request.
         """
-        events = []
+        events: list[Event] = []
         known = len(request.tokens)
         for n in range(len(guess) + 1):
-            if request.sampling.plain:
-                chosen = Chosen(best[row + n], None, ())
-            else:
-                assert logits is not None
-                chosen = choose(logits[row + n], request.sampling, request.prompt, request.answer, request.draw())
+            try:
+                chosen = _choose(request, logits, best, row + n)
+            except ValueError as error:  # what was computed is not stored for others
+                rest = "" if request.detokenizer is None else request.detokenizer.finish()[0]
+                events.append(Event(request.id, text=rest, finished="error", error=str(error)))
+                self._finish(request, events[-1])
+                return events
             request.append(chosen.token)
             self.counters.answer_tokens += 1
             events.append(self._event(request, chosen))
@@ -506,6 +516,19 @@ class Engine:
         return event
 
 
+def _choose(request: _Request, logits: Tensor | None, best: list[int], row: int) -> Chosen:
+    """The next token. Raises ValueError where the largest logit is infinite or NaN."""
+    if best[row] < 0:
+        raise ValueError(
+            f"logits of token {len(request.answer)} of the answer: got a largest one that is infinite or NaN, want a "
+            "finite one; numbers beyond the dtype's range (fp16) or damaged weights may be the cause"
+        )
+    if request.sampling.plain:
+        return Chosen(best[row], None, ())
+    assert logits is not None
+    return choose(logits[row], request.sampling, request.prompt, request.answer, request.draw())
+
+
 def _note(answer: Answer, event: Event) -> None:
     if event.token is not None:
         answer.tokens.append(event.token)
@@ -513,6 +536,7 @@ def _note(answer: Answer, event: Event) -> None:
         answer.logprobs.append(event.logprob)
     answer.text += event.text
     answer.finished = event.finished or answer.finished
+    answer.error = event.error or answer.error
 
 
 def _versions(model: GPT) -> list[tuple[int, int]]:

@@ -363,7 +363,10 @@ class DecoderProgram(_Program):
         return self._h[: len(tokens)]
 
     def likeliest(self, tokens: Sequence[int]) -> list[int]:
-        """Where `GPT.logits` of each token of a step is largest, for at most `most_answers` tokens, in one call."""
+        """Where `GPT.logits` of each token of a step is largest, for at most `most_answers` tokens, in one call.
+
+        It is −1 − that where the largest is infinite or NaN.
+        """
         self._step(tokens, None)
         return self._best.read(len(tokens))
 

@@ -158,6 +158,8 @@ def choose(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Se
         prompt, answer: the tokens so far, for the penalties.
         draw: a number in [0, 1), uniform. The token is where the distribution, laid out from the likeliest token on,
             first adds up to more: the choice depends on these arguments alone.
+
+    Raises ValueError where the largest logit, with the penalties, is NaN or infinite.
     """
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
@@ -168,6 +170,8 @@ def choose(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Se
     changed = _penalized(logits.float(), sampling, prompt, answer)
     if sampling.temperature == 0:
         token = int(changed.argmax())
+        if not changed[token].isfinite():
+            raise ValueError("logits: got a row whose largest is NaN or infinite, want a finite one")
     else:
         p = probabilities(changed, sampling.temperature, sampling.top_k, sampling.top_p)
         if sampling.min_p:

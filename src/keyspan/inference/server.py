@@ -450,6 +450,8 @@ async def _events(server: _Server, ids: list[str], queue: Events) -> AsyncIterat
             event = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
             if event is None:
                 raise HTTPException(503, server.thread.reason())
+            if event.finished == "error":
+                raise HTTPException(500, event.error)
             yield left[event.id] if event.finished is None else left.pop(event.id), event
     except asyncio.TimeoutError:
         for id, index in left.items():

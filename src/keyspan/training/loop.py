@@ -481,7 +481,8 @@ def _run(
 def load_run(run: Path, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
     """The configuration, the task and the trained model of a run folder, to evaluate or to generate.
 
-    The model is not `invariant`, whatever the run was; set it where results are to be.
+    The model is not `invariant`, whatever the run was; set it where results are to be. With rotary positions its
+    `max_positions` are the tokens of the longest text of the training.
     """
     if (run / "config.json").is_file():
         checkpoint.latest(run)  # refuses a model's folder, whose config.json is of another kind
@@ -490,6 +491,9 @@ def load_run(run: Path, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
     model = make_model(replace(config, invariant=False), task.vocab_size)
     with checkpoint.naming_older(run):
         checkpoint.load_model(checkpoint.latest(run), model)
+    if config.positions == "rope":
+        longest = task.longest if isinstance(task, SyntheticTask) else config.max_length
+        model.config = replace(model.config, max_positions=longest)
     return config, task, model.to(find_device(device)).eval()
 
 

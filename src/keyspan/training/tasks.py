@@ -114,6 +114,12 @@ class SyntheticTask:
         if not 2 <= self.max_length <= longest:
             raise ValueError(f"max_length: got {self.max_length}, want 2 to {longest} for {self.name}")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest problem that a model reads in training: all but the last, with `START` before them."""
+        n = self.max_length
+        return {"associative-recall": 5 * n + 1, "addition": 3 * n + 4}.get(self.name, 2 * n + 2)
+
     def problems(self, random: Random, *, held_out: bool) -> Iterator[Problem]:
         """Endless problems, all held out or none."""
         make = PROBLEMS[self.name][0]
