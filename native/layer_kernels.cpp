@@ -373,15 +373,15 @@ void cross_entropy(const CrossEntropy &p, int64_t first, int64_t last, float *sc
         const int64_t target = p.targets[t];
         const bool counted = target != p.ignore_index, known = target >= 0 && target < C;
         if (!counted && !p.losses) {
-            if (p.dz)
-                with_dtype(p.dz_dtype, [&](auto d) {
-                    auto *to = row_of(d, p.dz, t, p.dz_stride);
+            if (p.gradient)
+                with_dtype(p.dtype, [&](auto d) {
+                    auto *to = row_of(d, p.z, t, p.stride);
                     memset(to, 0, C * sizeof(*to));
                 });
             continue;
         }
         // The logits as floats, with what counts for nothing up to a whole vector.
-        read_row(scratch, p.z, p.z_dtype, t, p.z_stride, C);
+        read_row(scratch, p.z, p.dtype, t, p.stride, C);
         if (p.bias) add_row(scratch, p.bias, F32, 0, 0, C);
         if (softcap != 0)
             for (int64_t i = 0; i < C; i += W) store(scratch + i, softcap * tanh(load(scratch + i) / softcap));
@@ -402,15 +402,15 @@ void cross_entropy(const CrossEntropy &p, int64_t first, int64_t last, float *sc
             p.lse[t] = lse;
             p.losses[t] = counted ? lse - own + (float)p.z_loss * lse * lse : 0;
         }
-        if (!p.dz) continue;
+        if (!p.gradient) continue;
         const float factor = !counted ? 0 : p.grads ? p.grads[t] : 1;
         const float spread = (1 + 2 * (float)p.z_loss * lse) / sum * factor;
         // d loss / d capped = softmax(capped) · (1 + 2 z_loss · lse) − onehot(target);
         // d capped / d logit = 1 − (capped / softcap)²
         const float cap_squared = softcap * softcap;
-        with_dtype(p.dz_dtype, [&](auto d) {
+        with_dtype(p.dtype, [&](auto d) {
             typedef decltype(d) D;
-            auto *to = row_of(d, p.dz, t, p.dz_stride);
+            auto *to = row_of(d, p.z, t, p.stride);
             for (int64_t i = 0; i < C; i += W) {
                 const vf x = load(scratch + i);
                 vf g = exp2<5>((x - top) * LOG2_E) * spread;

@@ -43,13 +43,13 @@ enum Activation : int64_t { SILU = 0, GELU = 1 };  // gelu in its tanh form
     POINTER(const void *, x12) POINTER(const void *, grad) POINTER(void *, out) POINTER(void *, dx12)         \
     INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(activation, 1) INT(T, 1) INT(D, 1)
 
-// Logits z [T, C]; bias [C], or null. Writes losses [T] and lse [T] where they are not null, and the gradient dz where
-// it is wanted (in a dtype no wider than z's; it may lie over z), for losses of gradient grads [T] (null: 1).
+// Logits z [T, C]; bias [C], or null. Writes losses [T] and lse [T] where they are not null, and over z, where `gradient`
+// is set, its gradient for losses of gradient grads [T] (null: 1).
 #define KEYSPAN_CROSS_ENTROPY_FIELDS(POINTER, INT, FLOAT)                                                           \
     POINTER(void *, z) POINTER(const float *, bias) POINTER(const int64_t *, targets)                               \
-    POINTER(float *, lse) POINTER(float *, losses) POINTER(const float *, grads) POINTER(void *, dz)                \
-    INT(isa, 1) INT(threads, 1) INT(z_dtype, 1) INT(dz_dtype, 1) INT(z_stride, 1) INT(dz_stride, 1)                 \
-    INT(T, 1) INT(C, 1) INT(ignore_index, 1)                                                                        \
+    POINTER(float *, lse) POINTER(float *, losses) POINTER(const float *, grads)                                    \
+    INT(isa, 1) INT(threads, 1) INT(dtype, 1) INT(stride, 1) INT(T, 1) INT(C, 1)                                    \
+    INT(ignore_index, 1) INT(gradient, 1)                                                                           \
     FLOAT(softcap) FLOAT(z_loss)
 
 struct RmsNorm {

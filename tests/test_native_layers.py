@@ -85,7 +85,7 @@ def test_infinite_and_nan_logits_are_those_of_torch(kernels):
     leaf = z.clone().requires_grad_()
     want = F.cross_entropy(leaf, targets, reduction="none")
     want.sum().backward()
-    dz = kernels.cross_entropy_(z, None, targets, lse, losses, gradient=torch.float32, **options)
+    dz = kernels.cross_entropy_(z, None, targets, lse, losses, gradient=True, **options)
     torch.testing.assert_close(losses, want.detach(), equal_nan=True)
     assert torch.equal(dz.isnan(), leaf.grad.isnan())
 
@@ -107,7 +107,7 @@ def test_rows_and_threads_change_no_bit(kernels, dtype):
         back = kernels.rotate_qkv_backward(tuple(t.contiguous() for t in turned.split(2, 1)), *angles, interleaved=True)
         lse, losses = torch.empty(len(total)), torch.empty(len(total))
         options = {"ignore_index": -100, "softcap": 4.0, "z_loss": 0.1}
-        dz = kernels.cross_entropy_(x[rows].clone(), None, targets[rows], lse, losses, gradient=dtype, **options)
+        dz = kernels.cross_entropy_(x[rows].clone(), None, targets[rows], lse, losses, gradient=True, **options)
         gates = (
             kernels.gate(x[rows], "gelu_tanh"),
             *kernels.gate_backward(grad[rows, : D // 2].contiguous(), x[rows], "silu"),

@@ -97,9 +97,10 @@ def _cross_entropy_(
     losses: Tensor | None,
     options: _Options,
     grads: Tensor | None = None,
-    gradient: torch.dtype | None = None,
+    gradient: bool = False,
 ) -> Tensor:
     """`triton_kernels.cross_entropy_` in plain torch: writes losses and lse; the gradient may overwrite the logits."""
+    dtype = z.dtype
     z = z if z.dtype == torch.float64 else z.float()
     if bias is not None:
         z += bias
@@ -115,7 +116,7 @@ def _cross_entropy_(
         if options.z_loss:
             loss += options.z_loss * lse.square()
         losses.copy_(loss.where(counted, 0.0))
-    if gradient is None:
+    if not gradient:
         return z
     # d loss / d capped = softmax(capped) · (1 + 2 z_loss · lse) − onehot(target)
     if options.z_loss:
@@ -128,7 +129,7 @@ def _cross_entropy_(
         weight *= grads.where(counted, 0.0).unsqueeze(1)
     elif z.device.type != "cpu" or not counted.all():  # only a CPU can be asked without waiting
         weight *= counted.unsqueeze(1)
-    return weight.to(gradient)
+    return weight.to(dtype)
 
 
 def _run(
@@ -152,7 +153,7 @@ def _run(
             raise ValueError(f"targets: got classes {low} … {high}, want {wanted}")
     wide = lse.dtype
     product = _gradient_dtype(hidden, options.dtype)
-    gradient = product if any(needs) else None
+    gradient = any(needs)
     dhidden = hidden.new_empty((T, D) if needs[0] else 0, dtype=product)
     dweight = weight.new_empty(weight.shape if needs[1] else 0, dtype=wide)
     if not T:

@@ -138,7 +138,7 @@ def cross_entropy_(
     softcap: float | None,
     z_loss: float,
     grads: Tensor | None = None,
-    gradient: torch.dtype | None = None,
+    gradient: bool = False,
 ) -> Tensor:
     """Cross-entropy of logits z [T, C] in fp32 or of 16 bits, which the gradient overwrites.
 
@@ -147,16 +147,15 @@ def cross_entropy_(
         lse: fp32 [T], written where `losses` is given.
         losses: fp32 [T], written; NaN for a target outside [0, C).
         grads: fp32 [T], the gradient of each loss; None for 1.
-        gradient: dtype of the gradient of the logits, z's or one of 16 bits; None where it is not wanted.
+        gradient: whether the gradient of the logits is wanted, in their dtype.
 
     Returns:
-        The gradient [T, C], a view of z's memory; z itself where it is not wanted.
+        z, with the gradient where it is wanted.
     """
     T, C = z.shape
-    dz = z if gradient in (None, z.dtype) else z.view(gradient)[:, :C]
     pointers = (z, None if bias is None else bias.float().contiguous(), targets.contiguous(), lse, losses, grads)
     _run(
-        "cross_entropy", "cross_entropy", (*pointers, None if gradient is None else dz), DTYPES[z.dtype],
-        DTYPES[dz.dtype], z.stride(0), dz.stride(0), T, C, ignore_index, softcap or 0.0, z_loss,
+        "cross_entropy", "cross_entropy", pointers, DTYPES[z.dtype], z.stride(0), T, C, ignore_index, gradient,
+        softcap or 0.0, z_loss,
     )  # fmt: skip
-    return dz
+    return z

@@ -372,12 +372,12 @@ def _logit_gradient(x, shift, gain, less, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_stride, C, ignore_index, softcap,
                          z_loss, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,
-                         KNOWN: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr, NARROW: tl.constexpr,
+                         KNOWN: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
                          RUNS: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """One row of logits: its lse and loss (where KNOWN, an earlier pass found the lse), then its gradient.
 
-    The gradient may overwrite the logits, in their dtype or, where NARROW, in one of half the size. A block is RUNS
-    runs of BC columns; a thread has as many of each run, and rescales its sum once a block.
+    The gradient may overwrite the logits. A block is RUNS runs of BC columns; a thread has as many of each run, and
+    rescales its sum once a block.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
@@ -420,9 +420,6 @@ def cross_entropy_kernel(z, z_stride, bias, targets, lse, losses, grads, dz, dz_
             for start in range(0, C, RUNS * BC):
                 at = start + column  # [RUNS, BC]
                 x = _logits(z, bias, at, C, softcap, BIAS, SOFTCAP, "evict_first")
-                if NARROW:
-                    # Others' logits lie there: all threads have read this block, and those before it, when one writes.
-                    tl.debug_barrier()
                 d = _logit_gradient(x, shift, gain, 0.0, softcap, SOFTCAP)
                 tl.store(dz + at, d.to(dz.dtype.element_ty), mask=at < C, eviction_policy="evict_first")
             tl.debug_barrier()
@@ -445,7 +442,7 @@ def cross_entropy_(
     softcap: float | None,
     z_loss: float,
     grads: Tensor | None = None,
-    gradient: torch.dtype | None = None,
+    gradient: bool = False,
 ) -> Tensor:
     """Cross-entropy of logits z [T, C] in fp32 or of 16 bits, with rows in one piece, which the gradient overwrites.
 
@@ -454,21 +451,20 @@ def cross_entropy_(
         lse: fp32 [T], written where `losses` is given, else read.
         losses: fp32 [T], written; NaN for a target outside [0, C).
         grads: fp32 [T], the gradient of each loss; None for 1.
-        gradient: dtype of the gradient of the logits, z's or one of 16 bits; None where it is not wanted.
+        gradient: whether the gradient of the logits is wanted, in their dtype.
 
     Returns:
-        The gradient [T, C], a view of z's memory; z itself where it is not wanted.
+        z, with the gradient where it is wanted.
     """
     T, C = z.shape
-    dz = z if gradient in (None, z.dtype) else z.view(gradient)[:, :C]
     # Wide programs: few rows are at work at a time, so that the second reading of a row finds it in the L2 cache.
     load = 16 // z.itemsize  # numbers
     BC = min(512 * load, triton.next_power_of_2(C))
     runs = min(4, triton.next_power_of_2(triton.cdiv(C, BC)))
     with _on(z):
         cross_entropy_kernel[(T,)](
-            z, z.stride(0), bias, targets, lse, losses, grads, dz, dz.stride(0), C, ignore_index, softcap or 1.0,
-            z_loss, bias is not None, softcap is not None, z_loss != 0, losses is None, gradient is not None,
-            grads is not None, dz.dtype != z.dtype, runs, BC, num_warps=max(1, BC // (32 * load)),
+            z, z.stride(0), bias, targets, lse, losses, grads, z, z.stride(0), C, ignore_index, softcap or 1.0,
+            z_loss, bias is not None, softcap is not None, z_loss != 0, losses is None, gradient,
+            grads is not None, runs, BC, num_warps=max(1, BC // (32 * load)),
         )  # fmt: skip
-    return dz
+    return z

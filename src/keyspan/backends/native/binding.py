@@ -85,8 +85,8 @@ LAYER_FIELDS: dict[str, _Fields] = {
     ),
     "gate": (*_fields("pointer", "x12 grad out dx12"), *_fields("int1", "isa threads dtype activation T D")),
     "cross_entropy": (
-        *_fields("pointer", "z bias targets lse losses grads dz"),
-        *_fields("int1", "isa threads z_dtype dz_dtype z_stride dz_stride T C ignore_index"),
+        *_fields("pointer", "z bias targets lse losses grads"),
+        *_fields("int1", "isa threads dtype stride T C ignore_index gradient"),
         *_fields("float", "softcap z_loss"),
     ),
     "segment_mean": (*_fields("pointer", "x ends out"), *_fields("int1", "isa threads dtype count D")),
