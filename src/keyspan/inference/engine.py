@@ -226,6 +226,9 @@ class Engine:
             )
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: got texts, want none without a tokenizer")
+        C = self.model.config.vocab_size
+        if not all(0 <= token < C for token in sampling.stop_tokens):
+            raise ValueError(f"stop_tokens: got {sampling.stop_tokens!s:.100}, want tokens 0 … {C - 1}")
         if len(self._waiting) + len(self._arrived) >= self.waiting_limit:
             raise QueueFullError(f"{self.waiting_limit} requests wait already")
         number = next(self._numbers)

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from reprlib import Repr
@@ -182,6 +182,27 @@ def _too_many(message: str) -> JSONResponse:
     return response
 
 
+def _is_field(part: str | int) -> bool:
+    """Whether a part of a location is a field or an index, not a branch of a union such as `list[int]`."""
+    return isinstance(part, int) or part.isidentifier()
+
+
+def _telling(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first error; of a union, the error of the branch that fits most of what was given."""
+    where: tuple[str | int, ...] = errors[0]["loc"]
+    branch = next((n for n, part in enumerate(where[2:], 2) if not _is_field(part)), None)
+    if branch is None:
+        return errors[0]
+
+    same = [x for x in errors if x["loc"][:branch] == where[:branch]]
+
+    def fit(error: dict[str, Any]) -> tuple[int, int, bool]:
+        inside = error["loc"][branch + 1 :]
+        return len(inside), next((x for x in inside if isinstance(x, int)), 0), not error["type"].endswith("_type")
+
+    return max(same, key=fit)
+
+
 def _complaint(error: dict[str, Any], headers: Mapping[str, str]) -> str:
     """pydantic's account of a wrong body in our words: what, got, want."""
     if error["type"] == "json_invalid":
@@ -207,7 +228,7 @@ _SHORT.maxlevel = 2
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(400, _complaint(error.errors()[0], request.headers), "invalid_value")
+        return error_response(400, _complaint(_telling(error.errors()), request.headers), "invalid_value")
 
     @app.exception_handler(ValueError)
     async def refused(request: Request, error: ValueError) -> JSONResponse:
