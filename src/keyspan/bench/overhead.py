@@ -1,4 +1,4 @@
-"""Host time of a call whose work the device finishes at once."""
+"""Host time of a small call, whose work takes the device almost no time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: lines as they come, JSON, tables in Markdown and pictures.
+"""Output of the benchmarks: a line for each result as it is measured, JSON, tables in Markdown and pictures.
 
     python -m keyspan.bench.report results.json picture.png
 

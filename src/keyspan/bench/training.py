@@ -228,7 +228,7 @@ def _sdpa_sorted(gpt: GPT, data: Documents, size: Size, fast: bool) -> Trained:
 
 
 def _multiple(fast: bool) -> int:
-    """What lengths are rounded up to: compiled once for all shapes, a product wants them so."""
+    """Lengths are rounded up to a multiple of this: a product that is compiled for all shapes at once needs it."""
     return 64 if fast else 1
 
 

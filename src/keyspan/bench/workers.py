@@ -1,6 +1,6 @@
-"""Processes side by side, since most of the time goes into compilation, and calls whose failure is a result.
+"""Runs functions in a pool of processes, because most of a check's time is compilation; a failed call is a result too.
 
-What they run is pickled by the name of its module, so it must not be of the command's own file alone.
+A function is pickled by its module's name, so it must be importable: one defined in a script does not work.
 """
 
 from __future__ import annotations

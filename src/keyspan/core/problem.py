@@ -433,7 +433,7 @@ def _canonical(rows: _Rows, keys: _Keys) -> tuple[_Rows, _Keys, HeadLayout]:
 
 
 def _refuse_gradients(problem: Problem) -> None:
-    """What is stored in 8 bits is for inference; a gradient that nobody computes must not be missing in silence."""
+    """8-bit inputs have no gradients: ValueError where an input requires one, which would silently get none."""
     names = ("query", "key", "value", "slopes", "table", "sinks", "query_scale", "key_scale", "value_scale")
     tensors = [(name, getattr(problem, name)) for name in names] + [("bias", x) for x in problem.biases]
     for name, x in tensors:

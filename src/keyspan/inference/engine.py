@@ -311,7 +311,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward pass for whoever can go on; what became of each request. Nothing to do gives no events."""
+        """One forward pass over the requests that can go on; returns their events, none where there is no request."""
         begin = time.perf_counter()
         events = self._admit()
         batch = self._schedule()

@@ -1,5 +1,6 @@
-"""Matrix products on a GPU whose rows do not depend on one another: the bits of a row of x @ weight.T are those of the
-row alone, whatever rows are beside it. cuBLAS chooses another kernel, or another split of the sum, for other counts.
+"""Matrix products on a GPU in which the bits of a row do not depend on the other rows.
+
+cuBLAS does not promise that: it chooses another kernel, or another split of the sum, for other numbers of rows.
 
 Each number of the result is one sum over K in ascending order, in fp32, rounded once. Tiles have other sizes for few
 rows than for many; their matrix instructions add in the same order, whatever the tile (compared bit by bit on a Hopper
@@ -77,7 +78,7 @@ _HALF: dict[str, Tiles] = {
         Tile(64, 64, 128, 4, 4, True), Tile(64, 32, 128, 4, 5, True), Tile(64, 16, 256, 4, 4, True),
         Tile(16, 64, 128, 4, 4), Tile(16, 32, 256, 4, 4), Tile(16, 16, 256, 4, 4),
     ),
-    # Instructions for 64 rows and more are others than for fewer, which nobody has compared.
+    # Tiles of 64 rows and more use other instructions than smaller tiles, and their bits have not been compared.
     "blackwell": (Tile(128, 128, 64, 4, 4, True), Tile(128, 64, 64, 4, 4, True), Tile(128, 32, 128, 4, 4, True)),
     # Products with less than 32 rows or outputs have other instructions.
     "amd": (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 32, 64, 4, 2)),

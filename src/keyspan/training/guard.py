@@ -1,4 +1,4 @@
-"""Steps that must not be taken: of a loss or gradient that is not finite, or of a loss that jumps."""
+"""Refuses optimizer steps whose loss or gradient is not finite, or whose loss jumps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from keyspan.training.config import TrainConfig
 
 IN_A_ROW = 20
-"""Steps skipped one after the other that end a run: what was a spike is then what the loss has become."""
+"""So many skipped steps in a row end a run: the loss has risen for good, and more steps would be skipped for ever."""
 
 
 class Guard:

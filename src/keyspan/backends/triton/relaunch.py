@@ -1,6 +1,7 @@
-"""Compiled kernels launched again: the same kernels, grids and numbers, on other memory.
+"""Launches compiled kernels again, with the same grids and constants, on other tensors.
 
-A launch takes a few microseconds on the device, and far more on the host where every argument is worked out anew.
+A launch by Triton takes far more time on the host than on the device, as it works out every argument each time. A
+recorded one only replaces the pointers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The attention function for transformers. What a model wants is in its arguments; no model is named here."""
+"""The attention function for transformers. It reads masks, windows, softcaps and sinks from its arguments alone."""
 
 from __future__ import annotations
 

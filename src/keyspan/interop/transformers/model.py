@@ -1,4 +1,4 @@
-"""`use_keyspan(model)`: everything that needs no word about the model in one call."""
+"""`use_keyspan(model)`: attention, linear layers and cache of a model by Keyspan, in one call."""
 
 from __future__ import annotations
 
