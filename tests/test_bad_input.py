@@ -21,7 +21,11 @@ from keyspan.interop.flash_attn import bert_padding
 from keyspan.interop.flash_attn.cute import interface as cute
 from keyspan.ops import fmha
 from keyspan.ops.fmha import attn_bias
+from keyspan.training import checkpoint
 from keyspan.training.config import TrainConfig
+from keyspan.training.graph import CapturedStep
+from keyspan.training.html import report
+from keyspan.training.loop import load_run, train
 
 x, w, w3 = torch.randn(2, 5, 16), torch.randn(8, 16), torch.randn(3, 4)
 ints, meta = torch.zeros(2, 5, 16, dtype=torch.int64), torch.zeros(8, 16, device="meta")
@@ -175,6 +179,16 @@ MODELS = [
     ("dtype", lambda: models.load("nowhere", dtype="bf16")),
     ("device", lambda: models.load("nowhere", device="nowhere")),
     ("model", lambda: models.save("m", "nowhere")),
+    ("folder", lambda: models.load_encoder(3)),
+    ("run", lambda: load_run(3)),
+    ("config", lambda: train("c")),
+    ("run", lambda: checkpoint.latest(3)),
+    ("checkpoint", lambda: checkpoint.load_model(3, gpt())),
+    ("model", lambda: checkpoint.load_model("nowhere", "m")),
+    ("runs", lambda: report("runs/a", "report.html")),
+    ("runs", lambda: report([3], "report.html")),
+    ("out", lambda: report(["runs/a"], 3)),
+    ("model", lambda: CapturedStep("m", None, None)),
     ("heads", lambda: models.alibi_slopes(0)),
     ("heads", lambda: models.alibi_slopes(torch.tensor(4))),
 ]  # fmt: skip
@@ -217,6 +231,9 @@ INFERENCE = [
     ("spare", lambda: inference.PagedCache(models.GPTConfig(**SHAPE), 3, spare="x")),
     ("tokenizer", lambda: inference.Embedder(encoder(), "t")),
     ("text", lambda: inference.ByteTokenizer().encode(3)),
+    ("folder", lambda: inference.FolderTokenizer(3)),
+    ("path", lambda: inference.GgufTokenizer(3)),
+    ("folder", lambda: inference.load_embedder(3)),
     ("tokens", lambda: inference.ByteTokenizer().decode([-1])),
     ("tokens", lambda: inference.ByteTokenizer().decode(3)),
     ("config", lambda: inference.PagedCache("c", 3)),
@@ -379,3 +396,12 @@ def test_what_is_no_model_of_transformers(name):
     if name != "replace_linears":
         with pytest.raises(ValueError, match=r"^model: got Linear, want a"):
             getattr(transformers, name)(nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("config", ["x", 3, nn.Linear(2, 2)])
+def test_what_is_no_config_of_transformers(config):
+    from keyspan.interop.transformers import GrowingCache
+
+    with pytest.raises(ValueError, match=r"^config: got \w+, want PreTrainedConfig"):
+        GrowingCache(config)

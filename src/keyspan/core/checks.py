@@ -34,6 +34,12 @@ def check_type(name: str, value: Any, *kinds: type) -> None:
         raise ValueError(f"{name}: got {type(value).__name__}, want {wanted}")
 
 
+def as_path(name: str, path: Any) -> Path:
+    """A path that is given as a str or a Path."""
+    check_type(name, path, str, Path)
+    return Path(path)
+
+
 def check_bool(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keyspan.core.checks import check_int, check_type, is_a
+from keyspan.core.checks import as_path, check_int, check_type, is_a
 from keyspan.files import read_json
 from keyspan.inference.program import EncoderProgram
 from keyspan.inference.serve import DTYPES
@@ -210,7 +210,7 @@ def load_embedder(
     """
     from tokenizers import Tokenizer
 
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
     if weights not in (None, "int8"):

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from keyspan.core.checks import check_type
+from keyspan.core.checks import as_path, check_type
 from keyspan.files import read_json, write_file
 from keyspan.models.gguf import GgufFile
 
@@ -176,7 +176,7 @@ class FolderTokenizer(ChatTokenizer):
     def __init__(self, folder: Path | str) -> None:
         from tokenizers import Tokenizer as Loaded
 
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder}: holds no tokenizer.json")
@@ -225,7 +225,7 @@ class GgufTokenizer(ChatTokenizer):
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
         from tokenizers import Tokenizer as Loaded
 
-        file = GgufFile(Path(path))
+        file = GgufFile(as_path("path", path))
 
         def entry(key: str, default: Any = None) -> Any:
             return file.entry(f"tokenizer.ggml.{key}", default)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keyspan.core.checks import check_device, check_dtype, check_type
+from keyspan.core.checks import as_path, check_device, check_dtype, check_type
 from keyspan.files import read_json, write_file
 from keyspan.models.gguf import GgufFile
 from keyspan.models.gpt import GPT, GPTConfig, RopeScaling
@@ -44,9 +44,8 @@ def load(path: Path | str, dtype: torch.dtype | None = None, device: torch.devic
             tensor; the message names it.
         OSError: where a file cannot be read.
     """
-    check_type("path", path, str, Path)
     check_dtype("dtype", dtype)
-    path, device = Path(path), check_device("device", device)
+    path, device = as_path("path", path), check_device("device", device)
     with ExitStack() as stack:
         stored: Tensors
         if path.suffix == ".gguf":
@@ -355,8 +354,7 @@ def save(model: GPT, folder: Path | str) -> None:
         differing = [x for x in vars(plain) if getattr(plain, x) != getattr(config, x)]
         values = ", ".join(f"{x} = {getattr(config, x)!r}" for x in differing)
         raise ValueError(f"model: got {values}, which Llama's format has no place for")
-    check_type("folder", folder, str, Path)
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     scaling: Raw = {"rope_type": "default"}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyspan import Documents, KeyRanges, attention
-from keyspan.core.checks import check_fields, check_index, check_int, check_type
+from keyspan.core.checks import as_path, check_fields, check_index, check_int, check_type
 from keyspan.core.masks.lengths import check_lengths
 from keyspan.files import read_json
 from keyspan.layers import Linear
@@ -169,7 +169,7 @@ def load_encoder(folder: Path | str, dtype: torch.dtype | None = None, device: t
         ValueError: for another kind of model, an option that changes the result, and a missing or misshapen tensor.
         OSError: where a file cannot be read.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     where = folder / "config.json"
     raw = read_json(where)
     config = read_encoder_config(raw, str(where))

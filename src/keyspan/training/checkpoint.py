@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from keyspan.core.checks import as_path, check_type
 from keyspan.files import flush_folder, sha256_of, write_file
 from keyspan.training.ranks import cut_as, rows_of
 
@@ -105,8 +106,9 @@ def exists(run: Path) -> bool:
     return bool(_checkpoints(run))
 
 
-def latest(run: Path) -> Path:
+def latest(run: Path | str) -> Path:
     """The run's newest checkpoint."""
+    run = as_path("run", run)
     found = _checkpoints(run)
     if not found:
         raise ValueError(f"{run}: holds no checkpoint; want a run folder with checkpoints/step-…")
@@ -141,8 +143,10 @@ def verify(checkpoint: Path) -> None:
         _check_file(checkpoint, name, state)
 
 
-def load_model(checkpoint: Path, model: nn.Module) -> Progress:
+def load_model(checkpoint: Path | str, model: nn.Module) -> Progress:
     """Load the weights of a checkpoint folder."""
+    checkpoint = as_path("checkpoint", checkpoint)
+    check_type("model", model, nn.Module)
     state = _read_state(checkpoint)
     if state["format"] == SHARDED:
         from keyspan.training import sharded
@@ -157,7 +161,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> Progress:
 
 
 def load(
-    checkpoint: Path,
+    checkpoint: Path | str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -169,6 +173,7 @@ def load(
     All ranks of a run on several load it, whatever numbers of ranks and arrangement it was written with. Where
     `verified`, the sums of a sharded one are not compared again.
     """
+    checkpoint = as_path("checkpoint", checkpoint)
     state = _read_state(checkpoint)
     if state["format"] == SHARDED:
         from keyspan.training import sharded

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from keyspan.core.checks import check_type
 from keyspan.models.gpt import GPT
 from keyspan.training.config import TrainConfig
 from keyspan.training.packing import IGNORE, Batch, to_device
@@ -48,6 +49,9 @@ class CapturedStep:
         config: TrainConfig,
         loss_of: Callable[..., Tensor] | None = None,
     ) -> None:
+        check_type("model", model, GPT)
+        check_type("optimizer", optimizer, torch.optim.Optimizer)
+        check_type("config", config, TrainConfig)
         device = next(model.parameters()).device
         check_capture(config, device)
         self.model, self.optimizer, self.config = model, optimizer, config

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from keyspan.core.checks import as_path, check_type
 from keyspan.files import write_file
 from keyspan.training.config import TrainConfig
 from keyspan.training.loop import read_config
@@ -72,7 +73,7 @@ class Run:
         return next((r for r in reversed(self.records) if "loss" in r), {})
 
 
-def report(runs: Sequence[Path], out: Path, samples: Sequence[str] = (), sample_tokens: int = 120) -> Path:
+def report(runs: Sequence[Path | str], out: Path | str, samples: Sequence[str] = (), sample_tokens: int = 120) -> Path:
     """Write one page that shows and compares training runs; returns its path.
 
     Args:
@@ -83,10 +84,12 @@ def report(runs: Sequence[Path], out: Path, samples: Sequence[str] = (), sample_
 
     Raises ValueError for no runs, and for a folder that is none.
     """
+    check_type("runs", runs, list, tuple)
     if not runs:
         raise ValueError("runs: got none, want at least one folder of a training run")
+    folders, out = [as_path("runs", run) for run in runs], as_path("out", out)
     found = []
-    for number, folder in enumerate(runs):
+    for number, folder in enumerate(folders):
         config = read_config(folder)
         records = read_metrics(folder)
         if not records:
@@ -94,7 +97,7 @@ def report(runs: Sequence[Path], out: Path, samples: Sequence[str] = (), sample_
         path = folder / "result.json"
         result = json.loads(path.read_bytes()) if path.is_file() else {}
         written = [(prompt, _continue(folder, prompt, sample_tokens)) for prompt in samples]
-        name = str(folder) if sum(x.name == folder.name for x in runs) > 1 else folder.resolve().name
+        name = str(folder) if sum(x.name == folder.name for x in folders) > 1 else folder.resolve().name
         found.append(Run(name, config, records, result, written, COLOURS[number % len(COLOURS)]))
     write_file(out, page(found).encode())
     return out

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from keyspan import Alibi, Causal
+from keyspan.core.checks import as_path, check_type
 from keyspan.files import locked, write_file
 from keyspan.info import explain, find_device
 from keyspan.models.gpt import GPT, GPTConfig
@@ -270,6 +271,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         NotImplementedError: where `config.backend` cannot compute the model's attention, or with `invariant` none can.
         FloatingPointError: for a loss or gradient that is not finite, and a loss that jumps; see `on_spike`.
     """
+    check_type("config", config, TrainConfig)
     extras = ("matplotlib", "rich", "safetensors", *(("tensorboard",) if config.tensorboard else ()))
     for extra in extras:  # better missed now than when the work is done
         import_module(extra)
@@ -478,12 +480,13 @@ def _run(
     return result
 
 
-def load_run(run: Path, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
+def load_run(run: Path | str, device: str = "auto") -> tuple[TrainConfig, Task, GPT]:
     """The configuration, the task and the trained model of a run folder, to evaluate or to generate.
 
     The model is not `invariant`, whatever the run was; set it where results are to be. With rotary positions its
     `max_positions` are the tokens of the longest text of the training.
     """
+    run = as_path("run", run)
     if (run / "config.json").is_file():
         checkpoint.latest(run)  # refuses a model's folder, whose config.json is of another kind
     config = read_config(run)

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from keyspan.core.checks import check_type
+
 
 class GrowingCache(DynamicCache):  # type: ignore[misc]
     """transformers' `DynamicCache` that appends in place: a new token is written, the cached ones are not copied.
@@ -29,6 +31,8 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
     layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig | None = None):
+        if config is not None:
+            check_type("config", config, PreTrainedConfig)
         super().__init__(config=config)
         grow_in_place(self)
 
