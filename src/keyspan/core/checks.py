@@ -47,10 +47,14 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_int(name: str, value: Any, least: int = 1, bits: int = 63) -> None:
-    """An int of at least `least` and less than 2**bits; a size of torch.compile too, but no tensor."""
+    """An int of at least `least` and less than 2**bits; a size of torch.compile too, but no tensor.
+
+    Under `torch.jit.trace` sizes are tensors, and are taken.
+    """
+    untraced = isinstance(value, Tensor) and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     try:
         number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
-        fits = not isinstance(value, (bool, Tensor)) and least <= number < 2**bits
+        fits = not isinstance(value, bool) and not untraced and least <= number < 2**bits
     except TypeError:
         fits = number = False
     if not fits:
