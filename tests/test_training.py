@@ -228,8 +228,9 @@ class Readings(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_reads_nothing_from_the_device(precision, monkeypatch):
-    # As on an accelerator: lengths are a tensor there, which the masks do not read.
-    monkeypatch.setattr("keyspan.core.masks.lengths.readable", lambda x: False)
+    # As on an accelerator: lengths are a tensor there, which the masks do not read, nor is the range of tokens checked.
+    for module in ("keyspan.core.checks", "keyspan.core.masks.lengths"):
+        monkeypatch.setattr(f"{module}.readable", lambda x: False)
     config = replace(TINY, precision=precision, accumulation=2)
     task, model, optimizer, scaler = parts(config)
     for step in range(2):
